@@ -1,0 +1,201 @@
+"""``d2obench profile SUITE``: where a cell's time and memory go, policy beside policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2obench.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from d2obench.measure.profiler import Cost, Profile
+    from d2obench.suite import Cell
+
+
+def command(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A shipped name such as quick, or a path to a .toml.")],
+    cell: Annotated[list[str] | None, typer.Option(help="part of a cell's id, * is any")] = None,
+    policy: Annotated[str | None, typer.Option(help="d2o,h2o,streaming")] = None,
+    budget: Annotated[str | None, typer.Option(help="0.2,512")] = None,
+    model: Annotated[str | None, typer.Option(help="see d2obench list models")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
+    shape: Annotated[str | None, typer.Option(help="prompt+gen, 2048+64")] = None,
+    batch: Annotated[str | None, typer.Option(help="1,8")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any other key")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="decode steps to profile, after two that warm up")] = 4,
+    top: Annotated[int, typer.Option(min=1, help="operators to show a phase")] = 12,
+    stacks: Annotated[bool, typer.Option("--stacks", help="flame-graph stacks too; slows profiling down")] = False,
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="CUDA memory history too")] = False,
+    nvtx: Annotated[bool, typer.Option("--nvtx", help="send ranges to nsys instead of profiling here")] = False,
+    out: Annotated[Path | None, typer.Option(help="the folder for traces and figures")] = None,
+) -> None:
+    """Profile chosen cells: time and memory by range and by operator, and a trace for Perfetto."""
+    from rich.console import Console
+
+    from d2obench.cli.run import overrides
+    from d2obench.record import dump, write_atomic
+    from d2obench.runner.check import check_words
+    from d2obench.runner.folder import new_folder
+    from d2obench.suite import cells, load_suite
+
+    axes = {
+        "policy": policy, "budget": budget, "model": model, "dtype": dtype,
+        "device": device, "shape": shape, "batch": batch, "task": "speed",
+    }  # fmt: skip
+    chosen = load_suite(suite, overrides(axes, {}, set_ or (), ()))
+    check_words(chosen)
+    picked = pick(cells(chosen), cell or ())
+    console = Console()
+    if nvtx:
+        _to_nsys(picked, steps)
+        return
+    folder = new_folder(f"profile-{chosen.name}", out)
+    found: dict[str, Profile] = {}
+    for one in picked:
+        console.print(f"profiling {one.id}", style="dim", markup=False)
+        found[one.id] = _profile(one, steps, folder, stacks=stacks, snapshot=snapshot)
+    write_atomic(folder / "profile.json", dump({name: profile._asdict() for name, profile in found.items()}))
+    for table in tables({label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}, top):
+        console.print(table)
+    console.print(f"Traces (open them at ui.perfetto.dev) and figures are in {folder}", markup=False)
+
+
+def pick(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
+    """Speed cells whose id holds one of ``wanted``, or the first group that is timed together where none is named."""
+    from d2obench.runner.plan import group
+    from d2obench.suite import SPEED
+
+    timed = [cell for cell in cells if cell.axes.task == SPEED and isinstance(cell.axes.batch, int)]
+    if not timed:
+        raise UsageError("the suite has no speed cell with a batch in numbers", remedy="add --batch 4")
+    if not wanted:
+        return group(timed)[0]
+    found = [cell for cell in timed if any(fnmatch(cell.id, f"*{words}*") for words in wanted)]
+    if not found:
+        raise UsageError(f"no speed cell is named like '{wanted[0]}'", remedy=f"for example --cell {timed[0].id}")
+    return found
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """Column headers: policy and budget, and whatever else differs between the cells."""
+    others = ("model", "dtype", "device", "shape", "batch", "seed")
+    differing = [key for key in others if len({getattr(cell.axes, key) for cell in cells}) > 1]
+    found = []
+    for cell in cells:
+        at = f"@{cell.axes.budget}" if cell.axes.budget else ""
+        found.append(" ".join([cell.axes.policy + at, *(str(getattr(cell.axes, key)) for key in differing)]))
+    return found
+
+
+def tables(profiles: Mapping[str, Profile], top: int) -> list[Table]:
+    """For each phase: time by range, memory by range, time by operator; a column a cell."""
+    found = []
+    for phase in ("prefill", "compress", "decode"):
+        each = " a step" if phase == "decode" else ""
+        ranges = {label: profile.ranges[phase] for label, profile in profiles.items()}
+        operators = {label: profile.operators[phase] for label, profile in profiles.items()}
+        on_device = any(cost.device_s > 0 for costs in ranges.values() for cost in costs.values())
+        time = _device_ms if on_device else _cpu_ms
+        clock = "device ms" if on_device else "ms"
+        found.append(_table(f"{phase}: {clock}{each} by range", ranges, time, None))
+        found.append(_table(f"{phase}: MiB allocated{each} by range", ranges, _mib, None))
+        found.append(_table(f"{phase}: {clock}{each} by operator, the {top} largest", operators, time, top))
+    return found
+
+
+def _table(
+    title: str, costs: Mapping[str, Mapping[str, Cost]], measure: Callable[[Cost], float], top: int | None
+) -> Table:
+    """Rows by the largest figure; fields show the figure and its share of the column."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for label in costs:
+        table.add_column(Text(label), justify="right", overflow="fold")
+    totals = [sum(map(measure, column.values())) for column in costs.values()]
+    names = {name for column in costs.values() for name in column}
+    highest = {name: max(measure(column[name]) for column in costs.values() if name in column) for name in names}
+    for name in sorted(names, key=lambda name: (-highest[name], name))[:top]:
+        fields = [
+            f"{measure(column[name]):.2f} {measure(column[name]) / (total or 1):4.0%}" if name in column else "–"
+            for column, total in zip(costs.values(), totals, strict=True)
+        ]
+        table.add_row(Text(name), *fields)
+    table.add_section()
+    table.add_row("all", *(f"{total:.2f}     " for total in totals))
+    return table
+
+
+def _cpu_ms(cost: Cost) -> float:
+    return cost.cpu_s * 1e3
+
+
+def _device_ms(cost: Cost) -> float:
+    return cost.device_s * 1e3
+
+
+def _mib(cost: Cost) -> float:
+    return cost.allocated_bytes / 2**20
+
+
+def _profile(cell: Cell, steps: int, folder: Path, *, stacks: bool, snapshot: bool) -> Profile:
+    from d2obench.measure.memory import settle
+    from d2obench.measure.profiler import Files, profile_request
+
+    factory, loaded, prompts = _request(cell, steps)
+    settle(loaded.device)
+    name = re.sub(r"[^\w.@+=-]+", "_", cell.id.partition("/")[2])
+    files = Files(
+        folder / f"{name}.trace.json.gz",
+        folder / f"{name}.stacks.txt" if stacks else None,
+        folder / f"{name}.memory.pickle" if snapshot else None,
+    )
+    return profile_request(factory, loaded.model, prompts, steps=steps, files=files)
+
+
+def _to_nsys(cells: Sequence[Cell], steps: int) -> None:
+    import torch
+
+    from d2obench.measure.profiler import nvtx_request
+
+    if not torch.cuda.is_available():
+        raise UsageError("--nvtx needs a GPU", why="torch sees none", remedy="leave it out to profile here")
+    for cell in cells:
+        factory, loaded, prompts = _request(cell, steps)
+        nvtx_request(factory, loaded.model, prompts, steps=steps)
+
+
+def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
+    """What makes the cell's session, its model (the last one is kept), and its prompts."""
+    from d2obench.engine import Session
+    from d2obench.models import load
+    from d2obench.runner.worker import prompts
+    from d2obench.spec import parse_shape
+
+    axes = cell.axes
+    key = (axes.model, axes.dtype, axes.device)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load(*key)
+    loaded = _loaded[key]
+    (shape,) = parse_shape(axes.shape or "")
+    assert isinstance(axes.batch, int)
+
+    def factory(mark: Any) -> Any:
+        return Session(loaded, axes.policy, axes.budget, max_new=max(shape.gen, steps + 2), seed=axes.seed, mark=mark)
+
+    return factory, loaded, prompts(loaded, shape.prompt, axes.batch, axes.seed)
+
+
+_loaded: dict[tuple[str, str, str], Any] = {}

@@ -1,0 +1,154 @@
+"""``d2obench run SUITE``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2obench.errors import UsageError
+
+if TYPE_CHECKING:
+    from d2obench.record import Run
+    from d2obench.report.display import Display
+    from d2obench.runner.check import Checked
+    from d2obench.runner.protocol import WorkerClient
+
+AXES, REPEATS, OUTPUT = "Axes of the suite", "Repeats and data", "Output"
+
+
+def command(
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="A shipped name such as quick, or a path to a .toml.")
+    ] = "",
+    policy: Annotated[str | None, typer.Option(help="d2o,h2o,streaming", rich_help_panel=AXES)] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="0.2,512: share of prompt, or tokens", rich_help_panel=AXES)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="see d2obench list models", rich_help_panel=AXES)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16", rich_help_panel=AXES)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1", rich_help_panel=AXES)] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="prompt+gen: 2048+8192,512..4096*2+64", rich_help_panel=AXES)
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="1,8,max", rich_help_panel=AXES)] = None,
+    task: Annotated[
+        str | None, typer.Option(help="speed,fidelity, see d2obench list tasks", rich_help_panel=AXES)
+    ] = None,
+    seed: Annotated[str | None, typer.Option(help="0,1,2", rich_help_panel=AXES)] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="rounds of a timed cell", rich_help_panel=REPEATS)] = None,
+    decode: Annotated[str | None, typer.Option(help="full or sampled", rich_help_panel=REPEATS)] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="of batch max: 24GiB, 0.5", rich_help_panel=REPEATS)] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="items a task; 0 is all", rich_help_panel=REPEATS)] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="TASK=PATH", help="own data", rich_help_panel=REPEATS)
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 is all", rich_help_panel=REPEATS)] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any other key of a suite")
+    ] = None,
+    allow_busy: Annotated[bool, typer.Option("--allow-busy", help="measure though others use the GPU")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show cells, memory and time; run nothing")] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with a run that stopped")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run folder", rich_help_panel=OUTPUT)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress", rich_help_panel=OUTPUT)] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="plain lines", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Run a suite: every cell ends as a row; the table and the files written stand at the end."""
+    from d2obench.cli.dry_run import show_plan
+    from d2obench.report.display import display
+    from d2obench.runner.check import check
+    from d2obench.runner.folder import new_folder, suite_of
+    from d2obench.runner.protocol import WorkerClient
+    from d2obench.suite import load_suite
+
+    axes = {
+        "policy": policy, "budget": budget, "model": model, "dtype": dtype, "device": device,
+        "shape": shape, "batch": batch, "task": task, "seed": seed,
+    }  # fmt: skip
+    settings = {
+        "timing.rounds": rounds, "timing.max_rounds": rounds, "timing.decode": decode,
+        "timing.memory_limit": memory_limit, "quality.limit": limit, "worker.threads": threads,
+    }  # fmt: skip
+    given = overrides(axes, settings, set_ or (), data or ())
+    earlier = None
+    if resume is None:
+        chosen = load_suite(_named(suite), given)
+    else:
+        if given or out or suite:
+            raise UsageError(
+                "--resume goes on with a run as it was started", remedy="give no suite, axis or --out with it"
+            )
+        earlier, chosen = suite_of(resume)
+    with WorkerClient(timeout_s=chosen.worker.timeout_s, threads=chosen.worker.threads) as client:
+        checked = check(chosen, client, allow_busy=allow_busy)
+        if dry_run:
+            show_plan(checked, client)
+            return
+        folder = resume or new_folder(chosen.name, out)
+        stopped = execute(checked, folder, client, earlier, display(quiet=quiet, plain=no_progress))
+    show_results(folder)
+    if stopped:
+        typer.echo(f"d2obench: stopped; go on with: d2obench run --resume {folder}", err=True)
+        raise typer.Exit(130)
+
+
+def execute(checked: Checked, folder: Path, client: WorkerClient, earlier: Run | None, shown: Display) -> bool:
+    """Runs all cells; true when the user stopped it."""
+    from d2obench.runner.local import run_suite
+
+    shown.start([cell.id for cell in checked.cells])
+    for cell in earlier.cells if earlier else ():
+        shown.cell(cell.id, cell.status)
+    try:
+        run_suite(checked, folder, client, shown, command=sys.argv, earlier=earlier)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        shown.finish()
+    return False
+
+
+def show_results(folder: Path) -> None:
+    """Writes the views of a run, prints its tables and says where everything is."""
+    from rich.console import Console
+
+    from d2obench.report import print_tables, write_views
+
+    written = write_views(folder)
+    console = Console()
+    print_tables(folder, console)
+    for path in [folder / "run.json", folder / "cells.jsonl", *(path for path in written if path.parent == folder)]:
+        typer.echo(str(path))
+
+
+def overrides(
+    axes: Mapping[str, str | None], settings: Mapping[str, object], more: Iterable[str], data: Iterable[str]
+) -> dict[str, str]:
+    """What was given on the command line as dotted keys of a suite → text."""
+    found = {f"axes.{name}": value for name, value in axes.items() if value is not None}
+    found |= {key: str(value) for key, value in settings.items() if value is not None}
+    for word in more:
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(
+                f"can't read --set '{word}'", remedy="write it as table.key=value, for example timing.warmup=0"
+            )
+        found[key.strip()] = value.strip()
+    for word in data:
+        task, equals, path = word.partition("=")
+        if not equals or not task or not path:
+            raise UsageError(f"can't read --data '{word}'", remedy="write it as task=PATH")
+        found[f"quality.data.{task}"] = str(Path(path).expanduser().resolve())
+    return found
+
+
+def _named(suite: str) -> str:
+    if not suite:
+        from d2obench.suite import shipped
+
+        raise UsageError("which suite?", remedy=f"name a .toml or one of {', '.join(shipped())}")
+    return suite

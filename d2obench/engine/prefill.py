@@ -1,0 +1,138 @@
+"""Causal attention over a prompt, with the statistics of its map that policies rank tokens by.
+
+The L×L map never exists. Without statistics this is the device's own flash/SDPA kernel. With them, on a CPU one pass
+over blocks of queries gives the output and the column sums together: a block's probabilities live in cache, are
+multiplied with the values, summed over the queries and forgotten. On a GPU the flash kernel gives the output and a
+second pass over blocks of queries the column sums. Memory is O(L) either way.
+
+Sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch gives
+what single sequences give.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2obench.policies.base import Needs, Stats
+
+CPU_BLOCK, GPU_BLOCK = 64, 512
+
+
+def prompt_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, starts: list[int], needs: Needs
+) -> tuple[Tensor, Stats]:
+    """Causal attention and the statistics asked for.
+
+    Args:
+        query: ``[B, Hq, Q, d]``, the last Q positions of the sequence.
+        keys: ``[B, H, L, d]`` with L ≥ Q and Hq a multiple of H (GQA, unexpanded).
+        values: ``[B, H, L, d_v]``.
+        scale: factor of the logits.
+        starts: the first real position of each sequence (left padding).
+        needs: which statistics; those of padding are 0.
+
+    Returns:
+        The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
+    """
+    batch, heads, length = keys.shape[:3]
+    out = query.new_zeros(batch, query.shape[2], query.shape[1], values.shape[-1])
+    rows = query.shape[1] if needs.heads else heads
+    names = [
+        name for name, wanted in (("sum", needs.columns), ("square", needs.squares), ("window", needs.window)) if wanted
+    ]
+    stats = {name: torch.zeros(batch, rows, length, device=keys.device) for name in names}
+    groups = (
+        [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+    )
+    for part, start in groups:
+        skip = max(0, start - (length - query.shape[2]))
+        q, k, v = query[part, :, skip:], keys[part, :, start:], values[part, :, start:]
+        seen = {name: stat[part, :, start:] for name, stat in stats.items()}
+        if needs.columns or needs.squares:
+            block = _blocks if query.device.type == "cpu" else _flash_then_columns
+            block(q, k, v, scale, out[part, skip:], seen, needs)
+        else:
+            out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
+        if needs.window:
+            seen["window"].copy_(_window(q, k, scale, needs))
+    return out, stats
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    new, length = q.shape[2], k.shape[2]
+    if new == length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
+    """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
+    the block's probabilities (``G·64·L`` floats) stay in the core's cache."""
+    batch, heads, length, _ = k.shape
+    new, group = q.shape[2], q.shape[1] // heads
+    ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=torch.float32).triu(1)
+    scaled = (q * scale).reshape(batch * heads, group, new, -1)
+    flat_k, flat_v = k.reshape(batch * heads, length, -1).transpose(1, 2), v.reshape(batch * heads, length, -1)
+    for first in range(0, new, CPU_BLOCK):
+        last = min(new, first + CPU_BLOCK)
+        size, end = last - first, length - new + last
+        block = scaled[:, :, first:last].reshape(batch * heads, group * size, -1)
+        logits = torch.bmm(block, flat_k[:, :, :end]).float()
+        logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
+        weights = torch.softmax(logits, -1)
+        mixed = torch.bmm(weights.to(v.dtype), flat_v[:, :end])
+        out[:, first:last].view(batch, size, heads, group, -1).copy_(
+            mixed.view(batch, heads, group, size, -1).permute(0, 3, 1, 2, 4)
+        )
+        _tally(weights.view(batch, heads, group, size, end), stats, needs)
+
+
+def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
+    """Flash for the output; then ``exp(q·k − lse)`` block by block for the columns."""
+    batch, heads, length, _ = k.shape
+    new, group = q.shape[2], q.shape[1] // heads
+    out.copy_(_flash(q, k, v, scale).transpose(1, 2))
+    grouped = (q * scale).reshape(batch, heads, group, new, -1)
+    for first in range(0, new, GPU_BLOCK):
+        last = min(new, first + GPU_BLOCK)
+        size, end = last - first, length - new + last
+        block = grouped[:, :, :, first:last].reshape(batch, heads, group * size, -1)
+        logits = (block @ k[:, :, :end].transpose(2, 3)).float().view(batch, heads, group, size, end)
+        ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., end - size :].masked_fill_(ahead, -math.inf)
+        _tally(torch.softmax(logits, -1), stats, needs)
+
+
+def _tally(weights: Tensor, stats: Stats, needs: Needs) -> None:
+    """Adds a block ``[B, H, G, Q, L']`` of probabilities to the running column statistics."""
+    end, group = weights.shape[-1], weights.shape[2]
+    if needs.heads:
+        stats["sum"][..., :end] += weights.sum(3).flatten(1, 2)
+        return
+    if needs.columns:
+        stats["sum"][..., :end].add_(weights.flatten(2, 3).sum(2), alpha=1 / group)
+    if needs.squares:
+        stats["square"][..., :end] += weights.mean(2).square_().sum(2)
+
+
+def _window(q: Tensor, k: Tensor, scale: float, needs: Needs) -> Tensor:
+    """Column sums over the last ``window`` queries, ``[B, H, L]``."""
+    batch, heads, length, _ = k.shape
+    size = min(needs.window, q.shape[2])
+    group = q.shape[1] // heads
+    last = (q[:, :, -size:] * scale).reshape(batch, heads, group * size, -1)
+    logits = (last @ k.transpose(2, 3)).float().view(batch, heads, group, size, length)
+    ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    logits[..., length - size :].masked_fill_(ahead, -math.inf)
+    return torch.softmax(logits, -1).sum(3).mean(2)
+
+
+def kept_stats(stats: Stats, index: Tensor) -> dict[str, Any]:
+    """Statistics of the kept entries: each ``[B, H, L]`` gathered at ``index`` ``[B, H, C]``."""
+    return {name: stat.gather(2, index) for name, stat in stats.items() if stat.shape[1] == index.shape[1]}

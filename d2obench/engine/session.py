@@ -1,0 +1,238 @@
+"""One batch of sequences through prefill, compression and decoding under one policy.
+
+The loop that every figure comes from. All policies go through the same model code and the same calls; the library's
+own caches (``hf-dynamic``, ``hf-static``) are yardsticks that differ in their cache and attention function alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from d2obench.engine import families
+from d2obench.engine.attention import BridgedKeys
+from d2obench.engine.cache import PolicyCache
+from d2obench.errors import ModelError, UsageError
+from d2obench.models import LoadedModel
+from d2obench.policies import YARDSTICKS, parse_policy
+from d2obench.policies.base import Policy
+from d2obench.spec import Budget, parse_budget
+
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a session's cache holds, counted from its tensors.
+
+    Args:
+        kv_bytes: storage of keys and values now.
+        prompt_kv_bytes: the same right after compression.
+        state_bytes: storage of scores, positions, thresholds and work buffers beside them.
+        prompt_tokens: tokens of each sequence's prompt.
+        requested: entries per layer the budget allows, mean over sequences; None without a budget.
+        kept: entries per layer and sequence right after compression (mean over KV heads).
+        held: the same now.
+        effective: kept ÷ prompt over all layers and sequences.
+        merged: evicted entries that were merged while decoding, and at the prompt.
+        evicted: entries evicted while decoding, and at the prompt.
+    """
+
+    kv_bytes: int
+    prompt_kv_bytes: int
+    state_bytes: int
+    prompt_tokens: list[int]
+    requested: float | None
+    kept: list[list[float]]
+    held: list[list[float]]
+    effective: float
+    merged: int
+    evicted: int
+
+    @property
+    def over(self) -> bool:
+        """Whether more is held, or was kept, than asked, by more than rounding to whole tokens."""
+        if self.requested is None:
+            return False
+        most = max(sum(map(sum, rows)) / max(1, sum(map(len, rows))) for rows in (self.kept, self.held))
+        return most > self.requested + 1
+
+
+class Session:
+    """Prefill, compress, step; see the module's head.
+
+    Args:
+        loaded: the model.
+        policy: a policy, as written (``d2o(merge=values)``) or built, or a yardstick's name.
+        budget: as written (``0.2``, ``512``) or built; None for a policy without one. The ratio 1.0 keeps everything,
+            decoded tokens included.
+        max_new: decode steps at most.
+        seed: for policies that draw.
+        mark: told "prefill", "compress" and "decode" when a phase begins.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        policy: Policy | str,
+        budget: Budget | str | None,
+        *,
+        max_new: int,
+        seed: int = 0,
+        mark: Mark | None = None,
+    ) -> None:
+        self.loaded, self.max_new, self.seed = loaded, max_new, seed
+        self.mark: Mark = mark or (lambda phase: None)
+        self.yardstick = policy if isinstance(policy, str) and policy in YARDSTICKS else None
+        self.budget = parse_budget(budget) if isinstance(budget, str) else budget
+        self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
+        self._device = loaded.device
+        self._positions = torch.zeros(0, dtype=torch.long)
+        self._lengths: list[int] = []
+        self._mask: Tensor | None = None
+        self.cache: Any = None
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Reads the prompts; returns float32 logits ``[B, V]`` of each one's last token.
+
+        A prompt that, with what is to be generated, is longer than the model's context is a UsageError.
+        """
+        self._lengths = [len(prompt) for prompt in prompts]
+        longest, limit = max(self._lengths, default=0), families.longest(self.loaded.model)
+        if not prompts or min(self._lengths) == 0:
+            raise UsageError("an empty prompt can't be run", remedy="give at least one token")
+        if longest + self.max_new > limit:
+            raise UsageError(
+                f"{longest} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
+                why=f"its context is {limit} tokens",
+                remedy="use a smaller shape",
+            )
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        padded = bool((mask == 0).any())
+        positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
+        self._mask = mask.to(self._device) if padded else None
+        self.cache = self._new_cache(longest)
+        self.mark("prefill")
+        out = self._forward(tokens.to(self._device), positions, self._mask)
+        self._positions = positions[:, -1:] + 1
+        return out
+
+    @torch.inference_mode()
+    def compress(self) -> None:
+        """Brings the cache down to the budget."""
+        if isinstance(self.cache, PolicyCache):
+            self.cache.compress()
+        else:
+            self.mark("decode")
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
+        mask = self._mask
+        if self.yardstick and mask is not None:
+            self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        out = self._forward(tokens[:, None], self._positions, mask if self.yardstick else None)
+        self._positions = self._positions + 1
+        return out
+
+    @torch.inference_mode()
+    def skip_to(self, tokens: int) -> None:
+        """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
+        if not isinstance(self.cache, PolicyCache) or self.cache.state is None:
+            raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
+        self.cache.state.skip(tokens)
+        self.cache.seen += tokens
+        self._positions = self._positions + tokens
+
+    def footprint(self) -> Footprint:
+        """What the cache holds now."""
+        if not isinstance(self.cache, PolicyCache):
+            return _yardstick_footprint(self.cache, self._lengths)
+        cache = self.cache
+        state = cache.state
+        assert state is not None and cache.kept is not None
+        batch, heads, _ = cache.shape
+        held = state.held().view(len(cache.own), batch, heads).float().mean(-1)
+        requested = None
+        if cache.budget is not None and cache.policy.takes_budget:
+            requested = sum(cache.budget.of(length) for length in self._lengths) / batch
+        kv = state.store.bytes + sum(_storage(layer) for layer in cache.layers if layer not in cache.own)
+        kept = cache.kept.tolist()
+        merged, evicted = cache.counts()
+        return Footprint(
+            kv_bytes=kv,
+            prompt_kv_bytes=cache.prompt_kv_bytes,
+            state_bytes=sum(tensor.untyped_storage().nbytes() for tensor in state.tensors()),
+            prompt_tokens=self._lengths,
+            requested=requested,
+            kept=kept,
+            held=held.tolist(),
+            effective=sum(map(sum, kept)) / (len(kept) * sum(self._lengths)),
+            merged=merged,
+            evicted=evicted,
+        )
+
+    def snapshot(self) -> Any:
+        """The compressed state, to come back to by :meth:`restore` any number of times."""
+        if isinstance(self.cache, PolicyCache):
+            return self.cache.snapshot(), self._positions, self._mask
+        raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
+
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot` of this session."""
+        self.cache.restore(saved[0])
+        self._positions, self._mask = saved[1], saved[2]
+
+    def close(self) -> None:
+        """Lets go of the cache."""
+        self.cache = None
+
+    def _new_cache(self, longest: int) -> Any:
+        model = self.loaded.model
+        if self.yardstick:
+            families.restore(model)
+            if self.yardstick == "hf-dynamic":
+                return DynamicCache(config=model.config)
+            return StaticCache(config=model.config, max_cache_len=longest + self.max_new)
+        families.prepare(model)
+        assert self.policy is not None
+        _, group = families.kv_heads(model)
+        wrap = BridgedKeys if model.config.model_type in families.BRIDGED else None
+        return PolicyCache(
+            self.policy, self.budget, families.layer_kinds(model), group, self.max_new, self.mark, wrap, self.seed
+        )
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.loaded.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def _storage(layer: Any) -> int:
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+
+def _yardstick_footprint(cache: Any, lengths: list[int]) -> Footprint:
+    size = sum(_storage(layer) for layer in cache.layers)
+    tokens = float(cache.get_seq_length())
+    rows = [[tokens] * len(lengths) for _ in cache.layers]
+    kept = [[float(length) for length in lengths] for _ in cache.layers]
+    return Footprint(size, size, 0, lengths, None, kept, rows, 1.0, 0, 0)

@@ -1,0 +1,262 @@
+"""The decode state: what is in every slot, what a step overwrites next, and attention over slots.
+
+One step, for every compressed layer: the new key and value go to the slot that the last step freed, attention runs
+over the layer's slots, and the row of attention (mean over the query heads of a KV head) is left in ``attention``.
+After the last layer :meth:`DecodeState.advance` lets the policy choose, for all layers at once, the slot that the next
+token takes. A slot chosen so is an eviction. There is no concatenation, no reallocation and no host synchronisation.
+
+Policies that merge what they evict use ``carry`` (see ``d2obench.engine.carry``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from d2obench.engine.ranges import span
+from d2obench.engine.slots import CLOSED, EMPTY, NEVER, DenseStore
+
+if TYPE_CHECKING:
+    from d2obench.policies.base import Policy
+
+PROTECTED = 3e38
+"""Score shown for a token of the recent window: evicted only when nothing but sinks is left."""
+
+
+class DecodeState:
+    """Slots of all compressed layers of one batch.
+
+    Args:
+        store: keys and values.
+        position: int32 ``[layers, rows, C]``, true position of each slot's token, or EMPTY, or CLOSED.
+        now: int32 ``[rows]``, position of the last token of each row's sequence.
+        policy: chooses the slots.
+        heads: KV heads per sequence; rows = batch × heads.
+        group: query heads per KV head.
+        grows: tokens are appended (``fill`` counts slots in use) and nothing is evicted.
+    """
+
+    def __init__(
+        self,
+        store: DenseStore,
+        position: Tensor,
+        now: Tensor,
+        policy: Policy,
+        heads: int,
+        group: int,
+        fill: int,
+        grows: bool,
+    ) -> None:
+        self.store, self.position, self.now, self.policy = store, position, now, policy
+        self.heads, self.group, self.fill, self.grows = heads, group, fill, grows
+        layers, rows, width = position.shape
+        device = position.device
+        self.tracks = policy.decode != "plain" and not grows
+        floats = (layers, rows, width) if self.tracks else (0,)
+        self.attention = torch.zeros(floats, device=device)
+        self.score = torch.zeros(floats, device=device)
+        self.usable = (position != CLOSED).sum(-1)
+        """Slots of each row that are not CLOSED, ``[layers, rows]``."""
+        self.bias: Tensor | None = None
+        self.slot = torch.zeros(layers, rows, dtype=torch.long, device=device)
+        self.free = torch.zeros(layers, rows, policy.interval, dtype=torch.long, device=device)
+        self.target = store.base.clone()
+        self.steps = 0
+        self.evicted = torch.zeros((), dtype=torch.long, device=device)
+        self.extra: dict[str, Tensor] = {}
+        self.carry: Any = None
+        self._work(width)
+
+    def start(self) -> None:
+        """Called once the kept entries and their scores are in place: masks what is empty, frees the first slots."""
+        unused = self.position < 0
+        if self.tracks:
+            self.score.masked_fill_(unused, -NEVER).masked_fill_(self.position == CLOSED, NEVER)
+        held = (self.position >= 0).sum(-1)
+        spare = self.policy.interval
+        whole = self.grows or bool(
+            (held + spare == torch.tensor(self.store.capacities, device=held.device)[:, None]).all()
+        )
+        padded = bool((self.position[..., : self.fill] < 0).any()) if self.grows else False
+        if (self.grows and padded) or not (self.grows or whole) or (spare > 1 and not self.grows):
+            self.bias = torch.zeros(self.position.shape, device=held.device).masked_fill_(unused, -torch.inf)
+            if self.grows:
+                self.bias[..., self.fill :] = 0
+        if self.grows:
+            self._append()
+        else:
+            width = self.position.shape[-1]
+            order = torch.arange(width, device=held.device).expand_as(self.position)
+            empty = torch.where(self.position == EMPTY, order, width)
+            self._free(empty.topk(spare, -1, largest=False, sorted=True).indices)
+            if self.carry is not None:
+                self.carry.take(self.slot)
+            self._place()
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots."""
+        self.store.write(self.target[layer], keys, values)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of one new query over the layer's slots.
+
+        Args:
+            layer: index among the compressed layers.
+            query: ``[B, Hq, 1, d]``.
+            scale: factor of the logits.
+
+        Returns:
+            ``[B, 1, Hq, d_v]``.
+        """
+        rows, group = self.store.rows, self.group
+        keys, values = self.store.keys(layer), self.store.values(layer)
+        if self.grows:
+            keys, values = keys[:, : self.fill + 1], values[:, : self.fill + 1]
+        width = keys.shape[1]
+        scaled = (query * scale).view(rows, group, -1)
+        with span("decode attention"):
+            if self.carry is None:
+                logits = self._logits[: rows * group * width].view(rows, group, width)
+                torch.bmm(scaled, keys.transpose(1, 2), out=logits)
+            else:
+                logits = self.carry.logits(layer, scaled, keys, self._logits)
+                keys, values = self.store.keys(layer), self.store.values(layer)
+            if self.bias is not None:
+                logits += self.bias[layer, :, None, :width].to(logits.dtype)
+            weights = self._weights[: rows * group * width].view(rows, group, width)
+            torch.softmax(logits, -1, dtype=torch.float32, out=weights)
+            if self.tracks:
+                torch.mean(weights, 1, out=self.attention[layer, :, :width])
+            mixed = torch.bmm(weights.to(values.dtype), values)
+        return mixed.view(query.shape[0], 1, query.shape[1], -1)
+
+    def advance(self) -> None:
+        """Ends a step: the policy sees its attention and frees the slot of the next token."""
+        self.steps += 1
+        self.now += 1
+        if self.grows:
+            self.fill += 1
+            self._append()
+            return
+        if self.carry is not None:
+            self.carry.settle()
+        with span("scores"):
+            self.policy.observe(self)
+        turn = self.steps % self.policy.interval
+        if turn == 0:
+            with span("evict"):
+                victims = self.policy.victims(self)
+            if self.carry is not None:
+                self.carry.take(victims[..., 0])
+            else:
+                self.policy.absorb_step(self, victims)
+            self._free(victims)
+        self.slot = self.free[..., turn]
+        self._place()
+
+    def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
+        """Slots of the ``interval`` lowest scores outside the last ``recent`` tokens, ``[layers, rows, interval]``.
+
+        EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
+        """
+        limit = self.now[None, :, None] - recent
+        shown = torch.where(self.position > limit, PROTECTED, score)
+        if self.policy.interval == 1:
+            return shown.min(-1, keepdim=True).indices
+        return shown.topk(self.policy.interval, -1, largest=False, sorted=True).indices
+
+    def skip(self, tokens: int) -> None:
+        """Moves on as if ``tokens`` more had been decoded: a growing cache is filled with copies of its entries, a
+        bounded one only sees later positions. For sampled decode; contents are stand-ins, sizes are true."""
+        self.now += tokens
+        if not self.grows:
+            return
+        for layer in range(len(self.store.capacities)):
+            for held in (self.store.keys(layer), self.store.values(layer)):
+                for start in range(self.fill, self.fill + tokens, self.fill):
+                    size = min(self.fill, self.fill + tokens - start)
+                    held[:, start : start + size] = held[:, :size]
+        self.fill += tokens
+        self._append()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor beside keys and values, for snapshots and for counting bytes."""
+        return [*self._living(), self._logits, self._weights]
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """A copy of what decoding changes; work buffers are left out."""
+        return self.store.snapshot(), [tensor.clone() for tensor in self._living()], self.fill, self.steps
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Brings back a :meth:`snapshot`, in place."""
+        self.store.restore(saved[0])
+        for tensor, old in zip(self._living(), saved[1], strict=True):
+            tensor.copy_(old)
+        self.fill, self.steps = saved[2], saved[3]
+        if self.grows:
+            self._append()
+        else:
+            self.slot = self.free[..., self.steps % self.policy.interval]
+
+    def extend(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more in a growing cache, by one copy."""
+        self.store = self.store.extended(tokens)
+        layers, rows, width = self.position.shape
+        position = torch.full((layers, rows, width + tokens), EMPTY, dtype=self.position.dtype, device=self.now.device)
+        position[..., :width] = self.position
+        self.position = position
+        if self.bias is not None:
+            self.bias = torch.nn.functional.pad(self.bias, (0, tokens))
+        self._work(width + tokens)
+        self._append()
+
+    def held(self) -> Tensor:
+        """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token doesn't count."""
+        if self.grows:
+            return (self.position[..., : self.fill] != CLOSED).sum(-1)
+        return (self.position >= 0).sum(-1) - 1
+
+    def _living(self) -> list[Tensor]:
+        own = [self.position, self.now, self.attention, self.score, self.free, self.target, self.evicted]
+        own += [*self.extra.values(), *([] if self.bias is None else [self.bias])]
+        return own + ([] if self.carry is None else self.carry.tensors())
+
+    def _work(self, width: int) -> None:
+        rows, device = self.store.rows, self.store.device
+        self._logits = torch.empty(rows * (self.group + 1) * width, dtype=self.store.dtype, device=device)
+        self._weights = torch.empty(rows * self.group * width, dtype=torch.float32, device=device)
+
+    def _append(self) -> None:
+        self.target = self.store.base + self.fill
+
+    def _free(self, slots: Tensor) -> None:
+        """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
+        self.evicted += (self.position.gather(2, slots) >= 0).sum()
+        self.free.copy_(slots)
+        self.slot = self.free[..., 0]
+        if self.policy.interval > 1 and self.bias is not None:
+            self.position.scatter_(2, slots, EMPTY)
+            self.bias.scatter_(2, slots, -torch.inf)
+            if self.tracks:
+                self.score.scatter_(2, slots, -NEVER)
+
+    def _place(self) -> None:
+        """Books the freed slot for the token to come."""
+        at = self.slot[..., None]
+        self.position.scatter_(2, at, (self.now + 1)[None, :, None].expand(*self.slot.shape, 1))
+        torch.add(self.store.base, self.slot, out=self.target)
+        if self.tracks:
+            self.score.scatter_(2, at, 0.0)
+        if self.bias is not None:
+            self.bias.scatter_(2, at, 0.0)
+
+
+def capacities(budgets: Tensor, spare: int) -> Sequence[int]:
+    """Slots per layer for budgets ``[layers, B]``: the largest of the batch and what comes before it is evicted."""
+    return [int(most) + spare for most in budgets.amax(1).tolist()]
+
+
+__all__ = ["CLOSED", "EMPTY", "NEVER", "DecodeState", "capacities"]

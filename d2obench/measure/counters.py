@@ -1,0 +1,154 @@
+"""What one decode step does, counted and not timed: operators, FLOPs, allocations, and the three things a decode loop
+must not do: concatenate, wait for the device, or allocate a cache anew. The same on every machine and every repeat.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from d2obench.measure.phases import Request
+
+_CONCATENATE = ("aten.cat", "aten.stack", "aten.concat", "aten.repeat_interleave")
+_WAIT = (
+    "aten._local_scalar_dense",
+    "aten.is_nonzero",
+    "aten.equal",
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten.unique_consecutive",
+    "aten._unique2",
+    "aten.repeat_interleave",
+)
+"""Operators whose result the host must know before it goes on, on a device that runs behind it."""
+
+
+class StepCounts(NamedTuple):
+    """One decode step.
+
+    Args:
+        ops: aten operators dispatched.
+        flops: floating-point operations of matrix products and attention.
+        by_op: operator → times.
+        concatenations: operator → times, of those that build a new tensor out of others.
+        waits: operator → times, of those that make the host wait on a GPU.
+        allocated_bytes: fresh storage of all results.
+        largest_bytes: fresh storage of the largest one, and
+        largest_op: the operator that asked for it.
+        launches: kernels launched; None on a CPU.
+    """
+
+    ops: int
+    flops: int
+    by_op: Mapping[str, int]
+    concatenations: Mapping[str, int]
+    waits: Mapping[str, int]
+    allocated_bytes: int
+    largest_bytes: int
+    largest_op: str
+    launches: int | None = None
+
+
+def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
+    """Prefills and compresses ``prompts``, makes one step to settle buffers, and counts the next one (and, on a GPU,
+    the launches of the one after)."""
+    with torch.inference_mode():
+        logits = session.prefill(prompts)
+        session.compress()
+        tokens = logits.argmax(-1)
+        tokens = session.step(tokens).argmax(-1)
+        counts = count(lambda: session.step(tokens))
+        if logits.device.type == "cuda":
+            counts = counts._replace(launches=launches(lambda: session.step(tokens)))
+    return counts
+
+
+def count(work: Callable[[], object]) -> StepCounts:
+    """Runs ``work`` once and counts its operators."""
+    with _Counting() as seen:
+        work()
+    return StepCounts(
+        ops=sum(seen.ops.values()),
+        flops=seen.flops,
+        by_op=dict(seen.ops.most_common()),
+        concatenations={name: n for name, n in seen.ops.items() if name in _CONCATENATE},
+        waits=dict(seen.waits),
+        allocated_bytes=seen.allocated,
+        largest_bytes=seen.largest[0],
+        largest_op=seen.largest[1],
+    )
+
+
+def launches(work: Callable[[], object]) -> int:
+    """Kernels that ``work`` launches on a CUDA device, copies and fills among them; a replayed graph counts its own."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    on_device = torch._C._autograd.DeviceType.CUDA
+    return sum(event.device_type == on_device and not event.is_user_annotation for event in found.events())
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.flops = self.allocated = 0
+        self.largest = (0, "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # inside inference mode composite operators arrive whole
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        held = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        name = str(packet)
+        self.ops[name] += 1
+        if name in _WAIT or _indexes_by_mask(name, args) or _leaves_device(name, args, out):
+            self.waits[name] += 1
+        self.flops += _flops(packet, name, args, kwargs, out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and _storage(leaf) not in held:
+                size = leaf.untyped_storage().nbytes()
+                self.allocated += size
+                self.largest = max(self.largest, (size, name))
+        return out
+
+
+def _flops(packet: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu":  # torch's own table knows only the GPU's kernels
+        (b, h, q, d), k = args[0].shape, args[1].shape[-2]
+        return int(2 * b * h * q * k * (d + args[2].shape[-1]))
+    formula = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def _indexes_by_mask(name: str, args: Any) -> bool:
+    """Indexing by a boolean tensor looks for its true places, which the host has to count."""
+    if name not in ("aten.index", "aten.index_put", "aten.index_put_") or len(args) < 2:
+        return False
+    return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def _leaves_device(name: str, args: Any, out: Any) -> bool:
+    """A copy to or from the host that waits."""
+    if name not in ("aten._to_copy", "aten.copy_") or not isinstance(out, torch.Tensor):
+        return False
+    source = args[1] if name == "aten.copy_" else args[0]
+    return isinstance(source, torch.Tensor) and (source.device.type == "cpu") != (out.device.type == "cpu")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

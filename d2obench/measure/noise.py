@@ -1,0 +1,131 @@
+"""How noisy this machine is: the same decode loop twice, interleaved, as if it were two versions.
+
+Any difference between the two arms is noise. From their paired log-ratios follows the smallest true change that the
+gate's rule (lower 98 % bound of the median log-ratio above its limit) would see four times of five.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from d2obench.measure.clock import clock_for
+
+LEVEL, POWER = 0.98, 0.8
+ROUNDS = (8, 16, 32)
+_TRIALS, _RESAMPLES = 300, 500
+
+
+class Noise(NamedTuple):
+    """An A/A run.
+
+    Args:
+        pairs: median step of arm A and of arm B in each round, seconds.
+        single: spread of one arm's rounds: standard deviation of their logs.
+        paired: the same of the log-ratios B ÷ A.
+        offset: median ratio B ÷ A less 1; nothing but noise.
+        detectable: rounds → the smallest relative change seen with probability POWER.
+    """
+
+    pairs: list[tuple[float, float]]
+    single: float
+    paired: float
+    offset: float
+    detectable: dict[int, float]
+
+
+class DecodeLoop:
+    """A stand-in for a model's decode step that needs no model: weights and a cache read once a step, small operators
+    around them. Sized to be far larger than a CPU's caches (about 100 MB) and a GPU's (about 800 MB)."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        large = device.type == "cuda"
+        width, layers, self._heads, batch, held = (2048, 6, 16, 8, 1024) if large else (512, 4, 8, 4, 1024)
+        kind = torch.bfloat16 if large else torch.float32
+        dice = torch.Generator(device).manual_seed(seed)
+
+        def weights(*shape: int) -> torch.Tensor:
+            drawn: torch.Tensor = torch.randn(*shape, generator=dice, device=device, dtype=kind)
+            return drawn / shape[0] ** 0.5
+
+        matrices = ((width, 3 * width), (width, 3 * width), (3 * width, width))
+        self._layers = [tuple(weights(*shape) for shape in matrices) for _ in range(layers)]
+        cache = (batch, self._heads, held, width // self._heads)
+        self._cache = [(weights(*cache), weights(*cache)) for _ in range(layers)]
+        self._state = weights(batch, width)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One step; its result feeds the next."""
+        x = self._state
+        for (mix, up, down), (keys, values) in zip(self._layers, self._cache, strict=True):
+            query = (functional.rms_norm(x, x.shape[-1:]) @ mix).chunk(3, -1)[0].view(x.shape[0], self._heads, 1, -1)
+            x = x + functional.scaled_dot_product_attention(query, keys, values).flatten(1)
+            x = x + functional.silu(functional.rms_norm(x, x.shape[-1:]) @ up) @ down
+        self._state = functional.rms_norm(x, x.shape[-1:])
+
+
+def measure_noise(
+    device: torch.device, seconds: float = 60.0, steps: int = 8, progress: Callable[[float], None] | None = None
+) -> Noise:
+    """Runs A/A for about ``seconds``, at least eight rounds of ``steps`` steps an arm.
+
+    Args:
+        device: where the loops run.
+        seconds: how long.
+        steps: steps of a sample; the sample is their median.
+        progress: told the share that is done.
+    """
+    arms = (DecodeLoop(device, 0), DecodeLoop(device, 1))
+    clock = clock_for(device)
+
+    def sample(arm: DecodeLoop) -> float:
+        clock.start()
+        stamps = [clock.stamp()]
+        for _ in range(steps):
+            arm.step()
+            stamps.append(clock.stamp())
+        return float(np.median(np.diff(clock.read(stamps))))
+
+    for arm in arms:
+        sample(arm)
+    pairs: list[tuple[float, float]] = []
+    begin = time.monotonic()
+    while len(pairs) < ROUNDS[0] or time.monotonic() - begin < seconds:
+        if len(pairs) % 2:
+            b, a = sample(arms[1]), sample(arms[0])
+        else:
+            a, b = sample(arms[0]), sample(arms[1])
+        pairs.append((a, b))
+        if progress:
+            progress(min(1.0, (time.monotonic() - begin) / max(seconds, 1e-9)))
+    return noise_of(pairs)
+
+
+def noise_of(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Noise:
+    """The figures of an A/A run of two or more rounds; deterministic in ``seed``."""
+    logs = np.log(np.asarray(pairs, dtype=np.float64))
+    ratios = logs[:, 1] - logs[:, 0]
+    return Noise(
+        list(pairs),
+        single=float(logs.std(axis=0, ddof=1).mean()),
+        paired=float(ratios.std(ddof=1)),
+        offset=float(np.expm1(np.median(ratios))),
+        detectable={n: _detectable(ratios, n, seed) for n in ROUNDS},
+    )
+
+
+def _detectable(ratios: np.ndarray, rounds: int, seed: int) -> float:
+    """The change whose lower bound is above 0 with probability POWER: runs of ``rounds`` are drawn from the noise,
+    each one's lower bound is taken, and the change must lift the one at 1 − POWER to 0."""
+    dice = np.random.default_rng(seed)
+    noise = ratios - np.median(ratios)
+    runs = noise[dice.integers(0, len(noise), (_TRIALS, rounds))]
+    draws = dice.integers(0, rounds, (_RESAMPLES, rounds))
+    lower = np.quantile(np.median(runs[:, draws], axis=2), (1 - LEVEL) / 2, axis=1)
+    return float(np.expm1(-np.quantile(lower, 1 - POWER)))

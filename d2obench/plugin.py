@@ -1,0 +1,59 @@
+"""Names to classes: the built-in ones and those other packages offer through entry points.
+
+A registry holds import paths, so that listing names imports nothing heavy; ``get`` imports one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from d2obench.errors import D2OBenchError
+
+
+class Registry:
+    """Classes of one kind by name.
+
+    Args:
+        kind: the word used in messages, for example ``policy``.
+        group: the entry-point group other packages use, for example ``d2obench.policies``.
+        builtin: name → ``module:attribute``.
+        error: the error class raised for an unknown name.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], error: type[D2OBenchError]) -> None:
+        self.kind, self.group, self._builtin, self._error = kind, group, dict(builtin), error
+
+    def names(self) -> list[str]:
+        """Built-in names in their order, then plugins by name."""
+        return [*self._builtin, *sorted(self.plugins())]
+
+    def plugins(self) -> dict[str, str]:
+        """Names from other packages → ``distribution: module:attribute``; a built-in name is never overridden."""
+        found = {}
+        for point in entry_points(group=self.group):
+            if point.name not in self._builtin:
+                found[point.name] = f"{point.dist.name if point.dist else '?'}: {point.value}"
+        return found
+
+    def get(self, name: str) -> Any:
+        """The class of that name; an unknown one or a plugin that can't be imported is a clear error."""
+        if name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        for point in entry_points(group=self.group):
+            if point.name == name:
+                try:
+                    return point.load()
+                except Exception as problem:
+                    raise self._error(
+                        f"the {self.kind} plugin '{name}' can't be imported",
+                        why=f"{type(problem).__name__}: {problem}",
+                        remedy="reinstall or remove its package",
+                    ) from problem
+        near = difflib.get_close_matches(name, self.names(), 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise self._error(f"unknown {self.kind} '{name}'", remedy=f"{hint}the known ones are {', '.join(self.names())}")

@@ -1,0 +1,230 @@
+"""What a policy is: which entries of a prompt it keeps, and which slot each new token takes.
+
+A policy is a frozen dataclass of its parameters; it holds no tensors. The engine calls it at these points:
+
+1. ``needs``: which statistics of the prompt's attention map to gather (``d2obench.engine.prefill``).
+2. ``layer_budgets``: how many entries each layer keeps (uniform unless a policy allocates).
+3. ``rank``: a score per entry of the prompt; the highest are kept.
+4. ``absorb``: what happens to the evicted entries of a layer (nothing, or a merge into the kept ones).
+5. ``observe`` and ``victims``: after every decode step, for all layers at once.
+
+Adding a policy: one file with one such dataclass, one line in ``d2obench.policies.REGISTRY`` (or an entry point in
+the group ``d2obench.policies`` of another package); the shared test matrix then covers it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from d2obench.spec import Budget
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+Stats = dict[str, Tensor]
+"""Statistics of the prompt's attention map by name, see :class:`Needs`."""
+
+RECENT = 1e20
+"""Ranks from here up are the recent window: above any score, below a sink."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy wants to know of the prompt's attention map, per KV head (mean over the group's query heads).
+
+    Args:
+        columns: ``Σ_i A[i, j]`` over all queries, "sum".
+        squares: ``Σ_i A[i, j]²`` over all queries, "square".
+        window: sums over the last ``window`` queries only, "window"; 0 for none.
+        heads: keep query heads apart instead of averaging the group ("sum" becomes ``[B, Hq, L]``).
+    """
+
+    columns: bool = False
+    squares: bool = False
+    window: int = 0
+    heads: bool = False
+
+
+@dataclass(frozen=True)
+class Carries:
+    """How the engine merges what a decode step evicts, at the next step (``d2obench.engine.carry``).
+
+    Args:
+        beta: weight of the newest similarity in the threshold's EMA.
+        keys: whether keys are merged beside values.
+        per_layer: one threshold per sequence and layer instead of one per KV head.
+        hosts: all kept entries, or only those that are neither sinks nor recent.
+    """
+
+    beta: float
+    keys: bool = True
+    per_layer: bool = False
+    hosts: Literal["all", "important"] = "all"
+
+
+@dataclass
+class Entries:
+    """The entries of one layer that a policy chooses from.
+
+    Args:
+        layer: index among the compressed layers, of ``layers``.
+        keys: ``[B, H, N, d]``.
+        values: ``[B, H, N, d_v]``.
+        position: int64 ``[B, H, N]``, true position; negative for padding.
+        length: int64 ``[B]``, tokens of each sequence so far.
+        stats: float32 ``[B, H, N]`` by name, see :class:`Needs`.
+    """
+
+    layer: int
+    layers: int
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    length: Tensor
+    stats: Stats
+
+
+@dataclass
+class Kept:
+    """What a layer keeps of its entries.
+
+    Args:
+        index: int64 ``[B, H, C]``, indices into the entries in the order of positions; N where a slot stays empty.
+        evicted: the same for the evicted entries, ``[B, H, E]``.
+        total: N.
+        keys: ``[B, H, C, d]``, after merging.
+        values: ``[B, H, C, d_v]``.
+    """
+
+    index: Tensor
+    evicted: Tensor
+    total: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def filled(self) -> Tensor:
+        """Which slots hold an entry, ``[B, H, C]``."""
+        return self.index < self.total
+
+    @property
+    def leaving(self) -> Tensor:
+        """Which evicted indices stand for an entry, ``[B, H, E]``."""
+        return self.evicted < self.total
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies; by itself it keeps the most recent tokens."""
+
+    name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    takes_budget: ClassVar[bool] = True
+    decode: ClassVar[Literal["plain", "rows"]] = "plain"
+    """``rows`` if ``observe`` and ``victims`` need the attention of each step."""
+    grows: ClassVar[bool] = False
+    """Whether decoding appends instead of evicting (prompt-only methods, as published)."""
+
+    @property
+    def needs(self) -> Needs:
+        """Statistics of the prompt's attention map."""
+        return Needs()
+
+    @property
+    def interval(self) -> int:
+        """Tokens evicted together, every so many steps."""
+        return 1
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a stored number; None for the model's dtype."""
+        return None
+
+    @property
+    def carries(self) -> Carries | None:
+        """How the engine merges what a decode step evicts; None for not at all."""
+        return None
+
+    @property
+    def expands(self) -> bool:
+        """Whether keys are cached once per query head instead of once per KV head."""
+        return False
+
+    def check(self) -> None:
+        """Raises a PolicyError for a parameter out of its range."""
+
+    def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
+        """Entries each layer keeps, int64 ``[layers, B]`` on the CPU; uniform unless a policy allocates.
+
+        Args:
+            stats: per compressed layer, ``[B, H, L]`` by name.
+            length: prompt tokens of each sequence, int64 ``[B]``.
+            budget: what was asked for.
+        """
+        return torch.tensor([[budget.of(int(n)) for n in length.tolist()]] * len(stats))
+
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        """A float32 rank per entry, ``[B, H, N]``; the ``keep`` ``[B]`` highest of each row are kept."""
+        return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, 0, keep)
+
+    def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
+        """Merges evicted entries into ``kept.keys`` and ``kept.values`` in place; returns per-row float32 ``[B, H]``
+        figures to remember (thresholds, counts)."""
+        return {}
+
+    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
+        """Sets up decoding: ``state.score`` and what the policy keeps in ``state.extra``.
+
+        Args:
+            memory: what ``absorb`` returned, per layer.
+            scores: the statistics of the kept entries, per layer, ``[B, H, C]``.
+        """
+
+    def observe(self, state: DecodeState) -> None:
+        """Takes in ``state.attention`` after a step."""
+
+    def victims(self, state: DecodeState) -> Tensor:
+        """The slots that the next ``interval`` tokens take, int64 ``[layers, rows, interval]``."""
+        return state.least(state.position.float(), 0)
+
+    def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
+        """Merges what decoding evicts, right after it was chosen and before its slot is reused."""
+
+
+def window_rank(score: Tensor, entries: Entries, sinks: int, recent: Tensor) -> Tensor:
+    """``score`` with the first ``sinks`` positions above everything, then the last ``recent`` ``[B]`` (newest
+    highest), then the rest by score; padding below everything."""
+    position, length = entries.position, entries.length[:, None, None]
+    rank = score.clone()
+    newest = position >= length - recent.to(position.device)[:, None, None]
+    rank[newest] = RECENT + 1e14 * position[newest].float()
+    rank.masked_fill_((position >= 0) & (position < sinks), torch.inf)
+    return rank.masked_fill_(position < 0, -torch.inf)
+
+
+def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Splits the entries of a layer by rank; ties go to the earlier entry.
+
+    Args:
+        rank: ``[B, H, N]``, −inf for padding.
+        keep: int64 ``[B]``, entries to keep of each sequence.
+        most: slots offered, at most N.
+
+    Returns:
+        Kept ``[B, H, most]`` and evicted ``[B, H, N − most]`` indices, each ascending; N stands for "none". An entry
+        beyond a sequence's ``keep`` among the first ``most`` is evicted too and joins the evicted ones.
+    """
+    entries = rank.shape[2]
+    order = rank.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(entries, device=rank.device)
+    real = rank.gather(2, order) > -torch.inf
+    within = place < keep.to(rank.device)[:, None, None]
+    kept = torch.where(within & real, order, entries)[..., :most].sort(-1).values
+    evicted = torch.where(~within & real, order, entries).sort(-1).values
+    span = int((evicted < entries).sum(-1).max()) if evicted.numel() else 0
+    return kept, evicted[..., :span]

@@ -1,0 +1,165 @@
+"""D2O, dynamic discriminative operations: layer budgets, eviction by accumulated attention, recall by merging."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from d2obench.errors import PolicyError
+from d2obench.policies.allocation import Rule, density, shares, water_fill
+from d2obench.policies.base import Carries, Entries, Kept, Stats
+from d2obench.policies.h2o import H2O
+from d2obench.policies.merging import mean_over, merge_into, nearest
+from d2obench.spec import Budget
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+FLOOR = 0.01
+"""Least share of the prompt a layer keeps."""
+
+
+@dataclass(frozen=True)
+class D2O(H2O):
+    """Layer budgets from attention density, heavy hitters beside sinks and a window, merging of what is evicted.
+
+    Per layer, the variance of the prompt's column sums sets the budget (Eq. 5). Per KV head, the sinks, the highest
+    accumulated scores and a recent window are kept, 3 important to 1 recent (Eq. 6–7). An evicted entry is merged into
+    its nearest kept one when their similarity reaches a threshold that starts as the mean at the prompt's end and
+    follows an EMA while decoding (Eq. 8–12).
+
+    Args:
+        preset: ``paper``, or ``released`` for the authors' code with its deviations (for validation).
+        recent: share of a layer's budget that is the recent window (paper: 3:1).
+        sinks: tokens at the start that are never evicted; they count as important.
+        allocate: rule of the layer budgets, see :func:`d2obench.policies.allocation.shares`.
+        alpha: factor of the ``threshold`` rule.
+        exempt: layers that keep the whole prompt; the others share what is left, so that the total stays as asked.
+        merge: what is merged: keys and values, values only, nothing.
+        beta: weight of the newest similarity in the threshold's EMA.
+        threshold: one per KV head, or one per layer.
+        hosts: all kept entries, or only those that are neither sinks nor recent.
+        inherit: whether a host also takes the score of what it absorbs.
+        every: evict and merge this many tokens at once, every so many steps.
+    """
+
+    preset: Literal["paper", "released"] = "paper"
+    recent: float = 0.25
+    sinks: int = 4
+    allocate: Rule = "softmax"
+    alpha: float = 2.0
+    exempt: tuple[int, ...] = ()
+    merge: Literal["kv", "values", "none"] = "kv"
+    beta: float = 0.7
+    threshold: Literal["head", "layer"] = "head"
+    hosts: Literal["all", "important"] = "all"
+    inherit: bool = False
+    every: int = 1
+    name: ClassVar[str] = "d2o"
+    about: ClassVar[str] = "layer budgets, accumulated attention, and merging of what is evicted"
+    paper: ClassVar[str] = "D2O, arXiv 2406.13035"
+
+    @property
+    def interval(self) -> int:
+        return self.every
+
+    @property
+    def carries(self) -> Carries | None:
+        if self.merge == "none" or self.every > 1:
+            return None
+        return Carries(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts)
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.beta <= 1:
+            raise PolicyError(f"d2o: beta is {self.beta}", remedy="use a weight in [0, 1]")
+        if self.every < 1:
+            raise PolicyError(f"d2o: every is {self.every}", remedy="use 1 or more steps")
+        if self.alpha < 1:
+            raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
+
+    def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
+        layers = len(stats)
+        spread = torch.stack([density(stat["sum"].mean(1), length).cpu() for stat in stats])
+        exempt = {layer % layers for layer in self.exempt if -layers <= layer < layers}
+        columns = []
+        for sequence, tokens in enumerate(length.tolist()):
+            total = budget.of(tokens) * layers if budget.ratio is None else round(budget.ratio * tokens * layers)
+            others = [layer for layer in range(layers) if layer not in exempt]
+            floor = max(math.ceil(FLOOR * tokens), self.sinks + 2)
+            share = shares(spread[others, sequence], self.allocate, self.alpha).tolist()
+            parts = iter(
+                water_fill(share, max(len(others), total - len(exempt) * tokens), floor, self._cap(budget, tokens))
+            )
+            columns.append([tokens if layer in exempt else next(parts) for layer in range(layers)])
+        return torch.tensor(columns).T
+
+    def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
+        batch, heads, slots = kept.index.shape
+        tau = torch.full((batch, heads), -math.inf, device=kept.index.device)
+        if self.merge == "none" or kept.evicted.shape[2] == 0:
+            return {"tau": tau}
+        leaving, hosts = kept.leaving.flatten(0, 1), self._hosts(entries, kept, keep).flatten(0, 1)
+        at = kept.evicted.clamp_max(kept.total - 1)[..., None]
+        keys = entries.keys.gather(2, at.expand(-1, -1, -1, entries.keys.shape[-1])).flatten(0, 1)
+        values = entries.values.gather(2, at.expand(-1, -1, -1, entries.values.shape[-1])).flatten(0, 1)
+        similarity, host = nearest(keys, kept.keys.flatten(0, 1), hosts)
+        leaving = leaving & (similarity > -math.inf)
+        tau = mean_over(similarity, leaving, heads if self.threshold == "layer" else 0)
+        passed = leaving & (similarity >= tau[:, None])
+        weight = torch.where(passed, similarity.exp(), 0.0)
+        shape = (batch, heads, slots, -1)
+        kept.values = merge_into(kept.values.flatten(0, 1), values, host, weight).view(shape)
+        if self.merge == "kv":
+            kept.keys = merge_into(kept.keys.flatten(0, 1), keys, host, weight).view(shape)
+        return {"tau": tau.view(batch, heads), "merged": passed.sum(1).view(batch, heads).float()}
+
+    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
+        super().begin(state, memory, scores)
+        if self.merge == "none":
+            return
+        none = torch.full((state.store.rows,), -math.inf, device=state.store.device)
+        tau = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
+        state.extra["tau"] = tau
+        state.extra["merged"] = torch.zeros((), dtype=torch.long, device=tau.device)
+
+    def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
+        """Merges the ``every`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
+        if self.merge == "none" or self.every == 1:
+            return
+        for layer in range(victims.shape[0]):
+            self._merge_layer(state, layer, victims[layer])
+
+    def _merge_layer(self, state: DecodeState, layer: int, victims: Tensor) -> None:
+        store, tau = state.store, state.extra["tau"]
+        index = store.base[layer, :, None] + victims
+        leaving = state.position[layer].gather(1, victims) >= 0
+        hosts = (state.position[layer] >= 0).scatter(1, victims, False)[:, : store.capacities[layer]]
+        kept = store.keys(layer)
+        similarity, host = nearest(store.read_keys(index), kept, hosts)
+        leaving = leaving & (similarity > -math.inf)
+        newest = mean_over(similarity, leaving, state.heads if self.threshold == "layer" else 0)
+        smoothed = torch.where(tau[layer].isinf(), newest, torch.lerp(tau[layer], newest, self.beta))
+        tau[layer] = torch.where(newest > -math.inf, smoothed, tau[layer])
+        passed = leaving & (similarity >= tau[layer][:, None])
+        weight = torch.where(passed, similarity.exp(), 0.0)
+        values = merge_into(store.values(layer), store.read_values(index), host, weight)
+        keys = merge_into(kept, store.read_keys(index), host, weight) if self.merge == "kv" else kept
+        store.fill(layer, keys, values)
+        state.extra["merged"] += passed.sum()
+
+    def _cap(self, budget: Budget, tokens: int) -> int:
+        """A layer never needs more than the prompt, unless a count of tokens beyond it was asked for."""
+        return tokens if budget.tokens is None else max(tokens, budget.tokens)
+
+    def _hosts(self, entries: Entries, kept: Kept, keep: Tensor) -> Tensor:
+        hosts = kept.filled
+        if self.hosts == "all":
+            return hosts
+        position = entries.position.gather(2, kept.index.clamp_max(kept.total - 1))
+        recent = entries.length[:, None, None] - self.window(keep).to(position.device)[:, None, None]
+        return hosts & (position >= self.sinks) & (position < recent)

@@ -1,0 +1,76 @@
+"""H2O, the heavy-hitter oracle: accumulated attention decides, at the prompt's end and at every decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from d2obench.errors import PolicyError
+from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Heavy hitters by accumulated attention beside a recent window, per KV head.
+
+    A token's score is the sum of the attention it has received from all queries so far (mean over the query heads of
+    its KV head). The prompt keeps the ``budget − M`` highest outside the last M and those M; each decode step adds its
+    row to the scores and evicts the lowest one that is not among the last M.
+
+    Args:
+        recent: share of the budget that is the recent window; the authors' code has heavy and recent equal.
+        sinks: tokens at the start that are never evicted; the authors force none.
+        normalised: divide a score by the number of queries that could see the token. Ours: it takes away the
+            advantage of early tokens.
+    """
+
+    recent: float = 0.5
+    sinks: int = 0
+    normalised: bool = False
+    name: ClassVar[str] = "h2o"
+    about: ClassVar[str] = "heavy hitters by accumulated attention and a recent window"
+    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    decode: ClassVar = "rows"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=True)
+
+    def check(self) -> None:
+        if not 0 < self.recent <= 1:
+            raise PolicyError(f"{self.name}: recent is {self.recent}", remedy="use a share of the budget in (0, 1]")
+        if self.sinks < 0:
+            raise PolicyError(f"{self.name}: sinks is {self.sinks}", remedy="use 0 or more")
+
+    def window(self, keep: Tensor) -> Tensor:
+        """Size M of the recent window for budgets of any shape; at least 1."""
+        return torch.round(keep * self.recent).long().clamp_min(1)
+
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        score = entries.stats["sum"]
+        if self.normalised:
+            score = score / (entries.length[:, None, None] - entries.position).clamp_min(1)
+        return window_rank(score, entries, self.sinks, self.window(keep))
+
+    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
+        for layer, stats in enumerate(scores):
+            kept = stats["sum"].flatten(0, 1)
+            state.score[layer, :, : kept.shape[1]] = kept
+        state.score.masked_fill_((state.position >= 0) & (state.position < self.sinks), torch.inf)
+        usable = state.usable - self.interval
+        state.extra["recent"] = self.window(usable)[..., None].to(state.position.dtype)
+
+    def observe(self, state: DecodeState) -> None:
+        state.score += state.attention
+
+    def victims(self, state: DecodeState) -> Tensor:
+        score = state.score
+        if self.normalised:
+            score = score / (state.now[None, :, None] - state.position + 1)
+        return state.least(score, state.extra["recent"])

@@ -1,0 +1,230 @@
+"""What a run leaves, as plain records: no torch, no pandas, no rendering.
+
+A run folder holds ``run.json`` (one :class:`RunInfo`), ``cells.jsonl`` (one :class:`CellRecord` a line, appended and
+flushed when a cell ends), ``samples/<hash>.json`` (every raw value) and the views made from them.
+
+Schema history: 1, first version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from d2obench.errors import RecordError
+
+SCHEMA = 1
+MAX_LINE = 8 * 2**20
+STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
+
+
+class Value(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One figure of a cell in base units (see ``d2obench.metric``).
+
+    ``lo`` and ``hi`` bound the 95 % interval of ``value`` over ``n`` samples; ``note`` says why a value is missing or
+    how it was made.
+    """
+
+    value: float | None
+    lo: float | None = None
+    hi: float | None = None
+    n: int = 1
+    note: str = ""
+
+
+class Axes(msgspec.Struct, frozen=True):
+    """One point of the suite's product. What a task or policy does not use is None."""
+
+    task: str
+    model: str
+    dtype: str
+    device: str
+    policy: str
+    budget: str | None
+    shape: str | None
+    batch: int | str | None
+    seed: int
+
+
+class CellRecord(msgspec.Struct, frozen=True):
+    """One finished cell: a row of every table.
+
+    ``id`` is readable and stable; ``hash`` covers everything the result depends on. ``status`` is one of STATUSES and
+    ``reason`` says why it is not ``ok``. ``details`` holds what only some views use (kept tokens per layer, phases,
+    ``items`` of a quality task are in the samples). ``flags`` are words every view must show, such as
+    ``keeps more than asked`` or ``sampled decode``.
+    """
+
+    id: str
+    hash: str
+    axes: Axes
+    status: str
+    reason: str = ""
+    values: dict[str, Value] = {}
+    details: dict[str, Any] = {}
+    flags: tuple[str, ...] = ()
+    samples: str | None = None
+    started: str = ""
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """``run.json``: what was asked, where and of what code; ``cells`` are the ids planned, in order."""
+
+    name: str
+    suite: dict[str, Any]
+    suite_digest: str
+    cells: tuple[str, ...]
+    environment: dict[str, Any]
+    environment_hash: str
+    command: tuple[str, ...]
+    version: str
+    started: str
+    schema: int = SCHEMA
+
+
+class Run(msgspec.Struct, frozen=True):
+    """A run folder as read: ``warnings`` are words for the reader, such as a torn last line that was left out."""
+
+    path: Path
+    info: RunInfo
+    cells: tuple[CellRecord, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Ids planned that have no record yet."""
+        done = {cell.id for cell in self.cells}
+        return tuple(cell for cell in self.info.cells if cell not in done)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity replaced by None, all through lists and dicts: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def dump(value: Any) -> bytes:
+    """JSON with sorted keys; the one way records are written."""
+    plain = finite(msgspec.to_builtins(value))
+    return json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces ``path`` in one step; a full disk or a forbidden folder is a RecordError and leaves the old file."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as problem:
+        raise cannot_write(path, problem) from problem
+
+
+def append_cell(folder: Path, cell: CellRecord) -> None:
+    """Appends one line to ``cells.jsonl`` and flushes it to the disk; a torn line before it is closed off first."""
+    path = folder / "cells.jsonl"
+    try:
+        with open(path, "ab+") as file:
+            torn = False
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write((b"\n" if torn else b"") + dump(cell) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:
+        raise cannot_write(path, problem) from problem
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder; bad lines are left out with a warning, a bad or missing ``run.json`` is a RecordError.
+
+    A cell recorded twice (a run resumed after a kill) counts once: the last record stands.
+    """
+    info = _read_info(folder)
+    cells: dict[str, CellRecord] = {}
+    warnings: list[str] = []
+    path = folder / "cells.jsonl"
+    if path.exists():
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(file), 1):
+                try:
+                    cell = _cell(line)
+                except (msgspec.DecodeError, ValueError, RecursionError) as problem:
+                    warnings.append(f"{path.name} line {number} was left out: {str(problem)[:200]}")
+                    continue
+                cells[cell.id] = cell
+    order = {cell: i for i, cell in enumerate(info.cells)}
+    ordered = sorted(cells.values(), key=lambda cell: order.get(cell.id, len(order)))
+    return Run(folder, info, tuple(ordered), tuple(warnings))
+
+
+def read_samples(folder: Path, cell: CellRecord) -> dict[str, Any]:
+    """The raw values of a cell; an empty dict where there are none or the file is damaged."""
+    if not cell.samples:
+        return {}
+    path = folder / cell.samples
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RecordError(f"the samples of {cell.id} point outside the run folder")
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def cannot_write(path: Path, problem: OSError) -> RecordError:
+    """The one wording of a failed write."""
+    return RecordError(
+        f"can't write {path}", why=problem.strerror or str(problem), remedy="free some space or choose another folder with --out"
+    )
+
+
+def _read_info(folder: Path) -> RunInfo:
+    path = folder / "run.json"
+    remedy = "give the folder a run wrote, for example d2obench-runs/<time>-<suite>"
+    try:
+        info = msgspec.json.decode(path.read_bytes(), type=RunInfo)
+    except FileNotFoundError:
+        raise RecordError(f"{folder} is not a run folder", why="it has no run.json", remedy=remedy) from None
+    except OSError as problem:
+        raise RecordError(f"can't read {path}", why=problem.strerror or str(problem), remedy=remedy) from None
+    except (msgspec.DecodeError, RecursionError) as problem:
+        raise RecordError(f"can't read {path}", why=str(problem), remedy=remedy) from None
+    if info.schema > SCHEMA:
+        raise RecordError(
+            f"{path} has schema {info.schema}", why=f"this version reads up to {SCHEMA}", remedy="update d2obench"
+        )
+    return info
+
+
+def _lines(file: Any) -> Any:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1)
+            yield b'"a line of more than 8 MiB"'
+        elif line.strip():
+            yield line
+
+
+def _cell(line: bytes) -> CellRecord:
+    cell = msgspec.json.decode(line, type=CellRecord)
+    if cell.status not in STATUSES:
+        raise ValueError(f"unknown status '{cell.status[:40]}'")
+    return cell

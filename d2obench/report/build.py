@@ -1,0 +1,134 @@
+"""Run folders → one :class:`Report`: the only place that decides what stands on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from d2obench.errors import RecordError
+from d2obench.record import Run, read_run
+from d2obench.report.derive import entries
+from d2obench.report.fields import WORDS
+from d2obench.report.figures import figures
+from d2obench.report.headline import headline
+from d2obench.report.machine import again, cards, environment, suites, unlike
+from d2obench.report.rows import Entry, join
+from d2obench.report.tidy import cases, tidy
+from d2obench.report.view import Column, Report, Table
+from d2obench.report.view import Entry as Field
+from d2obench.report.words import verdict
+
+MAX_CELLS = 2500
+EMBEDDED = "Model embedded: SmolLM2-135M-Instruct, its weights dequantised from 4 bits (GGUF Q4_1); the KV cache is full precision."
+
+
+def build(folders: Sequence[Path]) -> Report:
+    """The report of one run or several side by side.
+
+    A published run has no raw samples any more; its report is read back from ``report.json``.
+    """
+    if len(folders) == 1 and _published(folders[0]):
+        return _stored(folders[0] / "report.json")
+    return assemble([read_run(folder) for folder in folders])
+
+
+def assemble(runs: Sequence[Run]) -> Report:
+    """The report of runs that were read."""
+    named = list(zip(_names(runs), runs, strict=True))
+    found = entries(named)
+    rows = join(found)
+    tables = headline(found, rows)
+    return Report(
+        title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
+        subtitle="; ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip("; "),
+        verdict=verdict(named, rows),
+        warnings=(*_warnings(named), *unlike(named)),
+        headline=tuple(tables),
+        reading=_reading(found, tables),
+        machine=cards(named, rows),
+        figures=tuple(figures(found, rows)),
+        cells=_cells(named, len(runs) > 1),
+        environment=environment(named),
+        suites=suites(named),
+        again=again(named),
+        tidy=tuple(tidy(found)),
+        cases=tuple(cases(found, named)),
+    )
+
+
+def _published(folder: Path) -> bool:
+    return (folder / "report.json").is_file() and not (folder / "samples").is_dir()
+
+
+def _stored(path: Path) -> Report:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError, RecursionError) as problem:
+        raise RecordError(f"can't read {path}", why=str(problem), remedy="publish the run again") from None
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run, made different where two have the same."""
+    names: list[str] = []
+    for run in runs:
+        name = run.info.name
+        for more in ("", run.info.started, run.path.name):
+            if name not in names:
+                break
+            name = f"{run.info.name} {more}".strip()
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
+
+
+def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
+    words = []
+    for name, run in runs:
+        at = f"{name}: " if len(runs) > 1 else ""
+        if run.missing:
+            words.append(
+                f"{at}The run is not finished: {len(run.missing)} of {len(run.info.cells)} cells have no record yet."
+            )
+        words += [f"{at}{warning}" for warning in run.warnings[:5]]
+    if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
+        words.append(EMBEDDED)
+    return words
+
+
+def _reading(found: Sequence[Entry], tables: Sequence[Table]) -> tuple[str, ...]:
+    """How to read the headline table; only what applies to it."""
+    lines = [
+        "a … b is the 95 % interval of the figure before it; where intervals overlap, figures are not clearly apart.",
+        "↓ lower is better, ↑ higher is better; bold is the best among rows of the same model, shape and batch.",
+    ]
+    rounds = sorted({n for entry in found if isinstance(n := entry.record.details.get("rounds"), int)})
+    if rounds:
+        count = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
+        lines.append(f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round.")
+    if any(entry.text.endswith(" ◆") for table in tables for row in table.rows for entry in row):
+        lines.append("◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes.")
+    return (*lines, "– was not asked for or can't be told; a cell without figures says why.")
+
+
+def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:
+    """Every planned cell with how it ended; those that gave no figures first."""
+    columns = [Column("run", "run", numeric=False)] if several else []
+    columns += [Column("cell", "cell", numeric=False), Column("status", "status", numeric=False)]
+    columns += [Column("seconds", "time", "s"), Column("remarks", "remarks", numeric=False)]
+    bad: list[tuple[Field, ...]] = []
+    good: list[tuple[Field, ...]] = []
+    for name, run in runs:
+        first = [Field(name)] if several else []
+        for cell in run.cells:
+            ok = cell.status == "ok"
+            status = Field("ok") if ok else Field(WORDS[cell.status], mark="bad")
+            seconds = Field(f"{cell.seconds:.1f}", sort=round(cell.seconds, 1))
+            remark = Field("; ".join(word for word in (cell.reason, *cell.flags) if word))
+            (good if ok else bad).append((*first, Field(cell.id), status, seconds, remark))
+        missing = (Field("not run", mark="bad"), Field("–", mark="quiet"), Field(""))
+        bad += [(*first, Field(cell), *missing) for cell in run.missing]
+    body = [*bad, *good]
+    return Table("Cells", tuple(columns), tuple(body[:MAX_CELLS]), left_out=max(0, len(body) - MAX_CELLS))

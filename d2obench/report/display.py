@@ -1,0 +1,213 @@
+"""The live display of a run: progress goes to stderr, results to stdout.
+
+On a terminal a table that rich redraws; elsewhere one plain line for each cell that ends. ``NO_COLOR`` is honoured by
+rich itself. The runner calls a :class:`Display` from one thread and knows nothing about how it looks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TextIO
+
+STATES = ("waiting", "running", "ok", "oom", "skipped", "failed", "incomparable")
+ENDED = STATES[2:]
+STYLES = {
+    "waiting": "dim",
+    "running": "bold cyan",
+    "ok": "green",
+    "oom": "red",
+    "skipped": "yellow",
+    "failed": "bold red",
+}
+MAX_SHOWN, MAX_TEXT = 16, 200
+
+
+class Display(Protocol):
+    """What the runner tells. ``text`` is short: ``round 3/5  TPOT 11.8 ms ± 2 %  1,420 MiB now, 1,611 peak``."""
+
+    def start(self, cells: Sequence[str]) -> None:
+        """The run begins with these cell ids, in order."""
+
+    def cell(self, cell: str, state: str, text: str = "") -> None:
+        """A cell is in one of STATES; an unknown id is added."""
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """What is going on now: ``loading embedded``, ``round 3/5``; of ``total`` parts ``done`` are done."""
+
+    def note(self, text: str) -> None:
+        """A line that stays: a warning, a disturbance, a file written."""
+
+    def finish(self) -> None:
+        """The run is over or was stopped; the terminal is left as it was. May be called twice."""
+
+
+@dataclass
+class _Progress:
+    """States of all cells and the time left, from the cells that ran so far."""
+
+    clock: Callable[[], float] = time.monotonic
+    states: dict[str, tuple[str, str]] = field(default_factory=dict)
+    words: str = ""
+    begun: float = 0.0
+
+    def start(self, cells: Sequence[str]) -> None:
+        self.states, self.begun = dict.fromkeys(cells, ("waiting", "")), self.clock()
+
+    def done(self) -> int:
+        return sum(state in ENDED for state, _ in self.states.values())
+
+    def left(self) -> str:
+        """``2 min left`` once a cell has ended; cells that are timed together end together, so it is rough."""
+        done = self.done()
+        if not done or done == len(self.states):
+            return ""
+        seconds = (self.clock() - self.begun) / done * (len(self.states) - done)
+        return f"about {spell(seconds)} left"
+
+
+class PlainDisplay:
+    """One line for each cell that ended and for each note; no ANSI. ``phase`` is silent but for a new first word."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._progress, self._last = stream or sys.stderr, _Progress(clock), ""
+
+    def start(self, cells: Sequence[str]) -> None:
+        """Says how many cells there are."""
+        self._progress.start(cells)
+        self._line(f"{len(cells)} cells")
+
+    def cell(self, cell: str, state: str, text: str = "") -> None:
+        """A line when the cell ends, once."""
+        before = self._progress.states.get(cell, ("", ""))[0]
+        self._progress.states[cell] = (state, text)
+        if state in ENDED and before != state:
+            place = f"[{self._progress.done()}/{len(self._progress.states)}]"
+            self._line("  ".join(word for word in (place, cell, state, text, self._progress.left()) if word))
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """A line where a new kind of work begins, not for every step of it."""
+        kind = text.split(" ")[0]
+        if kind and kind != self._last:
+            self._line(text)
+        self._last = kind
+
+    def note(self, text: str) -> None:
+        """The line itself."""
+        self._line(text)
+
+    def finish(self) -> None:
+        """Nothing is left to clean up."""
+
+    def _line(self, text: str) -> None:
+        print(_clean(text), file=self._stream, flush=True)
+
+
+class LiveDisplay:
+    """A table of the cells around the running ones, redrawn four times a second, with a bar and the time left below."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(file=stream or sys.stderr)
+        self._progress, self._part = _Progress(clock), (0, 0)
+        self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._draw, transient=True)
+
+    def start(self, cells: Sequence[str]) -> None:
+        """Begins to draw."""
+        self._progress.start(cells)
+        self._live.start()
+
+    def cell(self, cell: str, state: str, text: str = "") -> None:
+        """Takes effect at the next drawing."""
+        self._progress.states[cell] = (state, text)
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Shown below the table."""
+        self._progress.words, self._part = text, (done or 0, total or 0)
+
+    def note(self, text: str) -> None:
+        """Printed above the table, where it stays."""
+        from rich.text import Text
+
+        self.console.print(Text(_clean(text)))
+
+    def finish(self) -> None:
+        """Takes the table away and leaves one line."""
+        if self._live.is_started:
+            self._live.stop()
+            states = [state for state, _ in self._progress.states.values()]
+            counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+            self.note(f"{counts or 'no cells'} in {spell(self._progress.clock() - self._progress.begun)}")
+
+    def _draw(self):  # type: ignore[no-untyped-def]
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=3)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=4)
+        for cell in self._window():
+            state, text = self._progress.states[cell]
+            table.add_row(Text(_clean(cell)), Text(state, style=STYLES.get(state, "")), Text(_clean(text)))
+        done, total = self._progress.done(), max(1, len(self._progress.states))
+        part = self._part[0] / self._part[1] if self._part[1] else 0.0
+        share = f" ({part:.0%})" if self._part[1] else ""
+        foot = f"{done}/{total} cells  {self._progress.left()}  {_clean(self._progress.words)}{share}"
+        return Group(table, ProgressBar(total=total, completed=done, width=40), Text(foot, style="dim"))
+
+    def _window(self) -> list[str]:
+        """The cells around the first that runs, as many as fit."""
+        cells = list(self._progress.states)
+        size = max(3, min(MAX_SHOWN, self.console.height - 6))
+        running = [i for i, cell in enumerate(cells) if self._progress.states[cell][0] == "running"]
+        first = running[0] if running else self._progress.done()
+        start = max(0, min(first - 2, len(cells) - size))
+        return cells[start : start + size]
+
+
+class QuietDisplay:
+    """Says nothing: ``--quiet``."""
+
+    def start(self, cells: Sequence[str]) -> None:
+        """Nothing."""
+
+    def cell(self, cell: str, state: str, text: str = "") -> None:
+        """Nothing."""
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+def display(*, quiet: bool = False, plain: bool = False, stream: TextIO | None = None) -> Display:
+    """The display that fits: quiet, live on a terminal, plain lines elsewhere or where ``plain`` is asked for."""
+    stream = stream or sys.stderr
+    if quiet:
+        return QuietDisplay()
+    return PlainDisplay(stream) if plain or not stream.isatty() else LiveDisplay(stream)
+
+
+def spell(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _clean(text: str) -> str:
+    """One printable line."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

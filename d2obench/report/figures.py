@@ -1,0 +1,183 @@
+"""The figures of a report as data, each only where the records carry what it needs.
+
+The charts are drawn from these rows by ``d2obench.report.charts``; the same rows are the table behind each figure.
+Raw samples are read for the largest setting only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from d2obench.metric import METRICS, show
+from d2obench.record import Value, read_samples
+from d2obench.report.memory import Point, Samples, axis_title, rounds_of, split, timeline
+from d2obench.report.needle import needles
+from d2obench.report.quality import front, held, loss, primary, tasks_of
+from d2obench.report.rows import Entry, Row, grouped, volume
+from d2obench.report.view import Figure
+from d2obench.suite import SPEED
+
+MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES = 3, 6, 64, 12
+
+
+def figures(found: Sequence[Entry], rows: Sequence[Row]) -> list[Figure]:
+    """Every figure the records can carry, in the order of the page."""
+    main = _main(rows)
+    timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
+    made: list[Figure | None] = [*_tradeoffs(rows), _speedups(rows), _throughput(rows), _positions(timed)]
+    made += [timeline(timed), split(main), _layers(found), *needles(found)]
+    return [figure for figure in made if figure is not None]
+
+
+def _main(rows: Sequence[Row]) -> list[Row]:
+    """The largest setting with timed cells."""
+    groups = [[row for row in group if row.speed and row.speed.record.status == "ok"] for group in grouped(rows)]
+    groups = [group for group in groups if group]
+    return max(groups, key=lambda group: (len(group) > 1, volume(group[0].key), len(group))) if groups else []
+
+
+def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
+    """Quality against KV bytes, one figure a task, one panel a setting."""
+    for task in tasks_of(rows)[:MAX_TASKS]:
+        points: list[Point] = []
+        metric, stands = METRICS[primary(rows, task)], front(rows, task)
+        for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
+            quality, kv = loss(row, task, metric.key), held(row)
+            if quality is None or kv is None:
+                continue
+            shown = (kv * METRICS["kv_bytes"].scale, quality * metric.scale, *_bounds(row.value(task, metric.key), metric.scale))
+            points.append((_panel(row), row.key.policy, row.key.label, *shown, row.key in stands))
+        if len({point[2] for point in points}) > 1:
+            yield Figure(
+                f"tradeoff-{_slug(task)}", "tradeoff", f"Quality against KV memory: {task}",
+                f"{metric.header}: {metric.about}. The line joins the points that nothing beats in both.",
+                ("setting", "policy", "label", "kv", "quality", "lo", "hi", "front"), tuple(points),
+                {"x": axis_title("kv_bytes"), "y": axis_title(metric.key), "wide": _wide(points)},
+            )  # fmt: skip
+
+
+def _wide(points: Sequence[Point]) -> bool:
+    """Whether a figure has panels side by side."""
+    return len({point[0] for point in points}) > 1
+
+
+def _speedups(rows: Sequence[Row]) -> Figure | None:
+    points = []
+    for group in grouped(rows)[:MAX_SETTINGS]:
+        for row in group:
+            value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
+            if value and value.value is not None:
+                lo, hi = _bounds(value, 1)
+                points.append(
+                    (_panel(row), row.key.policy, row.key.label, value.value, lo, hi, bound.value if bound else None)
+                )
+    if not points:
+        return None
+    return Figure(
+        "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
+        "Bar: median of the rounds, line: 95 % interval, tick: what memory traffic (weights and KV) allows; 1 is the full cache.",
+        ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points), {"x": axis_title("speedup"), "wide": _wide(points)},
+    )  # fmt: skip
+
+
+def _throughput(rows: Sequence[Row]) -> Figure | None:
+    """Decode tok/s against batch; out of memory is the wall."""
+    points = []
+    for row in rows:
+        entry = row.speed
+        if entry is None or not isinstance(row.key.batch, int):
+            continue
+        value = entry.values.get("decode_tok_s")
+        lo, hi = _bounds(value, 1)
+        wall = entry.record.status in ("oom", "skipped")
+        if wall or (value and value.value is not None):
+            shape = row.key.shape or ""
+            points.append(
+                (shape, row.key.policy, row.key.label, row.key.batch, value.value if value else None, lo, hi, wall)
+            )
+    if len({point[3] for point in points}) < 2 or not any(point[4] for point in points):
+        return None
+    return Figure(
+        "throughput", "throughput", "Decode throughput against batch",
+        "Band: 95 % interval; ✕: the batch at which memory ended.",
+        ("setting", "policy", "label", "batch", "tok_s", "lo", "hi", "wall"), tuple(points), {"y": axis_title("decode_tok_s"), "wide": _wide(points)},
+    )  # fmt: skip
+
+
+def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
+    """Step time against position, the median of all rounds in each of MAX_POINTS bins."""
+    points: list[Point] = []
+    scale = METRICS["tpot_s"].scale
+    for row, samples in timed:
+        at: dict[int, list[float]] = {}
+        for part in rounds_of(samples):
+            steps = part.get("step_s") or []
+            for place, step in zip(part.get("step_at") or range(len(steps)), steps, strict=False):
+                if isinstance(step, int | float):
+                    at.setdefault(place, []).append(step)
+        places = sorted(at)
+        width = max(1, -(-len(places) // MAX_POINTS))
+        for start in range(0, len(places), width):
+            bin_ = places[start : start + width]
+            values = [step for place in bin_ for step in at[place]]
+            points.append((row.key.policy, row.key.label, bin_[-1] + 1, round(median(values) * scale, 4)))
+    if len({point[2] for point in points}) < 4:
+        return None
+    return Figure(
+        "position", "position", f"Time of a decode step against its position ({timed[0][0].key.setting})",
+        "Median of all rounds; a cache of bounded size stays flat while a full one climbs.",
+        ("policy", "label", "position", "tpot"), tuple(points), {"x": "decode step", "y": axis_title("tpot_s")},
+    )  # fmt: skip
+
+
+def _layers(found: Sequence[Entry]) -> Figure | None:
+    """Tokens kept in each layer by each policy and budget, at its largest setting."""
+    best: dict[str, Entry] = {}
+    for entry in found:
+        if entry.record.status == "ok" and entry.key.budget and _numbers(entry.record.details.get("kept_layers")):
+            label = entry.key.label
+            if label not in best or volume(entry.key) > volume(best[label].key):
+                best[label] = entry
+    points: list[Point] = []
+    for label, entry in list(best.items())[:MAX_LINES]:
+        merged = entry.values.get("merged")
+        share = (
+            f"{show('merged', merged.value)} {METRICS['merged'].unit} merged"
+            if merged and merged.value is not None
+            else ""
+        )
+        for layer, tokens in enumerate(_numbers(entry.record.details["kept_layers"])):
+            points.append((entry.key.policy, f"{label}, {share}" if share else label, layer, round(tokens, 2)))
+    if len({point[2] for point in points}) < 2:
+        return None
+    return Figure(
+        "layers", "layers", "Tokens kept in each layer after compression",
+        "Mean over sequences and KV heads; a policy that shares its budget among the layers departs from the flat line.",
+        ("policy", "label", "layer", "kept"), tuple(points), {"x": "layer", "y": "tokens kept", "wide": True},
+    )  # fmt: skip
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of numbers, empty where it is something else."""
+    good = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return [float(x) for x in value] if good else []
+
+
+def _panel(row: Row) -> str:
+    """The group's axes in words: what a panel of a figure is titled."""
+    return row.key.setting or row.key.model
+
+
+def _bounds(value: Value | None, scale: float) -> tuple[float | None, float | None]:
+    if value is None or value.lo is None or value.hi is None:
+        return None, None
+    return value.lo * scale, value.hi * scale
+
+
+def _slug(text: str) -> str:
+    """A task's name as part of a file name."""
+    return (
+        "".join(char if char.isascii() and char.isalnum() else "-" for char in text)[:40].strip("-").lower() or "task"
+    )

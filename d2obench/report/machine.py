@@ -1,0 +1,182 @@
+"""The machine card, the roofline, the environment and the words to run again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2obench.metric import METRICS
+from d2obench.record import Run
+from d2obench.report.fields import axis, axis_column, column, field, varying
+from d2obench.report.headline import MAX_ROWS
+from d2obench.report.rows import Row
+from d2obench.report.view import Column, Entry, Table
+from d2obench.suite import SPEED
+
+ROOFLINE = (
+    "weights_bytes",
+    "kv_bytes",
+    "step_bytes",
+    "decode_tok_s",
+    "ceiling_tok_s",
+    "mbu",
+    "speedup",
+    "speedup_bound",
+)
+CARD = (
+    "cpu",
+    "gpu",
+    "device",
+    "cores",
+    "threads",
+    "memory",
+    "bandwidth",
+    "power",
+    "clock",
+    "governor",
+    "torch",
+    "transformers",
+)
+MAX_TEXT = 300
+
+
+def cards(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> tuple[Table, ...]:
+    """The machine as far as the figures depend on it, then each row beside what its memory traffic allows."""
+    return (*_card(runs), *_roofline(rows))
+
+
+def _card(runs: Sequence[tuple[str, Run]]) -> list[Table]:
+    flat = [_flat(run.info.environment) for _, run in runs]
+    keys = [
+        key
+        for key in dict.fromkeys(key for facts in flat for key in facts)
+        if any(word in key.lower() for word in CARD)
+    ]
+    return [_facts("Machine", runs, flat, keys)] if keys else []
+
+
+def environment(runs: Sequence[tuple[str, Run]]) -> tuple[Table, ...]:
+    """Every fact of every run's environment; where there are several runs, facts that differ are marked."""
+    flat = [_flat(run.info.environment) for _, run in runs]
+    for facts, (_, run) in zip(flat, runs, strict=True):
+        facts["d2obench"], facts["suite"], facts["started"] = (
+            run.info.version,
+            run.info.suite_digest[:12],
+            run.info.started,
+        )
+    return (_facts("Environment", runs, flat, list(dict.fromkeys(key for facts in flat for key in facts))),)
+
+
+def unlike(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
+    """A warning where runs of one report were not made in like environments."""
+    if len({run.info.environment_hash for _, run in runs}) < 2:
+        return ()
+    flat = [_flat(run.info.environment) for _, run in runs]
+    keys = [
+        key
+        for key in dict.fromkeys(key for facts in flat for key in facts)
+        if len({facts.get(key) for facts in flat}) > 1
+    ]
+    differ = ", ".join(keys[:8]) + (" and more" if len(keys) > 8 else "")
+    return (
+        f"These runs were made in unlike environments ({differ or 'by their hash'}): compare times between them with care.",
+    )
+
+
+def suites(runs: Sequence[tuple[str, Run]]) -> tuple[tuple[str, str], ...]:
+    """(run, its resolved suite as TOML)."""
+    return tuple((name, toml(run.info.suite)) for name, run in runs)
+
+
+def again(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
+    """The command of each run."""
+    return tuple(dict.fromkeys(shlex.join(run.info.command) for _, run in runs if run.info.command))
+
+
+def toml(table: Mapping[str, Any], path: str = "") -> str:
+    """A table as TOML: plain values first, then sub-tables; what TOML can't hold (None) is left out."""
+    lines = [
+        f"{_name(key)} = {_toml(value)}"
+        for key, value in table.items()
+        if not isinstance(value, dict) and value is not None
+    ]
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            name = f"{path}{_name(key)}"
+            lines += ["", f"[{name}]", toml(value, f"{name}.")]
+    return "\n".join(lines)
+
+
+def _roofline(rows: Sequence[Row]) -> list[Table]:
+    known = [row for row in rows if row.value(SPEED, "step_bytes") or row.value(SPEED, "mbu")]
+    metrics = [metric for metric in ROOFLINE if any(row.value(SPEED, metric) for row in known)]
+    if not known or not metrics:
+        return []
+    names = varying(known)
+    columns = [axis_column(name) for name in names] + [column(METRICS[metric]) for metric in metrics]
+    body = []
+    for row in known[:MAX_ROWS]:
+        figures = (field(metric, row.value(SPEED, metric)) for metric in metrics)
+        body.append((*(axis(row.key, name) for name in names), *figures))
+    groups = [i for i, row in enumerate(known[:MAX_ROWS]) if not i or row.key.group != known[i - 1].key.group]
+    note = "A decode step has to read the weights once and each sequence's KV cache: that is its traffic, and the copy bandwidth bounds it."
+    return [
+        Table(
+            "Roofline of a decode step",
+            tuple(columns),
+            tuple(body),
+            tuple(groups),
+            (note,),
+            max(0, len(known) - MAX_ROWS),
+        )
+    ]
+
+
+def _facts(
+    title: str, runs: Sequence[tuple[str, Run]], flat: Sequence[Mapping[str, str]], keys: Sequence[str]
+) -> Table:
+    columns = [Column("fact", "", numeric=False)] + [
+        Column(f"run{i}", name, numeric=False) for i, (name, _) in enumerate(runs)
+    ]
+    body = []
+    for key in keys:
+        values = [facts.get(key, "–") for facts in flat]
+        mark = "warn" if len(set(values)) > 1 and key not in ("started",) else ""
+        body.append((Entry(key), *(Entry(value, mark=mark) for value in values)))  # type: ignore[arg-type]
+    return Table(title, tuple(columns), tuple(body))
+
+
+def _flat(facts: Any, path: str = "") -> dict[str, str]:
+    """Nested facts as ``a.b`` → text; long texts are cut."""
+    if isinstance(facts, dict):
+        return {
+            key: text
+            for name, value in sorted(facts.items())
+            for key, text in _flat(value, f"{path}.{name}" if path else str(name)).items()
+        }
+    if isinstance(facts, list | tuple):
+        facts = ", ".join(str(value) for value in facts)
+    if path.endswith("_bytes") and isinstance(facts, int | float):
+        return {path.removesuffix("_bytes"): f"{facts / 2**30:.1f} GiB"}
+    text = {True: "yes", False: "no", None: "–"}[facts] if facts is None or isinstance(facts, bool) else str(facts)
+    return {path: text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"}
+
+
+def _name(key: Any) -> str:
+    text = str(key)
+    return text if text and all(char.isascii() and (char.isalnum() or char in "-_") for char in text) else _toml(text)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, int | float):
+        return repr(value)
+    escaped = "".join(
+        char if char.isprintable() and char not in '"\\' else "\\" + char if char in '"\\' else f"\\U{ord(char):08x}"
+        for char in str(value)
+    )
+    return f'"{escaped}"'

@@ -1,0 +1,96 @@
+"""Publishing: what is worth keeping of a run goes to ``reports/<name>/``, and ``reports/README.md`` lists all of them.
+
+Raw samples stay behind; ``report.json`` holds what was made of them, so a published run is rendered again from it to
+the same bytes. Files of the gate's baselines beside the runs are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2obench.errors import D2OBenchError, RecordError, UsageError
+from d2obench.record import Run, cannot_write, read_run, write_atomic
+from d2obench.report.build import build
+from d2obench.report.render.markdown import escape
+from d2obench.report.view import Report
+from d2obench.report.write import write_report
+
+RECORDS = ("run.json", "cells.jsonl")
+FORMATS = ("json", "csv", "md", "html")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+RESERVED = ("baselines",)
+
+
+def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) -> list[Path]:
+    """Copies a run's records and views to ``reports/<name>`` and rebuilds the index.
+
+    Args:
+        folder: the run.
+        reports: where published runs live.
+        name: the new folder's name; the run's own where it is empty.
+        replace: whether a published run of that name may be overwritten.
+
+    Returns: the files written, the index last.
+
+    Raises:
+        UsageError: the name is no plain file name.
+        RecordError: the folder is no run, the name is taken, or it can't be written.
+    """
+    run = read_run(folder)
+    name = name or run.info.name
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise UsageError(f"'{name[:80]}' can't name a report", remedy="use letters, digits, '.', '_' and '-': --name my-run")
+    target = reports / name
+    if target.resolve() == folder.resolve():
+        raise UsageError(f"{folder} is published already", remedy="render it with d2obench report")
+    if target.exists() and not replace:
+        raise RecordError(f"{target} exists", remedy="choose another --name, or --replace it on purpose")
+    report = build([folder])
+    try:
+        if target.exists():
+            read_run(target)  # only a run is ever removed
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        for record in RECORDS:
+            if (folder / record).is_file():
+                shutil.copyfile(folder / record, target / record)
+    except OSError as problem:
+        raise cannot_write(target, problem) from problem
+    written = write_report(report, target, FORMATS)
+    return [*(target / record for record in RECORDS), *written, index(reports)]
+
+
+def index(reports: Path) -> Path:
+    """Rebuilds ``README.md`` of a folder of published runs; a folder that is no run is passed over."""
+    rows = []
+    for folder in sorted(path for path in reports.iterdir() if (path / "run.json").is_file()):
+        try:
+            rows.append(_row(folder, read_run(folder), build([folder])))
+        except D2OBenchError:
+            continue
+    head = [
+        "# Published runs",
+        "Rebuilt by `d2obench report publish`. Each folder holds the records of a run and the views made from them; "
+        "`d2obench report reports/NAME` makes the views again, to the same bytes.",
+    ]
+    table = ["| run | suite | models | device | started | cells | verdict |", "|---|---|---|---|---|---:|---|", *rows]
+    path = reports / "README.md"
+    write_atomic(path, ("\n\n".join([*head, "\n".join(table)]) + "\n").encode())
+    return path
+
+
+def _row(folder: Path, run: Run, report: Report) -> str:
+    models = ", ".join(dict.fromkeys(cell.axes.model for cell in run.cells))
+    devices = [str(run.info.environment.get(key) or "") for key in ("gpu", "cpu")]
+    fields: Sequence[str] = (
+        run.info.name,
+        models,
+        next((device for device in devices if device), "–"),
+        run.info.started[:10],
+        str(len(run.cells)),
+        report.verdict[0] if report.verdict else "",
+    )
+    return f"| [{folder.name}]({folder.name}/report.md) | " + " | ".join(escape(field) for field in fields) + " |"

@@ -1,0 +1,82 @@
+"""The report on a terminal: the verdict and the headline tables, by rich."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from d2obench.report.view import Entry, Report, Table
+
+STYLES = {"": "", "best": "bold green", "warn": "yellow", "bad": "red", "quiet": "dim"}
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Prints what a reader wants first; the files hold the rest."""
+    for table in report.headline[:1]:
+        show_table(table, console)
+    for line in report.reading:
+        console.print(Text(line, style="dim"))
+    for line in report.warnings:
+        console.print(Text(f"! {line}", style="yellow"))
+    for line in report.verdict:
+        console.print(Text(f"• {_clean(line)}"))
+
+
+def show_table(table: Table, console: Console) -> None:
+    """A table; where it is wider than the terminal its columns are shown in turns, the axes each time."""
+    first = sum(not column.numeric for column in table.columns[: _axes(table)])
+    blocks = _blocks(table, first, console)
+    for number, places in enumerate(blocks):
+        made = _rich(table, places)
+        made.title = Text(table.title if not number else f"{table.title} (continued)", style="bold")
+        console.print(made)
+    if table.left_out:
+        console.print(Text(f"{table.left_out} more rows are in results.csv", style="dim"))
+
+
+def _axes(table: Table) -> int:
+    """How many columns stand before the first figure."""
+    return next((i for i, column in enumerate(table.columns) if column.numeric), len(table.columns))
+
+
+def _blocks(table: Table, first: int, console: Console) -> list[list[int]]:
+    blocks: list[list[int]] = [list(range(first))]
+    for place in range(first, len(table.columns)):
+        tried = [*blocks[-1], place]
+        if len(blocks[-1]) > first and _width(table, tried, console) > console.width:
+            blocks.append([*range(first), place])
+        else:
+            blocks[-1] = tried
+    return blocks
+
+
+def _width(table: Table, places: list[int], console: Console) -> int:
+    """The width that needs no line to be broken."""
+    return Measurement.get(console, console.options.update_width(10_000), _rich(table, places)).maximum
+
+
+def _rich(table: Table, places: list[int]) -> RichTable:
+    made = RichTable(title_justify="left", header_style="bold", pad_edge=False)
+    for place in places:
+        column = table.columns[place]
+        head = Text(column.title.replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
+        made.add_column(head, justify="right" if column.numeric else "left", overflow="fold")
+    for number, row in enumerate(table.rows):
+        if number in table.groups and number:
+            made.add_section()
+        made.add_row(*(_text(row[place]) for place in places))
+    return made
+
+
+def _text(entry: Entry) -> Text:
+    text = Text(_clean(entry.text), style=STYLES[entry.mark])
+    if entry.half:
+        text.append(f" ±{entry.half}", style="not bold dim")
+    return text
+
+
+def _clean(text: str) -> str:
+    """Control characters, ANSI among them, and those that turn the direction of text are taken out."""
+    return "".join(char if char.isprintable() else "�" for char in text)

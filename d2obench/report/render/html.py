@@ -1,0 +1,96 @@
+"""One HTML file: tables, figures and the scripts that draw them, all inside; nothing is fetched from anywhere.
+
+The page carries a content security policy that names its scripts by hash and forbids every connection, so a name in
+the records could run or load nothing even if escaping failed. Without scripts the figures are still images.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from d2obench.report.view import Figure, Report
+
+MAX_POINTS = 200
+
+
+def html(report: Report, drawn: Mapping[str, str]) -> str:
+    """The page; ``drawn`` maps a figure's id to its SVG."""
+    scripts = [_bundle(), _read("page.js")] if drawn else [_read("page.js")]
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
+    )
+    return _template().render(
+        report=report,
+        figures=[_figure(figure, drawn[figure.id]) for figure in report.figures if figure.id in drawn],
+        scripts=[Markup(text) for text in scripts],
+        style=Markup(_read("page.css")),
+        hashes=Markup(hashes),
+        themes=_themes() if drawn else Markup("{}"),
+    )
+
+
+def _figure(figure: Figure, svg: str) -> dict[str, Any]:
+    from d2obench.report.charts import as_json
+
+    image = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    rows = [[_number(value) for value in row] for row in figure.rows[:MAX_POINTS]]
+    return {
+        "figure": figure,
+        "image": image,
+        "spec": Markup(as_json(figure)),
+        "rows": rows,
+        "hidden": max(0, len(figure.rows) - MAX_POINTS),
+    }
+
+
+def _number(value: Any) -> str:
+    """A point of a figure as the CSV has it."""
+    return "" if value is None else "yes" if value is True else "no" if value is False else str(value)
+
+
+def _themes() -> Markup:
+    from d2obench.report.charts import DARK, LIGHT
+
+    return Markup(json.dumps({"light": LIGHT, "dark": DARK}, sort_keys=True))
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script, from vl-convert; about 0.9 MB, a second to make."""
+    import vl_convert
+
+    text: str = vl_convert.javascript_bundle("window.vegaEmbed=vegaEmbed;")
+    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+@cache
+def _read(name: str) -> str:
+    return (files("d2obench.report") / "templates" / name).read_text("utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Everything is escaped but what is marked as markup here: our own scripts, style and specs."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = _plain
+    return environment.get_template("page.html")
+
+
+def _plain(text: str) -> str:
+    """Control characters and those that turn the direction of text become a replacement sign."""
+    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))

@@ -1,0 +1,147 @@
+"""Joins the cells of different tasks to rows: one row per point a user can choose.
+
+Speed cells carry a shape and a batch, quality cells often neither. A quality cell belongs to every speed row whose
+other axes are equal; where there is none it stands in a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from d2obench.errors import UsageError
+from d2obench.record import Axes, CellRecord, Run, Value
+from d2obench.spec import parse_shape
+from d2obench.suite import SPEED
+
+Scalar = str | int | None
+
+
+class Key(NamedTuple):
+    """The axes of a row; what does not apply is None."""
+
+    run: str
+    model: str
+    dtype: str
+    device: str
+    seed: int
+    shape: str | None
+    batch: int | str | None
+    policy: str
+    budget: str | None
+
+    @property
+    def label(self) -> str:
+        """``d2o@0.2``, or ``full``."""
+        return f"{self.policy}@{self.budget}" if self.budget else self.policy
+
+    @property
+    def group(self) -> Key:
+        """The key with policy and budget removed: rows of one group may be compared."""
+        return self._replace(policy="", budget=None)
+
+    @property
+    def setting(self) -> str:
+        """``1024+64, batch 4``: the shape and batch in words."""
+        words = [self.shape or "", f"batch {self.batch}" if self.batch is not None else ""]
+        return ", ".join(word for word in words if word)
+
+
+@dataclass
+class Row:
+    """One point: its figures by (task, metric) and the cells they come from."""
+
+    key: Key
+    cells: list[Entry] = field(default_factory=list)
+
+    def value(self, task: str, metric: str) -> Value | None:
+        """The figure of one task, None where that cell has none."""
+        for entry in self.cells:
+            if entry.record.axes.task == task and metric in entry.values:
+                return entry.values[metric]
+        return None
+
+    def of(self, task: str) -> Entry | None:
+        """The cell of one task."""
+        return next((entry for entry in self.cells if entry.record.axes.task == task), None)
+
+    @property
+    def speed(self) -> Entry | None:
+        """The speed cell, if there is one."""
+        return self.of(SPEED)
+
+
+@dataclass
+class Entry:
+    """A cell of a run with the figures derived by comparing it to full laid over its own."""
+
+    run: Run
+    name: str
+    record: CellRecord
+    values: dict[str, Value]
+
+    @property
+    def key(self) -> Key:
+        """The cell's own axes as a row key."""
+        axes = self.record.axes
+        return Key(
+            self.name, axes.model, axes.dtype, axes.device, axes.seed, axes.shape, axes.batch, axes.policy, axes.budget
+        )
+
+
+def join(entries: Iterable[Entry]) -> list[Row]:
+    """Rows, each axis in the order its values were first run, so that comparable rows stand together."""
+    entries = list(entries)
+    homes: dict[tuple[Scalar, ...], list[Row]] = {}
+    for entry in sorted(entries, key=_specific):
+        shape, batch = entry.record.axes.shape, entry.record.axes.batch
+        point = homes.setdefault(_point(entry.key), [])
+        found = [row for row in point if shape in (None, row.key.shape) and batch in (None, row.key.batch)]
+        if not found:
+            found = [Row(entry.key)]
+            point.extend(found)
+        for row in found:
+            row.cells.append(entry)
+    return sorted((row for point in homes.values() for row in point), key=_order(entries))
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that may be compared, together."""
+    groups: dict[Key, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.key.group, []).append(row)
+    return list(groups.values())
+
+
+def yardstick(axes: Axes) -> tuple[Scalar, ...]:
+    """Equal for cells that differ in policy and budget only."""
+    return (axes.task, axes.model, axes.dtype, axes.device, axes.seed, axes.shape, axes.batch)
+
+
+def volume(key: Key) -> int:
+    """Tokens of the prompt × sequences: how large a setting is."""
+    try:
+        shape = parse_shape(key.shape or "")[0]
+    except UsageError:
+        return 0
+    return (shape.prompt + shape.gen) * (key.batch if isinstance(key.batch, int) else 1)
+
+
+def _point(key: Key) -> tuple[Scalar, ...]:
+    return (key.run, key.model, key.dtype, key.device, key.seed, key.policy, key.budget)
+
+
+def _specific(entry: Entry) -> int:
+    """Cells with the most axes first: they make the rows that the others join."""
+    axes = entry.record.axes
+    return (axes.task != SPEED) + 2 * (axes.batch is None) + 4 * (axes.shape is None)
+
+
+def _order(entries: list[Entry]) -> Callable[[Row], list[int]]:
+    """Sort key: each axis in the order its values first appear."""
+    seen: list[dict[Scalar, int]] = [{} for _ in Key._fields]
+    for entry in entries:
+        for place, value in zip(seen, entry.key, strict=True):
+            place.setdefault(value, len(place))
+    return lambda row: [place[value] for place, value in zip(seen, row.key, strict=True)]

@@ -1,0 +1,195 @@
+"""The verdict in words: what ran, what wins where, and what D2O gains and loses.
+
+Every number said here is one of the tables'. Two figures are called different only where their intervals do not
+overlap; a speed-up or a difference to full only where its interval leaves out 1 or 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from d2obench.metric import METRICS, Metric, show
+from d2obench.record import Run, Value
+from d2obench.report.fields import WORDS, signed
+from d2obench.report.quality import held, primary, tasks_of
+from d2obench.report.rows import Row, grouped, volume
+from d2obench.suite import SPEED
+
+MAX_SETTINGS, MAX_D2O = 4, 6
+RIVALS = {
+    "kl": "kl_rival",
+    "score_diff": "score_rival",
+    "gold_bpb_diff": "gold_bpb_rival",
+    "decode_tok_s": "decode_rival",
+}
+
+
+def verdict(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> tuple[str, ...]:
+    """The sentences, most important first."""
+    words = [*_winners(rows), *_d2o(rows)]
+    outcome = _outcome(runs)
+    if not words:
+        return (outcome or "Every planned cell gave its figures; there is nothing to compare them with.",)
+    return (*words, outcome) if outcome else tuple(words)
+
+
+def _outcome(runs: Sequence[tuple[str, Run]]) -> str:
+    """How many planned cells gave no figure, and why; empty where all did."""
+    found: Counter[str] = Counter()
+    planned = 0
+    for _, run in runs:
+        found.update(WORDS[cell.status] for cell in run.cells if cell.status != "ok")
+        found.update(["not run"] * len(run.missing))
+        planned += len(run.cells) + len(run.missing)
+    if not planned:
+        return "The run has no cells yet."
+    parts = ", ".join(f"{count} {word}" for word, count in found.items())
+    return f"{found.total()} of {planned} cells gave no figures: {parts}." if found else ""
+
+
+def _winners(rows: Sequence[Row]) -> list[str]:
+    words = []
+    groups = [group for group in grouped(rows) if len(group) > 1]
+    for metric, what in (
+        ("decode_tok_s", "Fastest decode"),
+        ("ttft_s", "Shortest TTFT"),
+        ("kv_bytes", "Smallest KV cache"),
+    ):
+        words += _tally(what, [_ranked(group, SPEED, metric) for group in groups], metric, SPEED)
+    tasks = tasks_of(rows)
+    for task in tasks[:3]:
+        metric = primary(rows, task)
+        different = {tuple(id(row.of(task)) for row in group): group for group in groups}
+        ranked = [
+            _ranked([row for row in group if row.key.policy != "full"], task, metric) for group in different.values()
+        ]
+        words += _tally(f"Least loss of quality on {task}", ranked, metric, task)
+    return words
+
+
+def _ranked(group: Sequence[Row], task: str, metric: str) -> list[Row]:
+    """The rows that have the figure, best first; none where there is nothing to choose from."""
+    known = [row for row in group if (value := row.value(task, metric)) and value.value is not None]
+    sign = 1 if METRICS[metric].direction == "lower" else -1
+    return sorted(known, key=lambda row: sign * _bare(row, task, metric)) if len(known) > 1 else []
+
+
+def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> list[str]:
+    """``what``: who is first how often, its figure at the largest setting, and who is not clearly behind it there."""
+    wins = [rows for rows in ranked if rows]
+    if not wins:
+        return []
+    counts = Counter(rows[0].key.label for rows in wins)
+    (label, count), *others = counts.most_common()
+    rows = max((rows for rows in wins if rows[0].key.label == label), key=lambda rows: volume(rows[0].key))
+    shown = rows[0]
+    figure = (row_value(shown, task, "speedup") if metric == "decode_tok_s" else "") or row_value(shown, task, metric)
+    at = f" at {shown.key.setting}" if shown.key.setting and task == SPEED else ""
+    share = f" in {count} of {len(wins)} settings" if len(wins) > 1 else ""
+    best = shown.value(task, metric)
+    close = [
+        row.key.label for row in rows[1:] if (value := row.value(task, metric)) and best and alike(value, best, metric)
+    ]
+    if len(close) == len(rows) - 1 and len(wins) == 1:
+        return [f"{what}: no clear difference between {label} ({figure}{at}) and the others."]
+    near = f"; not clearly apart: {', '.join(close[:4])}" + (" and more" if len(close) > 4 else "") if close else ""
+    rest = f"; elsewhere {', '.join(other for other, _ in others[:3])}" if others else ""
+    return [f"{what}: {label}{share} ({figure}{at}){near}{rest}."]
+
+
+def alike(mine: Value, theirs: Value, metric: str) -> bool:
+    """Whether two figures can't be told apart: their intervals overlap, or they are shown as the same number."""
+    if show(metric, mine.value) == show(metric, theirs.value):
+        return True
+    bounds = (mine.lo, mine.hi, theirs.lo, theirs.hi)
+    return None not in bounds and mine.lo <= theirs.hi and theirs.lo <= mine.hi  # type: ignore[operator]
+
+
+def row_value(row: Row, task: str, metric: str) -> str:
+    """``decode, equal batch 1.42 × full [1.38 … 1.46]``; empty where there is none."""
+    value = row.value(task, metric)
+    return said(metric, value) if value is not None and value.value is not None else ""
+
+
+def said(metric: str, value: Value) -> str:
+    """A figure with its name, unit and interval."""
+    bounds = (
+        f" [{show(metric, value.lo)} … {show(metric, value.hi)}]"
+        if value.lo is not None and value.hi is not None
+        else ""
+    )
+    return f"{METRICS[metric].header} {signed(metric, value.value)} {METRICS[metric].unit}".rstrip() + bounds
+
+
+def _d2o(rows: Sequence[Row]) -> list[str]:
+    """D2O at the largest setting of each machine and model: against full, then against its rivals at the same budget."""
+    words: list[str] = []
+    largest: dict[tuple[str, str, str, str], list[Row]] = {}
+    for group in grouped(rows):
+        key = group[0].key
+        home = (key.run, key.model, key.dtype, key.device)
+        if home not in largest or volume(key) > volume(largest[home][0].key):
+            largest[home] = group
+    for home, group in list(largest.items())[:MAX_SETTINGS]:
+        where = ", ".join(word for word in (home[1] if len(largest) > 1 else "", group[0].key.setting) if word)
+        for row in [row for row in group if row.key.policy.startswith("d2o")][:MAX_D2O]:
+            words += _against_full(row, group, where) + _against_rivals(row, group)
+    return words
+
+
+def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:
+    full = next((other for other in group if other.key.policy == "full"), None)
+    gains = [row_value(row, SPEED, metric) for metric in ("speedup", "speedup_memory", "speedup_e2e", "prefill_cost")]
+    words = [word for word in gains if word]
+    if full is not None and (mine := held(row)) is not None and (theirs := held(full)) is not None:
+        words.append(f"KV {show('kv_bytes', mine)} MiB instead of {show('kv_bytes', theirs)} MiB")
+    for task in tasks_of([row]):
+        metric = primary(group, task)
+        said = row_value(row, task, metric)
+        if said:
+            words.append(f"{task}: {said}{_doubt(row.value(task, metric), metric)}")
+    place = f" ({where})" if where else ""
+    return [f"{row.key.label} against the full cache{place}: {'; '.join(words)}."] if words else []
+
+
+def _doubt(value: Value | None, metric: str) -> str:
+    """Says when a difference to full is none that these items can show."""
+    if (
+        metric.endswith("_diff")
+        and value
+        and value.lo is not None
+        and value.hi is not None
+        and value.lo <= 0 <= value.hi
+    ):
+        return " (no difference shown)"
+    return ""
+
+
+def _against_rivals(row: Row, group: Sequence[Row]) -> list[str]:
+    """The best rival of the same budget in each task, compared on the same items or rounds."""
+    rivals = [other for other in group if other.key.budget == row.key.budget and not other.key.policy.startswith("d2o")]
+    tasks = tasks_of([row])
+    wheres = [(task, primary(group, task)) for task in tasks[:3]] + [(SPEED, "decode_tok_s")]
+    words = []
+    for task, metric in wheres:
+        ranked = [other for other in _ranked([*rivals, row], task, metric) if other is not row]
+        paired = RIVALS.get(metric)
+        value = row.value(task, f"{paired}:{ranked[0].key.policy}") if ranked and paired else None
+        if paired and value is not None and value.value is not None:
+            words.append(f"{_how(value, METRICS[paired])} {ranked[0].key.policy} in {task} ({said(paired, value)})")
+    return [f"{row.key.label} is {'; '.join(words)}: each time the best rival of its budget."] if words else []
+
+
+def _how(value: Value, metric: Metric) -> str:
+    """What a paired difference or ratio shows; without an interval it shows nothing for certain."""
+    same = 1.0 if metric.kind == "ratio" else 0.0
+    if value.lo is None or value.hi is None or value.lo <= same <= value.hi or value.value is None:
+        return "not clearly apart from"
+    faster, slower = ("faster than", "slower than") if metric.kind == "ratio" else ("better than", "worse than")
+    return faster if (value.value > same) == (metric.direction == "higher") else slower
+
+
+def _bare(row: Row, task: str, metric: str) -> float:
+    value = row.value(task, metric)
+    return value.value if value is not None and value.value is not None else 0.0

@@ -1,0 +1,130 @@
+"""Checkouts of other revisions in throw-away git worktrees, removed however the gate ends.
+
+git is asked through argument lists, revisions are resolved to a commit first, and nothing of the user's own checkout is
+touched. Removal can't be interrupted: SIGINT and SIGTERM wait until it is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from d2obench.errors import UsageError
+
+TRUNKS = ("origin/main", "main", "origin/master", "master")
+
+
+class Repository:
+    """The git repository that holds ``folder``.
+
+    Raises:
+        UsageError: git is missing or ``folder`` is in no repository.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        self.root = Path(self.git("rev-parse", "--show-toplevel"))
+
+    def git(self, *words: str) -> str:
+        """The output of one git command, stripped."""
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(self.root), *words],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                check=False,
+            )
+        except OSError as problem:
+            raise UsageError("can't run git", why=problem.strerror or str(problem), remedy="install git") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise UsageError(f"git {words[0]} failed", why=lines[-1] if lines else f"exit code {done.returncode}")
+        return done.stdout.strip()
+
+    def commit(self, revision: str) -> str:
+        """The full commit id of a revision.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        try:
+            return self.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        except UsageError:
+            raise UsageError(
+                f"there is no revision '{revision}' in {self.root}",
+                remedy="fetch it (in CI: fetch-depth: 0), or name another with --base",
+            ) from None
+
+    def merge_base(self) -> str:
+        """Where the work tree left the trunk: the merge base of HEAD and the first of TRUNKS that exists."""
+        for trunk in TRUNKS:
+            try:
+                return self.git("merge-base", "HEAD", self.commit(trunk))
+            except UsageError:
+                continue
+        raise UsageError(
+            "there is no trunk to compare with",
+            why=f"none of {', '.join(TRUNKS)} exists here",
+            remedy="name one with --base",
+        )
+
+    @property
+    def dirty(self) -> bool:
+        """Whether tracked files differ from HEAD."""
+        return bool(self.git("status", "--porcelain", "--untracked-files=no"))
+
+
+@contextmanager
+def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[str, Path]]:
+    """A checkout for each name → commit; all are gone afterwards."""
+    place = Path(tempfile.mkdtemp(prefix="d2obench-gate-"))
+    try:
+        for name, commit in commits.items():
+            repository.git("worktree", "add", "--detach", "--quiet", str(place / name), commit)
+        yield {name: place / name for name in commits}
+    finally:
+        with uninterrupted():
+            for name in commits:
+                with suppress(UsageError):  # half made, or removed by hand: its folder and git's note of it go below
+                    repository.git("worktree", "remove", "--force", str(place / name))
+            shutil.rmtree(place, ignore_errors=True)
+            repository.git("worktree", "prune")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the block is done. Only the main thread can, and only there it matters."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM, which CI sends on cancel, end the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,222 @@
+"""One group of speed cells: the same model, shape, batch and seed, every policy and budget, in interleaved rounds.
+
+Rounds go over the cells forwards and backwards in turn (ABBA), so that a drift of the machine falls on all of them
+alike and cancels in the ratios of one round. A cell is warmed up in every worker process before it is measured there.
+Each request is on the disk before the next one starts, so a run that goes on measures nothing twice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from d2obench.errors import D2OBenchError
+from d2obench.measure.summarise import Machine, Summary, summarise, tpot
+from d2obench.measure.trace import RequestTrace
+from d2obench.metric import show
+from d2obench.record import Value
+from d2obench.runner.ledger import Ledger, Watcher
+from d2obench.runner.plan import abba
+from d2obench.runner.protocol import WorkerClient, again
+from d2obench.runner.ratios import FULL, against_full
+from d2obench.runner.resume import Samples
+from d2obench.runner.search import find_batch
+from d2obench.suite import Cell, Suite
+
+
+class Bandwidth:
+    """Copy bandwidth of each device in bytes per second, measured once a run; None where that fails."""
+
+    def __init__(self, client: WorkerClient, watcher: Watcher) -> None:
+        self._client, self._watcher = client, watcher
+        self._known: dict[str, float | None] = {}
+
+    def of(self, device: str) -> float | None:
+        if device not in self._known:
+            try:
+                self._known[device] = float(self._client.call("bandwidth", {"device": device})["bytes_per_s"])
+            except D2OBenchError as problem:
+                self._known[device] = None
+                self._watcher.note(f"the copy bandwidth of {device} could not be measured: {problem}")
+        return self._known[device]
+
+
+class SpeedGroup:
+    """Measures the cells of one group and ends each as a row."""
+
+    def __init__(
+        self, suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger: Ledger, bandwidth: Bandwidth
+    ) -> None:
+        self.timing, self.cells, self.client, self.ledger = suite.timing, list(cells), client, ledger
+        self._bandwidth = bandwidth
+        self._samples = {cell.id: Samples(ledger.folder, cell) for cell in cells}
+        self._warm: dict[str, int] = {}
+        self._summaries: dict[str, Summary] = {}
+
+    def run(self) -> None:
+        """All rounds, then all rows."""
+        cells, first = self._unfinished()
+        for cell in cells:
+            self._settle_batch(cell)
+        number = first
+        while (live := self._live(cells)) and not (why := self._stopped(live, number - first)):
+            for order, cell in enumerate(abba(cells, number)):
+                if self.ledger.open(cell) and not self._samples[cell.id].has(number):
+                    self._measure(cell, number, order)
+            number += 1
+        for cell in self._live(cells):
+            self._samples[cell.id].save(stopped=why)
+        for cell in self._live(self.cells):
+            self._finish(cell)
+
+    def _unfinished(self) -> tuple[list[Cell], int]:
+        """The cells that need rounds, and the number of their first one.
+
+        A cell that is tried again after its group has ended gets numbers of its own: its rounds were not measured
+        beside the others' and must not be paired with them.
+        """
+        over = [one for one in self._samples.values() if "stopped" in one.data]
+        if not over:
+            return self._live(self.cells), 0
+        count = 1 + max(part["round"] for one in over for part in one.rounds)
+        for cell in self._live(self.cells):
+            samples = self._samples[cell.id]
+            if "stopped" not in samples.data and all(samples.has(number) for number in range(count)):
+                samples.save(stopped=over[0].data["stopped"])  # killed while this was being written
+        return [cell for cell in self._live(self.cells) if "stopped" not in self._samples[cell.id].data], count
+
+    def _live(self, cells: Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in cells if self.ledger.open(cell)]
+
+    def _settle_batch(self, cell: Cell) -> None:
+        samples = self._samples[cell.id]
+        if "batch" in samples.data:
+            return
+        self.ledger.begin(cell)
+        if cell.axes.batch != "max":
+            samples.data["batch"] = cell.axes.batch
+            return
+        self.ledger.watcher.cell(cell.id, "running", "searching the largest batch")
+        try:
+            samples.save(**again(lambda: find_batch(cell, self.timing.memory_limit, self.client)))
+        except D2OBenchError as problem:
+            self.ledger.fail(cell, problem)
+
+    def _stopped(self, cells: Sequence[Cell], rounds: int) -> str:
+        """Why no further round is needed after ``rounds`` of them; empty while one is."""
+        if rounds == 0:
+            return ""
+        parts = {cell.id: self._samples[cell.id].rounds for cell in cells}
+        if sum(part["seconds"] for one in parts.values() for part in one) >= self.timing.max_seconds:
+            return "max_seconds"
+        if rounds >= self.timing.max_rounds:
+            return "max_rounds"
+        undisturbed = min(sum(not part["flags"] for part in one) for one in parts.values())
+        if undisturbed < self.timing.rounds:
+            return ""
+        narrow = all(_width(tpot(name, _traces(one))) <= self.timing.interval for name, one in parts.items())
+        return "interval" if narrow else ""
+
+    def _measure(self, cell: Cell, number: int, order: int) -> None:
+        """One request, warmed up first where this worker process has not seen the cell; its round or its row."""
+        samples = self._samples[cell.id]
+        self.ledger.begin(cell)
+        request = {
+            "axes": msgspec.to_builtins(cell.axes),
+            "round": number,
+            "batch": samples.data["batch"],
+            "sampled": [self.timing.depths, self.timing.steps] if self.timing.decode == "sampled" else None,
+        }
+
+        def measured() -> tuple[dict[str, Any], float]:
+            self._warm_up(cell, request)
+            self.ledger.watcher.cell(cell.id, "running", self._so_far(cell, number))
+            since = time.monotonic()
+            return self.client.call("measure", request), time.monotonic() - since
+
+        try:
+            found, seconds = again(measured)
+        except D2OBenchError as problem:
+            self.ledger.fail(cell, problem, samples)
+            return
+        samples.data["model"] = found["model"]
+        samples.add({**found["trace"], "round": number, "order": order, "seconds": round(seconds, 6)})
+
+    def _warm_up(self, cell: Cell, request: dict[str, Any]) -> None:
+        if self.client.pid is not None and self._warm.get(cell.id) == self.client.generation:
+            return
+        watcher = self.ledger.watcher
+        self.client.call("load", request, progress=lambda done, total, words: watcher.phase(words, done, total))
+        watcher.cell(cell.id, "running", "warm-up")
+        data = self._samples[cell.id].data
+        counted = "counts" not in data
+        if counted:  # counting a decode step runs a whole request and so warms up like one
+            data["counts"] = self.client.call("count", request)
+        for _ in range(self.timing.warmup - counted):
+            self.client.call("measure", {**request, "warm_up": True})
+        self._warm[cell.id] = self.client.generation
+
+    def _so_far(self, cell: Cell, number: int) -> str:
+        """``round 3/5  TPOT 11.82 ms ± 2 %``."""
+        rounds = _traces(self._samples[cell.id].rounds)
+        words = f"round {number + 1}/{self.timing.max_rounds}"
+        if not rounds:
+            return words
+        value = tpot(cell.id, rounds)
+        width = _width(value)
+        spread = f" ± {width:.0%}".replace("%", " %") if math.isfinite(width) else ""
+        return f"{words}  TPOT {show('tpot_s', value.value, unit=True)}{spread}"
+
+    def _finish(self, cell: Cell) -> None:
+        samples = self._samples[cell.id]
+        summary = self._summary(cell)
+        counts = {key: Value(count) for key, count in samples.data["counts"].items()}
+        values = summary.values | counts | self._against_full(cell, summary)
+        if cell.axes.batch == "max":
+            values["batch_max"] = Value(samples.data["batch"], note=samples.data["limit"])
+        self.ledger.end(
+            cell,
+            "ok",
+            values=values,
+            details={**summary.details, "stopped": samples.data["stopped"], "model": samples.data["model"]},
+            flags=summary.flags,
+            samples=samples.name,
+            seconds=round(sum(part["seconds"] for part in samples.rounds), 3),
+        )
+
+    def _summary(self, cell: Cell) -> Summary:
+        if cell.id not in self._summaries:
+            samples = self._samples[cell.id]
+            model, bandwidth = samples.data["model"], self._bandwidth.of(cell.axes.device)
+            machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth)
+            self._summaries[cell.id] = summarise(cell.id, _traces(samples.rounds), machine)
+        return self._summaries[cell.id]
+
+    def _against_full(self, cell: Cell, summary: Summary) -> dict[str, Value]:
+        full = next((one for one in self.cells if one.axes.policy == FULL), None)
+        if full is None or full is cell or not (self.ledger.open(full) or self.ledger.records[full.id].status == "ok"):
+            return {}
+        mine, theirs = self._samples[cell.id], self._samples[full.id]
+        if cell.axes.batch == "max":
+            batches = (mine.data["batch"], theirs.data["batch"])
+            return against_full(cell.id, mine.rounds, theirs.rounds, batches=batches)
+        found = against_full(cell.id, mine.rounds, theirs.rounds)
+        step, step_full = (one.values["step_bytes"].value for one in (summary, self._summary(full)))
+        if step and step_full:
+            found["speedup_bound"] = Value(step_full / step)
+        return found
+
+
+def _traces(rounds: list[dict[str, Any]]) -> list[RequestTrace]:
+    return msgspec.convert(rounds, list[RequestTrace])
+
+
+def _width(value: Value) -> float:
+    """Half an interval's width ÷ its value; 0 without steps, infinite where one round can't tell."""
+    if not value.value:
+        return 0.0
+    return (value.hi - value.lo) / 2 / value.value if value.hi is not None and value.lo is not None else math.inf

@@ -1,0 +1,97 @@
+"""Quality tasks: what a compressed cache still knows.
+
+Names map to import paths, so that asking whether a task uses shapes imports neither torch nor datasets. The timed
+task, ``speed``, is the runner's own and only known here by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from d2obench.errors import ModelError, UsageError
+from d2obench.plugin import Registry
+from d2obench.record import Value
+from d2obench.spec import parse_spec
+from d2obench.tasks.base import Evaluation, Item, Report, Task
+
+if TYPE_CHECKING:
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+__all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "rescore", "uses_shape"]
+
+SPEED = "speed"
+LONGBENCH = (  # noqa: SIM905
+    "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum multi_news "
+    "vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc repobench-p"
+).split()
+
+REGISTRY = Registry(
+    "task",
+    "d2obench.tasks",
+    {
+        "fidelity": "d2obench.tasks.fidelity:Fidelity",
+        "recall": "d2obench.tasks.recall:Recall",
+        "needle": "d2obench.tasks.needle:Needle",
+        "gsm8k": "d2obench.tasks.gsm8k:Gsm8k",
+        "coqa": "d2obench.tasks.coqa:Coqa",
+        "truthfulqa": "d2obench.tasks.truthfulqa:TruthfulQA",
+        "lambada": "d2obench.tasks.lambada:Lambada",
+        **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in LONGBENCH},
+    },
+    UsageError,
+)
+
+
+def parse_task(text: str) -> Task:
+    """``recall(items=4)`` as a task with its parameters set.
+
+    Raises:
+        UsageError: an unknown task, an unknown parameter, or a value of the wrong type or range.
+    """
+    import msgspec
+
+    from d2obench.tasks.base import parameters
+
+    parts = parse_spec(text, "task").parts
+    if len(parts) > 1:
+        why = "tasks can't be joined by +"
+        raise UsageError(f"can't read the task '{text}'", why=why, remedy="separate tasks with commas")
+    name, params = parts[0].name, dict(parts[0].params)
+    if name == SPEED:
+        raise UsageError("'speed' is the timed task", why="it has no parameters", remedy="give it alone, as speed")
+    cls = REGISTRY.get(name)
+    known = parameters(cls)
+    for key in params:
+        if key not in known:
+            raise UsageError(
+                f"the task '{name}' has no parameter '{key}'", remedy=f"its parameters are {', '.join(known) or 'none'}"
+            )
+    try:
+        task: Task = msgspec.convert({**params, "name": name}, cls)
+    except msgspec.ValidationError as problem:
+        words, _, path = str(problem).partition(" - at `$.")
+        raise UsageError(f"the task '{name}' can't take {path.rstrip('`') or 'its parameters'} so", why=words) from None
+    return task
+
+
+def uses_shape(text: str) -> bool:
+    """Whether the task's cells are multiplied by the suite's shapes; imports neither torch nor datasets."""
+    return text.strip() == SPEED or parse_task(text).shaped
+
+
+def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
+    """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`."""
+    task = parse_task(cell.axes.task)
+    if not loaded.has_sense or loaded.tokenizer is None:
+        raise ModelError(
+            f"the task '{task.name}' can't use {loaded.name}",
+            why="its weights are random or it has no tokenizer",
+            remedy="use a model with real weights, for example --model embedded",
+        )
+    return task.evaluate(loaded, cell, quality, report)
+
+
+def rescore(text: str, items: list[Item]) -> dict[str, Value]:
+    """The figures of a task's recorded items, made again without the model."""
+    return parse_task(text).rescore(items)

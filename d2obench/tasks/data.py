@@ -1,0 +1,177 @@
+"""Records of an evaluation set: from the hub, pinned, or from a local file of the same schema.
+
+Local files are json (a list, or an object with one list in it), jsonl, csv and parquet, by their suffix. Every record
+is checked once, here, against the fields a task needs; a bad one is a DataError that names file, line and field.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from d2obench.errors import DataError
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set lives on the hub.
+
+    Args:
+        hub: ``owner/name``.
+        revision: the commit.
+        split: its split.
+        config: its configuration, where it has several.
+        files: a data file inside the repository, for sets that are read file by file; ``zip://inner::outer`` reads
+            from an archive.
+    """
+
+    hub: str
+    revision: str
+    split: str
+    config: str | None = None
+    files: str | None = None
+
+
+def records(
+    task: str, source: Source, path: str | None, kind: type[Record], prepare: Callable[[Row], Row] = lambda row: row
+) -> list[Record]:
+    """Every record of a set.
+
+    Args:
+        task: the task's name, for messages.
+        source: where to get it when ``path`` is None.
+        path: a local file in its place.
+        kind: the fields the task needs, typed; others are let pass.
+        prepare: brings a row of a known dialect into the schema of ``kind``.
+
+    Raises:
+        DataError: nothing there, not readable, or malformed.
+    """
+    rows = _local(path) if path else _hub(task, source)
+    found = []
+    for place, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise msgspec.ValidationError(f"Expected an object, got `{type(row).__name__}`")
+            found.append(msgspec.convert(prepare(row), kind))
+        except msgspec.ValidationError as problem:
+            words, _, field = str(problem).partition(" - at `$.")
+            name = f", field '{field.rstrip('`')}'" if field else ""
+            remedy = f"the task {task} reads {', '.join(item.encode_name for item in msgspec.structs.fields(kind))}"
+            raise DataError(f"{place}{name} is malformed", why=words, remedy=remedy) from None
+    if not found:
+        raise DataError(f"{path or source.hub} has no records")
+    return found
+
+
+def read_text(path: str) -> str:
+    """A user's own text: a plain file as it is, or the ``text`` fields of a json, jsonl, csv or parquet one."""
+    if Path(path).suffix.lower() in _READERS:
+        rows = _local(path)
+        parts = []
+        for place, row in rows:
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise DataError(f"{place}, field 'text' is malformed", why="it is missing or not a text")
+            parts.append(text)
+        return "\n\n".join(parts)
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise _unreadable(path, problem) from None
+
+
+def _local(path: str) -> Iterator[tuple[str, Any]]:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(f"can't tell the format of {path}", remedy=f"name it *{', *'.join(_READERS)}")
+    try:
+        yield from _READERS[suffix](path)
+    except json.JSONDecodeError as problem:
+        raise DataError(f"{path} line {problem.lineno} is not valid JSON", why=problem.msg) from None
+    except (OSError, UnicodeDecodeError, csv.Error, RecursionError) as problem:
+        raise _unreadable(path, problem) from None
+
+
+def _json(path: str) -> Iterator[tuple[str, Any]]:
+    content = json.loads(Path(path).read_text("utf-8"))
+    lists = [content] if isinstance(content, list) else []
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+    if len(lists) != 1:
+        raise DataError(f"{path} holds no list of records", remedy="give a list, or an object with one list in it")
+    for number, row in enumerate(lists[0], 1):
+        yield f"{path} record {number}", row
+
+
+def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise DataError(f"{path} line {number} is not valid JSON", why=problem.msg) from None
+
+
+def _csv(path: str) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                why = "it has not as many fields as the header"
+                raise DataError(f"{path} line {reader.line_num} is malformed", why=why)
+            yield f"{path} line {reader.line_num}", row
+
+
+def _parquet(path: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as problem:
+        raise DataError(f"can't read {path}", why=str(problem).splitlines()[0]) from None
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{path} row {number}", row
+
+
+_READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
+    ".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet,
+}  # fmt: skip
+
+
+def _hub(task: str, source: Source) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if source.files:
+            inner, _, outer = source.files.rpartition("::")
+            url = f"hf://datasets/{source.hub}@{source.revision}/{outer}"
+            found = datasets.load_dataset("json", data_files=f"{inner}::{url}" if inner else url, split="train")
+        else:
+            found = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except Exception as problem:  # whatever the library and its network layers raise, the remedy is the same
+        raise DataError(
+            f"the data set {source.hub} of the task {task} can't be had",
+            why=(str(problem).splitlines() or [type(problem).__name__])[0][:200],
+            remedy=f"connect once to huggingface.co without HF_HUB_OFFLINE, or give a local file: --data {task}=FILE",
+        ) from None
+    for number, row in enumerate(found, 1):
+        yield f"{source.hub} record {number}", row
+
+
+def _unreadable(path: str, problem: Exception) -> DataError:
+    why = getattr(problem, "strerror", None) or str(problem)
+    return DataError(f"can't read {path}", why=why, remedy="check the path and the file")

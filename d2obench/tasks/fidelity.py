@@ -1,0 +1,152 @@
+"""Fidelity: how far a policy's predictions stray from the full cache's on the same text.
+
+A document gives ``prompt`` tokens to read. After compression ``gen`` more of its tokens are fed one by one, whatever
+the model would have said (teacher forcing), and every one of these steps yields a distribution to compare: the one
+after the prompt's last token comes before compression and is not counted. KL(full‖policy) in nats, agreement of the
+most likely token, and the text's negative log-likelihood.
+
+The full cache's log-probabilities are needed by every policy. They are kept in this process, up to ``MEMORY`` bytes;
+texts whose distributions don't fit are compared in lockstep instead, the full cache one step ahead of the policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from d2obench.errors import DataError, UsageError
+from d2obench.spec import parse_shape
+from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+MEMORY = 2**30
+_FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
+
+
+class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """KL, top-1 agreement and perplexity against the full cache, teacher-forced on the same text."""
+
+    shaped: ClassVar[bool] = True
+
+    documents: Count = 4
+
+    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
+        """See :meth:`Task.evaluate`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
+        assert cell.axes.shape
+        (shape,) = parse_shape(cell.axes.shape)
+        if shape.prompt + shape.gen > loaded.context:
+            raise UsageError(
+                f"the shape {shape} is longer than the context of {loaded.name}",
+                why=f"{loaded.context} tokens",
+                remedy="use a shorter shape",
+            )
+        limit = min(self.documents, quality.limit or self.documents)
+        path, tokens = quality.data.get(self.name), shape.prompt + shape.gen + 1
+        texts = self._texts(loaded.tokenizer, tokens, limit, cell.axes.seed, path)
+        items: list[Item] = []
+        for start in range(0, len(texts), quality.batch):
+            part = texts[start : start + quality.batch]
+            items += _compare(loaded, cell, part, shape.prompt, start)
+            report(len(items), len(texts))
+        details = {"documents": len(items), "positions": shape.gen, "text": path or "generated"}
+        return Evaluation(self.rescore(items), items, details)
+
+    def _texts(self, tokenizer: Any, tokens: int, documents: int, seed: int, path: str | None) -> list[list[int]]:
+        from d2obench.tasks.text import token_ids
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+            return ids
+
+        if path is None:
+            return [token_ids(seed * 1_000_003 + i, tokens, encode, "fidelity") for i in range(documents)]
+        from d2obench.tasks.data import read_text
+
+        ids = encode(read_text(path))
+        fit = min(documents, len(ids) // tokens)
+        if not fit:
+            raise DataError(
+                f"{path} is too short for this shape",
+                why=f"it has {len(ids)} tokens and one document takes {tokens}",
+                remedy="give a longer text or a shorter shape",
+            )
+        stride = len(ids) // fit
+        return [ids[i * stride : i * stride + tokens] for i in range(fit)]
+
+
+def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int, first: int) -> list[Item]:
+    """One batch of equally long documents, full and policy side by side."""
+    import torch
+
+    kl, top1, nll = [], [], []
+    full = _full(loaded, cell, texts, prompt)
+    # The full cache against itself is its own reference: run once.
+    ours = _steps(loaded, cell, texts, prompt) if cell.axes.policy != "full" else None
+    for step, theirs in enumerate(full):
+        reference = theirs.to(loaded.device)
+        mine = next(ours) if ours else reference
+        target = torch.tensor([text[prompt + step + 1] for text in texts], device=mine.device)
+        kl.append((reference.exp() * (reference - mine)).sum(-1).clamp_min(0).cpu())
+        top1.append((reference.argmax(-1) == mine.argmax(-1)).cpu())
+        nll.append(-mine.gather(-1, target[:, None])[:, 0].cpu())
+    if ours:
+        ours.close()
+    columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
+    return [
+        {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": _digest(texts[i]), "prompt_tokens": prompt,
+         "kl": row[0], "top1": row[1], "nll": row[2]}
+        for i, row in enumerate(zip(*columns, strict=True))
+    ]  # fmt: skip
+
+
+def _steps(
+    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, policy: str = ""
+) -> Generator[torch.Tensor, None, None]:
+    """Log-probabilities [B, V] float32 after each teacher-forced step, by the cell's policy or the one named."""
+    import torch
+
+    from d2obench.engine import Session
+
+    gen, axes = len(texts[0]) - prompt - 1, cell.axes
+    asked = (policy, None) if policy else (axes.policy, axes.budget)
+    session = Session(loaded, *asked, max_new=gen, seed=axes.seed)
+    try:
+        session.prefill([list(text[:prompt]) for text in texts])
+        session.compress()
+        tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
+        for i in range(gen):
+            yield session.step(tokens[:, i]).float().log_softmax(-1)
+    finally:
+        session.close()
+
+
+def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) -> Generator[torch.Tensor, None, None]:
+    """The full cache's log-probabilities, from memory or a session of their own; on the host when from memory."""
+    axes = cell.axes
+    key = (loaded.name, loaded.digest, axes.dtype, axes.device, axes.seed, prompt, *map(_digest, texts))
+    if key in _FULL:
+        _FULL.move_to_end(key)
+        yield from _FULL[key]
+        return
+    rows: list[torch.Tensor] = []
+    steps, fits = len(texts[0]) - prompt - 1, True
+    for row in _steps(loaded, cell, texts, prompt, "full"):
+        fits = row.numel() * 4 * steps <= MEMORY
+        if fits:
+            rows.append(row.cpu())
+        yield row
+    if fits:
+        _FULL[key] = rows
+        while sum(row.numel() * 4 for kept in _FULL.values() for row in kept) > MEMORY:
+            _FULL.popitem(last=False)
+
+
+def _digest(tokens: Sequence[int]) -> str:
+    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]

@@ -1,0 +1,308 @@
+"""The one loop of every task that lets the model answer: score the gold answer, then generate.
+
+A batch is left-padded by the session. The last prompt token is held back: it is fed after compression, so that the
+first answer token, often all that a short answer hangs on, already comes from the compressed cache; with the full
+cache this changes nothing. From the state after it the cache is forked: candidates (the gold answer first) are fed to
+sum their log-probabilities, then the state is restored and the model answers greedily until its end-of-text token, a
+stop string, or ``max_new`` tokens, each sequence for itself.
+
+A prompt that does not fit the context loses tokens from its middle, as in LongBench (arXiv 2308.14508, section 4.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from d2obench.errors import UsageError
+from d2obench.record import Value
+from d2obench.tasks.base import Evaluation, Item, Report, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+_TAIL = 64
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what is scored after it.
+
+    Args:
+        id: unique within the task.
+        document: what intervals are clustered by.
+        prompt: what the user says; the part that is truncated.
+        stub: the beginning of the answer, given to the model.
+        candidates: continuations whose log-probability is wanted, the gold answer first.
+        keep: what scoring needs again later; copied into the item.
+    """
+
+    id: str
+    document: str
+    prompt: str
+    stub: str = ""
+    candidates: tuple[str, ...] = ()
+    keep: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example's tokens, as the model reads them."""
+
+    ids: list[int]
+    candidates: list[list[int]]
+    truncated: bool
+
+
+class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of tasks that generate: a subclass gives the examples and marks the items."""
+
+    def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
+        """The prompts of this cell."""
+        raise TypeError(f"{type(self).__name__} has no examples")
+
+    def marks(self, item: Item) -> dict[str, float]:
+        """Figures of one item from its ``text`` and what its example kept; pure."""
+        raise TypeError(f"{type(self).__name__} has no marks")
+
+    def limits(self) -> Limits:
+        """How long answers are and where they stop."""
+        return Limits()
+
+    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
+        """See :meth:`Task.evaluate`."""
+        items = generate(loaded, cell, self.examples(loaded, cell, quality), self.limits(), quality.batch, report)
+        for item in items:
+            item |= self.marks(item)
+        return Evaluation(super().rescore(items), items, self.details(items))
+
+    def details(self, items: Sequence[Item]) -> dict[str, Any]:
+        """What only some views use."""
+        truncated = sum(item["truncated"] for item in items)
+        return {"items": len(items), **({"truncated": truncated} if truncated else {})}
+
+    def rescore(self, items: list[Item]) -> dict[str, Value]:
+        """See :meth:`Task.rescore`; predictions are marked anew."""
+        return super().rescore([item | self.marks(item) for item in items])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where an answer ends.
+
+    Args:
+        max_new: tokens generated at most.
+        stop: strings that end an answer, looked for after leading white space; the answer is cut before them.
+        chat: whether to use the model's chat template where it has one.
+        max_prompt: tokens a prompt may have; None: what the context leaves.
+    """
+
+    max_new: int = 64
+    stop: tuple[str, ...] = ()
+    chat: bool = True
+    max_prompt: int | None = None
+
+
+def generate(
+    loaded: LoadedModel, cell: Cell, examples: Sequence[Example], limits: Limits, batch: int, report: Report
+) -> list[Item]:
+    """Answers every example; items come in the order of the examples, whatever the order they ran in.
+
+    Raises:
+        UsageError: the model's context leaves no room for a prompt.
+    """
+    import torch
+
+    prompts = [encode(loaded, example, limits) for example in examples]
+    # Prompts of like length together: little padding, and the batch most likely not to fit comes first.
+    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i].ids))
+    items: dict[int, Item] = {}
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        with torch.inference_mode():
+            answers = _answer(loaded, cell, [prompts[i] for i in part], limits)
+        for i, found in zip(part, answers, strict=True):
+            items[i] = {
+                "id": examples[i].id,
+                "document": examples[i].document,
+                "prompt_digest": hashlib.sha256(",".join(map(str, prompts[i].ids)).encode()).hexdigest()[:16],
+                "prompt_tokens": len(prompts[i].ids),
+                "truncated": prompts[i].truncated,
+                **examples[i].keep,
+                **found,
+            }
+        report(len(items), len(examples))
+    return [items[i] for i in range(len(examples))]
+
+
+def encode(loaded: LoadedModel, example: Example, limits: Limits) -> Prompt:
+    """Tokens of an example, its middle left out as far as the context asks."""
+    tokenizer = loaded.tokenizer
+    text, ids = _rendered(tokenizer, example.prompt, example.stub, limits.chat)
+    cap = limits.max_new if len(example.candidates) == 1 else None
+    candidates = [_continuation(tokenizer, text, candidate)[:cap] for candidate in example.candidates]
+    room = loaded.context - max([limits.max_new, *map(len, candidates)])
+    room = min(room, limits.max_prompt or room)
+    if room < 16:
+        why = f"it has {loaded.context} tokens"
+        raise UsageError(f"the context of {loaded.name} leaves no room for a prompt", why=why)
+    body = tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"] if len(ids) > room else []
+    keep, truncated = len(body), bool(body)
+    while len(ids) > room:
+        keep -= len(ids) - room
+        if keep < 2:
+            what = f"what surrounds a prompt alone is longer than {room} tokens"
+            raise UsageError(what, remedy="use a model with a longer context")
+        short = tokenizer.decode(body[: keep // 2]) + tokenizer.decode(body[len(body) - (keep - keep // 2) :])
+        _, ids = _rendered(tokenizer, short, example.stub, limits.chat)
+    return Prompt(ids, candidates, truncated)
+
+
+def fitted(loaded: LoadedModel, limits: Limits, tokens: int, build: Callable[[int], Example | None]) -> Example:
+    """The example whose prompt has at most, and nearly, ``tokens`` tokens.
+
+    Args:
+        build: tokens its document may have → the example, or None where that is too little for one.
+
+    Raises:
+        UsageError: ``tokens`` is too little for any.
+    """
+    room = tokens
+    while room > 0:
+        example = build(room)
+        if example is None:
+            break
+        over = len(encode(loaded, example, limits).ids) - tokens
+        if over <= 0:
+            return example
+        room -= over
+    raise UsageError(f"a prompt of {tokens} tokens is too short for this task", remedy="use at least 256 tokens")
+
+
+def size_by(loaded: LoadedModel) -> Callable[[str], int]:
+    """Text → its number of tokens, special ones not counted."""
+
+    def size(text: str) -> int:
+        return len(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return size
+
+
+def has_chat(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _rendered(tokenizer: Any, prompt: str, stub: str, chat: bool) -> tuple[str, list[int]]:
+    templated = chat and has_chat(tokenizer)
+    text = prompt
+    if templated:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text += stub.lstrip() if templated else stub
+    return text, tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+
+
+def _continuation(tokenizer: Any, text: str, answer: str) -> list[int]:
+    """Tokens of ``answer`` as they would follow ``text``: a tokenizer may join them otherwise than alone."""
+    tail = text[-_TAIL:]
+    if tail[-1:].isspace():
+        answer = answer.lstrip(" ")
+    before = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    both = tokenizer(tail + answer, add_special_tokens=False)["input_ids"]
+    if both[: len(before)] == before:
+        ids: list[int] = both[len(before) :]
+    else:
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
+    """One batch: log-probabilities of the candidates, then the answers."""
+    import torch
+
+    from d2obench.engine import Session
+
+    axes, tokenizer = cell.axes, loaded.tokenizer
+    longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
+    session = Session(loaded, axes.policy, axes.budget, max_new=longest, seed=axes.seed)
+    try:
+        session.prefill([prompt.ids[:-1] for prompt in prompts])
+        session.compress()
+        first = session.step(torch.tensor([prompt.ids[-1] for prompt in prompts], device=loaded.device))
+        scores: list[list[float]] = [[] for _ in prompts]
+        rounds = max(len(prompt.candidates) for prompt in prompts)
+        state = session.snapshot() if rounds else None
+        for i in range(rounds):
+            column = [prompt.candidates[i] if i < len(prompt.candidates) else [] for prompt in prompts]
+            for row, value, tokens in zip(scores, _logprobs(session, first, column), column, strict=True):
+                row += [value] if tokens else []
+            session.restore(state)
+        answers = _greedy(session, first, limits, tokenizer, end_tokens(loaded))
+    finally:
+        session.close()
+    for prompt, row, item in zip(prompts, scores, answers, strict=True):
+        if row:
+            size = len(tokenizer.decode(prompt.candidates[0]).encode())
+            item |= {"gold_logprob": row[0], "gold_bytes": size, "gold_bpb": -row[0] / (math.log(2) * max(1, size))}
+        if len(row) > 1:
+            item["candidate_logprobs"] = row
+    return answers
+
+
+def _logprobs(session: Any, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[float]:
+    """Sum of the log-probabilities of one continuation a sequence, from the session's present state; nats."""
+    import torch
+
+    total = torch.zeros(len(column), dtype=torch.float64)
+    logits, longest = first, max(map(len, column))
+    for i in range(longest):
+        there = torch.tensor([i < len(tokens) for tokens in column])
+        target = torch.tensor([tokens[i] if i < len(tokens) else 0 for tokens in column], device=logits.device)
+        found = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        total += torch.where(there, found.cpu().double(), 0.0)
+        if i + 1 < longest:
+            logits = session.step(target)
+    return [float(value) for value in total]
+
+
+def _greedy(session: Any, first: torch.Tensor, limits: Limits, tokenizer: Any, ends: frozenset[int]) -> list[Item]:
+    tokens = first.argmax(-1)
+    written: list[list[int]] = [[] for _ in range(len(tokens))]
+    items: list[Item] = [{"text": "", "generated": 0, "ended": "length"} for _ in written]
+    going = set(range(len(written)))
+    for step in range(limits.max_new):
+        for i, token in enumerate(tokens.tolist()):
+            if i not in going:
+                continue
+            if token in ends:
+                items[i]["ended"] = "end"
+                going.discard(i)
+                continue
+            written[i].append(token)
+            items[i]["generated"] += 1
+            text = tokenizer.decode(written[i], skip_special_tokens=True).lstrip() if limits.stop else ""
+            if any(word in text for word in limits.stop):
+                items[i]["ended"] = "stop"
+                going.discard(i)
+        if not going or step + 1 == limits.max_new:
+            break
+        tokens = session.step(tokens).argmax(-1)
+    for item, ids in zip(items, written, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = text.lstrip() if limits.stop else text
+        item["text"] = text[: min([len(text), *(text.find(word) for word in limits.stop if word in text)])]
+    return items
+
+
+def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """The tokens that end a text, as model and tokenizer name them."""
+    configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    found = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(int(token) for token in [*found, loaded.tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,96 @@
+"""GSM8K: grade-school word problems, five worked examples before each (Cobbe et al. 2021, arXiv 2110.14168).
+
+The five examples are our own, in the data set's format, so that a local test file is all that is needed. The prompt
+is plain text, as common for this task; an answer is taken from after ``####`` (strict) or as the last number
+(flexible), with lm-evaluation-harness's rules. ``score`` is the flexible one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from d2obench.tasks.base import Count, Item
+from d2obench.tasks.data import Source, records
+from d2obench.tasks.generate import Example, Generative, Limits
+
+if TYPE_CHECKING:
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+SOURCE = Source("openai/gsm8k", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "test", "main")
+
+SHOTS = (
+    ("A ferry makes 6 crossings a day and carries 14 cars on each. How many cars does it carry in a week of 7 days?",
+     "In a day the ferry carries 6 * 14 = 84 cars.\nIn a week it carries 84 * 7 = 588 cars.\n#### 588"),
+    ("Lena buys 3 notebooks for $4 each and a pen for $2.50. She pays with a $20 bill. How much change does she get?",
+     "The notebooks cost 3 * 4 = 12 dollars.\nTogether with the pen that is 12 + 2.5 = 14.5 dollars.\n"
+     "Her change is 20 - 14.5 = 5.5 dollars.\n#### 5.5"),
+    ("Two thirds of the 36 trees in an orchard bear apples and half of the rest bear pears. How many bear pears?",
+     "36 * 2 / 3 = 24 trees bear apples.\nThe rest are 36 - 24 = 12 trees.\nOf these 12 / 2 = 6 bear pears.\n#### 6"),
+    ("Omar is 4 years older than twice his sister's age. Together they are 31 years old. How old is Omar?",
+     "Let the sister be s years old. Then Omar is 2s + 4.\nTogether they are 3s + 4 = 31, so s = 27 / 3 = 9.\n"
+     "Omar is 2 * 9 + 4 = 22 years old.\n#### 22"),
+    ("A tank holds 480 liters. A pump empties 30 liters a minute while a hose fills 18 liters a minute. "
+     "After how many minutes is the full tank empty?",
+     "Every minute the tank loses 30 - 18 = 12 liters.\nIt is empty after 480 / 12 = 40 minutes.\n#### 40"),
+)  # fmt: skip
+
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+
+
+class Problem(msgspec.Struct):
+    """One record."""
+
+    question: str
+    answer: str
+
+
+class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """GSM8K word problems, 5-shot, strict and flexible extraction."""
+
+    max_new: Count = 256
+
+    def limits(self) -> Limits:
+        """A worked solution in plain text."""
+        return Limits(max_new=self.max_new, stop=("Question:",), chat=False)
+
+    def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
+        """The set's problems in order, at most ``quality.limit``."""
+        shots = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in SHOTS)
+        found = records(self.name, SOURCE, quality.data.get(self.name), Problem)[: quality.limit or None]
+        return [
+            Example(
+                str(i),
+                str(i),
+                f"{shots}\n\nQuestion: {problem.question}\nAnswer:",
+                candidates=(" " + problem.answer,),
+                keep={"gold": strict(problem.answer) or problem.answer},
+            )
+            for i, problem in enumerate(found)
+        ]
+
+    def marks(self, item: Item) -> dict[str, float]:
+        """Whether the extracted number is the gold one."""
+        gold, text = plain(item["gold"]), item["text"]
+        return {"score": float(plain(flexible(text)) == gold), "score_strict": float(plain(strict(text)) == gold)}
+
+
+def strict(text: str) -> str:
+    """The number after the first ``####``; empty where there is none."""
+    found = _STRICT.search(text)
+    return found[1] if found else ""
+
+
+def flexible(text: str) -> str:
+    """The last number; empty where there is none."""
+    found = _FLEXIBLE.findall(text)
+    return found[-1] if found else ""
+
+
+def plain(number: str) -> str:
+    """A number without thousands separators, dollar sign and final point."""
+    return re.sub(r"[,$]|(?s:.*)#### |\.$", "", number).strip()

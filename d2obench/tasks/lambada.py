@@ -1,0 +1,45 @@
+"""LAMBADA: the last word of a passage, which only the whole passage tells (Paperno et al. 2016, arXiv 1606.06031)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from d2obench.tasks.base import Item
+from d2obench.tasks.data import Source, records
+from d2obench.tasks.generate import Example, Generative, Limits
+from d2obench.tasks.recall import begins_with
+
+if TYPE_CHECKING:
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+SOURCE = Source("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4", "test", "default")
+
+
+class Passage(msgspec.Struct):
+    """One record."""
+
+    text: str
+
+
+class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """LAMBADA, the last word of a passage: accuracy and bits per byte of that word."""
+
+    def limits(self) -> Limits:
+        """One word; plain text goes on."""
+        return Limits(max_new=8, stop=("\n",), chat=False)
+
+    def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
+        """Passages without their last word."""
+        found = records(self.name, SOURCE, quality.data.get(self.name), Passage)[: quality.limit or None]
+        examples = []
+        for i, passage in enumerate(found):
+            context, _, word = passage.text.strip().rpartition(" ")
+            examples.append(Example(str(i), str(i), context, candidates=(" " + word,), keep={"gold": word}))
+        return examples
+
+    def marks(self, item: Item) -> dict[str, float]:
+        """Whether the text goes on with the very word."""
+        return {"score": float(begins_with(item["text"], item["gold"]))}

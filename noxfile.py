@@ -1,0 +1,44 @@
+"""Development sessions: ``nox`` runs all of them, ``nox -s lint`` one."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; the embedded model is fetched on first use."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format and types."""
+    session.install("-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "--strict", "d2obench")
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Imports go one way; the contracts stand in pyproject.toml."""
+    session.install("-e", ".[dev]")
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The README against the program: commands, links, tree."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "tests/test_docs.py")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source and wheel distributions, and a look at what they hold."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "tests/test_packaging.py")
+    session.run("python", "-m", "build", "--no-isolation")

@@ -1,0 +1,117 @@
+"""A worker that answers at once with scripted figures; the loop and the protocol are the real ones.
+
+The environment variable ``FAKE`` holds JSON: ``oom`` (policies), ``crash`` (policies), ``hang`` (policies), ``fits``
+(the largest batch), ``delay`` (seconds of a request), ``noise`` (what the worker prints), ``log`` (a file that gets a
+line for every request).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from typing import Any
+
+from d2obench.errors import OutOfMemory
+from d2obench.runner.worker import Worker, main
+
+FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
+MODEL = {
+    "name": "fake", "digest": "0" * 64, "context": 4096, "weights_bytes": 1000, "weights_read_bytes": 900,
+    "layers": 2, "kv_heads": 2, "head_dim": 4, "has_sense": True, "note": "",
+}  # fmt: skip
+DIMENSIONS = {
+    "architecture": "fake", "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16, "vocab": 64,
+    "context": 4096, "parameters": 1000,
+}  # fmt: skip
+
+
+class Fake(Worker):
+    """Every operation without a model."""
+
+    def hello(self, args: Any, report: Any) -> Any:
+        return {"pid": os.getpid(), "version": "fake", "python": "3", "torch": "0", "transformers": "0", "device": "cpu"}
+
+    def describe(self, args: Any, report: Any) -> Any:
+        devices = {name: "cpu" if name == "auto" else name for name in args["devices"]}
+        return {"devices": devices, "models": {name: DIMENSIONS for name in args["models"]}}
+
+    def environment(self, args: Any, report: Any) -> Any:
+        return {"cpu": "fake", "device": args["device"], **FAKE.get("facts", {})}
+
+    def refuse_busy(self, args: Any, report: Any) -> Any:
+        return {}
+
+    def bandwidth(self, args: Any, report: Any) -> Any:
+        return {"bytes_per_s": 1e9, "median": 1e9, "n": 1}
+
+    def rates(self, args: Any, report: Any) -> Any:
+        return {"bandwidth": 1e9, "flops": 1e9}
+
+    def memory(self, args: Any, report: Any) -> Any:
+        return {"free": 10**9, "total": 10**9}
+
+    def load(self, args: Any, report: Any) -> Any:
+        report(1, 1, "loading fake")
+        return MODEL
+
+    def measure(self, args: Any, report: Any) -> Any:
+        self._act("measure", args["axes"]["policy"], args)
+        if args["batch"] > FAKE.get("fits", args["batch"]):
+            raise OutOfMemory("out of memory in prefill")
+        return {"trace": trace(args), "model": MODEL}
+
+    def count(self, args: Any, report: Any) -> Any:
+        self._act("count", args["axes"]["policy"], args)
+        return {"ops_step": 100, "flops_step": 1000}
+
+    def evaluate(self, args: Any, report: Any) -> Any:
+        self._act("evaluate", args["cell"]["axes"]["policy"], args)
+        report(1, 1)
+        items = [{"id": "a", "document": "a", "score": 1.0}]
+        return {"values": {"score": {"value": 1.0}}, "items": items, "details": {}, "flags": [], "model": MODEL}
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    @staticmethod
+    def _act(op: str, policy: str, args: dict[str, Any]) -> None:
+        if "log" in FAKE:
+            with open(FAKE["log"], "a") as file:
+                file.write(f"{op} {policy} {args.get('round')} {'warm-up' if args.get('warm_up') else ''}\n")
+        if "noise" in FAKE:
+            print(FAKE["noise"], flush=True)
+            os.write(1, FAKE["noise"].encode())
+        time.sleep(FAKE.get("delay", 0.0))
+        if policy in FAKE.get("oom", ()):
+            raise OutOfMemory("out of memory in prefill", why="simulated")
+        if policy in FAKE.get("crash", ()):
+            print("the last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if policy in FAKE.get("hang", ()):
+            time.sleep(3600)
+
+
+def trace(args: dict[str, Any]) -> dict[str, Any]:
+    """A request's figures, fixed by cell and round alone."""
+    axes, batch = args["axes"], args["batch"]
+    prompt, gen = map(int, axes["shape"].split("+"))
+    seed = f"{axes['policy']}/{axes['budget']}/{axes['shape']}/{batch}/{args.get('round')}"
+    step = 0.01 + zlib.crc32(seed.encode()) % 1000 * 1e-6
+    steps = [step] * (gen - 1)
+    kept = [[float(prompt)] * batch] * 2
+    return {
+        "batch": batch, "gen": gen, "prompt_tokens": prompt * batch, "ttft_s": 0.2, "prefill_s": 0.15, "compress_s": 0.05,
+        "decode_s": sum(steps), "e2e_s": 0.2 + sum(steps), "loop_s": 0.0, "step_s": steps,
+        "marks": [[0.0, "prefill"], [0.15, "compress"], [0.2, "token"], [0.2, "decode"], [0.2 + sum(steps), "end"]],
+        "peaks": {"prefill": {"rss_bytes": 1000 + 10 * batch}}, "kv_bytes": 512 * batch, "kv_prompt_bytes": 512 * batch,
+        "state_bytes": 0, "requested": None, "effective": 1.0, "kept": kept, "held": kept, "over": False, "merged": 0, "evicted": 0,
+        "tokens_digest": "0" * 64, "flags": list(FAKE.get("flags", ())),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Fake())

@@ -1,0 +1,67 @@
+"""Small runs with a scripted worker, for the tests of the runner."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2obench.record import Axes, Run, read_run
+from d2obench.runner.check import Checked
+from d2obench.runner.local import run_suite
+from d2obench.runner.protocol import WorkerClient
+from d2obench.suite import AxesTable, Cell, Suite, Timing, WorkerTable
+
+FAKE = str(Path(__file__).with_name("fake_worker.py"))
+
+
+class Silent:
+    """A watcher that only remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.states: list[tuple[str, str]] = []
+
+    def cell(self, cell: str, state: str, text: str = "") -> None:
+        self.states.append((cell, state))
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def client(timeout_s: float = 30.0, **fake: Any) -> WorkerClient:
+    """A client of the scripted worker; see ``fake_worker`` for its settings."""
+    env = {"FAKE": json.dumps(fake)}
+    return WorkerClient(sys.executable, env, timeout_s=timeout_s, command=("-P", FAKE))
+
+
+def cell(policy: str, budget: str | None = None, shape: str | None = "32+8", batch: Any = 2, task: str = "speed") -> Cell:
+    """A cell of the model ``fake``; its hash is made from its axes."""
+    shape, batch = (shape, batch) if task == "speed" else (None, None)
+    axes = Axes(task, "fake", "float32", "cpu", policy, budget, shape, batch, 0)
+    words = [str(word) for word in (task, policy, budget, shape, batch)]
+    return Cell("/".join(words), "-".join(words).replace("+", "_"), axes)
+
+
+CELLS = (cell("full"), cell("h2o", "0.2"), cell("d2o", "0.2"), cell("full", task="recall"), cell("d2o", "0.2", task="recall"))
+
+
+def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, **worker: Any) -> Checked:
+    """A suite of these cells as it comes out of the checks."""
+    axes = AxesTable(policy=("full",), model=("fake",), device=("cpu",))
+    timing = timing or Timing(rounds=3, max_rounds=3)
+    return Checked(Suite("fake", "", axes, timing=timing, worker=WorkerTable(**worker)), tuple(cells), {}, {})
+
+
+def run(folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = 30.0, **fake: Any) -> Run:
+    """Runs into ``folder``, or goes on with what is there."""
+    folder.mkdir(exist_ok=True)
+    earlier = read_run(folder) if (folder / "run.json").exists() else None
+    with client(timeout_s, **fake) as worker:
+        run_suite(work or checked(), folder, worker, watcher or Silent(), earlier=earlier)
+    return read_run(folder)

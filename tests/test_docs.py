@@ -1,0 +1,72 @@
+"""The README against the program: its commands are real, its links lead somewhere, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2obench.cli import COMMANDS
+from d2obench.suite import shipped
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+
+
+def _commands() -> list[str]:
+    """Every ``d2obench …`` line of the code blocks, without comments and continuations."""
+    text = "\n".join(body.replace("\\\n", " ") for _, body in BLOCKS)
+    return re.findall(r"(?:^|[\s/])d2obench ([a-z][^#\n&]*)", text, re.M)
+
+
+def test_every_command_is_named() -> None:
+    named = {words.split()[0] for words in re.findall(r"d2obench ([a-z][\w -]*)", README)}
+    assert set(COMMANDS) <= named
+
+
+def test_commands_exist_with_their_options() -> None:
+    assert _commands()
+    for line in _commands():
+        name, *words = line.split()
+        assert name in COMMANDS, line
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        if options:
+            command = [sys.executable, "-m", "d2obench", name, "--help"]
+            shown = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200"}, check=True).stdout
+            assert not {option for option in options if option not in shown}, line
+
+
+def test_suites_named_in_runs_ship() -> None:
+    for line in _commands():
+        name, *words = line.split()
+        if name == "run" and words and not words[0].startswith("-") and words[0].islower():
+            assert words[0] in shipped() or words[0].endswith(".toml"), line
+
+
+def test_ci_finds_its_command() -> None:
+    lines = [line for line in README.splitlines() if line.endswith("-m pytest")]
+    assert len(lines) == 1
+    assert lines[0].startswith("python3 -m venv .venv && ")
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#\s]+)", README))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert link.startswith("https://") or (ROOT / link).exists()
+
+
+def test_tree_is_the_tree() -> None:
+    tree = next(body for _, body in BLOCKS if re.search(r"^suites/", body, re.M))
+    folder: list[str] = []
+    seen = 0
+    for line in tree.splitlines():
+        match = re.match(r"( *)([\w.-]+(?:/[\w.-]+)*/?)(?:\s|$)", line)
+        if match and line.strip():
+            depth = len(match[1]) // 2
+            folder = [*folder[:depth], match[2]]
+            assert (ROOT / "/".join(part.rstrip("/") for part in folder)).exists(), line
+            seen += 1
+    assert seen > 10

@@ -1,0 +1,153 @@
+"""Interleaved groups: order, warm-up, when they stop, pairing, and what ends a cell."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from runs import Silent, cell, checked, run
+
+from d2obench.record import read_samples
+from d2obench.suite import Timing
+
+
+def log(path: Path) -> list[tuple[str, str, str, str]]:
+    """(operation, policy, round, warm-up) of every request the worker saw."""
+    return [tuple(line.split(" ")) for line in path.read_text().splitlines()]  # type: ignore[misc]
+
+
+def test_rounds_are_abba_and_every_cell_is_warmed_up_first(tmp_path: Path) -> None:
+    cells = [cell(policy) for policy in ("full", "h2o", "d2o")]
+    found = run(tmp_path / "run", checked(cells, Timing(rounds=4, max_rounds=4, warmup=2)), log=str(tmp_path / "log"))
+    seen = log(tmp_path / "log")
+    timed = [(policy, number) for op, policy, number, warm in seen if op == "measure" and not warm]
+    forwards, backwards = ["full", "h2o", "d2o"], ["d2o", "h2o", "full"]
+    assert timed == [(policy, str(n)) for n, order in enumerate((forwards, backwards) * 2) for policy in order]
+    for policy in forwards:
+        first = next(i for i, one in enumerate(seen) if one[1] == policy and one[0] == "measure" and not one[3])
+        assert [one[0] for one in seen[:first] if one[1] == policy] == ["count", "measure"]  # counting warms up too
+    rounds = read_samples(tmp_path / "run", found.cells[1])["rounds"]
+    assert [(one["round"], one["order"]) for one in rounds] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+    assert [read_samples(tmp_path / "run", found.cells[0])["rounds"][n]["order"] for n in range(4)] == [0, 2, 0, 2]
+
+
+def test_groups_differ_in_shape_batch_and_seed_only(tmp_path: Path) -> None:
+    cells = [cell(policy, shape=shape, batch=batch) for shape in ("8+4", "16+4") for batch in (1, 2) for policy in ("full", "d2o")]
+    run(tmp_path / "run", checked(cells, Timing(rounds=1, max_rounds=1, warmup=0)), log=str(tmp_path / "log"))
+    timed = [policy for op, policy, *_ in log(tmp_path / "log") if op == "measure"]
+    assert timed == ["full", "d2o"] * 4
+
+
+def test_rounds_stop_when_every_interval_is_narrow(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full")], Timing(rounds=6, max_rounds=12, interval=0.5)))
+    assert found.cells[0].details["stopped"] == "interval"
+    assert found.cells[0].details["rounds"] == 6
+
+
+def test_rounds_go_on_while_an_interval_is_wide(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full")], Timing(rounds=2, max_rounds=7, interval=1e-9)))
+    assert found.cells[0].details["stopped"] == "max_rounds"
+    assert found.cells[0].details["rounds"] == 7
+
+
+def test_time_ends_the_rounds(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full")], Timing(rounds=50, max_rounds=50, max_seconds=0.1)), delay=0.06)
+    assert found.cells[0].details["stopped"] == "max_seconds"
+    assert found.cells[0].details["rounds"] == 2
+
+
+def test_disturbed_rounds_are_kept_flagged_and_repeated(tmp_path: Path) -> None:
+    timing = Timing(rounds=2, max_rounds=5, interval=0.9)
+    found = run(tmp_path, checked([cell("full")], timing), flags=["other load 40 %"])
+    assert found.cells[0].details == found.cells[0].details | {"stopped": "max_rounds", "rounds": 5}
+    assert "5 of 5 rounds: other load" in found.cells[0].flags
+
+
+def test_ratios_pair_rounds(tmp_path: Path) -> None:
+    """The speed-up is the median of the ratios of equal rounds, worked out here from the samples."""
+    found = run(tmp_path, checked([cell("full"), cell("d2o", "0.2")], Timing(rounds=5, max_rounds=5)))
+    full, d2o = (sorted(read_samples(tmp_path, one)["rounds"], key=lambda r: r["round"]) for one in found.cells)
+    ratios = sorted(a["decode_s"] / b["decode_s"] for a, b in zip(full, d2o, strict=True))
+    value = found.cells[1].values["speedup"]
+    assert math.isclose(value.value or 0, ratios[2], rel_tol=1e-9)
+    assert value.lo is not None and value.lo <= ratios[2] <= (value.hi or 0)
+    assert value.n == 5
+    assert found.cells[1].values["prefill_cost"].value == 1.0
+    assert found.cells[1].values["speedup_bound"].value == 1.0  # the scripted worker holds the same for all
+    assert "speedup" not in found.cells[0].values
+
+
+def test_out_of_memory_is_a_row_and_larger_cells_are_skipped(tmp_path: Path) -> None:
+    cells = [cell(policy, shape=shape) for shape in ("8+4", "16+4", "16+8") for policy in ("full", "d2o")]
+    found = run(tmp_path / "run", checked(cells), oom=["full"], log=str(tmp_path / "log"))
+    status = [(one.axes.policy, one.axes.shape, one.status) for one in found.cells]
+    assert status == [
+        ("full", "8+4", "oom"), ("d2o", "8+4", "ok"),
+        ("full", "16+4", "skipped"), ("d2o", "16+4", "ok"),
+        ("full", "16+8", "skipped"), ("d2o", "16+8", "ok"),
+    ]  # fmt: skip
+    assert found.cells[0].reason == "out of memory in prefill: simulated"
+    assert "full/None/8+4/2" in found.cells[2].reason
+    assert sum(policy == "full" for _, policy, *_ in log(tmp_path / "log")) == 1  # never asked again
+    assert "speedup" not in found.cells[1].values  # nothing to compare with
+
+
+def test_a_smaller_cell_is_not_skipped(tmp_path: Path) -> None:
+    cells = [cell("full", shape="16+8"), cell("full", shape="8+8"), cell("full", shape="8+16")]
+    found = run(tmp_path, checked(cells), oom=["full"])
+    assert [one.status for one in found.cells] == ["oom", "oom", "skipped"]
+
+
+def test_a_crash_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full"), cell("h2o"), cell("d2o")]), crash=["h2o"])
+    assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
+    assert "SIGSEGV" in found.cells[1].reason
+
+
+def test_a_hang_is_a_row(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full"), cell("h2o")]), timeout_s=0.5, hang=["full"])
+    assert [one.status for one in found.cells] == ["failed", "ok"]
+    assert "gave no sign" in found.cells[0].reason
+
+
+def test_a_quality_cell_fails_alone(tmp_path: Path) -> None:
+    cells = [cell("full", task="recall"), cell("d2o", "0.2", task="recall")]
+    found = run(tmp_path, checked(cells), crash=["full"])
+    assert [one.status for one in found.cells] == ["failed", "ok"]
+    assert read_samples(tmp_path, found.cells[1])["items"][0]["id"] == "a"
+
+
+@pytest.mark.parametrize("mode", ["shared", "fresh"])
+def test_a_fresh_worker_for_every_group(tmp_path: Path, mode: str) -> None:
+    watcher = Silent()
+    cells = [cell("full"), cell("full", shape="8+4"), cell("full", task="recall")]
+    found = run(tmp_path, checked(cells, mode=mode), watcher=watcher)
+    assert [one.status for one in found.cells] == ["ok"] * 3
+
+
+def test_cells_longer_than_the_context_are_skipped(tmp_path: Path) -> None:
+    import dataclasses
+
+    work = checked([cell("full"), cell("d2o")])
+    work = dataclasses.replace(work, too_long={work.cells[1].id: "the shape is longer than the context"})
+    found = run(tmp_path, work)
+    assert [one.status for one in found.cells] == ["ok", "skipped"]
+    assert "longer" in found.cells[1].reason
+
+
+def test_the_largest_batch_is_found_and_equal_memory_is_its_own_column(tmp_path: Path) -> None:
+    cells = [cell("full", batch="max"), cell("d2o", "0.2", batch="max")]
+    found = run(tmp_path, checked(cells, Timing(rounds=2, max_rounds=2, memory_limit="1500KB")), fits=37)
+    for one in found.cells:
+        assert (one.status, one.values["batch_max"].value) == ("ok", 37.0)
+    samples = read_samples(tmp_path, found.cells[0])
+    assert [37, 1370] in samples["trials"]
+    assert all(peak is None for batch, peak in samples["trials"] if batch > 37)
+    assert "speedup_memory" in found.cells[1].values
+    assert "speedup" not in found.cells[1].values
+
+
+def test_a_limit_below_one_sequence_is_a_row(tmp_path: Path) -> None:
+    found = run(tmp_path, checked([cell("full", batch="max")], Timing(memory_limit="1KB")))
+    assert (found.cells[0].status, found.cells[0].reason) == ("oom", "not even one sequence fits under 0.00 GiB")

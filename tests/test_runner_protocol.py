@@ -1,0 +1,131 @@
+"""The worker process: answers, errors by class, crashes, hangs, and never outliving its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import FAKE, cell, client
+
+from d2obench.errors import OutOfMemory, PolicyError, WorkerError
+from d2obench.runner.protocol import DeadWorkerError, WorkerClient, again, describe, revive
+
+REQUEST = {"axes": {"policy": "full", "budget": None, "shape": "32+8"}, "batch": 2, "round": 0}
+
+
+def test_hello() -> None:
+    with client() as worker:
+        hello = worker.call("hello")
+        assert hello["pid"] == worker.pid
+        assert worker.call("hello")["pid"] == worker.pid  # the same process, kept warm
+
+
+@pytest.mark.parametrize("noise", ["warning: something\n", '{"id": 1, "ok": {}}\n', "\x00\xff{{{"])
+def test_what_a_library_prints_is_no_answer(noise: str) -> None:
+    with client(noise=noise) as worker:
+        assert worker.call("measure", REQUEST)["trace"]["batch"] == 2
+
+
+def test_an_unknown_operation_is_an_error_and_the_worker_lives_on() -> None:
+    with client() as worker:
+        with pytest.raises(WorkerError, match="knows no operation"):
+            worker.call("system")
+        assert worker.call("hello")
+        assert worker.generation == 1
+
+
+def test_an_error_keeps_its_class_and_words() -> None:
+    problem = PolicyError("unknown policy 'x'", why="because", remedy="type y")
+    again_ = revive(describe(problem))
+    assert (type(again_), str(again_)) == (PolicyError, str(problem))
+    assert isinstance(revive(describe(MemoryError())), OutOfMemory)
+    assert isinstance(revive(describe(ValueError("a\nb"))), WorkerError)
+    assert isinstance(revive({"kind": "os", "what": "x"}), WorkerError)  # a name that is no error class
+
+
+def test_progress_is_told() -> None:
+    seen = []
+    with client() as worker:
+        worker.call("load", {}, progress=lambda *step: seen.append(step))
+    assert seen == [(1, 1, "loading fake")]
+
+
+def test_a_crash_tells_how_and_the_last_words_and_a_new_worker_follows() -> None:
+    with client(crash=["full"]) as worker:
+        with pytest.raises(DeadWorkerError, match="SIGSEGV during 'measure': the last words"):
+            worker.call("measure", REQUEST)
+        assert worker.call("hello")["pid"]
+        assert worker.generation == 2
+
+
+def test_a_kill_between_two_calls_goes_unnoticed() -> None:
+    with client() as worker:
+        worker.call("hello")
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        time.sleep(0.1)
+        assert worker.call("hello")
+        assert worker.generation == 2
+
+
+def test_again_forgives_one_death() -> None:
+    deaths = iter([True, False])
+
+    def work() -> str:
+        if next(deaths):
+            raise DeadWorkerError("killed")
+        return "done"
+
+    assert again(work) == "done"
+
+
+def test_a_hang_is_ended(tmp_path: Path) -> None:
+    with client(hang=["full"]) as worker:
+        worker.call("hello")
+        pid = worker.pid or 0
+        with pytest.raises(WorkerError, match=r"gave no sign for 0.3 s during 'measure'"):
+            worker.call("measure", REQUEST, timeout_s=0.3)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_no_interpreter() -> None:
+    with pytest.raises(WorkerError, match="can't start a worker"):
+        WorkerClient("/nowhere/python").call("hello")
+
+
+def test_a_worker_that_can_not_start_says_why() -> None:
+    with WorkerClient(command=("-c", "raise ImportError('no torch')")) as worker, pytest.raises(WorkerError, match="no torch"):
+        worker.call("hello")
+
+
+def test_the_worker_ends_with_its_parent() -> None:
+    """The parent is killed in the middle of a request that would take an hour."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from runs import client\n"
+        "worker = client(hang=['full']); worker.call('hello'); print(worker.pid, flush=True)\n"
+        "worker.call('measure', {'axes': {'policy': 'full', 'budget': None, 'shape': '32+8'}, 'batch': 1})"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(Path(FAKE).parent)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_a_huge_answer_arrives_whole() -> None:
+    with client() as worker:
+        axes = cell("full", shape="8+200000").axes
+        found = worker.call("measure", {"axes": {"policy": "full", "budget": None, "shape": axes.shape}, "batch": 1})
+        assert len(found["trace"]["step_s"]) == 199_999

@@ -1,0 +1,211 @@
+"""Runs that are killed, stopped or starved, and go on: no cell lost, none doubled, the same figures."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import CELLS, FAKE, cell, checked, run
+
+from d2obench import record
+from d2obench.errors import RecordError
+from d2obench.record import Run
+from d2obench.runner.lock import locked
+from d2obench.suite import Timing
+
+fork = multiprocessing.get_context("fork")
+
+
+def figures(found: Run) -> dict[str, Any]:
+    """What a table shows, less the times of day."""
+    return {one.id: (one.status, one.reason, one.values, one.flags, one.details["stopped"] if "stopped" in one.details else "")
+            for one in found.cells}
+
+
+def lines(folder: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def quiet_run(folder: Path, delay: float) -> None:
+    """A run in a forked process that a test kills."""
+    os.setsid()
+    run(folder, delay=delay)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return figures(run(tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_parent_killed_at_random_moments(tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
+    chance, kills, folder = random.Random(seed), 0, tmp_path / "run"
+    for _ in range(int(os.environ.get("D2OBENCH_KILLS", "4"))):
+        process = fork.Process(target=quiet_run, args=(folder, 0.02))
+        process.start()
+        process.join(chance.uniform(0.05, 0.9))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    assert kills
+    found = run(folder)
+    assert not found.missing and not found.warnings
+    assert figures(found) == undisturbed
+    assert sorted(lines(folder)) == sorted(one.id for one in CELLS)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_worker_killed_at_random_moments(tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
+    """One stray kill is forgiven: the request is made again by a new worker, with a new warm-up."""
+    chance, folder = random.Random(seed), tmp_path / "run"
+    process = fork.Process(target=quiet_run, args=(folder, 0.03))
+    process.start()
+    for _ in range(3):
+        time.sleep(chance.uniform(0.3, 0.8))
+        for pid in _children(process.pid or 0):
+            os.kill(pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == 0
+    assert figures(record.read_run(folder)) == undisturbed
+
+
+def test_a_finished_run_measures_nothing_again(tmp_path: Path) -> None:
+    first = run(tmp_path / "run")
+    again = run(tmp_path / "run", log=str(tmp_path / "log"))
+    assert figures(first) == figures(again)
+    assert not (tmp_path / "log").exists()
+
+
+def test_rounds_on_the_disk_are_not_measured_again(tmp_path: Path) -> None:
+    work = checked([cell("full"), cell("d2o")], Timing(rounds=4, max_rounds=4))
+    process = fork.Process(target=_delayed, args=(tmp_path / "run", work))
+    process.start()
+    samples = tmp_path / "run" / "samples"
+    while len(list(samples.glob("*.json"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    kept = {path.name: json.loads(path.read_text())["rounds"] for path in samples.glob("*.json")}
+    run(tmp_path / "run", work, log=str(tmp_path / "log"))
+    timed = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("measure") and "warm" not in line]
+    assert len(timed) == 8 - sum(map(len, kept.values()))
+    for name, rounds in kept.items():
+        assert json.loads((samples / name).read_text())["rounds"][: len(rounds)] == rounds
+
+
+def test_a_failed_cell_is_tried_again_apart_from_the_others(tmp_path: Path) -> None:
+    """Its new rounds were not measured beside the full cache's, so no speed-up is made of them."""
+    work = checked([cell("full"), cell("d2o")])
+    assert [one.status for one in run(tmp_path, work, crash=["d2o"]).cells] == ["ok", "failed"]
+    found = run(tmp_path, work)
+    assert [one.status for one in found.cells] == ["ok", "ok"]
+    assert "tpot_s" in found.cells[1].values
+    assert "speedup" not in found.cells[1].values
+    assert [one["round"] for one in record.read_samples(tmp_path, found.cells[1])["rounds"]] == [3, 4, 5]
+
+
+def test_a_changed_cell_is_measured_anew(tmp_path: Path) -> None:
+    import dataclasses
+
+    import msgspec
+
+    run(tmp_path / "run", checked([cell("full")]))
+    changed = msgspec.structs.replace(cell("full"), hash="another")
+    run(tmp_path / "run", dataclasses.replace(checked(), cells=(changed,)), log=str(tmp_path / "log"))
+    assert (tmp_path / "log").exists()
+
+
+def test_a_damaged_samples_file_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / f"{cell('full').hash}.json").write_bytes(b'{"rounds": [{"round": 0')
+    found = run(tmp_path, checked([cell("full")]))
+    assert found.cells[0].details["rounds"] == 3
+
+
+def test_another_machine_can_not_go_on(tmp_path: Path) -> None:
+    run(tmp_path, checked([cell("full")]))
+    with pytest.raises(RecordError, match="another environment: it differs in torch"):
+        run(tmp_path, checked([cell("full")]), facts={"torch": "99"})
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_read_and_no_worker(tmp_path: Path) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from runs import run; run(Path(sys.argv[2]), delay=0.05)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "run")], stderr=subprocess.PIPE)
+    while not list((tmp_path / "run").glob("samples/*.json")):
+        time.sleep(0.02)
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    found = record.read_run(tmp_path / "run")
+    assert found.missing
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not run(tmp_path / "run").missing
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(RecordError, match=rf"in use by another run \(pid {os.getpid()}\)"), locked(tmp_path):
+        pytest.fail("the lock was given twice")
+    with locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    ready = fork.Event()
+    process = fork.Process(target=_hold, args=(tmp_path, ready))
+    process.start()
+    ready.wait(10)
+    with pytest.raises(RecordError, match=f"pid {process.pid}"), locked(tmp_path):
+        pytest.fail("the lock was given twice")
+    process.kill()
+    process.join()
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_full_disk_ends_the_run_with_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up after two rounds; with space again the run goes on from there."""
+    replace, left = os.replace, [4]
+
+    def full(source: Any, target: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RecordError, match=r"can't write .*: No space left on device; free some space"):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    assert not run(tmp_path / "run").missing
+
+
+def _delayed(folder: Path, work: Any) -> None:
+    run(folder, work, delay=0.05)
+
+
+def _hold(folder: Path, ready: Any) -> None:
+    with locked(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def _children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
