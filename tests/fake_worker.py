@@ -33,11 +33,18 @@ class Fake(Worker):
     """Every operation without a model."""
 
     def hello(self, args: Any, report: Any) -> Any:
-        return {"pid": os.getpid(), "version": "fake", "python": "3", "torch": "0", "transformers": "0", "device": "cpu"}
+        return {
+            "pid": os.getpid(),
+            "version": "fake",
+            "python": "3",
+            "torch": "0",
+            "transformers": "0",
+            "device": "cpu",
+        }
 
     def describe(self, args: Any, report: Any) -> Any:
         devices = {name: "cpu" if name == "auto" else name for name in args["devices"]}
-        return {"devices": devices, "models": {name: DIMENSIONS for name in args["models"]}}
+        return {"devices": devices, "models": dict.fromkeys(args["models"], DIMENSIONS)}
 
     def environment(self, args: Any, report: Any) -> Any:
         return {"cpu": "fake", "device": args["device"], **FAKE.get("facts", {})}
@@ -103,12 +110,15 @@ def trace(args: dict[str, Any]) -> dict[str, Any]:
     step = 0.01 + zlib.crc32(seed.encode()) % 1000 * 1e-6
     steps = [step] * (gen - 1)
     kept = [[float(prompt)] * batch] * 2
+    end = 0.2 + sum(steps)
     return {
-        "batch": batch, "gen": gen, "prompt_tokens": prompt * batch, "ttft_s": 0.2, "prefill_s": 0.15, "compress_s": 0.05,
-        "decode_s": sum(steps), "e2e_s": 0.2 + sum(steps), "loop_s": 0.0, "step_s": steps,
-        "marks": [[0.0, "prefill"], [0.15, "compress"], [0.2, "token"], [0.2, "decode"], [0.2 + sum(steps), "end"]],
-        "peaks": {"prefill": {"rss_bytes": 1000 + 10 * batch}}, "kv_bytes": 512 * batch, "kv_prompt_bytes": 512 * batch,
-        "state_bytes": 0, "requested": None, "effective": 1.0, "kept": kept, "held": kept, "over": False, "merged": 0, "evicted": 0,
+        "batch": batch, "gen": gen, "prompt_tokens": prompt * batch,
+        "ttft_s": 0.2, "prefill_s": 0.15, "compress_s": 0.05, "decode_s": sum(steps), "e2e_s": end,
+        "loop_s": 0.0, "step_s": steps,
+        "marks": [[0.0, "prefill"], [0.15, "compress"], [0.2, "token"], [0.2, "decode"], [end, "end"]],
+        "peaks": {"prefill": {"rss_bytes": 1000 + 10 * batch}},
+        "kv_bytes": 512 * batch, "kv_prompt_bytes": 512 * batch, "state_bytes": 0,
+        "requested": None, "effective": 1.0, "kept": kept, "held": kept, "over": False, "merged": 0, "evicted": 0,
         "tokens_digest": "0" * 64, "flags": list(FAKE.get("flags", ())),
     }  # fmt: skip
 

@@ -90,7 +90,12 @@ def speed_cell(folder: Path, point: Axes, full: Rounds | None, draw: random.Rand
         values["speedup_bound"] = Value((538 * MIB + batch * (prompt + gen) * 46080) / (538 * MIB + kv))
     slope = 0.3 if point.policy.startswith("d2o") else 0.0
     kept = [prompt * share * (1 + slope * (layer - 2.5) / 5) for layer in range(LAYERS)]
-    cell = record(point, values=values, details={"kept_layers": kept, "rounds": ROUNDS}, samples=f"samples/{cell_name(point)}.json")
+    cell = record(
+        point,
+        values=values,
+        details={"kept_layers": kept, "rounds": ROUNDS},
+        samples=f"samples/{cell_name(point)}.json",
+    )
     write_atomic(folder / str(cell.samples), dump({"rounds": rounds}))
     return cell, rounds
 

@@ -40,7 +40,9 @@ def client(timeout_s: float = 30.0, **fake: Any) -> WorkerClient:
     return WorkerClient(sys.executable, env, timeout_s=timeout_s, command=("-P", FAKE))
 
 
-def cell(policy: str, budget: str | None = None, shape: str | None = "32+8", batch: Any = 2, task: str = "speed") -> Cell:
+def cell(
+    policy: str, budget: str | None = None, shape: str | None = "32+8", batch: Any = 2, task: str = "speed"
+) -> Cell:
     """A cell of the model ``fake``; its hash is made from its axes."""
     shape, batch = (shape, batch) if task == "speed" else (None, None)
     axes = Axes(task, "fake", "float32", "cpu", policy, budget, shape, batch, 0)
@@ -48,7 +50,13 @@ def cell(policy: str, budget: str | None = None, shape: str | None = "32+8", bat
     return Cell("/".join(words), "-".join(words).replace("+", "_"), axes)
 
 
-CELLS = (cell("full"), cell("h2o", "0.2"), cell("d2o", "0.2"), cell("full", task="recall"), cell("d2o", "0.2", task="recall"))
+CELLS = (
+    cell("full"),
+    cell("h2o", "0.2"),
+    cell("d2o", "0.2"),
+    cell("full", task="recall"),
+    cell("d2o", "0.2", task="recall"),
+)
 
 
 def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, **worker: Any) -> Checked:
@@ -58,7 +66,9 @@ def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, **worke
     return Checked(Suite("fake", "", axes, timing=timing, worker=WorkerTable(**worker)), tuple(cells), {}, {})
 
 
-def run(folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = 30.0, **fake: Any) -> Run:
+def run(
+    folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = 30.0, **fake: Any
+) -> Run:
     """Runs into ``folder``, or goes on with what is there."""
     folder.mkdir(exist_ok=True)
     earlier = read_run(folder) if (folder / "run.json").exists() else None

@@ -33,7 +33,12 @@ def test_rounds_are_abba_and_every_cell_is_warmed_up_first(tmp_path: Path) -> No
 
 
 def test_groups_differ_in_shape_batch_and_seed_only(tmp_path: Path) -> None:
-    cells = [cell(policy, shape=shape, batch=batch) for shape in ("8+4", "16+4") for batch in (1, 2) for policy in ("full", "d2o")]
+    cells = [
+        cell(policy, shape=shape, batch=batch)
+        for shape in ("8+4", "16+4")
+        for batch in (1, 2)
+        for policy in ("full", "d2o")
+    ]
     run(tmp_path / "run", checked(cells, Timing(rounds=1, max_rounds=1, warmup=0)), log=str(tmp_path / "log"))
     timed = [policy for op, policy, *_ in log(tmp_path / "log") if op == "measure"]
     assert timed == ["full", "d2o"] * 4

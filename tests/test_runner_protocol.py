@@ -99,7 +99,10 @@ def test_no_interpreter() -> None:
 
 
 def test_a_worker_that_can_not_start_says_why() -> None:
-    with WorkerClient(command=("-c", "raise ImportError('no torch')")) as worker, pytest.raises(WorkerError, match="no torch"):
+    with (
+        WorkerClient(command=("-c", "raise ImportError('no torch')")) as worker,
+        pytest.raises(WorkerError, match="no torch"),
+    ):
         worker.call("hello")
 
 

@@ -28,8 +28,16 @@ fork = multiprocessing.get_context("fork")
 
 def figures(found: Run) -> dict[str, Any]:
     """What a table shows, less the times of day."""
-    return {one.id: (one.status, one.reason, one.values, one.flags, one.details["stopped"] if "stopped" in one.details else "")
-            for one in found.cells}
+    return {
+        one.id: (
+            one.status,
+            one.reason,
+            one.values,
+            one.flags,
+            one.details.get("stopped", ""),
+        )
+        for one in found.cells
+    }
 
 
 def lines(folder: Path) -> list[str]:
@@ -47,19 +55,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures(run(tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("D2OBENCH_KILL_SEEDS", "3"))))
 def test_parent_killed_at_random_moments(tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
+    """Killed again and again until it gets through; more seeds with D2OBENCH_KILL_SEEDS."""
     chance, kills, folder = random.Random(seed), 0, tmp_path / "run"
-    for _ in range(int(os.environ.get("D2OBENCH_KILLS", "4"))):
-        process = fork.Process(target=quiet_run, args=(folder, 0.02))
+    while True:
+        process = fork.Process(target=quiet_run, args=(folder, 0.03))
         process.start()
-        process.join(chance.uniform(0.05, 0.9))
-        kills += process.is_alive()
+        process.join(chance.uniform(0.05, 0.5))
+        if not process.is_alive():
+            break
+        kills += 1
         process.kill()
         process.join()
+    assert process.exitcode == 0
     assert kills
-    found = run(folder)
-    assert not found.missing and not found.warnings
+    print(f"{kills} kills")
+    found = record.read_run(folder)
+    assert not found.missing
     assert figures(found) == undisturbed
     assert sorted(lines(folder)) == sorted(one.id for one in CELLS)
 
@@ -97,7 +110,11 @@ def test_rounds_on_the_disk_are_not_measured_again(tmp_path: Path) -> None:
     process.join()
     kept = {path.name: json.loads(path.read_text())["rounds"] for path in samples.glob("*.json")}
     run(tmp_path / "run", work, log=str(tmp_path / "log"))
-    timed = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("measure") and "warm" not in line]
+    timed = [
+        line
+        for line in (tmp_path / "log").read_text().splitlines()
+        if line.startswith("measure") and "warm" not in line
+    ]
     assert len(timed) == 8 - sum(map(len, kept.values()))
     for name, rounds in kept.items():
         assert json.loads((samples / name).read_text())["rounds"][: len(rounds)] == rounds
@@ -111,6 +128,7 @@ def test_a_failed_cell_is_tried_again_apart_from_the_others(tmp_path: Path) -> N
     assert [one.status for one in found.cells] == ["ok", "ok"]
     assert "tpot_s" in found.cells[1].values
     assert "speedup" not in found.cells[1].values
+    assert found.cells[1].flags == ("not measured beside full",)
     assert [one["round"] for one in record.read_samples(tmp_path, found.cells[1])["rounds"]] == [3, 4, 5]
 
 
@@ -139,8 +157,12 @@ def test_another_machine_can_not_go_on(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_read_and_no_worker(tmp_path: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from runs import run; run(Path(sys.argv[2]), delay=0.05)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "run")], stderr=subprocess.PIPE)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from runs import run\n"
+        "run(Path(sys.argv[2]), delay=0.05)"
+    )
+    words = [sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "run")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
     while not list((tmp_path / "run").glob("samples/*.json")):
         time.sleep(0.02)
     workers = _children(process.pid)
@@ -153,7 +175,11 @@ def test_ctrl_c_leaves_a_run_that_can_be_read_and_no_worker(tmp_path: Path) -> N
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(RecordError, match=rf"in use by another run \(pid {os.getpid()}\)"), locked(tmp_path):
+    with (
+        locked(tmp_path),
+        pytest.raises(RecordError, match=rf"in use by another run \(pid {os.getpid()}\)"),
+        locked(tmp_path),
+    ):
         pytest.fail("the lock was given twice")
     with locked(tmp_path):
         pass

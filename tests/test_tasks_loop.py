@@ -15,7 +15,8 @@ from d2obench.models import LoadedModel
 from d2obench.record import Axes, dump
 from d2obench.suite import Cell, Quality
 from d2obench.tasks import evaluate, fidelity, rescore
-from d2obench.tasks.generate import Example, Limits, encode, end_tokens, generate
+from d2obench.tasks.generate import end_tokens, generate
+from d2obench.tasks.prompts import Example, Limits, encode
 
 
 class Bytes:
@@ -223,7 +224,7 @@ def test_needles_stand_at_their_depth_and_in_the_heatmap(model: LoadedModel) -> 
         places = [i for i in range(len(body)) if body.startswith("The secret word of", i)]
         assert len(places) == 2
         assert places[0] / len(body) == pytest.approx(depth, abs=0.25)
-    found = evaluate(model, cell(str("needle(contexts=[900,99999],depths=[0,1])")), Quality(), quiet)
+    found = evaluate(model, cell("needle(contexts=[900,99999],depths=[0,1])"), Quality(), quiet)
     assert found.details["left_out"] == [99999]
     assert [(point["context"], point["depth"]) for point in found.details["grid"]] == [(900, 0), (900, 1)]
     with pytest.raises(UsageError, match="no context of the task needle fits"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -65,7 +66,7 @@ def test_people_come_back_far_apart() -> None:
     gaps = []
     for person in people:
         places = [i for i, paragraph in enumerate(paragraphs) if person in paragraph]
-        gaps += [b - a for a, b in zip(places, places[1:], strict=False)]
+        gaps += [b - a for a, b in pairwise(places)]
     assert max(gaps) >= 10
     assert sum(gap >= 4 for gap in gaps) >= 10
 

@@ -67,7 +67,9 @@ def render(runs: Runs, formats: Formats = "csv,md,html", out: Out = None, rescor
 @app.command()
 def publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
-    name: Annotated[str, typer.Option("--name", help="Name of the published folder; the suite's where not given.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the published folder; the suite's where not given.")
+    ] = "",
     reports: Annotated[Path, typer.Option("--reports", help="Where published runs live.")] = Path("reports"),
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite a published run of that name.")] = False,
 ) -> None:

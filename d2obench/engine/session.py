@@ -154,6 +154,7 @@ class Session:
         self.cache.seen += tokens
         self._positions = self._positions + tokens
 
+    @torch.inference_mode()
     def footprint(self) -> Footprint:
         """What the cache holds now."""
         if not isinstance(self.cache, PolicyCache):
@@ -182,12 +183,14 @@ class Session:
             evicted=evicted,
         )
 
+    @torch.inference_mode()
     def snapshot(self) -> Any:
         """The compressed state, to come back to by :meth:`restore` any number of times."""
         if isinstance(self.cache, PolicyCache):
             return self.cache.snapshot(), self._positions, self._mask
         raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
 
+    @torch.inference_mode()
     def restore(self, saved: Any) -> None:
         """Brings back a :meth:`snapshot` of this session."""
         self.cache.restore(saved[0])

@@ -24,20 +24,19 @@ def windows(total: int, sampled: Sampled) -> list[int]:
 
 
 def integrate(total: int, starts: Sequence[int], groups: Sequence[Sequence[float]]) -> float:
-    """Time of ``total`` steps from windows of measured ones: each window's mean, joined by straight lines.
+    """Time of ``total`` steps from windows of measured ones.
 
-    A line through a window's centre is exact for a cost that grows linearly with the depth, which is the full
-    cache's; before the first and after the last centre it goes on level.
+    The means of the windows, each at its centre, are joined by straight lines, the outer ones going on to both ends:
+    exact for a cost that does not change or grows linearly with the depth, as the full cache's does.
     """
     centres = [start + (len(group) - 1) / 2 for start, group in zip(starts, groups, strict=True)]
     levels = [fmean(group) for group in groups]
+    if len(levels) == 1:
+        return total * levels[0]
     seconds, k = 0.0, 0
     for i in range(total):
-        while k < len(centres) and centres[k] < i:
+        while k < len(centres) - 2 and centres[k + 1] < i:
             k += 1
-        if k in (0, len(centres)):
-            seconds += levels[min(k, len(centres) - 1)]
-        else:
-            share = (i - centres[k - 1]) / (centres[k] - centres[k - 1])
-            seconds += levels[k - 1] + share * (levels[k] - levels[k - 1])
+        share = (i - centres[k]) / (centres[k + 1] - centres[k])
+        seconds += levels[k] + share * (levels[k + 1] - levels[k])
     return seconds

@@ -51,7 +51,7 @@ class DecodeLoop:
 
         def weights(*shape: int) -> torch.Tensor:
             drawn: torch.Tensor = torch.randn(*shape, generator=dice, device=device, dtype=kind)
-            return drawn / shape[0] ** 0.5
+            return drawn.div_(shape[0] ** 0.5)
 
         matrices = ((width, 3 * width), (width, 3 * width), (3 * width, width))
         self._layers = [tuple(weights(*shape) for shape in matrices) for _ in range(layers)]

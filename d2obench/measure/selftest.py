@@ -51,7 +51,6 @@ def known_delays(device: torch.device) -> dict[str, Found]:
         "prefill": Found(sum(spent["prefill"]), trace.prefill_s),
         "compress": Found(sum(spent["compress"]), trace.compress_s),
         "TPOT": Found(median(spent["decode"]), median(trace.step_s)),
-        "all steps": Found(sum(spent["decode"]), trace.decode_s),
     }
 
 

@@ -83,6 +83,8 @@ class D2O(H2O):
             raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
+        if self.allocate == "uniform" and not self.exempt:
+            return super().layer_budgets(stats, length, budget)
         layers = len(stats)
         spread = torch.stack([density(stat["sum"].mean(1), length).cpu() for stat in stats])
         exempt = {layer % layers for layer in self.exempt if -layers <= layer < layers}
@@ -129,7 +131,7 @@ class D2O(H2O):
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
         """Merges the ``every`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
-        if self.merge == "none" or self.every == 1:
+        if self.merge == "none":
             return
         for layer in range(victims.shape[0]):
             self._merge_layer(state, layer, victims[layer])

@@ -21,7 +21,10 @@ from d2obench.report.view import Entry as Field
 from d2obench.report.words import verdict
 
 MAX_CELLS = 2500
-EMBEDDED = "Model embedded: SmolLM2-135M-Instruct, its weights dequantised from 4 bits (GGUF Q4_1); the KV cache is full precision."
+EMBEDDED = (
+    "The model embedded is SmolLM2-135M-Instruct with weights dequantised from 4 bits (GGUF Q4_1); "
+    "its KV cache is full precision."
+)
 
 
 def build(folders: Sequence[Path]) -> Report:
@@ -107,9 +110,13 @@ def _reading(found: Sequence[Entry], tables: Sequence[Table]) -> tuple[str, ...]
     rounds = sorted({n for entry in found if isinstance(n := entry.record.details.get("rounds"), int)})
     if rounds:
         count = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
-        lines.append(f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round.")
+        lines.append(
+            f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round."
+        )
     if any(entry.text.endswith(" ◆") for table in tables for row in table.rows for entry in row):
-        lines.append("◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes.")
+        lines.append(
+            "◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes."
+        )
     return (*lines, "– was not asked for or can't be told; a cell without figures says why.")
 
 

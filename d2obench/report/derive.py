@@ -41,7 +41,7 @@ def metric_of(key: str) -> Metric | None:
 
 
 def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict[str, Value]]]:
-    """Cells that differ in policy and budget only, each with its figures. Their samples are held together, then freed."""
+    """Cells that differ in policy and budget only, each with its figures; their samples are held together."""
     good = [cell for cell in group if cell.status == "ok"]
     needed = len(good) > 1 and any(cell.axes.policy == FULL or _ours(cell) for cell in good)
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}

@@ -6,12 +6,13 @@ Raw samples are read for the largest setting only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
+from d2obench.report.fields import varying
 from d2obench.report.memory import Point, Samples, axis_title, rounds_of, split, timeline
 from d2obench.report.needle import needles
 from d2obench.report.quality import front, held, loss, primary, tasks_of
@@ -27,7 +28,7 @@ def figures(found: Sequence[Entry], rows: Sequence[Row]) -> list[Figure]:
     main = _main(rows)
     timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
     made: list[Figure | None] = [*_tradeoffs(rows), _speedups(rows), _throughput(rows), _positions(timed)]
-    made += [timeline(timed), split(main), _layers(found), *needles(found)]
+    made += [split(main), timeline(timed), _layers(found), *needles(found)]
     return [figure for figure in made if figure is not None]
 
 
@@ -40,20 +41,25 @@ def _main(rows: Sequence[Row]) -> list[Row]:
 
 def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
     """Quality against KV bytes, one figure a task, one panel a setting."""
-    for task in tasks_of(rows)[:MAX_TASKS]:
+    for number, task in enumerate(tasks_of(rows)[:MAX_TASKS], 1):
         points: list[Point] = []
+        panel = panels(rows)
         metric, stands = METRICS[primary(rows, task)], front(rows, task)
         for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
             quality, kv = loss(row, task, metric.key), held(row)
             if quality is None or kv is None:
                 continue
-            shown = (kv * METRICS["kv_bytes"].scale, quality * metric.scale, *_bounds(row.value(task, metric.key), metric.scale))
-            points.append((_panel(row), row.key.policy, row.key.label, *shown, row.key in stands))
+            shown = (
+                kv * METRICS["kv_bytes"].scale,
+                quality * metric.scale,
+                *_bounds(row.value(task, metric.key), metric.scale),
+            )
+            points.append((panel(row), row.key.policy, row.key.label, budget_of(row), *shown, row.key in stands))
         if len({point[2] for point in points}) > 1:
             yield Figure(
-                f"tradeoff-{_slug(task)}", "tradeoff", f"Quality against KV memory: {task}",
+                f"tradeoff-{number}-{_slug(task)}", "tradeoff", f"Quality against KV memory: {task}",
                 f"{metric.header}: {metric.about}. The line joins the points that nothing beats in both.",
-                ("setting", "policy", "label", "kv", "quality", "lo", "hi", "front"), tuple(points),
+                ("setting", "policy", "label", "budget", "kv", "quality", "lo", "hi", "front"), tuple(points),
                 {"x": axis_title("kv_bytes"), "y": axis_title(metric.key), "wide": _wide(points)},
             )  # fmt: skip
 
@@ -64,45 +70,41 @@ def _wide(points: Sequence[Point]) -> bool:
 
 
 def _speedups(rows: Sequence[Row]) -> Figure | None:
-    points = []
-    for group in grouped(rows)[:MAX_SETTINGS]:
-        for row in group:
-            value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
-            if value and value.value is not None:
-                lo, hi = _bounds(value, 1)
-                points.append(
-                    (_panel(row), row.key.policy, row.key.label, value.value, lo, hi, bound.value if bound else None)
-                )
+    points: list[Point] = []
+    panel = panels(rows)
+    for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
+        value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
+        if value and value.value is not None:
+            ends = (value.value, *_bounds(value, 1), bound.value if bound else None)
+            points.append((panel(row), row.key.policy, row.key.label, *ends))
     if not points:
         return None
     return Figure(
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
-        "Bar: median of the rounds, line: 95 % interval, tick: what memory traffic (weights and KV) allows; 1 is the full cache.",
-        ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points), {"x": axis_title("speedup"), "wide": _wide(points)},
+        "Bar: median of the rounds; line: its 95 % interval; tick: what memory traffic alone would allow.",
+        ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
+        {"x": axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
 
 
 def _throughput(rows: Sequence[Row]) -> Figure | None:
     """Decode tok/s against batch; out of memory is the wall."""
-    points = []
+    points: list[Point] = []
+    panel = panels(rows, ("policy", "budget", "batch"))
     for row in rows:
-        entry = row.speed
-        if entry is None or not isinstance(row.key.batch, int):
-            continue
-        value = entry.values.get("decode_tok_s")
-        lo, hi = _bounds(value, 1)
-        wall = entry.record.status in ("oom", "skipped")
-        if wall or (value and value.value is not None):
-            shape = row.key.shape or ""
-            points.append(
-                (shape, row.key.policy, row.key.label, row.key.batch, value.value if value else None, lo, hi, wall)
-            )
-    if len({point[3] for point in points}) < 2 or not any(point[4] for point in points):
+        value = row.value(SPEED, "decode_tok_s")
+        wall = row.speed is not None and row.speed.record.status == "oom"
+        if isinstance(row.key.batch, int) and (wall or value):
+            rate = value.value if value else None
+            where = (panel(row), row.key.policy, row.key.label, budget_of(row))
+            points.append((*where, row.key.batch, rate, *_bounds(value, 1), wall))
+    if len({point[4] for point in points if point[5] is not None}) < 2:
         return None
     return Figure(
         "throughput", "throughput", "Decode throughput against batch",
         "Band: 95 % interval; ✕: the batch at which memory ended.",
-        ("setting", "policy", "label", "batch", "tok_s", "lo", "hi", "wall"), tuple(points), {"y": axis_title("decode_tok_s"), "wide": _wide(points)},
+        ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
+        {"y": axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip
 
 
@@ -122,13 +124,16 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         for start in range(0, len(places), width):
             bin_ = places[start : start + width]
             values = [step for place in bin_ for step in at[place]]
-            points.append((row.key.policy, row.key.label, bin_[-1] + 1, round(median(values) * scale, 4)))
-    if len({point[2] for point in points}) < 4:
+            points.append(
+                (row.key.policy, row.key.label, budget_of(row), bin_[-1] + 1, round(median(values) * scale, 4))
+            )
+    if len({point[3] for point in points}) < 4:
         return None
     return Figure(
         "position", "position", f"Time of a decode step against its position ({timed[0][0].key.setting})",
         "Median of all rounds; a cache of bounded size stays flat while a full one climbs.",
-        ("policy", "label", "position", "tpot"), tuple(points), {"x": "decode step", "y": axis_title("tpot_s")},
+        ("policy", "label", "budget", "position", "tpot"), tuple(points),
+        {"x": "decode step", "y": axis_title("tpot_s")},
     )  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def _layers(found: Sequence[Entry]) -> Figure | None:
         return None
     return Figure(
         "layers", "layers", "Tokens kept in each layer after compression",
-        "Mean over sequences and KV heads; a policy that shares its budget among the layers departs from the flat line.",
+        "Mean over sequences and KV heads; a policy that gives layers unequal budgets is not flat.",
         ("policy", "label", "layer", "kept"), tuple(points), {"x": "layer", "y": "tokens kept", "wide": True},
     )  # fmt: skip
 
@@ -165,9 +170,25 @@ def _numbers(value: Any) -> list[float]:
     return [float(x) for x in value] if good else []
 
 
-def _panel(row: Row) -> str:
-    """The group's axes in words: what a panel of a figure is titled."""
-    return row.key.setting or row.key.model
+def budget_of(row: Row) -> str:
+    """The budget of a row; a policy without one keeps everything."""
+    return row.key.budget or "all"
+
+
+def panels(rows: Sequence[Row], inside: tuple[str, ...] = ("policy", "budget")) -> Callable[[Row], str]:
+    """Names the panel of a row by the axes that vary and are not shown inside a panel."""
+    names = [name for name in varying(list(rows)) if name not in inside]
+
+    def name(row: Row) -> str:
+        values = [(axis, getattr(row.key, axis)) for axis in names]
+        words = [
+            f"{axis} {value}" if axis in ("batch", "seed") else str(value)
+            for axis, value in values
+            if value is not None
+        ]
+        return ", ".join(words) or row.key.shape or row.key.model
+
+    return name
 
 
 def _bounds(value: Value | None, scale: float) -> tuple[float | None, float | None]:

@@ -37,7 +37,9 @@ def headline(found: Sequence[Entry], rows: Sequence[Row]) -> list[Table]:
     rest = [where for where in every if not few or where not in stands]
     if rest:
         quality = join(entry for entry in found if entry.record.axes.task != SPEED)
-        shown = _by_metric([where for where in every if where[1] in {metric for _, metric in (stands if not few else rest)}])
+        shown = _by_metric(
+            [where for where in every if where[1] in {metric for _, metric in (stands if not few else rest)}]
+        )
         tables.append(_table("Quality" if few else "Quality by task", quality, shown))
     if not tables and rows:
         tables.append(_table("Cells without figures", rows, []))
@@ -66,7 +68,10 @@ def _table(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
     for number, row in enumerate(rows[:MAX_ROWS]):
         if not number or row.key.group != rows[number - 1].key.group:
             groups.append(number)
-        fields = [Field(f"{row.key.policy} ◆") if name == "policy" and row.key in stands else axis(row.key, name) for name in names]
+        fields = [
+            Field(f"{row.key.policy} ◆") if name == "policy" and row.key in stands else axis(row.key, name)
+            for name in names
+        ]
         fields += [_figure(row, task, metric, (row.key, task, metric) in best) for task, metric in wheres]
         body.append((*fields, _remarks(row)))
     columns.append(Column("remarks", "remarks", numeric=False))
@@ -90,7 +95,9 @@ def _figure(row: Row, task: str, metric: str, best: bool) -> Field:
 def _remarks(row: Row) -> Field:
     """Flags, and the tasks that gave no figures."""
     flags = list(dict.fromkeys(flag for entry in row.cells for flag in entry.record.flags))
-    bad = [f"{entry.record.axes.task}: {WORDS[entry.record.status]}" for entry in row.cells if entry.record.status != "ok"]
+    bad = [
+        f"{entry.record.axes.task}: {WORDS[entry.record.status]}" for entry in row.cells if entry.record.status != "ok"
+    ]
     return Field("; ".join([*flags, *bad]), mark="bad" if bad else "warn" if flags else "")
 
 

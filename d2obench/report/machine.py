@@ -80,7 +80,8 @@ def unlike(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
     ]
     differ = ", ".join(keys[:8]) + (" and more" if len(keys) > 8 else "")
     return (
-        f"These runs were made in unlike environments ({differ or 'by their hash'}): compare times between them with care.",
+        f"These runs were made in unlike environments ({differ or 'by their hash'}): "
+        "compare times between them with care.",
     )
 
 
@@ -120,7 +121,10 @@ def _roofline(rows: Sequence[Row]) -> list[Table]:
         figures = (field(metric, row.value(SPEED, metric)) for metric in metrics)
         body.append((*(axis(row.key, name) for name in names), *figures))
     groups = [i for i, row in enumerate(known[:MAX_ROWS]) if not i or row.key.group != known[i - 1].key.group]
-    note = "A decode step has to read the weights once and each sequence's KV cache: that is its traffic, and the copy bandwidth bounds it."
+    note = (
+        "A decode step has to read the weights once and the KV cache of every sequence; "
+        "the copy bandwidth measured in this run bounds how fast."
+    )
     return [
         Table(
             "Roofline of a decode step",

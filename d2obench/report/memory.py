@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from d2obench.metric import METRICS
@@ -38,7 +39,8 @@ def timeline(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
     return Figure(
         "timeline", "timeline", f"Memory over time ({timed[0][0].key.setting})",
         f"Line: {whose}, weights included, in the last round; shaded: prefill, compress, decode.",
-        ("policy", "label", "t", "memory"), tuple(points), {"x": "time, s", "y": axis_title(metric), "phases": phases, "wide": True},
+        ("policy", "label", "t", "memory"), tuple(points),
+        {"x": "time, s", "y": f"memory, {METRICS[metric].unit}", "phases": phases, "wide": True},
     )  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def _line(part: dict[str, Any]) -> tuple[list[tuple[float, float]], str]:
 def spans(marks: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
     """(phase, from, to) of each phase; phases that take turns layer by layer are joined while they do."""
     found: dict[str, tuple[float, float]] = {}
-    for (start, phase), (stop, _) in zip(marks, marks[1:], strict=False):
+    for (start, phase), (stop, _) in pairwise(marks):
         if stop > start and phase in PHASES:
             low, high = found.get(phase, (start, stop))
             found[phase] = (min(low, start), max(high, stop))
@@ -84,8 +86,8 @@ def split(group: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "peak", "peak", f"What the peak of memory is made of ({group[0].key.setting})",
-        "Weights and KV as counted from their tensors; the rest is the peak less both: activations, workspace, the runtime.",
-        ("policy", "label", "part", "order", "memory"), tuple(points), {"x": axis_title(metric)},
+        "Weights and KV as counted from their tensors; the rest of the peak is activations, workspace and the runtime.",
+        ("policy", "label", "part", "order", "memory"), tuple(points), {"x": f"memory, {METRICS[metric].unit}"},
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ def needles(found: Sequence[Entry]) -> Iterator[Figure]:
     ]
     columns = ("policy", "label", "context", "depth", "found", "text")
     yield Figure(
-        "needle", "heatmap", "Needles found, by context length and depth", "Share of the needles found, %; a field holds k of n.",
+        "heatmap-needle", "heatmap", "Needles found, by context length and depth",
+        "Share of the needles found, %; a field holds k of n.",
         columns, tuple(points), {"low": 0, "high": 100, "title": "found, %", "wide": True},
     )  # fmt: skip
     full = next((grid for (policy, _), grid in panels if policy == "full"), None)
@@ -40,9 +41,10 @@ def needles(found: Sequence[Entry]) -> Iterator[Figure]:
         for place, (total, n) in sorted(grid.items()):
             if policy != "full" and place in full:
                 change = round(100 * (total / n - full[place][0] / full[place][1]), 1)
-                points.append((policy, label, *place, change, f"{change:+.0f}"))
+                points.append((policy, label, *place, change, f"{change:+.0f}" if round(change) else "0"))
     yield Figure(
-        "needle-difference", "heatmap", "Needles found: difference to the full cache", "Points above or below what the full cache finds.",
+        "heatmap-difference", "heatmap", "Needles found: difference to the full cache",
+        "Points above or below what the full cache finds.",
         columns, tuple(points), {"low": -100, "high": 100, "title": "points", "wide": True},
     )  # fmt: skip
 
@@ -53,6 +55,11 @@ def _grid(entry: Entry) -> Grid:
     points = entry.record.details.get("grid")
     for point in points if isinstance(points, list) else ():
         match point:
-            case {"context": int() | float() as context, "depth": int() | float() as depth, "score": int() | float() as score, "n": int() as n} if n:
+            case {
+                "context": int() | float() as context,
+                "depth": int() | float() as depth,
+                "score": int() | float() as score,
+                "n": int() as n,
+            } if n:
                 grid[context, depth] = (score * n, n)
     return grid

@@ -42,7 +42,9 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
     run = read_run(folder)
     name = name or run.info.name
     if not _NAME.fullmatch(name) or name in RESERVED:
-        raise UsageError(f"'{name[:80]}' can't name a report", remedy="use letters, digits, '.', '_' and '-': --name my-run")
+        raise UsageError(
+            f"'{name[:80]}' can't name a report", remedy="use letters, digits, '.', '_' and '-': --name my-run"
+        )
     target = reports / name
     if target.resolve() == folder.resolve():
         raise UsageError(f"{folder} is published already", remedy="render it with d2obench report")

@@ -27,7 +27,9 @@ def rescore(folder: Path) -> list[str]:
             values = cell.values | tasks.rescore(cell.axes.task, items)
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             why = f"{type(problem).__name__}: {problem}"
-            raise RecordError(f"the items of {cell.id} can't be scored", why=why, remedy="report without --rescore") from None
+            raise RecordError(
+                f"the items of {cell.id} can't be scored", why=why, remedy="report without --rescore"
+            ) from None
         if values != cell.values:
             append_cell(folder, msgspec.structs.replace(cell, values=values))
             changed.append(cell.id)

@@ -18,7 +18,9 @@ def tidy(found: Iterable[Entry]) -> Iterable[Tidy]:
     """One row per cell and metric; a cell without figures still has the row of its time."""
     for entry in found:
         cell, axes = entry.record, entry.record.axes
-        policy, budget, shape, batch = ("" if x is None else str(x) for x in (axes.policy, axes.budget, axes.shape, axes.batch))
+        policy, budget, shape, batch = (
+            "" if x is None else str(x) for x in (axes.policy, axes.budget, axes.shape, axes.batch)
+        )
         where = (entry.name, cell.id, axes.task, axes.model, axes.dtype, axes.device)
         head = (*where, policy, budget, shape, batch, axes.seed, cell.status)
         flags = "; ".join(cell.flags)

@@ -7,13 +7,15 @@ report can be rendered again without the raw samples.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from d2obench.metric import Direction
 
 Mark = Literal["", "best", "warn", "bad", "quiet"]
+Kind = Literal["tradeoff", "speedup", "throughput", "position", "timeline", "peak", "layers", "heatmap"]
+KINDS = get_args(Kind)
 SCHEMA = 1
 
 
@@ -35,7 +37,7 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One field of a table: ``text`` as shown, its 95 % interval ``lo``, ``hi`` as shown, ``sort`` the number to sort by.
+    """One field of a table: ``text`` and the bounds ``lo``, ``hi`` of its 95 % interval as shown, ``sort`` as a number.
 
     ``half`` is the wider half of the interval, for views that have no room for both bounds.
 
@@ -68,10 +70,13 @@ class Table(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A picture as its data: ``kind`` names the chart, ``rows`` the points, ``options`` what the chart needs beside them."""
+    """A picture as its data: ``kind`` names the chart, ``rows`` the points, ``options`` axis titles and the like.
 
-    id: str
-    kind: str
+    ``id`` is part of file names and begins with ``kind``.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,60}$")]
+    kind: Kind
     title: str
     about: str
     columns: tuple[str, ...]

@@ -123,7 +123,7 @@ def said(metric: str, value: Value) -> str:
 
 
 def _d2o(rows: Sequence[Row]) -> list[str]:
-    """D2O at the largest setting of each machine and model: against full, then against its rivals at the same budget."""
+    """D2O at the largest setting of each machine and model: against full, then against its rivals."""
     words: list[str] = []
     largest: dict[tuple[str, str, str, str], list[Row]] = {}
     for group in grouped(rows):
@@ -140,7 +140,7 @@ def _d2o(rows: Sequence[Row]) -> list[str]:
 
 def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:
     full = next((other for other in group if other.key.policy == "full"), None)
-    gains = [row_value(row, SPEED, metric) for metric in ("speedup", "speedup_memory", "speedup_e2e", "prefill_cost")]
+    gains = [row_value(row, SPEED, metric) for metric in ("speedup", "speedup_memory")]
     words = [word for word in gains if word]
     if full is not None and (mine := held(row)) is not None and (theirs := held(full)) is not None:
         words.append(f"KV {show('kv_bytes', mine)} MiB instead of {show('kv_bytes', theirs)} MiB")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from d2obench.errors import UsageError
 from d2obench.record import write_atomic
 from d2obench.report.build import build
-from d2obench.report.view import Report
+from d2obench.report.view import KINDS, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def _figures(report: Report, folder: Path) -> dict[str, str]:
         write_atomic(folder / "figures" / f"{figure.id}.svg", drawn[figure.id].encode())
         write_atomic(folder / "figures" / f"{figure.id}.csv", data(figure).encode("utf-8", "replace"))
     for old in (folder / "figures").glob("*.*"):
-        if old.suffix in (".svg", ".csv") and old.stem not in drawn:
+        if old.suffix in (".svg", ".csv") and old.stem.split("-")[0] in KINDS and old.stem not in drawn:
             old.unlink()
     return drawn
 

@@ -183,7 +183,7 @@ class SpeedGroup:
             "ok",
             values=values,
             details={**summary.details, "stopped": samples.data["stopped"], "model": samples.data["model"]},
-            flags=summary.flags,
+            flags=(*summary.flags, *self._apart(cell, values)),
             samples=samples.name,
             seconds=round(sum(part["seconds"] for part in samples.rounds), 3),
         )
@@ -209,6 +209,14 @@ class SpeedGroup:
         if step and step_full:
             found["speedup_bound"] = Value(step_full / step)
         return found
+
+    def _apart(self, cell: Cell, values: dict[str, Value]) -> list[str]:
+        """A flag where full was measured too, but in no round of this cell: see :meth:`_unfinished`."""
+        full = [
+            one for one in self.cells if one.axes.policy == FULL and one is not cell and self._samples[one.id].rounds
+        ]
+        known = {"speedup", "speedup_memory", "prefill_cost"} & values.keys()
+        return ["not measured beside full"] if full and not known else []
 
 
 def _traces(rounds: list[dict[str, Any]]) -> list[RequestTrace]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,15 +32,16 @@ class Source:
         revision: the commit.
         split: its split.
         config: its configuration, where it has several.
-        files: a data file inside the repository, for sets that are read file by file; ``zip://inner::outer`` reads
-            from an archive.
+        archive: a zip in the repository, for sets that come as one.
+        member: the jsonl file in that archive.
     """
 
     hub: str
     revision: str
     split: str
     config: str | None = None
-    files: str | None = None
+    archive: str = ""
+    member: str = ""
 
 
 def records(
@@ -62,7 +65,7 @@ def records(
         try:
             if not isinstance(row, dict):
                 raise msgspec.ValidationError(f"Expected an object, got `{type(row).__name__}`")
-            found.append(msgspec.convert(prepare(row), kind))
+            found.append(msgspec.convert(_typed(prepare(row), kind), kind))
         except msgspec.ValidationError as problem:
             words, _, field = str(problem).partition(" - at `$.")
             name = f", field '{field.rstrip('`')}'" if field else ""
@@ -88,6 +91,26 @@ def read_text(path: str) -> str:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise _unreadable(path, problem) from None
+
+
+def hub_text(task: str, source: Source) -> str:
+    """The ``text`` fields of a hub set, in order."""
+    return "\n".join(row["text"] for _, row in _hub(task, source) if isinstance(row.get("text"), str))
+
+
+def _typed(row: Row, kind: type[msgspec.Struct]) -> Row:
+    """Lists and objects that a csv field holds as JSON, and its empty fields, as what they stand for."""
+    typed = dict(row)
+    for item in msgspec.structs.fields(kind):
+        value = row.get(item.encode_name)
+        if item.type is str or not isinstance(value, str):
+            continue
+        if not value:
+            del typed[item.encode_name]
+        elif value[0] in "[{":
+            with suppress(json.JSONDecodeError):
+                typed[item.encode_name] = json.loads(value)
+    return typed
 
 
 def _local(path: str) -> Iterator[tuple[str, Any]]:
@@ -125,6 +148,7 @@ def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
@@ -152,24 +176,36 @@ _READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
 
 
 def _hub(task: str, source: Source) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    datasets.disable_progress_bars()
     try:
-        if source.files:
-            inner, _, outer = source.files.rpartition("::")
-            url = f"hf://datasets/{source.hub}@{source.revision}/{outer}"
-            found = datasets.load_dataset("json", data_files=f"{inner}::{url}" if inner else url, split="train")
-        else:
-            found = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        rows = _archived(source) if source.archive else _split(source)
     except Exception as problem:  # whatever the library and its network layers raise, the remedy is the same
         raise DataError(
             f"the data set {source.hub} of the task {task} can't be had",
             why=(str(problem).splitlines() or [type(problem).__name__])[0][:200],
             remedy=f"connect once to huggingface.co without HF_HUB_OFFLINE, or give a local file: --data {task}=FILE",
         ) from None
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(rows, 1):
         yield f"{source.hub} record {number}", row
+
+
+def _split(source: Source) -> Iterable[Any]:
+    import datasets
+    from huggingface_hub.utils import logging
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    rows: Iterable[Any] = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    return rows
+
+
+def _archived(source: Source) -> Iterable[Any]:
+    """Straight from the cached file: the library's own way into an archive needs the network every time."""
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(source.hub, source.archive, repo_type="dataset", revision=source.revision)
+    with zipfile.ZipFile(path) as archive:
+        return [json.loads(line) for line in archive.read(source.member).splitlines() if line.strip()]
 
 
 def _unreadable(path: str, problem: Exception) -> DataError:

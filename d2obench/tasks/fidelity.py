@@ -31,11 +31,19 @@ _FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
 
 
 class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """KL, top-1 agreement and perplexity against the full cache, teacher-forced on the same text."""
+    """KL, top-1 agreement and perplexity against the full cache, teacher-forced on the same text.
+
+    The text is generated; or the user's own (``--data fidelity=FILE``); or the ``text`` fields of a hub set, as
+    ``fidelity(hub=Salesforce/wikitext,config=wikitext-2-raw-v1)``.
+    """
 
     shaped: ClassVar[bool] = True
 
     documents: Count = 4
+    hub: str = ""
+    config: str | None = None
+    split: str = "test"
+    revision: str = "main"
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
         """See :meth:`Task.evaluate`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
@@ -50,12 +58,13 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         limit = min(self.documents, quality.limit or self.documents)
         path, tokens = quality.data.get(self.name), shape.prompt + shape.gen + 1
         texts = self._texts(loaded.tokenizer, tokens, limit, cell.axes.seed, path)
+        source = path or self.hub or "generated"
         items: list[Item] = []
         for start in range(0, len(texts), quality.batch):
             part = texts[start : start + quality.batch]
             items += _compare(loaded, cell, part, shape.prompt, start)
             report(len(items), len(texts))
-        details = {"documents": len(items), "positions": shape.gen, "text": path or "generated"}
+        details = {"documents": len(items), "positions": shape.gen, "text": source}
         return Evaluation(self.rescore(items), items, details)
 
     def _texts(self, tokenizer: Any, tokens: int, documents: int, seed: int, path: str | None) -> list[list[int]]:
@@ -65,15 +74,16 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
             ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
             return ids
 
-        if path is None:
+        if not path and not self.hub:
             return [token_ids(seed * 1_000_003 + i, tokens, encode, "fidelity") for i in range(documents)]
-        from d2obench.tasks.data import read_text
+        from d2obench.tasks.data import Source, hub_text, read_text
 
-        ids = encode(read_text(path))
+        hub = Source(self.hub, self.revision, self.split, self.config)
+        ids = encode(read_text(path) if path else hub_text(self.name, hub))
         fit = min(documents, len(ids) // tokens)
         if not fit:
             raise DataError(
-                f"{path} is too short for this shape",
+                f"{path or self.hub} is too short for this shape",
                 why=f"it has {len(ids)} tokens and one document takes {tokens}",
                 remedy="give a longer text or a shorter shape",
             )

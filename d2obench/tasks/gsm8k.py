@@ -14,7 +14,8 @@ import msgspec
 
 from d2obench.tasks.base import Count, Item
 from d2obench.tasks.data import Source, records
-from d2obench.tasks.generate import Example, Generative, Limits
+from d2obench.tasks.generate import Generative
+from d2obench.tasks.prompts import Example, Limits
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

@@ -8,7 +8,8 @@ import msgspec
 
 from d2obench.tasks.base import Item
 from d2obench.tasks.data import Source, records
-from d2obench.tasks.generate import Example, Generative, Limits
+from d2obench.tasks.generate import Generative
+from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.recall import begins_with
 
 if TYPE_CHECKING:

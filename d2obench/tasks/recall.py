@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 from d2obench.errors import UsageError
 from d2obench.spec import parse_shape
 from d2obench.tasks.base import Count, Item
-from d2obench.tasks.generate import Example, Generative, Limits, fitted, size_by
+from d2obench.tasks.generate import Generative
+from d2obench.tasks.prompts import Example, Limits, fitted, size_by
 from d2obench.tasks.text import document
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import msgspec
 from d2obench.tasks.base import Count, Item
 from d2obench.tasks.data import Row, Source, records
 from d2obench.tasks.extra import accuracy_package
-from d2obench.tasks.generate import Example, Generative, Limits, has_chat
+from d2obench.tasks.generate import Generative
+from d2obench.tasks.prompts import Example, Limits, has_chat
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

@@ -10,7 +10,7 @@ LIMIT = 900_000
 
 
 def summary(report: Report) -> str:
-    """Verdict, notes, cells that gave nothing, headline tables; parts that would pass LIMIT are left out and said so."""
+    """Verdict, notes, cells that gave nothing, headline tables; what would pass LIMIT is left out."""
     parts = [f"## {escape(report.title)}", "\n".join(f"- {escape(line, None)}" for line in report.verdict)]
     parts += [f"> {escape(line, 1000)}" for line in report.warnings]
     bad = [case for case in report.cases if case.status != "ok"]

@@ -58,7 +58,7 @@ def _number(value: Any) -> str:
 
 
 def _themes() -> Markup:
-    from d2obench.report.charts import DARK, LIGHT
+    from d2obench.report.palette import DARK, LIGHT
 
     return Markup(json.dumps({"light": LIGHT, "dark": DARK}, sort_keys=True))
 

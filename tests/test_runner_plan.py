@@ -1,0 +1,105 @@
+"""Groups, what counts as larger, predictions, and the search for the largest batch."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import cell, checked
+
+from d2obench.record import Axes
+from d2obench.runner.plan import Device, abba, group, larger, memory_of, predict
+from d2obench.runner.search import MOST, RESOLUTION, largest_batch
+
+LLAMA_3_8B = {
+    "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "parameters": 8_030_261_248,
+}  # fmt: skip
+H200 = Device(4e12, 6e14)
+
+
+def axes(policy: str = "full", budget: str | None = None, shape: str = "2048+8192", batch: int = 1) -> Axes:
+    return Axes("speed", "m", "bfloat16", "cuda", policy, budget, shape, batch, 0)
+
+
+def test_the_kv_of_a_sequence_is_what_the_dimensions_say() -> None:
+    """Llama-3-8B in bfloat16: 128 KiB a token; 2048+8192 is 1.25 GiB with the full cache."""
+    one, two = (memory_of(axes(batch=batch), LLAMA_3_8B, batch) for batch in (1, 2))
+    assert two - one == 1.25 * 2**30
+    assert memory_of(axes(), LLAMA_3_8B, 0) == 2 * LLAMA_3_8B["parameters"]
+
+
+def test_a_compressed_cell_peaks_at_the_end_of_prefill() -> None:
+    compressed = memory_of(axes("d2o", "0.2"), LLAMA_3_8B, 1) - memory_of(axes(), LLAMA_3_8B, 0)
+    assert 2048 * 128 * 1024 < compressed < 1.25 * 2**30
+
+
+def test_time_grows_with_the_work_and_a_small_cache_is_not_slower() -> None:
+    suite = checked().suite
+
+    def seconds(**change: str) -> float:
+        point = cell("full")
+        one = type(point)(point.id, point.hash, axes(**change))  # type: ignore[arg-type]
+        return predict(one, suite, LLAMA_3_8B, H200).seconds or 0.0
+
+    assert seconds(shape="2048+8192") > seconds(shape="2048+4096") > seconds(shape="1024+4096") > 0
+    assert seconds(policy="d2o", budget="0.2") < seconds()
+
+
+def test_what_can_not_be_told_is_not_told() -> None:
+    suite = checked().suite
+    assert predict(cell("full", batch="max"), suite, LLAMA_3_8B, H200) == (None, None)
+    assert predict(cell("full", task="recall"), suite, LLAMA_3_8B, H200).seconds is None
+
+
+def test_groups_hold_policies_and_budgets_and_quality_cells_stand_alone() -> None:
+    cells = [
+        cell(policy, budget, shape) for shape in ("8+4", "16+4") for policy, budget in (("full", None), ("d2o", "0.2"))
+    ]
+    cells += [cell("full", task="recall"), cell("d2o", "0.2", task="recall")]
+    assert [[one.axes.policy for one in part] for part in group(cells)] == [["full", "d2o"]] * 2 + [["full"], ["d2o"]]
+    assert [one for part in group(cells) for one in part] == cells
+
+
+def test_abba_gives_every_cell_the_same_mean_place() -> None:
+    cells = [cell(policy) for policy in ("a", "b", "c", "d")]
+    places = {one.id: sum(abba(cells, number).index(one) for number in range(6)) for one in cells}
+    assert len(set(places.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "budget", "policy", "expected"),
+    [
+        ("64+8", 2, "0.2", "d2o", True),
+        ("128+8", 2, "0.2", "d2o", True),
+        ("64+8", 4, "0.2", "d2o", True),
+        ("32+8", 4, "0.2", "d2o", False),
+        ("64+4", 2, "0.2", "d2o", False),
+        ("128+8", 2, "0.4", "d2o", False),
+        ("128+8", 2, "0.2", "h2o", False),
+        ("128+8", "max", "0.2", "d2o", False),
+    ],
+)
+def test_larger(shape: str, batch: int, budget: str, policy: str, expected: bool) -> None:
+    small = cell("d2o", "0.2", "64+8", 2).axes
+    assert larger(cell(policy, budget, shape, batch).axes, small) is expected
+
+
+@given(st.integers(0, MOST), st.integers(-5, 2 * MOST))
+def test_the_largest_batch_is_found_wherever_the_search_starts(true: int, predicted: int) -> None:
+    tried: list[int] = []
+
+    def fits(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= true
+
+    found = largest_batch(fits, predicted)
+    assert found <= true
+    assert true - found <= max(1, found // RESOLUTION) - (found < RESOLUTION)
+    assert len(tried) == len(set(tried)) <= 24
+    assert not tried or max(tried) <= MOST
+
+
+def test_a_good_prediction_saves_trials() -> None:
+    tried: list[int] = []
+    largest_batch(lambda batch: tried.append(batch) or batch <= 100, 100)  # type: ignore[func-returns-value]
+    assert len(tried) <= 6
