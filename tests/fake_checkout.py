@@ -30,7 +30,7 @@ looks = [4, 8]
 metrics = ["tpot_s", "speedup"]
 """
 
-WORKER = '''
+WORKER = """
 import json, os, random, sys, time
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def main():
 NOISE = random.Random(7)
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 class Checkout:

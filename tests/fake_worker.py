@@ -16,7 +16,8 @@ import zlib
 from typing import Any
 
 from d2obench.errors import OutOfMemory
-from d2obench.runner.worker import Worker, main
+from d2obench.runner.operations import Worker
+from d2obench.runner.worker import main
 
 FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
 MODEL = {

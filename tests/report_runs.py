@@ -135,7 +135,12 @@ def info(name: str, cells: list[str], **more: Any) -> RunInfo:
         "about": "Made-up records.",
         "axes": {"policy": ["full", "d2o"], "budget": [0.2]},
     }
-    base: dict[str, Any] = {"suite": suite, "suite_digest": "0" * 64, "environment": environment, "version": "0.1.0"}
+    base: dict[str, Any] = {
+        "suite": suite,
+        "suite_digest": "abcdefab" * 8,
+        "environment": environment,
+        "version": "0.1.0",
+    }
     base |= {"environment_hash": "e" * 16, "command": ("d2obench", "run", name), "started": "2026-01-02T03:04:05+00:00"}
     return RunInfo(name=name, cells=tuple(cells), **(base | more))
 

@@ -73,7 +73,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(SuiteError, match="unknown suite 'quik'.*quick"):
+    with pytest.raises(SuiteError, match=r"unknown suite 'quik'.*quick"):
         load_suite("quik")
 
 
@@ -101,7 +101,8 @@ def test_overrides_are_read_as_typed(
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("axes.budget", "half"), ("axes.budget", "0"), ("axes.budget", "-0.5"), ("axes.shape", "64"), ("axes.batch", "0"),
+        ("axes.budget", "half"), ("axes.budget", "0"), ("axes.budget", "-0.5"), ("axes.shape", "64"),
+        ("axes.batch", "0"),
         ("axes.batch", "many"), ("axes.policy", "d2o("), ("axes.dtype", "float64"), ("axes.colour", "red"),
         ("timing.rounds", "x"), ("name.x", "1"), ("axes", "1"), ("timing.rounds", "1\n[axes]\npolicy=['full']"),
         ("axes.policy", ""), ("axes.task", "speed,,recall"),

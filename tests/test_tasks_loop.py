@@ -164,7 +164,7 @@ def test_fidelity_sees_a_smaller_cache_and_needs_the_full_one_once(
     steps = fidelity._steps
 
     def counted(*args: Any) -> Any:
-        asked.append(args[4:] or args[1].axes.policy)
+        asked.append(args[5:] or args[1].axes.policy)
         return steps(*args)
 
     monkeypatch.setattr(fidelity, "_steps", counted)
@@ -175,6 +175,7 @@ def test_fidelity_sees_a_smaller_cache_and_needs_the_full_one_once(
         kl[budget] = found.values["kl"].value
     assert kl["0.1"] > kl["0.5"] > kl["1.0"] >= 0
     assert kl["1.0"] < 1e-5
+    assert found.values["budget_effective"].value == 1
     assert asked.count(("full",)) == 2  # two batches, each once
     kept = evaluate(model, cell("fidelity(documents=3)", "streaming", "0.1", "128+6"), Quality(batch=2), quiet)
     fidelity._FULL.clear()
@@ -182,6 +183,13 @@ def test_fidelity_sees_a_smaller_cache_and_needs_the_full_one_once(
     lockstep = evaluate(model, cell("fidelity(documents=3)", "streaming", "0.1", "128+6"), Quality(batch=2), quiet)
     assert lockstep.values == kept.values
     assert not fidelity._FULL
+
+
+@pytest.mark.parametrize("task", ["fidelity(documents=2)", "recall(items=2)"])
+def test_what_was_kept_is_recorded(model: LoadedModel, task: str) -> None:
+    found = evaluate(model, cell(task, "streaming", "0.25", "320+8"), Quality(), quiet)
+    assert [item["kept"] for item in found.items] == pytest.approx([0.25, 0.25], abs=0.01)
+    assert found.values["budget_effective"].value == pytest.approx(0.25, abs=0.01)
 
 
 def test_fidelity_reads_the_users_text(model: LoadedModel, tmp_path: Any) -> None:
@@ -256,3 +264,14 @@ def test_a_model_without_sense_is_refused(tiny: LoadedModel) -> None:
 def test_shapes_that_do_not_fit_are_one_line(model: LoadedModel, task: str, shape: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         evaluate(model, cell(task, shape=shape), Quality(), quiet)
+
+
+@pytest.mark.model
+def test_the_real_model_answers_as_generate_does(embedded: LoadedModel) -> None:
+    prompts = ["What is the capital of France?", "Name three colours of the rainbow.", "Write one sentence about tea."]
+    examples = [Example(p, p, p, candidates=("Paris is.",)) for p in prompts]
+    items = generate(embedded, cell("gsm8k"), examples, Limits(max_new=16), 3, quiet)
+    for item, example in zip(items, examples, strict=True):
+        ids = torch.tensor([encode(embedded, example, Limits(max_new=16)).ids])
+        out = embedded.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        assert item["text"] == embedded.tokenizer.decode(out, skip_special_tokens=True)

@@ -27,9 +27,7 @@ def command(
 
     console = Console()
     if study:
-        from d2obench.runner.study import study as run_study
-
-        run_study(console)
+        _show_study(console)
         return
     place = pick_device(device)
     _show_findings(console, place)
@@ -40,6 +38,13 @@ def command(
             noise = measure_noise(place, seconds, progress=lambda share: status.update(f"A/A run: {share:.0%}"))
         _show_noise(console, noise)
     _show_bandwidth(console, place)
+
+
+def _show_study(console: Console) -> None:
+    from d2obench.runner.study import study
+
+    for outcome in study(watch=lambda words: console.print(words, style="dim", markup=False)):
+        console.print(str(outcome), markup=False)
 
 
 def _show_findings(console: Console, device: torch.device) -> None:

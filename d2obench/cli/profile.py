@@ -180,7 +180,7 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
     from d2obench.engine import Session
     from d2obench.models import load
-    from d2obench.runner.worker import prompts
+    from d2obench.runner.prompts import prompts
     from d2obench.spec import parse_shape
 
     axes = cell.axes

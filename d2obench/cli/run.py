@@ -90,10 +90,11 @@ def command(
             return
         folder = resume or new_folder(chosen.name, out)
         stopped = execute(checked, folder, client, earlier, display(quiet=quiet, plain=no_progress))
-    show_results(folder)
     if stopped:
         typer.echo(f"d2obench: stopped; go on with: d2obench run --resume {folder}", err=True)
+        typer.echo(f"d2obench: or look at what is there: d2obench report {folder}", err=True)
         raise typer.Exit(130)
+    show_results(folder)
 
 
 def execute(checked: Checked, folder: Path, client: WorkerClient, earlier: Run | None, shown: Display) -> bool:

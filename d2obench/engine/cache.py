@@ -6,8 +6,9 @@ what attention sees.
 
 While the prompt is read, a layer keeps its full keys and values. ``compress`` lets the policy allocate, select and
 merge, layer by layer, and frees the full tensors of a layer as soon as its slots are filled. A policy that keeps
-everything writes the prompt straight into its slots instead. A second prompt on the same cache (a new turn) attends to
-the slots and to itself, and is then compressed together with them.
+everything writes the prompt straight into its slots instead. A prompt may come in several blocks. A block after
+decoding has begun (a new turn) attends to the slots and to itself, and is then compressed together with them
+(``d2obench.engine.turns``).
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ from d2obench.engine.prefill import kept_stats, prompt_attention
 from d2obench.engine.ranges import span
 from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
 from d2obench.engine.state import DecodeState, capacities
+from d2obench.engine.turns import add, reopen, rescale
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, select
 from d2obench.spec import Budget
 
 SPARE = 256
 """Slots a growing cache is extended by when the length of the generation is not known."""
+
+
+LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
+          "prompt_kv_bytes", "_store", "_before", "shape")  # fmt: skip
+"""What of a cache a snapshot holds beside its layers and slots."""
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -42,7 +49,16 @@ class PolicyLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self._cache = weakref.ref(cache)
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of the entries."""
+        self.keys = self.values = None
         self.stats: Stats = {}
+        self.position: Tensor | None = None
+        """True position of each entry, ``[B, H, N]``; None while they are those of a prompt from its start."""
+        self.starts: list[int] = []
+        """The first entry of each sequence."""
 
     @property
     def cache(self) -> PolicyCache:
@@ -122,24 +138,31 @@ class PolicyCache(Cache):
         """Forgets everything; the next forward is a new prompt."""
         self.seen = 0
         self.lengths: Tensor | None = None
+        self._before: Tensor | None = None
+        self.shape = (0, 0, 0)
         self.starts: list[int] = []
         self.state: DecodeState | None = None
         self.budgets: Tensor | None = None
+        self.first: tuple[Tensor, list[int]] | None = None
         self.kept: Tensor | None = None
         self._store: DenseStore | None = None
         self.prompt_kv_bytes = self.merged_prompt = self.evicted_prompt = 0
         self.ready = False
         for layer in self.layers:
             if isinstance(layer, PolicyLayer):
-                layer.keys = layer.values = None
-                layer.stats = {}
+                layer.clear()
             else:
                 layer.reset()
 
     def receive(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Called by a layer's ``update``."""
-        if layer.index == 0 and not self.ready and self.seen:
-            self.compress()
+        new = keys.shape[2]
+        if layer.index == 0:
+            if self.seen and not self.ready and (new == 1 or self.keeps_all):
+                self.compress()
+            if self.ready and new > 1:
+                self._reopen()
+            self._before = self.lengths
         if self.policy.expands:
             keys, values = (held.repeat_interleave(self.group, 1) for held in (keys, values))
         if self.ready:
@@ -148,7 +171,7 @@ class PolicyCache(Cache):
                 self._extend()
             self.state.write(layer.index, keys, values)
         else:
-            layer.keys, layer.values = keys, values
+            self._append(layer, keys, values)
             if self.keeps_all:
                 self._keep(layer)
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
@@ -157,7 +180,7 @@ class PolicyCache(Cache):
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
-        last = layer.index == len(self.own) - 1
+        last, new = layer.index == len(self.own) - 1, query.shape[2]
         if self.ready:
             assert self.state is not None
             out = self.state.attend(layer.index, query, scale)
@@ -167,27 +190,45 @@ class PolicyCache(Cache):
             return out
         assert layer.keys is not None and layer.values is not None
         if layer.index == 0:
-            self._measure(query, mask)
+            self._measure(new, mask)
+        if layer.position is None:
+            layer.starts = self.starts
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"):
-            out, layer.stats = prompt_attention(query, layer.keys, layer.values, scale, self.starts, needs)
+            out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs)
+        layer.stats = add(layer.stats, stats, new)
         if self.keeps_all:
             layer.keys = layer.values = None
         if last:
-            self.seen += query.shape[2]
+            first_decode = self.seen > 0 and new == 1
+            self.seen += new
+            if first_decode:
+                self._pack()
         return out
 
     def compress(self) -> None:
-        """Brings every layer down to its budget; decoding may start. Nothing happens twice."""
+        """Brings every layer down to its budget; decoding may start. Nothing happens twice.
+
+        A policy that defers only sets its budgets here; the first decode step does the rest.
+        """
         if self.ready:
             return
         self.mark("compress")
-        with span("allocate"):
-            budgets = self._budgets()
-        assert self.lengths is not None
-        batch, heads, longest = self.shape
+        if self.budgets is None:
+            with span("allocate"):
+                self.budgets = self._budgets()
+        if self.policy.defers and not self.keeps_all:
+            self.mark("decode")
+        else:
+            self._pack()
+
+    def _pack(self) -> None:
+        """Compresses the entries into slots."""
+        assert self.lengths is not None and self.budgets is not None
+        batch, heads, _ = self.shape
         extra = (self.max_new or SPARE) if self.grows else self.policy.interval
-        most = [min(int(row.max()), longest) for row in budgets]
+        budgets = self._grown(self.budgets)
+        most = [min(int(row.max()), self._count(layer)) for layer, row in zip(self.own, budgets, strict=True)]
         sizes = [count + extra for count in most] if self.grows else capacities(budgets, extra)
         store = self._store or self._new_store(sizes)
         shape = (len(self.own), batch * heads, max(sizes))
@@ -195,58 +236,82 @@ class PolicyCache(Cache):
         memory: list[dict[str, Tensor]] = []
         scores: list[Stats] = []
         for layer, keep, count in zip(self.own, budgets, most, strict=True):
-            index = self._all_entries()
+            total, position_of = self._count(layer), self._positions(layer)
+            index = self._all_entries(total)
             if not self.keeps_all:
                 kept, remembered = self._compress_layer(layer, keep, count)
                 index = kept.index
                 memory.append(remembered)
                 self.evicted_prompt += int(kept.leaving.sum())
                 self.merged_prompt += int(remembered["merged"].sum()) if "merged" in remembered else 0
-                scores.append(kept_stats(layer.stats, index.clamp_max(longest - 1)))
+                scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
                 store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1))
-                layer.keys = layer.values = None
-                layer.stats = {}
-            self._book(position[layer.index], index, keep, sizes[layer.index], extra)
+            self._book(position[layer.index], index, position_of, keep, sizes[layer.index], extra)
+            layer.clear()
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
-        state = DecodeState(
-            store, position, now, self.policy, heads, 1 if self.policy.expands else self.group, max(most), self.grows
-        )
+        group = 1 if self.policy.expands else self.group
+        state = DecodeState(store, position, now, self.policy, heads, group, max(most), self.grows, self.seed)
         if not self.keeps_all:
             self.policy.begin(state, memory, scores)
             if self.policy.carries is not None and not self.grows:
                 state.carry = Carry(state, self.policy.carries)
         state.start()
-        self.state, self.budgets, self.ready, self._store = state, budgets, True, None
-        self.kept = state.held().view(len(self.own), batch, heads).float().mean(-1)
+        self.first = self.first or (self.budgets, self.lengths.tolist())
+        self.state, self.ready, self._store = state, True, None
+        self.kept = self.held()
         self.prompt_kv_bytes = store.bytes
         self.mark("decode")
 
     def counts(self) -> tuple[int, int]:
         """Entries merged and entries evicted so far, over all layers, sequences and KV heads."""
         state = self.state
-        assert state is not None
+        if state is None:
+            return self.merged_prompt, self.evicted_prompt
         merged = int(state.extra["merged"].sum()) if "merged" in state.extra else 0
         return self.merged_prompt + merged, self.evicted_prompt + int(state.evicted)
 
     def snapshot(self) -> Any:
-        """A copy of everything that decoding changes."""
-        state = self.state
-        assert state is not None
-        return state.snapshot(), self.seen
+        """A copy of everything that decoding changes. Entries are never written in place: references do for them."""
+        own = {name: getattr(self, name) for name in LIVING}
+        return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot()
 
     def restore(self, saved: Any) -> None:
         """Brings back a :meth:`snapshot`."""
-        assert self.state is not None
-        self.state.restore(saved[0])
-        self.seen = saved[1]
+        vars(self).update(saved[0])
+        for layer, old in zip(self.layers, saved[1], strict=True):
+            vars(layer).update(old)
+        if self.state is not None:
+            self.state.restore(saved[2])
+
+    def held(self) -> Tensor:
+        """Entries held now, per layer and sequence (mean over KV heads), float32 ``[layers, B]``."""
+        assert self.lengths is not None
+        if self.state is None:
+            return self.lengths.float().expand(len(self.own), -1)
+        batch, heads, _ = self.shape
+        return self.state.held().view(len(self.own), batch, heads).float().mean(-1)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held now, sliding layers included."""
+        tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
+        slots = self.state.store.bytes if self.state else self._store.bytes if self._store else 0
+        return slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of scores, positions, thresholds and work buffers."""
+        tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def _compress_layer(self, layer: PolicyLayer, keep: Tensor, count: int) -> tuple[Kept, dict[str, Tensor]]:
         assert layer.keys is not None and layer.values is not None and self.lengths is not None
-        total = self.shape[2]
-        everything = self._all_entries()
-        position = everything - self._starts()
-        entries = Entries(layer.index, len(self.own), layer.keys, layer.values, position, self.lengths, layer.stats)
-        if count == total and not any(self.starts):
+        total = self._count(layer)
+        everything, position = self._all_entries(total), self._positions(layer)
+        entries = Entries(
+            layer.index, len(self.own), layer.keys, layer.values, position, self.lengths, layer.stats, self.seed
+        )
+        if count == total and not any(layer.starts):
             return Kept(everything, everything[..., :0], total, layer.keys, layer.values), {}
         with span("evict"):
             index, evicted = select(self.policy.rank(entries, keep), keep, count)
@@ -257,7 +322,9 @@ class PolicyCache(Cache):
         with span("merge"):
             return kept, self.policy.absorb(entries, kept, keep)
 
-    def _book(self, position: Tensor, index: Tensor, keep: Tensor, size: int, extra: int) -> None:
+    def _book(
+        self, position: Tensor, index: Tensor, position_of: Tensor, keep: Tensor, size: int, extra: int
+    ) -> None:
         """Fills in a layer's positions: kept entries, EMPTY up to each sequence's budget and the spare slots."""
         batch, heads, count = index.shape
         own = position.view(batch, heads, -1)
@@ -266,8 +333,9 @@ class PolicyCache(Cache):
         else:
             usable = torch.arange(size, device=self.device) < (keep.to(self.device) + extra)[:, None]
             own[..., :size] = torch.where(usable, EMPTY, CLOSED)[:, None].to(position.dtype)
-        true = (index - self._starts()).to(position.dtype)
-        filled = (true >= 0) & (index < self.shape[2])
+        total = position_of.shape[2]
+        true = position_of.gather(2, index.clamp_max(total - 1)).to(position.dtype)
+        filled = (true >= 0) & (index < total)
         own[..., :count] = torch.where(filled, true, own[..., :count])
 
     def _keep(self, layer: PolicyLayer) -> None:
@@ -289,11 +357,53 @@ class PolicyCache(Cache):
         self.shape = (keys.shape[0], keys.shape[1], keys.shape[2])
         self.widths, self.dtype, self.device = (keys.shape[-1], values.shape[-1]), keys.dtype, keys.device
 
-    def _all_entries(self) -> Tensor:
-        return torch.arange(self.shape[2], device=self.device).expand(self.shape)
+    def _append(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> None:
+        """Adds a block to the entries of a layer."""
+        if layer.keys is None:
+            layer.keys, layer.values = keys, values
+            return
+        assert layer.values is not None and self._before is not None
+        layer.keys, layer.values = torch.cat((layer.keys, keys), 2), torch.cat((layer.values, values), 2)
+        if layer.position is not None:
+            new = self._before[:, None, None] + torch.arange(keys.shape[2], device=self.device)
+            layer.position = torch.cat((layer.position, new.expand(-1, keys.shape[1], -1)), 2)
 
-    def _starts(self) -> Tensor:
-        return torch.tensor(self.starts, device=self.device)[:, None, None]
+    def _reopen(self) -> None:
+        """Back from slots to entries, for a block after decoding has begun."""
+        state = self.state
+        assert state is not None and self.lengths is not None
+        batch, heads, _ = self.shape
+        for layer, turn in zip(self.own, reopen(state, batch), strict=True):
+            layer.keys, layer.values, layer.position = turn.keys, turn.values, turn.position
+            layer.starts, layer.stats = turn.starts, turn.stats
+        self.merged_prompt, self.evicted_prompt = self.counts()
+        self.lengths = state.now.view(batch, heads)[:, 0].long() + 1
+        self.state, self.ready, self.budgets = None, False, None
+        self.mark("prefill")
+
+    def _count(self, layer: PolicyLayer) -> int:
+        """Entries of a layer, padding included."""
+        return self.shape[2] if layer.keys is None else int(layer.keys.shape[2])
+
+    def _positions(self, layer: PolicyLayer) -> Tensor:
+        """True position of each entry, ``[B, H, N]``, negative for padding."""
+        if layer.position is not None:
+            return layer.position
+        return self._all_entries(self._count(layer)) - torch.tensor(self.starts, device=self.device)[:, None, None]
+
+    def _all_entries(self, total: int) -> Tensor:
+        return torch.arange(total, device=self.device).expand(*self.shape[:2], -1)
+
+    def _grown(self, budgets: Tensor) -> Tensor:
+        """Budgets with −1 (everything, and growing) as a number of slots."""
+        assert self.lengths is not None
+        if not bool((budgets < 0).any()):
+            return budgets
+        if self.max_new is None:
+            raise PolicyError(
+                f"policy '{self.policy.name}' has layers that grow", remedy="give max_new, the tokens to generate"
+            )
+        return torch.where(budgets < 0, self.lengths.cpu() + self.max_new, budgets)
 
     def _budgets(self) -> Tensor:
         assert self.lengths is not None
@@ -301,17 +411,18 @@ class PolicyCache(Cache):
         if self.keeps_all:
             return length.expand(len(self.own), -1)
         assert self.budget is not None
+        if self.first is not None:
+            return rescale(*self.first, length.tolist(), self.budget)
         return self.policy.layer_budgets([layer.stats for layer in self.own], length, self.budget)
 
-    def _measure(self, query: Tensor, mask: Tensor | None) -> None:
-        """Takes the lengths of the sequences from the padding mask, once a prompt."""
-        batch, total = query.shape[0], query.shape[2]
+    def _measure(self, new: int, mask: Tensor | None) -> None:
+        """Takes the lengths of the sequences from the padding mask, once a prompt; a later block adds to them."""
         self._note(self.own[0])
-        if mask is None:
-            self.starts = [0] * batch
-        else:
-            self.starts = (total - real_tokens(mask, total)).tolist()
-        self.lengths = total - torch.tensor(self.starts, device=query.device)
+        if self.lengths is not None:
+            self.lengths = self.lengths + new
+            return
+        self.starts = [0] * self.shape[0] if mask is None else (new - real_tokens(mask, new)).tolist()
+        self.lengths = new - torch.tensor(self.starts, device=self.device)
 
     def _extend(self) -> None:
         """Makes room in a growing cache whose generation turned out longer than its slots."""

@@ -3,10 +3,11 @@
 Design. At the end of step t the policy evicts one entry per layer, sequence and KV head. Its merge needs the cosine
 similarity to every conserved key, which would read the whole cache a second time. So the evictee *rides along*: it is
 held aside (``key``, ``value``), and at step t+1 its unit vector is one more row of ``q·Kᵀ``. That row gives the
-nearest host j and u = max cos before the softmax of step t+1; the host's key and value are merged in place, and its
-logit follows by linearity, ``q·k'_j = (1−w)·q·k_j + w·q·k_e``. The result is exactly that of merging at the end of
-step t (Eq. 8–12 of arXiv 2406.13035), because the token of step t+1, which took the evictee's slot, is kept out of the
-hosts. Thresholds and norms, small, are settled for all layers at once after the step.
+nearest host j and u = max cos before the softmax of step t+1. The host's value is merged in place, its logit follows by
+linearity, ``q·k'_j = (1−w)·q·k_j + w·q·k_e`` with ``w = exp(u) ÷ (e + exp(u)) = sigmoid(u − 1)``, and its key, which
+nothing else reads in this step, is merged for all layers at once when the step is over, with thresholds and norms. The
+result is exactly that of merging at the end of step t (Eq. 8–12 of arXiv 2406.13035), because the token of step t+1,
+which took the evictee's slot, is kept out of the hosts.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from d2obench.engine.ranges import span
 from d2obench.policies.base import Carries
+from d2obench.policies.merging import nearest
 
 if TYPE_CHECKING:
     from d2obench.engine.state import DecodeState
 
 TINY = 1e-6
+HOST = -1.0
+"""Bias of a slot that may host: similarities are kept as u − 1, for the weight of a merge is sigmoid(u − 1)."""
 
 
 class Carry:
@@ -51,56 +55,71 @@ class Carry:
         for layer in range(layers):
             norm = store.keys(layer).float().norm(dim=-1)
             self.inverse_norm[layer, :, : norm.shape[1]] = 1 / norm.clamp_min(TINY)
-        self.host_bias = torch.zeros(layers, rows, width, device=device)
+        self.host_bias = torch.full((layers, rows, width), HOST, device=device)
         self.host_bias.masked_fill_(state.position < 0, -torch.inf)
+        self.bar = torch.full((layers, rows), torch.inf, device=device)
         self._cosine = torch.empty(rows, width, device=device)
+        # views made once: a step has no time to spare for slicing
+        self._lanes = [
+            (self.queries[i], self.key[i].unsqueeze(2), self.value[i], self.bar[i], self.weight[i],
+             self.similarity[i], self.host[i], store.base[i])
+            for i in range(layers)
+        ]  # fmt: skip
 
-    def logits(self, layer: int, scaled: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
-        """Logits ``[rows, G, C]`` of the queries, after the pending evictee has been merged into its host.
+    def logits(self, layer: int, query: Tensor, scale: float, keys: Tensor, buffer: Tensor) -> Tensor:
+        """Logits ``[rows, G + 1, C]`` of the queries, after the pending evictee was merged into its host; the last
+        row is the evictee's own and means nothing to attention.
 
         Args:
             layer: index among the compressed layers.
-            scaled: queries times scale, ``[rows, G, d]``.
+            query: ``[B, Hq, 1, d]``.
+            scale: factor of the logits.
             keys: the layer's keys, ``[rows, C, d]``.
             buffer: work space of at least ``rows·(G+1)·C``.
         """
-        rows, group, _ = scaled.shape
-        width = keys.shape[1]
-        queries = self.queries[layer]
-        queries[:, :group] = scaled
+        queries, key, value, bar, weight, best, host, base = self._lanes[layer]
+        rows, group, width = queries.shape[0], queries.shape[1] - 1, keys.shape[1]
+        own_queries = queries[:, :group]
+        torch.mul(query.view(rows, group, -1), scale, out=own_queries)
         every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
         torch.bmm(queries, keys.transpose(1, 2), out=every)
         with span("similarity"):
             cosine = self._cosine[:, :width]
-            torch.addcmul(
-                self.host_bias[layer, :, :width], every[:, group], self.inverse_norm[layer, :, :width], out=cosine
-            )
-            best, host = self.similarity[layer], self.host[layer]
+            bias, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
+            torch.addcmul(bias, every[:, group], inverse, out=cosine)
             torch.max(cosine, -1, out=(best, host))
-            passed = self._passes(layer, best)
-            weight = self.weight[layer]
-            torch.mul(torch.sigmoid(best - 1), passed, out=weight)
+            passed = best >= bar
+            if self.plan.per_layer:
+                passed = self._passes(layer, best)
+            torch.mul(torch.sigmoid(best), passed, out=weight)
         with span("merge"):
-            self._merge(layer, host, weight)
-            own = every[:, :group]
+            store = self.state.store
+            index = base + host
+            merged = store.read_values(index)
+            store.write_values(index, torch.lerp(merged, value, weight.unsqueeze(1).to(value.dtype)))
             if self.plan.keys:
                 at = host.view(rows, 1, 1).expand(rows, group, 1)
-                evicted = torch.bmm(scaled, self.key[layer].unsqueeze(2))
-                own.scatter_(2, at, own.gather(2, at).lerp_(evicted, weight.view(rows, 1, 1).to(own.dtype)))
-        return own
+                evicted = torch.bmm(own_queries, key)
+                own = every[:, :group]
+                own.scatter_(2, at, torch.lerp(own.gather(2, at), evicted, weight.view(rows, 1, 1).to(own.dtype)))
+        return every
 
     def settle(self) -> None:
-        """After the last layer: thresholds, counts, and the norms of merged hosts and of the new token's key."""
+        """After the last layer: thresholds, counts, the merged keys, and the norms of what changed."""
         state, store = self.state, self.state.store
-        newest = self.similarity if not self.plan.per_layer else self._mean(self.similarity)
+        similarity = self.similarity + 1
+        newest = self._mean(similarity) if self.plan.per_layer else similarity
         tau = state.extra["tau"]
         smoothed = torch.where(tau.isinf(), newest, torch.lerp(tau, newest, self.plan.beta))
         tau.copy_(torch.where(self.pending, smoothed, tau))
         state.extra["merged"] += (self.weight > 0).sum()
-        for slot in (self.host, state.slot) if self.plan.keys else (state.slot,):
-            norm = store.read_keys(store.base + slot).float().norm(dim=-1)
-            self.inverse_norm.scatter_(2, slot[..., None], (1 / norm.clamp_min(TINY))[..., None])
-        self.host_bias.scatter_(2, state.slot[..., None], 0.0)
+        if self.plan.keys:
+            index = store.base + self.host
+            merged = torch.lerp(store.read_keys(index), self.key, self.weight.unsqueeze(-1).to(self.key.dtype))
+            store.write_keys(index, merged)
+            self._norm(self.host, merged)
+        self._norm(state.slot, store.read_keys(store.base + state.slot))
+        self.host_bias.scatter_(2, state.slot[..., None], HOST)
 
     def take(self, victim: Tensor) -> None:
         """Holds the evicted entries aside; called with the freed slots before they are booked for the next token."""
@@ -109,39 +128,32 @@ class Carry:
         self.key.copy_(store.read_keys(index))
         self.value.copy_(store.read_values(index))
         inverse = self.inverse_norm.gather(2, victim[..., None])
-        self.queries[:, :, -1] = self.key * inverse.to(self.key.dtype)
+        self.queries[:, :, -1] = self.key.float() * inverse
         self.pending.copy_(state.position.gather(2, victim[..., None])[..., 0] >= 0)
         if self.plan.hosts == "important":
             newest = state.position > state.now[None, :, None] - state.extra["recent"]
-            self.host_bias.zero_().masked_fill_((state.position < 0) | newest | state.score.isinf(), -torch.inf)
+            self.host_bias.fill_(HOST).masked_fill_((state.position < 0) | newest | state.score.isinf(), -torch.inf)
         self.host_bias.scatter_(2, victim[..., None], -torch.inf)
+        # u ≥ τ_t is u ≥ τ_{t−1} for β < 1, and always true for β = 1 (one evictee, Eq. 10): no rounding of the EMA
+        bar = state.extra["tau"] - 1 if self.plan.beta < 1 else torch.full_like(self.bar, -torch.inf)
+        self.bar.copy_(torch.where(self.pending, bar, torch.inf))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return [
             self.queries, self.key, self.value, self.pending, self.similarity, self.host, self.weight,
-            self.inverse_norm, self.host_bias, self._cosine,
+            self.inverse_norm, self.host_bias, self.bar, self._cosine,
         ]  # fmt: skip
 
     def _passes(self, layer: int, best: Tensor) -> Tensor:
-        """u ≥ τ_t. With one evictee that is u ≥ τ_{t−1} for β < 1, which needs no rounding of the EMA."""
-        tau = self.state.extra["tau"][layer]
-        if self.plan.per_layer:
-            smoothed = torch.lerp(tau, self._mean(best[None])[0], self.plan.beta)
-            return (best >= torch.where(smoothed.isnan(), -torch.inf, smoothed)) & self.pending[layer]
-        if self.plan.beta >= 1:
-            return self.pending[layer]
-        return (best >= tau) & self.pending[layer]
+        """u ≥ τ_t with τ_t of the whole layer; ``best`` is u − 1."""
+        smoothed = torch.lerp(self.state.extra["tau"][layer], self._mean(best[None])[0] + 1, self.plan.beta)
+        return (best + 1 >= torch.where(smoothed.isnan(), -torch.inf, smoothed)) & self.pending[layer]
 
-    def _merge(self, layer: int, host: Tensor, weight: Tensor) -> None:
-        """Host ← (e·host + exp(u)·evictee) ÷ (e + exp(u)): a step of ``sigmoid(u − 1)`` towards the evictee."""
-        store = self.state.store
-        index = store.base[layer] + host
-        value = torch.lerp(store.read_values(index).float(), self.value[layer].float(), weight[:, None])
-        store.write_values(index, value.to(store.dtype))
-        if self.plan.keys:
-            key = torch.lerp(store.read_keys(index).float(), self.key[layer].float(), weight[:, None])
-            store.write_keys(index, key.to(store.dtype))
+    def _norm(self, slot: Tensor, keys: Tensor) -> None:
+        """Books the norms of keys ``[layers, rows, d]`` that now stand in ``slot``."""
+        norm = keys.float().norm(dim=-1, keepdim=True)
+        self.inverse_norm.scatter_(2, slot[..., None], norm.clamp_min_(TINY).reciprocal_())
 
     def _mean(self, similarity: Tensor) -> Tensor:
         """Mean over the KV heads of a sequence, ``[layers, rows]``."""

@@ -159,21 +159,16 @@ class Session:
         """What the cache holds now."""
         if not isinstance(self.cache, PolicyCache):
             return _yardstick_footprint(self.cache, self._lengths)
-        cache = self.cache
-        state = cache.state
-        assert state is not None and cache.kept is not None
-        batch, heads, _ = cache.shape
-        held = state.held().view(len(cache.own), batch, heads).float().mean(-1)
+        cache, held = self.cache, self.cache.held()
         requested = None
         if cache.budget is not None and cache.policy.takes_budget:
-            requested = sum(cache.budget.of(length) for length in self._lengths) / batch
-        kv = state.store.bytes + sum(_storage(layer) for layer in cache.layers if layer not in cache.own)
-        kept = cache.kept.tolist()
+            requested = sum(cache.budget.of(length) for length in self._lengths) / len(self._lengths)
+        kept = (held if cache.kept is None else cache.kept).tolist()
         merged, evicted = cache.counts()
         return Footprint(
-            kv_bytes=kv,
-            prompt_kv_bytes=cache.prompt_kv_bytes,
-            state_bytes=sum(tensor.untyped_storage().nbytes() for tensor in state.tensors()),
+            kv_bytes=cache.kv_bytes,
+            prompt_kv_bytes=cache.prompt_kv_bytes or cache.kv_bytes,
+            state_bytes=cache.state_bytes,
             prompt_tokens=self._lengths,
             requested=requested,
             kept=kept,

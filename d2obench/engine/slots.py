@@ -79,6 +79,18 @@ class DenseStore:
         self.keys(layer)[:, : keys.shape[1]] = keys
         self.values(layer)[:, : values.shape[1]] = values
 
+    def repeat(self, filled: int, tokens: int) -> None:
+        """Fills the ``tokens`` slots after the first ``filled`` ones with copies of those, as stand-ins."""
+        for layer in range(len(self.capacities)):
+            for held in (self.keys(layer), self.values(layer)):
+                for start in range(filled, filled + tokens, filled):
+                    size = min(filled, filled + tokens - start)
+                    held[:, start : start + size] = held[:, :size]
+
+    def work(self) -> list[Tensor]:
+        """Buffers beside the storage."""
+        return []
+
     @property
     def bytes(self) -> int:
         """Bytes of storage held."""

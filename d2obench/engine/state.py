@@ -37,6 +37,7 @@ class DecodeState:
         heads: KV heads per sequence; rows = batch × heads.
         group: query heads per KV head.
         grows: tokens are appended (``fill`` counts slots in use) and nothing is evicted.
+        seed: for policies that draw.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class DecodeState:
         group: int,
         fill: int,
         grows: bool,
+        seed: int = 0,
     ) -> None:
         self.store, self.position, self.now, self.policy = store, position, now, policy
         self.heads, self.group, self.fill, self.grows = heads, group, fill, grows
+        self.seed, self.prompt = seed, fill
         layers, rows, width = position.shape
         device = position.device
-        self.tracks = policy.decode != "plain" and not grows
+        self.tracks = policy.watches and not grows
         floats = (layers, rows, width) if self.tracks else (0,)
         self.attention = torch.zeros(floats, device=device)
         self.score = torch.zeros(floats, device=device)
@@ -112,24 +115,24 @@ class DecodeState:
             ``[B, 1, Hq, d_v]``.
         """
         rows, group = self.store.rows, self.group
-        keys, values = self.store.keys(layer), self.store.values(layer)
+        keys = self.store.keys(layer)
         if self.grows:
-            keys, values = keys[:, : self.fill + 1], values[:, : self.fill + 1]
+            keys = keys[:, : self.fill + 1]
         width = keys.shape[1]
-        scaled = (query * scale).view(rows, group, -1)
         with span("decode attention"):
             if self.carry is None:
                 logits = self._logits[: rows * group * width].view(rows, group, width)
-                torch.bmm(scaled, keys.transpose(1, 2), out=logits)
+                torch.bmm((query * scale).view(rows, group, -1), keys.transpose(1, 2), out=logits)
             else:
-                logits = self.carry.logits(layer, scaled, keys, self._logits)
-                keys, values = self.store.keys(layer), self.store.values(layer)
+                logits = self.carry.logits(layer, query, scale, keys, self._logits)
             if self.bias is not None:
                 logits += self.bias[layer, :, None, :width].to(logits.dtype)
-            weights = self._weights[: rows * group * width].view(rows, group, width)
+            weights = self._weights[: logits.numel()].view(logits.shape)
             torch.softmax(logits, -1, dtype=torch.float32, out=weights)
+            weights = weights[:, :group]
             if self.tracks:
                 torch.mean(weights, 1, out=self.attention[layer, :, :width])
+            values = self.store.values(layer)[:, :width]
             mixed = torch.bmm(weights.to(values.dtype), values)
         return mixed.view(query.shape[0], 1, query.shape[1], -1)
 
@@ -168,23 +171,34 @@ class DecodeState:
             return shown.min(-1, keepdim=True).indices
         return shown.topk(self.policy.interval, -1, largest=False, sorted=True).indices
 
+    def oldest(self, start: Tensor | int) -> Tensor:
+        """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones
+        come first."""
+        kept = (self.position == CLOSED) | ((self.position >= 0) & (self.position < start))
+        return self.least(self.position.float().masked_fill_(kept, NEVER), 0)
+
+    def where(self) -> Tensor:
+        """True position of what each slot holds, ``[layers, rows, C]``; negative where it holds nothing."""
+        if not self.grows:
+            return torch.where(self.position > self.now[None, :, None], EMPTY, self.position)
+        position = self.position.clone()
+        ages = torch.arange(self.fill - self.prompt - 1, -1, -1, device=self.now.device, dtype=position.dtype)
+        position[..., self.prompt : self.fill] = self.now[:, None] - ages
+        return position
+
     def skip(self, tokens: int) -> None:
         """Moves on as if ``tokens`` more had been decoded: a growing cache is filled with copies of its entries, a
         bounded one only sees later positions. For sampled decode; contents are stand-ins, sizes are true."""
         self.now += tokens
         if not self.grows:
             return
-        for layer in range(len(self.store.capacities)):
-            for held in (self.store.keys(layer), self.store.values(layer)):
-                for start in range(self.fill, self.fill + tokens, self.fill):
-                    size = min(self.fill, self.fill + tokens - start)
-                    held[:, start : start + size] = held[:, :size]
+        self.store.repeat(self.fill, tokens)
         self.fill += tokens
         self._append()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor beside keys and values, for snapshots and for counting bytes."""
-        return [*self._living(), self._logits, self._weights]
+        return [*self._living(), *self.store.work(), self._logits, self._weights]
 
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of what decoding changes; work buffers are left out."""
@@ -227,7 +241,7 @@ class DecodeState:
     def _work(self, width: int) -> None:
         rows, device = self.store.rows, self.store.device
         self._logits = torch.empty(rows * (self.group + 1) * width, dtype=self.store.dtype, device=device)
-        self._weights = torch.empty(rows * self.group * width, dtype=torch.float32, device=device)
+        self._weights = torch.empty(rows * (self.group + 1) * width, dtype=torch.float32, device=device)
 
     def _append(self) -> None:
         self.target = self.store.base + self.fill

@@ -10,28 +10,28 @@ from statistics import median
 from d2obench.measure.nvml import COLUMNS, Nvml
 
 _POWER, _ENERGY = COLUMNS.index("power_w") + 1, COLUMNS.index("energy_j") + 1
-_COUNTER_SPAN = 1.0  # seconds; the driver's counter moves in steps of up to a tenth of one
+_COUNTER_SPAN, _POWER_SPAN = 0.5, 2.0
+"""Seconds below which nothing is told: the counter moves in steps of up to 0.1 s, and recent GPUs give their power as
+the mean over the last second."""
 
 Rows = Sequence[Sequence[float | None]]
 
 
 def joules(rows: Rows, start: float, end: float) -> float | None:
-    """Energy between two times.
+    """Energy between two times: from the driver's counter, else from the power integrated by straight lines.
 
-    From the driver's counter over a second or more, otherwise the power samples integrated by straight lines; None
-    where the GPU gives neither or where no sample lies on each side of the middle.
+    None where the GPU gives neither, where the samples don't cover the time, or where it is too short to tell.
 
     Args:
         rows: ``[t, …]`` in the columns of :mod:`d2obench.measure.nvml`.
         start, end: seconds on the same line.
     """
-    counted = _points(rows, _ENERGY)
-    if end - start >= _COUNTER_SPAN and counted and counted[0][0] <= start and counted[-1][0] >= end:
+    counted, power = _points(rows, _ENERGY), _points(rows, _POWER)
+    if end - start >= _COUNTER_SPAN and _cover(counted, start, end):
         return _at(counted, end) - _at(counted, start)
-    power = _points(rows, _POWER)
-    inside = [point for point in power if start < point[0] < end]
-    if end <= start or len(power) < 2 or power[0][0] > (start + end) / 2 or power[-1][0] < (start + end) / 2:
+    if end - start < _POWER_SPAN or not _cover(power, start, end):
         return None
+    inside = [point for point in power if start < point[0] < end]
     edges = [(start, _at(power, start)), *inside, (end, _at(power, end))]
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(edges))
 
@@ -60,6 +60,12 @@ def idle_power(gpu: Nvml | None, seconds: float = 2.0, interval: float = 0.05) -
 
 def _points(rows: Rows, column: int) -> list[tuple[float, float]]:
     return [(row[0], value) for row in rows if row[0] is not None and (value := row[column]) is not None]
+
+
+def _cover(points: Sequence[tuple[float, float]], start: float, end: float) -> bool:
+    """Whether the points reach over a stretch, but for a tenth of it at most."""
+    slack = 0.05 * (end - start)
+    return len(points) > 1 and points[0][0] <= start + slack and points[-1][0] >= end - slack
 
 
 def _at(points: Sequence[tuple[float, float]], t: float) -> float:

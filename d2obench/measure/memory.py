@@ -160,14 +160,8 @@ def probe_for(
 
 
 def settle(device: torch.device | None = None) -> None:
-    """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before.
-
-    What is still alive is then hidden from the garbage collector: a full collection in the middle of a decode step
-    would walk every object torch and transformers ever made.
-    """
-    gc.unfreeze()
+    """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before."""
     gc.collect()
-    gc.freeze()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
     if device is not None and device.type == "cuda":

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -64,9 +65,12 @@ def measure_request(
     line = _Line(clock, memory)
     session: Request | None = None
     shortage = ""
+    frozen = gc.get_freeze_count() > 0
     try:
         with torch.inference_mode():
             session = session_factory(line.mark)
+            if not frozen:  # a full collection inside a step would walk every object that torch and transformers made
+                gc.freeze()
             memory.start()
             clock.start()
             return _run(session, line, prompts, gen, force, sampled)
@@ -75,6 +79,8 @@ def measure_request(
             raise
         shortage = str(problem).partition("\n")[0][:300]
     finally:
+        if not frozen:
+            gc.unfreeze()
         memory.stop()
         if session is not None:
             session.close()

@@ -182,7 +182,7 @@ def _against_machine(name: str, rounds: Sequence[RequestTrace], machine: Machine
     if any(one.device_timeline for one in rounds):
         per_token = [_energy(one, machine.idle_w) for one in rounds]
         known = [value for value in per_token if value is not None]
-        note = "" if known else "only a part was run" if last.step_at else "the GPU gives no power"
+        note = "" if known else "only a part was run" if last.step_at else "too short to tell, or no power known"
         found["energy_j_tok"] = _timed(name, "energy_j_tok", known) if known else Value(None, note=note)
     return found
 

@@ -24,6 +24,13 @@ REGISTRY = Registry(
         "streaming": "d2obench.policies.streaming:Streaming",
         "h2o": "d2obench.policies.h2o:H2O",
         "d2o": "d2obench.policies.d2o:D2O",
+        "roco": "d2obench.policies.roco:RoCo",
+        "snapkv": "d2obench.policies.snapkv:SnapKV",
+        "pyramidkv": "d2obench.policies.pyramidkv:PyramidKV",
+        "tova": "d2obench.policies.tova:TOVA",
+        "cam": "d2obench.policies.cam:CaM",
+        "random": "d2obench.policies.random:Random",
+        "quant": "d2obench.policies.quant:Quant",
     },
     PolicyError,
 )
@@ -41,18 +48,22 @@ def takes_budget(text: str) -> bool:
 
 @lru_cache(maxsize=256)
 def parse_policy(text: str) -> Policy:
-    """The policy that ``text`` names, with its parameters set and checked."""
+    """The policy that ``text`` names, with its parameters set and checked; ``+quant(…)`` goes behind any other."""
     spec = parse_spec(text)
-    if len(spec.parts) > 1:
-        raise PolicyError(f"'{text}' combines policies that don't go together")
-    return _build(spec.parts[0], spec)
+    policies = [_build(part, spec) for part in spec.parts]
+    if len(policies) == 1:
+        return policies[0]
+    first, last = policies[0], policies[-1]
+    if len(policies) > 2 or last.name != "quant" or first.name == "quant":
+        raise PolicyError(f"'{text}' combines policies that don't go together", remedy="write POLICY+quant(bits=4)")
+    return dataclasses.replace(first, bits=last.bits)
 
 
 def _build(part: Part, spec: Spec) -> Policy:
     if part.name in YARDSTICKS:
         raise PolicyError(f"{part.name} has no policy cache", remedy=f"run it alone, as --policy {part.name}")
     kind = REGISTRY.get(part.name)
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields = {field.name: field.type for field in dataclasses.fields(kind) if not field.kw_only}
     for key in part.params:
         if key not in fields:
             known = ", ".join(fields) or "none"
@@ -65,4 +76,4 @@ def _build(part: Part, spec: Spec) -> Policy:
     except msgspec.ValidationError as problem:
         raise PolicyError(f"policy '{spec}': {str(problem).replace('`', chr(39))}") from None
     policy.check()
-    return policy
+    return policy.resolved()

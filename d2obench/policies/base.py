@@ -14,7 +14,7 @@ the group ``d2obench.policies`` of another package); the shared test matrix then
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -77,6 +77,7 @@ class Entries:
         position: int64 ``[B, H, N]``, true position; negative for padding.
         length: int64 ``[B]``, tokens of each sequence so far.
         stats: float32 ``[B, H, N]`` by name, see :class:`Needs`.
+        seed: for policies that draw.
     """
 
     layer: int
@@ -86,6 +87,7 @@ class Entries:
     position: Tensor
     length: Tensor
     stats: Stats
+    seed: int = 0
 
 
 @dataclass
@@ -125,10 +127,10 @@ class Policy:
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = True
-    decode: ClassVar[Literal["plain", "rows"]] = "plain"
-    """``rows`` if ``observe`` and ``victims`` need the attention of each step."""
-    grows: ClassVar[bool] = False
-    """Whether decoding appends instead of evicting (prompt-only methods, as published)."""
+    watches: ClassVar[bool] = False
+    """Whether ``observe`` and ``victims`` need the attention of each decode step."""
+    bits: int | None = field(default=None, kw_only=True)
+    """Bits of a stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
 
     @property
     def needs(self) -> Needs:
@@ -141,9 +143,14 @@ class Policy:
         return 1
 
     @property
-    def bits(self) -> int | None:
-        """Bits of a stored number; None for the model's dtype."""
-        return None
+    def grows(self) -> bool:
+        """Whether decoding appends instead of evicting (prompt-only methods, as published)."""
+        return False
+
+    @property
+    def defers(self) -> bool:
+        """Whether the prompt is compressed after the first decode step instead of before it."""
+        return False
 
     @property
     def carries(self) -> Carries | None:
@@ -155,11 +162,17 @@ class Policy:
         """Whether keys are cached once per query head instead of once per KV head."""
         return False
 
+    def resolved(self) -> Policy:
+        """The policy that really runs, for parameters that stand for another one (presets)."""
+        return self
+
     def check(self) -> None:
         """Raises a PolicyError for a parameter out of its range."""
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         """Entries each layer keeps, int64 ``[layers, B]`` on the CPU; uniform unless a policy allocates.
+
+        −1 stands for "all of the prompt, and growing with every decoded token".
 
         Args:
             stats: per compressed layer, ``[B, H, L]`` by name.
@@ -190,13 +203,18 @@ class Policy:
 
     def victims(self, state: DecodeState) -> Tensor:
         """The slots that the next ``interval`` tokens take, int64 ``[layers, rows, interval]``."""
-        return state.least(state.position.float(), 0)
+        return state.oldest(0)
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
         """Merges what decoding evicts, right after it was chosen and before its slot is reused."""
 
+    def recall(self, state: DecodeState) -> Stats:
+        """The prompt statistics that the slots still know, ``[layers, rows, C]`` by name: when a conversation goes on,
+        the new block's are added to them."""
+        return {}
 
-def window_rank(score: Tensor, entries: Entries, sinks: int, recent: Tensor) -> Tensor:
+
+def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Tensor) -> Tensor:
     """``score`` with the first ``sinks`` positions above everything, then the last ``recent`` ``[B]`` (newest
     highest), then the rest by score; padding below everything."""
     position, length = entries.position, entries.length[:, None, None]

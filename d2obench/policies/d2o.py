@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Carries, Entries, Kept, Stats
+from d2obench.policies.base import Carries, Entries, Kept, Policy, Stats
 from d2obench.policies.h2o import H2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
+from d2obench.policies.released import Released
 from d2obench.spec import Budget
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class D2O(H2O):
         if self.merge == "none" or self.every > 1:
             return None
         return Carries(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts)
+
+    def resolved(self) -> Policy:
+        if self.preset == "paper":
+            return self
+        if replace(self, preset="paper", bits=None) != D2O():
+            raise PolicyError("d2o(preset=released) has no other parameters", why="the authors' code fixes them all")
+        return Released(bits=self.bits)
 
     def check(self) -> None:
         super().check()

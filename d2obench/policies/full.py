@@ -15,4 +15,7 @@ class Full(Policy):
     name: ClassVar[str] = "full"
     about: ClassVar[str] = "keeps everything: the reference"
     takes_budget: ClassVar[bool] = False
-    grows: ClassVar[bool] = True
+
+    @property
+    def grows(self) -> bool:
+        return True

@@ -36,7 +36,7 @@ class H2O(Policy):
     name: ClassVar[str] = "h2o"
     about: ClassVar[str] = "heavy hitters by accumulated attention and a recent window"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
-    decode: ClassVar = "rows"
+    watches: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:
@@ -68,6 +68,9 @@ class H2O(Policy):
 
     def observe(self, state: DecodeState) -> None:
         state.score += state.attention
+
+    def recall(self, state: DecodeState) -> Stats:
+        return {"sum": state.score}
 
     def victims(self, state: DecodeState) -> Tensor:
         score = state.score

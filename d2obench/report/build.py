@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from d2obench.report.view import Column, Report, Table
 from d2obench.report.view import Entry as Field
 from d2obench.report.words import verdict
 
-MAX_CELLS = 2500
+MAX_CELLS, MAX_FLAGS = 2500, 5
 EMBEDDED = (
     "The model embedded is SmolLM2-135M-Instruct with weights dequantised from 4 bits (GGUF Q4_1); "
     "its KV cache is full precision."
@@ -96,6 +97,8 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
                 f"{at}The run is not finished: {len(run.missing)} of {len(run.info.cells)} cells have no record yet."
             )
         words += [f"{at}{warning}" for warning in run.warnings[:5]]
+    flags = Counter(flag for _, run in runs for cell in run.cells for flag in cell.flags)
+    words += [f"{count} cells: {flag}." for flag, count in flags.most_common(MAX_FLAGS)]
     if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
         words.append(EMBEDDED)
     return words

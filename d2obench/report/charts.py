@@ -6,21 +6,24 @@ altair and vl-convert are imported only here, and this module only when a figure
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import altair as alt
+import msgspec
 
 from d2obench.report.palette import DASHES, LIGHT, PARTS, PHASES, colour
 from d2obench.report.view import Figure
 
-WIDTH, HEIGHT = 380, 250
+WIDTH, HEIGHT, MAX_NAME = 380, 250, 48
+_ID = re.compile(r'(?<=["#])(clip|gradient_)\d+(?=[")])')
 
 
 def spec(figure: Figure) -> dict[str, Any]:
     """The Vega-Lite spec of a figure, data included, without a theme; the same figure gives the same spec."""
     with alt.data_transformers.enable("default", max_rows=None, consolidate_datasets=False):
-        found: dict[str, Any] = _CHARTS[figure.kind](figure).to_dict(validate=True)
+        found: dict[str, Any] = _CHARTS[figure.kind](_plain(figure)).to_dict(validate=True)
     found["config"] = {}
     return found
 
@@ -30,6 +33,8 @@ def svg(figure: Figure) -> str:
     import vl_convert
 
     text: str = vl_convert.vegalite_to_svg(spec(figure), config=LIGHT | {"aria": False})
+    ids: dict[str, str] = {}  # Vega counts its ids through the life of a process
+    text = _ID.sub(lambda found: ids.setdefault(found[0], f"{found[1]}{len(ids)}"), text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{_xml(f"{figure.title}. {figure.about}")}" ', 1)
 
 
@@ -51,7 +56,7 @@ def _tradeoff(figure: Figure) -> Any:
     whiskers = shown.mark_rule().encode(y=alt.Y("lo:Q", title=figure.options["y"]), y2="hi:Q")
     dots = shown.mark_point(filled=True, size=90).encode(y=y, tooltip=tips)
     names = shown.mark_text(dx=7, dy=-7, align="left", fontSize=10).encode(y=y, text="budget:N")
-    return _panels(figure, alt.layer(front, whiskers, dots.add_params(pick), names))
+    return _panels(figure, alt.layer(*_if(figure, "front", front), whiskers, dots.add_params(pick), names))
 
 
 def _speedup(figure: Figure) -> Any:
@@ -65,7 +70,7 @@ def _speedup(figure: Figure) -> Any:
     whiskers = rows.mark_rule(style="whisker").encode(x="lo:Q", x2="hi:Q")
     bounds = rows.mark_tick(style="bound", thickness=2, size=17).encode(x="bound:Q")
     one = base.mark_rule(style="guide", strokeDash=[4, 3]).encode(x=alt.datum(1))
-    return _panels(figure, alt.layer(bars, whiskers, bounds, one), height={"step": 20})
+    return _panels(figure, alt.layer(bars, whiskers, *_if(figure, "bound", bounds), one), height={"step": 20})
 
 
 def _throughput(figure: Figure) -> Any:
@@ -78,7 +83,7 @@ def _throughput(figure: Figure) -> Any:
     line = shown.mark_line(point=True).encode(y=y, strokeDash=_dashes(figure), opacity=fade, tooltip=tips)
     walls = shown.transform_filter("datum.wall").mark_point(shape="cross", angle=45, size=120, filled=True)
     crosses = walls.encode(y=alt.value(HEIGHT - 8), tooltip=["label:N", "batch:Q"])
-    return _panels(figure, alt.layer(band, line.add_params(pick), crosses))
+    return _panels(figure, alt.layer(band, line.add_params(pick), *_if(figure, "wall", crosses)))
 
 
 def _position(figure: Figure) -> Any:
@@ -141,6 +146,12 @@ def _heatmap(figure: Figure) -> Any:
     return _panels(figure, alt.layer(boxes, words), "label", columns=4, width={"step": 34}, height={"step": 20})
 
 
+def _if(figure: Figure, column: str, layer: Any) -> list[Any]:
+    """The layer, if the column has anything to show: Vega warns of layers without data."""
+    place = figure.columns.index(column)
+    return [layer] if any(row[place] for row in figure.rows) else []
+
+
 def _base(figure: Figure) -> tuple[Any, Any, Any]:
     """A chart, the choice of a policy in the legend, and the opacity that leaves the chosen one standing out."""
     pick = alt.selection_point(name="pick", fields=["policy"], bind="legend")
@@ -178,6 +189,22 @@ def _panels(figure: Figure, chart: Any, column: str = "setting", columns: int = 
         return chart
     facet = alt.Facet(f"{column}:N", title=None, sort=names)
     return chart.facet(facet, columns=columns).resolve_scale(x="shared", y="shared")
+
+
+def _plain(figure: Figure) -> Figure:
+    """The figure with names that fit a legend and that Vega's expressions can hold."""
+    rows = tuple(tuple(_name(value) for value in row) for row in figure.rows)
+    options = dict(figure.options)
+    if "phases" in options:
+        options["phases"] = [[_name(value) for value in span] for span in options["phases"]]
+    return msgspec.structs.replace(figure, rows=rows, options=options)
+
+
+def _name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = "".join(char if char.isprintable() else "�" for char in value)
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
 
 
 def _xml(text: str) -> str:

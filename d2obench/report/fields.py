@@ -9,6 +9,7 @@ from d2obench.report.view import Column, Entry, Mark
 
 AXES = ("run", "model", "dtype", "device", "seed", "shape", "batch", "policy", "budget")
 WORDS = {"oom": "out of memory", "skipped": "skipped", "failed": "failed", "incomparable": "incomparable"}
+SHORT = WORDS | {"oom": "OOM"}
 NOTHING = Entry("–", mark="quiet")
 
 

@@ -91,7 +91,8 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
     """Decode tok/s against batch; out of memory is the wall."""
     points: list[Point] = []
     panel = panels(rows, ("policy", "budget", "batch"))
-    for row in rows:
+    shown = list(dict.fromkeys(panel(row) for row in rows))[:MAX_SETTINGS]
+    for row in (row for row in rows if panel(row) in shown):
         value = row.value(SPEED, "decode_tok_s")
         wall = row.speed is not None and row.speed.record.status == "oom"
         if isinstance(row.key.batch, int) and (wall or value):

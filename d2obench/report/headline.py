@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2obench.metric import METRICS, show
-from d2obench.report.fields import NOTHING, WORDS, axis, axis_column, column, field, fixed, varying
+from d2obench.report.fields import NOTHING, SHORT, WORDS, axis, axis_column, column, field, fixed, varying
 from d2obench.report.quality import front, primary, tasks_of
 from d2obench.report.rows import Entry, Key, Row, grouped, join
 from d2obench.report.view import Column, Table
@@ -48,7 +48,8 @@ def headline(found: Sequence[Entry], rows: Sequence[Row]) -> list[Table]:
 
 def _metrics(rows: Sequence[Row], task: str) -> list[str]:
     """The headline metrics some cell of the task has, in the order of the metric table."""
-    there = {key for row in rows if (entry := row.of(task)) for key in entry.values}
+    found = [entry.values.items() for row in rows if (entry := row.of(task))]
+    there = {key for values in found for key, value in values if value.value is not None}
     return [key for key, metric in METRICS.items() if metric.headline and key in there]
 
 
@@ -88,7 +89,7 @@ def _figure(row: Row, task: str, metric: str, best: bool) -> Field:
         return field(metric, value, "best" if best else "")
     entry = row.of(task)
     if entry is not None and entry.record.status != "ok":
-        return Field(WORDS[entry.record.status], mark="bad")
+        return Field(SHORT[entry.record.status], mark="bad")
     return NOTHING
 
 

@@ -13,7 +13,7 @@ from d2obench.report.view import Figure
 ALLOCATOR, RESIDENT, DEVICE = "alloc_peak_bytes", "rss_peak_bytes", "nvml_used_bytes"
 PHASES = ("prefill", "compress", "decode")
 MAX_PANELS, MAX_POINTS = 8, 200
-Point = tuple[str | float | bool | None, ...]
+Point = tuple[str | int | float | bool | None, ...]
 Samples = dict[str, Any]
 
 

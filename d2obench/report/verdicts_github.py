@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from d2obench.stats.verdict import Row, Verdict, Verdicts
 
 MOST = 9
@@ -28,4 +30,5 @@ def _command(level: str, title: str, message: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    flat = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
+    return flat.replace("%", "%25")

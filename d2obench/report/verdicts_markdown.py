@@ -35,7 +35,7 @@ def markdown(verdicts: Verdicts, limit: int = SUMMARY_BYTES) -> str:
     if verdicts.notes:
         parts.append("\n")
     if verdicts.commands:
-        parts.append("```console\n" + "\n".join(c.replace("`", "") for c in verdicts.commands[:20]) + "\n```\n\n")
+        parts.append("```console\n" + "\n".join(map(_code, verdicts.commands[:20])) + "\n```\n\n")
     room = limit - _RESERVE - sum(len(part.encode()) for part in parts)
     eyes, fine = verdicts.of(*list(Verdict)[:-1]), verdicts.of(Verdict.OK)
     table = _fit(eyes, room)
@@ -81,4 +81,4 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return re.sub(r"[\x00-\x1f\x7f`|]+", " ", text)[:500]
+    return re.sub(r"[\x00-\x1f\x7f`|<>]+", " ", text)[:500]

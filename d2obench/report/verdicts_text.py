@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,16 +30,21 @@ def text(verdicts: Verdicts, *, color: bool = False, width: int = 140, every: bo
     """
     out = io.StringIO()
     console = Console(file=out, force_terminal=color, width=width, highlight=False, no_color=not color)
-    console.print(f"{escape(verdicts.title)}: {escape(verdicts.base)} → {escape(verdicts.head)}")
+    console.print(f"{_plain(verdicts.title)}: {_plain(verdicts.base)} → {_plain(verdicts.head)}")
     rows = list(verdicts.rows) if every else [row for row in verdicts.rows if row.verdict is not Verdict.OK]
     if rows:
         console.print(_table(rows, short_names(verdicts.rows)))
     for note in verdicts.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {_plain(note)}")
     for command in verdicts.commands:
-        console.print(f"run: {escape(command)}", soft_wrap=True)
-    console.print(f"[{STYLE[verdicts.worst]}]{escape(verdicts.summary)}[/]")
+        console.print(f"run: {_plain(command)}", soft_wrap=True)
+    console.print(f"[{STYLE[verdicts.worst]}]{_plain(verdicts.summary)}[/]")
     return out.getvalue()
+
+
+def _plain(words: str) -> str:
+    """Without control characters and markup."""
+    return escape(re.sub(r"[\x00-\x1f\x7f]+", " ", words))
 
 
 def _table(rows: list[Row], names: dict[str, str]) -> Table:
@@ -52,5 +58,5 @@ def _table(rows: list[Row], names: dict[str, str]) -> Table:
     for row in rows:
         figures = (row.shown(row.base), row.shown(row.head), row.change, row.reason)
         words = (names[row.cell], row.header, *figures)
-        table.add_row(f"[{STYLE[row.verdict]}]{row.verdict.value}[/]", *map(escape, words))
+        table.add_row(f"[{STYLE[row.verdict]}]{row.verdict.value}[/]", *map(_plain, words))
     return table

@@ -80,7 +80,7 @@ class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
     title: str
     about: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | bool | None, ...], ...]
+    rows: tuple[tuple[str | int | float | bool | None, ...], ...]
     options: dict[str, Any] = {}
 
     def records(self) -> list[dict[str, Any]]:

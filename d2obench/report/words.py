@@ -60,10 +60,9 @@ def _winners(rows: Sequence[Row]) -> list[str]:
     tasks = tasks_of(rows)
     for task in tasks[:3]:
         metric = primary(rows, task)
-        different = {tuple(id(row.of(task)) for row in group): group for group in groups}
-        ranked = [
-            _ranked([row for row in group if row.key.policy != "full"], task, metric) for group in different.values()
-        ]
+        ranked = [_ranked([row for row in group if row.key.policy != "full"], task, metric) for group in groups]
+        different = {tuple(id(row.of(task)) for row in rows): rows for rows in ranked}
+        ranked = list(different.values())
         words += _tally(f"Least loss of quality on {task}", ranked, metric, task)
     return words
 
@@ -76,26 +75,33 @@ def _ranked(group: Sequence[Row], task: str, metric: str) -> list[Row]:
 
 
 def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> list[str]:
-    """``what``: who is first how often, its figure at the largest setting, and who is not clearly behind it there."""
-    wins = [rows for rows in ranked if rows]
-    if not wins:
-        return []
-    counts = Counter(rows[0].key.label for rows in wins)
+    """``what``: who is first how often, its figure at the largest setting, and who is not clearly behind it there.
+
+    A setting where the first can't be told from any other has no first.
+    """
+    settings = [rows for rows in ranked if rows]
+    won = [rows for rows in settings if len(_close(rows, metric, task)) < len(rows) - 1]
+    if not won:
+        return [f"{what}: no clear difference between the policies."] if settings else []
+    counts = Counter(rows[0].key.label for rows in won)
     (label, count), *others = counts.most_common()
-    rows = max((rows for rows in wins if rows[0].key.label == label), key=lambda rows: volume(rows[0].key))
-    shown = rows[0]
-    figure = (row_value(shown, task, "speedup") if metric == "decode_tok_s" else "") or row_value(shown, task, metric)
-    at = f" at {shown.key.setting}" if shown.key.setting and task == SPEED else ""
-    share = f" in {count} of {len(wins)} settings" if len(wins) > 1 else ""
-    best = shown.value(task, metric)
-    close = [
-        row.key.label for row in rows[1:] if (value := row.value(task, metric)) and best and alike(value, best, metric)
-    ]
-    if len(close) == len(rows) - 1 and len(wins) == 1:
-        return [f"{what}: no clear difference between {label} ({figure}{at}) and the others."]
-    near = f"; not clearly apart: {', '.join(close[:4])}" + (" and more" if len(close) > 4 else "") if close else ""
-    rest = f"; elsewhere {', '.join(other for other, _ in others[:3])}" if others else ""
-    return [f"{what}: {label}{share} ({figure}{at}){near}{rest}."]
+    rows = max((rows for rows in won if rows[0].key.label == label), key=lambda rows: volume(rows[0].key))
+    figure = (row_value(rows[0], task, "speedup") if metric == "decode_tok_s" else "") or row_value(rows[0], task, metric)
+    at = f" at {rows[0].key.setting}" if rows[0].key.setting and task == SPEED else ""
+    share = f" in {count} of {len(settings)} settings" if len(settings) > 1 else ""
+    close = _close(rows, metric, task)
+    word = "just as good" if METRICS[metric].kind == "exact" else "not clearly apart"
+    near = f"; {word}: {', '.join(close[:4])}" + (" and more" if len(close) > 4 else "") if close else ""
+    rest = [f"elsewhere {', '.join(other for other, _ in others[:3])}"] if others else []
+    rest += [f"no clear difference in {len(settings) - len(won)}"] if len(won) < len(settings) else []
+    return [f"{what}: {label}{share} ({figure}{at}){near}{''.join(f'; {word}' for word in rest)}."]
+
+
+def _close(rows: Sequence[Row], metric: str, task: str) -> list[str]:
+    """The labels of rows that can't be told from the first."""
+    best = rows[0].value(task, metric)
+    values = [(row.key.label, row.value(task, metric)) for row in rows[1:]]
+    return [label for label, value in values if value and best and alike(value, best, metric)]
 
 
 def alike(mine: Value, theirs: Value, metric: str) -> bool:
@@ -129,13 +135,19 @@ def _d2o(rows: Sequence[Row]) -> list[str]:
     for group in grouped(rows):
         key = group[0].key
         home = (key.run, key.model, key.dtype, key.device)
-        if home not in largest or volume(key) > volume(largest[home][0].key):
+        if home not in largest or _weight(group) > _weight(largest[home]):
             largest[home] = group
     for home, group in list(largest.items())[:MAX_SETTINGS]:
         where = ", ".join(word for word in (home[1] if len(largest) > 1 else "", group[0].key.setting) if word)
         for row in [row for row in group if row.key.policy.startswith("d2o")][:MAX_D2O]:
             words += _against_full(row, group, where) + _against_rivals(row, group)
     return words
+
+
+def _weight(group: Sequence[Row]) -> tuple[bool, int]:
+    """Settings where D2O was timed against full come first, then the larger ones."""
+    timed = any(row.value(SPEED, "speedup") for row in group if row.key.policy.startswith("d2o"))
+    return timed, volume(group[0].key)
 
 
 def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 
 from d2obench.errors import WorkerError
 from d2obench.measure.environment import COMPARED
-from d2obench.runner.protocol import WorkerClient
+from d2obench.runner.protocol import WORKER, WorkerClient
 from d2obench.suite import Cell, Suite
 
 _PROBE = "import d2obench.runner.worker as w, d2obench.engine, d2obench.policies, d2obench.models; print(w.__file__)"
@@ -28,14 +28,19 @@ class Arm:
         root: the checkout whose ``d2obench`` is run.
         suite: resolved; gives timeouts, threads and warm-up.
         python: the interpreter; each side may have its own environment.
+        command: what the worker process runs after ``python``.
     """
 
-    def __init__(self, name: str, root: Path, suite: Suite, python: str = sys.executable) -> None:
+    def __init__(
+        self, name: str, root: Path, suite: Suite, python: str = sys.executable, command: Sequence[str] = WORKER
+    ) -> None:
         self.name, self.root, self.python, self._suite = name, root, python, suite
         known = os.environ.get("PYTHONPATH", "")
         self._env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), known)))}
         worker = suite.worker
-        self.client = WorkerClient(python, self._env, timeout_s=worker.timeout_s, threads=worker.threads)
+        self.client = WorkerClient(
+            python, self._env, timeout_s=worker.timeout_s, threads=worker.threads, command=command
+        )
         self._warm: dict[str, int] = {}
         self.counts: dict[str, dict[str, float]] = {}
         """What one decode step of each measured cell does, counted, by metric; by cell id."""

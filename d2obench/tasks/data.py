@@ -59,6 +59,7 @@ def records(
     Raises:
         DataError: nothing there, not readable, or malformed.
     """
+    path = path and str(Path(path).expanduser())
     rows = _local(path) if path else _hub(task, source)
     found = []
     for place, row in rows:
@@ -78,6 +79,7 @@ def records(
 
 def read_text(path: str) -> str:
     """A user's own text: a plain file as it is, or the ``text`` fields of a json, jsonl, csv or parquet one."""
+    path = str(Path(path).expanduser())
     if Path(path).suffix.lower() in _READERS:
         rows = _local(path)
         parts = []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from d2obench.errors import DataError, UsageError
 from d2obench.spec import parse_shape
 from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
+from d2obench.tasks.values import kept_shares
 
 if TYPE_CHECKING:
     import torch
@@ -96,9 +97,10 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     import torch
 
     kl, top1, nll = [], [], []
+    shares = [1.0] * len(texts)
     full = _full(loaded, cell, texts, prompt)
     # The full cache against itself is its own reference: run once.
-    ours = _steps(loaded, cell, texts, prompt) if cell.axes.policy != "full" else None
+    ours = _steps(loaded, cell, texts, prompt, shares) if cell.axes.policy != "full" else None
     for step, theirs in enumerate(full):
         reference = theirs.to(loaded.device)
         mine = next(ours) if ours else reference
@@ -111,15 +113,18 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
     return [
         {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": _digest(texts[i]), "prompt_tokens": prompt,
-         "kl": row[0], "top1": row[1], "nll": row[2]}
+         "kl": row[0], "top1": row[1], "nll": row[2], "kept": shares[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
 
 def _steps(
-    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, policy: str = ""
+    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, shares: list[float], policy: str = ""
 ) -> Generator[torch.Tensor, None, None]:
-    """Log-probabilities [B, V] float32 after each teacher-forced step, by the cell's policy or the one named."""
+    """Log-probabilities [B, V] float32 after each teacher-forced step, by the cell's policy or the one named.
+
+    ``shares`` is set to what each prompt's cache kept.
+    """
     import torch
 
     from d2obench.engine import Session
@@ -130,6 +135,7 @@ def _steps(
     try:
         session.prefill([list(text[:prompt]) for text in texts])
         session.compress()
+        shares[:] = kept_shares(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
         for i in range(gen):
             yield session.step(tokens[:, i]).float().log_softmax(-1)
@@ -147,7 +153,7 @@ def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) 
         return
     rows: list[torch.Tensor] = []
     steps, fits = len(texts[0]) - prompt - 1, True
-    for row in _steps(loaded, cell, texts, prompt, "full"):
+    for row in _steps(loaded, cell, texts, prompt, [], "full"):
         fits = row.numel() * 4 * steps <= MEMORY
         if fits:
             rows.append(row.cpu())

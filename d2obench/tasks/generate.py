@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from d2obench.record import Value
 from d2obench.tasks.base import Evaluation, Item, Report, Task
 from d2obench.tasks.prompts import Example, Limits, Prompt, encode
+from d2obench.tasks.values import kept_shares
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,7 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
     try:
         session.prefill([prompt.ids[:-1] for prompt in prompts])
         session.compress()
+        shares = kept_shares(session)
         first = session.step(torch.tensor([prompt.ids[-1] for prompt in prompts], device=loaded.device))
         scores: list[list[float]] = [[] for _ in prompts]
         rounds = max(len(prompt.candidates) for prompt in prompts)
@@ -115,7 +117,8 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
         answers = _greedy(session, first, limits, tokenizer, end_tokens(loaded))
     finally:
         session.close()
-    for prompt, row, item in zip(prompts, scores, answers, strict=True):
+    for prompt, row, share, item in zip(prompts, scores, shares, answers, strict=True):
+        item["kept"] = share
         if row:
             size = len(tokenizer.decode(prompt.candidates[0]).encode())
             item |= {"gold_logprob": row[0], "gold_bytes": size, "gold_bpb": -row[0] / (math.log(2) * max(1, size))}

@@ -9,8 +9,9 @@ import msgspec
 from d2obench.errors import UsageError
 from d2obench.tasks.base import Item
 from d2obench.tasks.data import Source, records
+from d2obench.tasks.extra import accuracy_package
 from d2obench.tasks.generate import Generative
-from d2obench.tasks.longbench_rules import RULES
+from d2obench.tasks.longbench_rules import PACKAGES, RULES
 from d2obench.tasks.longbench_sets import SETS, LongSet
 from d2obench.tasks.prompts import Example, Limits
 
@@ -55,6 +56,8 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's samples in order, at most ``quality.limit``."""
+        if self.set.rule in PACKAGES:  # a missing one is told before the work, not after
+            accuracy_package(PACKAGES[self.set.rule])
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)
         found = records(self.name, source, quality.data.get(self.name), Sample)[: quality.limit or None]

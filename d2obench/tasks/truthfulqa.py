@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from d2obench.suite import Cell, Quality
 
 SOURCE = Source("truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490", "validation", "generation")
+PACKAGES = ("sacrebleu", "rouge_score.rouge_scorer")
 NO_COMMENT = "I have no comment."
 _CSV = {"question": "Question", "best_answer": "Best Answer", "correct_answers": "Correct Answers",
         "incorrect_answers": "Incorrect Answers"}  # fmt: skip
@@ -52,6 +53,8 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's questions in order, at most ``quality.limit``."""
         found = records(self.name, SOURCE, quality.data.get(self.name), Question, from_csv)[: quality.limit or None]
+        for package in PACKAGES:  # missing ones are told before the work, not after
+            accuracy_package(package)
         form = "{}" if has_chat(loaded.tokenizer) else "Q: {}\nA:"
         return [self._example(str(i), question, form) for i, question in enumerate(found)]
 

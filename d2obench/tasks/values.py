@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2obench.metric import METRICS
 from d2obench.record import Value
 from d2obench.tasks.base import Item
+
+if TYPE_CHECKING:
+    from d2obench.engine import Session
 
 
 def values_of(items: Sequence[Item]) -> dict[str, Value]:
     """Every metric the items hold, as a mean with its 95 % interval, resampled by ``document``.
 
     An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts what went in. Perplexity
-    is made from ``nll``. One document alone carries no interval.
+    is made from ``nll``, ``budget_effective`` from ``kept``, the share of its prompt an item's cache kept. One
+    document alone carries no interval.
     """
     found = {}
     for key, metric in METRICS.items():
-        if metric.group != "quality" or metric.kind == "info":
-            continue
-        if key == "ppl":
+        if metric.group != "quality" or metric.kind == "info" or key == "ppl":
             continue
         pairs = [(value, item["document"]) for item in items for value in _flat(item.get(key))]
         if not pairs:
@@ -29,7 +31,19 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
         found[key] = mean([value for value, _ in pairs], [document for _, document in pairs])
         if key == "nll":
             found["ppl"] = _exp(found[key])
+    shares = [item["kept"] for item in items if item.get("kept") is not None]
+    if shares:
+        found["budget_effective"] = Value(sum(shares) / len(shares))
     return {key: found[key] for key in METRICS if key in found}
+
+
+def kept_shares(session: Session) -> list[float]:
+    """Of each sequence, entries kept right after compression ÷ prompt tokens, mean over layers."""
+    found = session.footprint()
+    return [
+        sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens)
+        for i, tokens in enumerate(found.prompt_tokens)
+    ]
 
 
 def mean(values: Sequence[float], clusters: Sequence[str]) -> Value:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from d2obench.report.view import Entry, Report, Table
 
 MAX_ROWS, MAX_TEXT = 120, 160
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&@!])")
+_SPECIAL = re.compile(r"[\\`*<>|~$]|(?<![^\W_])[_@]|[_@](?![^\W_])|&(?=[#\w]+;)|!(?=\[)|\](?=[(\[:])")
 
 
 def markdown(report: Report, figures: Iterable[str] = ()) -> str:
@@ -16,7 +16,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     drawn = set(figures)
     parts = [f"# {escape(report.title)}"]
     if report.subtitle:
-        parts.append(escape(report.subtitle))
+        parts.append(f"**About.** {escape(report.subtitle, 1000)}")
     parts += ["\n".join(f"- {escape(line, None)}" for line in report.verdict)]
     parts += [f"> **Note.** {escape(line, 1000)}" for line in report.warnings]
     for shown in report.headline:
@@ -57,7 +57,7 @@ def escape(text: str, limit: int | None = MAX_TEXT) -> str:
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     text = "".join(char if char.isprintable() else "�" for char in text)
-    return _SPECIAL.sub(r"\\\1", text)
+    return _SPECIAL.sub(r"\\\g<0>", text)
 
 
 def code(text: str, language: str = "") -> str:

@@ -51,5 +51,5 @@ if (document.querySelector(".chart")) {
   draw();
   dark.addEventListener("change", draw);
 }
-addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details:not([open])")) { part.open = true; part.dataset.printed = ""; } });
+addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("section > details:not([open])")) { part.open = true; part.dataset.printed = ""; } });
 addEventListener("afterprint", () => { for (const part of document.querySelectorAll("details[data-printed]")) { part.open = false; delete part.dataset.printed; } });

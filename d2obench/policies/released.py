@@ -1,0 +1,158 @@
+"""``d2o(preset=released)``: D2O as its authors' code of March 2025 does it, for validation at batch 1.
+
+Where it differs from the paper: every query head has a cache of its own; the prompt is compressed after the first
+decode step; the variance of the column sums is min–max normalised over the heads of a layer, so it says nothing about
+layers; the first two layers and the last are never compressed and grow; heavy and recent are equal shares; one
+threshold a layer, compared with a mean over heads of similarities that have nothing in common but the rank of their
+entry among the evicted; the threshold's EMA has β = 0.5; a merge is the mean of cosine-scaled vectors.
+
+Left out: float16 sums, the threshold that is never reset, and what fails outright at other sizes. A batch treats each
+sequence as the code treats one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from d2obench.policies.allocation import density
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, window_rank
+from d2obench.policies.merging import nearest
+from d2obench.spec import Budget
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+SINKS = 4
+BETA = 0.5
+FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Released(Policy):
+    """See the module's head; everything is fixed."""
+
+    name: ClassVar[str] = "d2o"
+    about: ClassVar[str] = "D2O as released"
+    paper: ClassVar[str] = "D2O, arXiv 2406.13035; github.com/AIoT-MLSys-Lab/D2O"
+    watches: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=True)
+
+    @property
+    def expands(self) -> bool:
+        return True
+
+    @property
+    def defers(self) -> bool:
+        return True
+
+    def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
+        layers = len(stats)
+        skew = torch.stack([_skew(stat["sum"], length) for stat in stats]).cpu()
+        ratio = torch.tensor([budget.ratio or budget.of(n) / n for n in length.tolist()])
+        shares = (torch.softmax(-skew, 0) * layers * ratio).clamp(FLOOR, 1.0)
+        budgets = 2 * ((length.cpu() + 1) * shares / 2).long()
+        exempt = [layer for layer in (0, 1, layers - 1) if layer < layers]
+        budgets[exempt] = -1
+        return budgets
+
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        half = (keep // 2).to(entries.position.device)
+        sinks = half.clamp_max(SINKS)[:, None, None]
+        return window_rank(entries.stats["sum"], entries, sinks, half)
+
+    def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
+        batch, heads, slots = kept.index.shape
+        leaving = kept.leaving
+        at = kept.evicted.clamp_max(kept.total - 1)[..., None]
+        keys = entries.keys.gather(2, at.expand(-1, -1, -1, entries.keys.shape[-1])).flatten(0, 1)
+        values = entries.values.gather(2, at.expand(-1, -1, -1, entries.values.shape[-1])).flatten(0, 1)
+        similarity, host = nearest(keys, kept.keys.flatten(0, 1), kept.filled.flatten(0, 1))
+        aligned = similarity.view(batch, heads, -1).mean(1)
+        real = leaving[:, 0]
+        tau = torch.where(real, aligned, 0.0).sum(1) / real.sum(1)
+        passed = ((aligned >= tau[:, None]) & real)[:, None].expand_as(leaving).flatten(0, 1)
+        shape = (batch, heads, slots, -1)
+        kept.keys = scaled_mean(kept.keys.flatten(0, 1), keys, host, similarity, passed).view(shape)
+        kept.values = scaled_mean(kept.values.flatten(0, 1), values, host, similarity, passed).view(shape)
+        return {
+            "tau": tau[:, None].expand(batch, heads),
+            "merged": passed.sum(1).view(batch, heads).float(),
+        }
+
+    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
+        for layer, stats in enumerate(scores):
+            kept = stats["sum"].flatten(0, 1)
+            state.score[layer, :, : kept.shape[1]] = kept
+        half = (state.usable - 1) // 2
+        sinks = half.clamp_max(SINKS)[..., None]
+        state.score.masked_fill_((state.position >= 0) & (state.position < sinks), torch.inf)
+        state.extra["recent"] = half[..., None].to(state.position.dtype)
+        none = torch.full((state.store.rows,), math.nan, device=state.store.device)
+        state.extra["tau"] = torch.stack(
+            [remembered["tau"].flatten() if remembered else none for remembered in memory]
+        )
+        state.extra["merged"] = torch.zeros((), dtype=torch.long, device=none.device)
+
+    def observe(self, state: DecodeState) -> None:
+        state.score += state.attention
+
+    def victims(self, state: DecodeState) -> Tensor:
+        return state.least(state.score, state.extra["recent"])
+
+    def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
+        store, tau = state.store, state.extra["tau"]
+        for layer in range(victims.shape[0]):
+            leaving = state.position[layer].gather(1, victims[layer])
+            index = store.base[layer, :, None] + victims[layer]
+            hosts = (state.position[layer] >= 0).scatter(1, victims[layer], False)[:, : store.capacities[layer]]
+            similarity, host = nearest(store.read_keys(index), store.keys(layer), hosts)
+            grouped = similarity.view(-1, state.heads)
+            newest = grouped.mean(1, keepdim=True).expand_as(grouped).reshape(-1)
+            old, gone = tau[layer], leaving[:, 0] >= 0
+            smoothed = torch.where(old.isnan(), newest, BETA * newest + (1 - BETA) * old)
+            tau[layer] = torch.where(gone, smoothed, old)
+            passed = (gone & (newest >= smoothed))[:, None]
+            keys, values = store.read_keys(index), store.read_values(index)
+            at = store.base[layer, :, None] + host
+            for read, write, evicted in (
+                (store.read_keys, store.write_keys, keys),
+                (store.read_values, store.write_values, values),
+            ):
+                kept = read(at)
+                mixed = (kept.float() + similarity[..., None] * evicted.float()) / 2
+                write(at, torch.where(passed[..., None], mixed.to(kept.dtype), kept))
+            state.extra["merged"] += passed.sum()
+
+    def recall(self, state: DecodeState) -> Stats:
+        return {"sum": state.score}
+
+
+def scaled_mean(kept: Tensor, evicted: Tensor, host: Tensor, similarity: Tensor, passed: Tensor) -> Tensor:
+    """``(x_j + Σ u_i x_i) / (1 + n_j)`` over the n_j passing entries of each host.
+
+    Args:
+        kept: ``[R, C, d]``.
+        evicted: ``[R, E, d]``.
+        host: int64 ``[R, E]``.
+        similarity: u, float32 ``[R, E]``.
+        passed: bool ``[R, E]``.
+    """
+    count = torch.zeros(kept.shape[:2], device=kept.device).scatter_add_(1, host, passed.float())
+    scaled = (similarity * passed)[..., None] * evicted.float()
+    total = kept.float().scatter_add(1, host[..., None].expand_as(scaled), scaled)
+    return torch.where(count[..., None] > 0, (total / (1 + count[..., None])).to(kept.dtype), kept)
+
+
+def _skew(column_sums: Tensor, length: Tensor) -> Tensor:
+    """Mean over heads of the min–max normalised variances ``[B, Hq, L]`` → float32 ``[B]``."""
+    spread = torch.stack([density(column_sums[:, head], length) for head in range(column_sums.shape[1])], 1)
+    low, high = spread.amin(1, keepdim=True), spread.amax(1, keepdim=True)
+    return ((spread - low) / (high - low + 1e-6)).mean(1).float()

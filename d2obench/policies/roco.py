@@ -1,0 +1,101 @@
+"""RoCo, robust cache omission: the lowest mean attention among the tokens whose attention varies least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from d2obench.errors import PolicyError
+from d2obench.policies.base import Entries, Needs, Policy, Stats
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+NEWEST = 10
+"""Tokens whose few observations say nothing yet: their deviation counts as infinite."""
+
+
+@dataclass(frozen=True)
+class RoCo(Policy):
+    """Mean attention decides, among tokens of low standard deviation, per KV head (mean over its query heads).
+
+    A token's mean and deviation are over the attention of all queries that could see it. When one of n tokens must
+    go, the ``recent·budget + 1`` of highest deviation are safe, and so are the newest 10 (half the budget at most); of
+    the others the one with the lowest mean is evicted. The prompt is brought down at once by the same rule. (The
+    authors encode a long prompt in strides and evict between them; that changes what the prompt's own tokens see.)
+
+    Args:
+        recent: share of the budget that is safe by its deviation ("recent ratio" in the authors' code).
+    """
+
+    recent: float = 0.3
+    name: ClassVar[str] = "roco"
+    about: ClassVar[str] = "lowest mean attention among those of low deviation"
+    paper: ClassVar[str] = "RoCo, arXiv 2402.06262"
+    watches: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=True, squares=True)
+
+    def check(self) -> None:
+        if not 0 <= self.recent < 1:
+            raise PolicyError(f"roco: recent is {self.recent}", remedy="use a share of the budget in [0, 1)")
+
+    def safe(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens are safe at budgets of any shape, and how many of them because they are the newest."""
+        newest = (keep // 2).clamp(1, NEWEST)
+        return torch.maximum((keep * self.recent).long() + 1, newest), newest
+
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        position, length = entries.position, entries.length[:, None, None]
+        safe, newest = (count[:, None, None].to(position.device) for count in self.safe(keep))
+        seen = (length - position).clamp_min(1)
+        mean, deviation = _moments(entries.stats["sum"], entries.stats["square"], seen)
+        deviation.masked_fill_(position >= length - newest, torch.inf).masked_fill_(position < 0, -1.0)
+        mean.masked_fill_(_places(deviation, descending=True) < safe, torch.inf)
+        return mean.masked_fill_(position < 0, -torch.inf)
+
+    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
+        square = torch.zeros_like(state.score)
+        for layer, stats in enumerate(scores):
+            width = stats["sum"].shape[2]
+            state.score[layer, :, :width] = stats["sum"].flatten(0, 1)
+            square[layer, :, :width] = stats["square"].flatten(0, 1)
+        safe, newest = self.safe(state.usable - 1)
+        state.extra["square"] = square
+        state.extra["candidates"] = (state.usable - safe)[..., None]
+        state.extra["newest"] = newest[..., None]
+
+    def observe(self, state: DecodeState) -> None:
+        state.score += state.attention
+        state.extra["square"].addcmul_(state.attention, state.attention)
+
+    def victims(self, state: DecodeState) -> Tensor:
+        now, square = state.now[None, :, None], state.extra["square"]
+        mean, deviation = _moments(state.score, square, (now - state.position + 1).clamp_min(1))
+        deviation.masked_fill_(state.position > now - state.extra["newest"], torch.inf)
+        deviation.masked_fill_(state.score == -torch.inf, -1.0).masked_fill_(state.score == torch.inf, torch.inf)
+        barred = _places(deviation, descending=False) >= state.extra["candidates"]
+        slots = state.least(mean.masked_fill_(barred, torch.inf), 0)
+        square.scatter_(2, slots, 0.0)
+        return slots
+
+    def recall(self, state: DecodeState) -> Stats:
+        return {"sum": state.score, "square": state.extra["square"]}
+
+
+def _moments(total: Tensor, square: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (which orders as the deviation does) over ``seen`` observations."""
+    mean = total / seen
+    return mean, (square / seen - mean * mean).clamp_min(0.0)
+
+
+def _places(score: Tensor, descending: bool) -> Tensor:
+    """Place of every element in the order of its row; ties to the lower index."""
+    order = score.argsort(-1, descending=descending, stable=True)
+    count = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, count)

@@ -1,0 +1,41 @@
+"""TOVA, token omission via attention: the newest query alone decides, for all heads of a layer together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from d2obench.policies.base import Entries, Needs, Policy
+
+if TYPE_CHECKING:
+    from d2obench.engine.state import DecodeState
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Keeps the ``budget`` tokens that the last query attends to most, on the mean over all heads of the layer.
+
+    At the prompt's end by its last query, and by each new query while decoding; nothing is remembered and nothing is
+    protected, the newest token neither (as in the authors' code).
+    """
+
+    name: ClassVar[str] = "tova"
+    about: ClassVar[str] = "what the newest query attends to, one choice per layer"
+    paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
+    watches: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(window=1)
+
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        row = entries.stats["window"].mean(1, keepdim=True).expand_as(entries.position)
+        return row.masked_fill(entries.position < 0, float("-inf"))
+
+    def victims(self, state: DecodeState) -> Tensor:
+        layers, rows, width = state.attention.shape
+        row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
+        # scores are 0 here but for empty and closed slots
+        return state.least(state.score + row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width), 0)

@@ -1,0 +1,183 @@
+"""The command line: help that loads nothing, bad input in one line, and a run that is stopped and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from d2obench import __version__
+from d2obench.cli import COMMANDS, main
+from d2obench.record import read_run
+
+TINY = [
+    "--model",
+    "shape:tiny",
+    "--task",
+    "speed",
+    "--policy",
+    "full,h2o",
+    "--budget",
+    "0.2",
+    "--shape",
+    "32+12",
+    "--batch",
+    "2",
+]
+
+
+def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom d2obench.cli import main\n"
+        "heavy = 'torch', 'pandas', 'transformers', 'altair', 'datasets', 'numpy'\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    for words in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]", words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, err = say(capsys, name, "--help")
+    assert (code, err) == (0, "")
+    assert f"Usage: d2obench {name}" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys, "--version") == (0, f"d2obench {__version__}\n", "")
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "d2obench", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"d2obench {__version__}\n"
+
+
+BAD = {
+    "no suite": (["run"], "which suite?; name a .toml or one of"),
+    "unknown suite": (["run", "quik"], "unknown suite 'quik'"),
+    "no such file": (["run", "none.toml"], "can't read the suite none.toml"),
+    "unknown policy": (["run", "quick", "--policy", "d3o"], "unknown policy 'd3o'; did you mean 'd2o'?"),
+    "unknown parameter": (["run", "quick", "--policy", "d2o(merg=kv)"], "no parameter 'merg'"),
+    "broken policy": (["run", "quick", "--policy", "d2o("], "d2o("),
+    "budget of 0": (["run", "quick", "--budget", "0"], "budget 0 is out of range"),
+    "negative budget": (["run", "quick", "--budget", "-0.2"], "budget -0.2 is out of range"),
+    "budget above 1": (["run", "quick", "--budget", "1.5"], "budget 1.5 is out of range"),
+    "budget in words": (["run", "quick", "--budget", "half"], "axes.budget"),
+    "broken shape": (["run", "quick", "--shape", "512"], "can't read the shape '512'"),
+    "empty shape": (["run", "quick", "--shape", "0+64"], "0"),
+    "batch of 0": (["run", "quick", "--batch", "0"], "can't read the batch '0'"),
+    "unknown dtype": (["run", "quick", "--dtype", "float8"], "axes.dtype"),
+    "unknown task": (["run", "quick", "--task", "speeed"], "unknown task 'speeed'"),
+    "no rounds": (["run", "quick", "--rounds", "0"], "--rounds"),
+    "unknown decode": (["run", "quick", "--decode", "half"], "timing.decode"),
+    "broken limit": (["run", "quick", "--memory-limit", "lots"], "memory limit 'lots'"),
+    "broken --set": (["run", "quick", "--set", "timing.rounds"], "can't read --set 'timing.rounds'"),
+    "unknown key": (["run", "quick", "--set", "timing.speed=1"], "unknown field `speed`"),
+    "broken --data": (["run", "quick", "--data", "gsm8k"], "can't read --data 'gsm8k'"),
+    "data of another task": (["run", "quick", "--data", "gsm8k=x.json"], "data is given for 'gsm8k'"),
+    "data that is not there": (["run", "quick", "--task", "gsm8k", "--data", "gsm8k=x.json"], "the data for 'gsm8k'"),
+    "sense asked of random weights": (["run", "quick", "--model", "shape:tiny"], "its weights are random"),
+    "unknown model": (["run", "quick", "--model", "gpt5"], "unknown model 'gpt5'"),
+    "unknown shape of a model": (["run", "quick", *TINY, "--model", "shape:gpt5"], "unknown shape 'gpt5'"),
+    "longer than the context": (
+        ["run", "quick", "--shape", "9000+64"],
+        "longer than the context of embedded (8,192 tokens)",
+    ),
+    "no such device": (["run", "quick", "--device", "tpu9"], "tpu9"),
+    "an out that is a file": (["run", "quick", *TINY, "--out", "a-file/run"], "can't write a-file/run"),
+    "no run to go on with": (["run", "--resume", "nowhere"], "nowhere is not a run folder"),
+    "axes while going on": (["run", "--resume", "nowhere", "--budget", "0.2"], "as it was started"),
+    "unknown option": (["run", "quick", "--colour", "red"], "No such option: --colour"),
+    "unknown command": (["rum"], "No such command 'rum'"),
+    "unknown list": (["list", "colours"], "can't list 'colours'"),
+    "pull of an unknown model": (["models", "pull", "gpt5"], "unknown model 'gpt5'"),
+    "control characters": (["run", "a\x1b[31m\nb"], r"unknown suite 'a\x1b[31m\nb'"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], expected: str
+) -> None:
+    (tmp_path / "a-file").touch()
+    code, out, err = say(capsys, *words)
+    assert code == 2, err
+    assert out == ""
+    assert expected in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("d2obench: ")
+    assert "internal error" not in err
+    assert not (tmp_path / "d2obench-runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["suites", "policies", "tasks", "metrics", "models"])
+def test_lists(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    known = {"suites": "quick", "policies": "d2o", "tasks": "fidelity", "metrics": "tpot_s", "models": "embedded"}
+    code, out, err = say(capsys, "list", kind)
+    assert (code, err) == (0, "")
+    assert known[kind] in out
+    code, out, _ = say(capsys, "list", kind, "--plugins")
+    assert code == 0
+    assert known[kind] not in out
+
+
+def test_a_dry_run_shows_every_cell_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = say(capsys, "run", "quick", *TINY, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "speed/shape:tiny/float32/cpu/full/32+12/b2/s0" in out
+    assert "h2o@0.2" in out
+    assert "2 cells" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
+    """The real worker on a tiny model: exit 130, a readable run, and --resume finishes it."""
+    words = [sys.executable, "-m", "d2obench", "run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = [*words, "quick", *TINY, "--rounds", "200", "--set", "timing.max_seconds=2", "--out", "r"]
+    process = subprocess.Popen(first, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    for _ in range(600):
+        if list(tmp_path.glob("r/samples/*.json")) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.endswith(
+        "stopped; go on with: d2obench run --resume r\nd2obench: or look at what is there: d2obench report r\n"
+    )
+    assert "Traceback" not in err
+    run = read_run(tmp_path / "r")
+    assert len(run.missing) == 2
+
+    done = subprocess.run(
+        [*words, "--resume", "r", "-q"], capture_output=True, text=True, env=env, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "r/report.md" in done.stdout
+    run = read_run(tmp_path / "r")
+    assert not run.missing
+    assert [cell.status for cell in run.cells] == ["ok", "ok"]
+    assert run.cells[1].values["speedup"].n > 1

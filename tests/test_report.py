@@ -1,0 +1,388 @@
+"""The report's promises: what it says is in the CSV, the same bytes twice, no input makes it fall over or misbehave."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report_runs as made
+
+from d2obench.cli import main
+from d2obench.errors import RecordError, UsageError
+from d2obench.metric import METRICS
+from d2obench.record import CellRecord, Value, append_cell, read_run
+from d2obench.report import FORMATS, build, write_views
+from d2obench.report.publish import publish
+from d2obench.report.view import Report
+
+NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+EVIL = (
+    "<script>alert(1)</script>",
+    "a|b`c*d_e[f](g)#h&amp;@everyone",
+    "two\nlines\rand\ttabs",
+    "x" * 300,
+    "\u202eright to left\u202c",
+    "=HYPERLINK(1)",
+    "</script><img src=x onerror=alert(1)>",
+    "'\"><svg onload=alert(1)>",
+    "\x1b[31mred\x00nul\u2028",
+    "{{ 7*7 }}{% raw %}${x}",
+)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with all its views."""
+    folder = made.usual(
+        tmp_path_factory.mktemp("runs") / "quick", shapes=("512+24",), batches=(1, 4), tasks=("fidelity", "needle")
+    )
+    write_views(folder, FORMATS)
+    return folder
+
+
+def views(folder: Path) -> dict[str, bytes]:
+    """Every file but the records."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "samples" not in path.parts]
+    kept = [path for path in files if path.name not in ("run.json", "cells.jsonl")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags with attributes, table fields, list items."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.fields: list[str] = []
+        self.items: list[str] = []
+        self._open: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "li"):
+            self._open = [self.fields if tag == "td" else self.items]
+            self._open[0].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "li"):
+            self._open = []
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self._open[0][-1] += f" {data}"
+
+
+def numbers(texts: Iterator[str] | list[str]) -> set[str]:
+    return {number.lstrip("+-") for text in texts for number in NUMBER.findall(text)}
+
+
+def in_files(folder: Path) -> set[str]:
+    """Every number of every CSV, and of run.json."""
+    files = [*folder.glob("*.csv"), *folder.glob("figures/*.csv")]
+    rows = [row for path in files for row in csv.reader(path.open(newline="", encoding="utf-8"))]
+    return numbers([field for row in rows for field in row]) | numbers([(folder / "run.json").read_text("utf-8")])
+
+
+def test_every_number_of_the_page_is_in_a_csv(usual: Path) -> None:
+    page = Page((usual / "report.html").read_text("utf-8"))
+    known = in_files(usual) | {"24.0"}  # memory_bytes of run.json in GiB
+    said = [text for text in page.items if not text.strip().startswith(("a …", "Times come", "↓", "◆", "–"))]
+    assert len(page.fields) > 500
+    assert sorted(numbers(page.fields) - known) == []
+    assert sorted(number for number in numbers(said) - known if "." in number) == []
+
+
+def test_every_number_of_the_markdown_is_in_a_csv(usual: Path) -> None:
+    text = (usual / "report.md").read_text("utf-8").replace("\\", "")
+    fields = [field for line in text.splitlines() if line.startswith("| ") for field in line.split("|")[1:-1]]
+    headers = {column.title for table in build([usual]).headline for column in table.columns}
+    assert len(fields) > 500
+    shown = [field for field in fields if field.strip() not in headers and "top-1" not in field and "p95" not in field]
+    assert sorted(numbers(shown) - in_files(usual) - {"24.0"}) == []
+
+
+def test_headline_says_what_the_records_say(usual: Path) -> None:
+    report, run = build([usual]), read_run(usual)
+    table = report.headline[0]
+    places = {column.key: place for place, column in enumerate(table.columns)}
+    for row in table.rows:
+        axes = {key: row[places[key]].text for key in ("batch", "budget")}
+        policy = row[places["policy"]].text.removesuffix(" ◆")
+        found = [
+            cell
+            for cell in run.cells
+            if cell.axes.task == "speed" and cell.axes.policy == policy and (cell.axes.budget or "–") == axes["budget"]
+            if str(cell.axes.batch) == axes["batch"]
+        ]
+        assert len(found) == 1
+        for key in ("tpot_s", "kv_bytes", "decode_tok_s"):
+            value, metric = found[0].values[key].value, METRICS[key]
+            assert value is not None
+            assert row[places[key]].text == f"{value * metric.scale:,.{metric.digits}f}"
+
+
+def test_csv_has_a_row_for_each_cell_and_metric(usual: Path) -> None:
+    rows = list(csv.DictReader((usual / "results.csv").open(newline="", encoding="utf-8")))
+    places = {(row["cell"], row["metric"]) for row in rows}
+    assert len(places) == len(rows)
+    for cell in read_run(usual).cells:
+        for key, value in cell.values.items():
+            row = next(row for row in rows if row["cell"] == cell.id and row["metric"] == key)
+            assert (float(row["value"]) if row["value"] else None) == value.value
+            assert row["unit"] == (METRICS[key].base or ("" if METRICS[key].scale != 1 else METRICS[key].unit))
+    wide = list(csv.DictReader((usual / "results-wide.csv").open(newline="", encoding="utf-8")))
+    assert len(wide) == len(read_run(usual).cells)
+
+
+def test_d2o_is_paired_with_its_rivals_on_the_same_items(usual: Path) -> None:
+    rows = list(csv.DictReader((usual / "results.csv").open(newline="", encoding="utf-8")))
+    found = [row for row in rows if row["metric"].startswith("kl_rival:")]
+    assert {row["metric"] for row in found} == {"kl_rival:streaming", "kl_rival:h2o"}
+    by = {(row["shape"], row["policy"], row["budget"]): float(row["value"]) for row in rows if row["metric"] == "kl"}
+    for row in found:
+        rival = row["metric"].split(":")[1]
+        mine, theirs = (by[row["shape"], policy, row["budget"]] for policy in ("d2o", rival))
+        assert float(row["value"]) == pytest.approx(mine - theirs)
+        assert float(row["lo"]) <= float(row["value"]) <= float(row["hi"])
+
+
+def test_the_same_bytes_twice(usual: Path) -> None:
+    before = views(usual)
+    write_views(usual, FORMATS)
+    assert views(usual) == before
+    assert {"report.html", "report.md", "results.csv", "figures/speedup.svg"} <= set(before)
+
+
+def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path) -> None:
+    publish(usual, tmp_path / "reports", "first")
+    kept = tmp_path / "reports" / "first"
+    before = views(kept)
+    assert not (kept / "samples").exists()
+    assert before["report.html"] == (usual / "report.html").read_bytes()
+    write_views(kept, ("json", "csv", "md", "html"))
+    assert views(kept) == before
+    index = (tmp_path / "reports" / "README.md").read_text("utf-8")
+    assert "[first](first/report.md)" in index
+    with pytest.raises(RecordError, match="exists"):
+        publish(usual, tmp_path / "reports", "first")
+    publish(usual, tmp_path / "reports", "first", replace=True)
+    assert views(kept) == before
+
+
+@pytest.mark.parametrize("name", ["../x", "baselines", "a/b", ".hidden"])
+def test_a_published_name_stays_in_its_folder(usual: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError):
+        publish(usual, tmp_path, name)
+
+
+def test_published_never_removes_what_is_no_run(usual: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(RecordError):
+        publish(usual, tmp_path, "mine", replace=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def hostile(folder: Path) -> Path:
+    """Names that try every format at once."""
+    draw, cells = random.Random(1), []
+    for number, evil in enumerate(EVIL):
+        point = made.axes("speed", evil, "0.2", shape="64+8", batch=2, model=evil)
+        cells.append(made.speed_cell(folder, point, None, draw)[0])
+        task = made.axes(f"needle{evil}", evil, "0.2", model=evil)
+        cells.append(made.quality_cell(folder, task, draw))
+        more = made.axes("speed", "d2o", evil, shape=evil, batch=evil, device=evil, seed=number)
+        cells.append(made.record(more, "failed", reason=evil, flags=(evil,), values={evil: Value(1.5, note=evil)}))
+    suite = {"about": EVIL[0], EVIL[1]: {EVIL[2]: list(EVIL)}}
+    facts = {"environment": {evil: evil for evil in EVIL}, "command": EVIL, "suite": suite}
+    return made.write_run(folder, EVIL[0] + EVIL[2], cells, missing=EVIL, **facts)
+
+
+def test_hostile_names_are_harmless(tmp_path: Path) -> None:
+    folder = hostile(tmp_path / "evil")
+    write_views(folder, FORMATS)
+    text = (folder / "report.html").read_text("utf-8")
+    page = Page(text)
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    figures = len(list((folder / "figures").glob("*.svg")))
+    assert figures
+    assert len(scripts) == 2 + figures + 1
+    assert not [attrs for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert not [tag for tag, _ in page.tags if tag in ("svg", "iframe", "object", "embed", "base", "form")]
+    sources = [str(attrs.get("src") or attrs.get("href") or "") for _, attrs in page.tags]
+    assert all(source.startswith(("data:", "#")) for source in sources if source)
+    assert "49" not in "".join(page.items)
+
+    for name in ("report.md", "summary.md"):
+        marked = (folder / name).read_text("utf-8")
+        outside = re.sub(r"(`{3,}).*?\n\1", "", marked, flags=re.S)
+        bare = re.sub(r"</?(details|summary|sub)>", "", outside)
+        assert not re.search(r"(?<!\\)<", bare)
+        assert not re.search(r"(?<!\\)@everyone", bare)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u2028]", marked)
+        widths = [len(re.findall(r"(?<!\\)\|", line)) for line in marked.splitlines() if line.startswith("|")]
+        assert all(width > 1 for width in widths)
+
+    rows = list(csv.reader((folder / "results.csv").open(newline="", encoding="utf-8")))
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert not [field for row in rows for field in row if field.startswith(("=", "@"))]
+    tree = ET.parse(folder / "junit.xml")
+    assert len(tree.findall(".//testcase")) == 4 * len(EVIL)
+    for path in (folder / "figures").glob("*.svg"):
+        tags = {element.tag.split("}")[-1] for element in ET.parse(path).iter()}
+        assert not tags & {"script", "foreignObject", "image", "a"}
+
+
+def one_cell(folder: Path) -> Path:
+    cell, _ = made.speed_cell(folder, made.axes("speed", "full", shape="64+8", batch=1), None, random.Random(0))
+    return made.write_run(folder, "one", [cell])
+
+
+def failures(folder: Path) -> Path:
+    points = [made.axes("speed", policy, "0.2", shape="64+8", batch=1) for policy in ("h2o", "d2o")]
+    return made.write_run(folder, "bad", [made.record(point, "failed", reason="it broke") for point in points])
+
+
+def unfinished(folder: Path) -> Path:
+    made.usual(folder)
+    lines = (folder / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "cells.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:50])
+    shutil.rmtree(folder / "samples")
+    return folder
+
+
+def nothing(folder: Path) -> Path:
+    return made.write_run(folder, "none", [], missing=("speed/a", "speed/b"))
+
+
+@pytest.mark.parametrize("make", [one_cell, failures, unfinished, nothing])
+def test_odd_runs_make_a_sensible_page(tmp_path: Path, make: object) -> None:
+    folder = make(tmp_path / "run")  # type: ignore[operator]
+    write_views(folder, FORMATS)
+    report = build([folder])
+    assert report.verdict
+    assert all(report.verdict)
+    page = Page((folder / "report.html").read_text("utf-8"))
+    assert page.items
+    missing = len(read_run(folder).missing)
+    assert sum(field.strip() == "not run" for field in page.fields) == missing
+    assert any("not finished" in line for line in report.warnings) == bool(missing)
+
+
+def test_failures_are_told_in_words(tmp_path: Path) -> None:
+    report = build([failures(tmp_path / "run")])
+    assert report.verdict == ("2 of 2 cells gave no figures: 2 failed.",)
+    assert [row[0].text for row in report.cells.rows] == [case.id for case in report.cases]
+
+
+def test_two_thousand_cells(tmp_path: Path) -> None:
+    """Within the limits of a page, of a file that GitHub shows, and of a step summary."""
+    cells: list[CellRecord] = []
+    template, _ = made.speed_cell(
+        tmp_path / "t", made.axes("speed", "full", shape="64+8", batch=1), None, random.Random(0)
+    )
+    for number in range(2000):
+        point = made.axes("speed", f"policy{number % 8}", "0.2", shape="64+8", batch=1 + number % 5, seed=number // 40)
+        cells.append(made.record(point, values=template.values))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    made.write_run(folder, "many", [])
+    info = made.info("many", [cell.id for cell in cells])
+    from d2obench.record import dump
+
+    (folder / "run.json").write_bytes(dump(info))
+    (folder / "cells.jsonl").write_bytes(b"".join(dump(cell) + b"\n" for cell in cells))
+    write_views(folder, ("md", "csv", "html", "github"))
+    assert (folder / "report.html").stat().st_size < 3_000_000
+    assert (folder / "report.md").stat().st_size < 500_000
+    assert (folder / "summary.md").stat().st_size < 900_000
+    rows = list(csv.DictReader((folder / "results.csv").open(newline="", encoding="utf-8")))
+    assert len({row["cell"] for row in rows}) == 2000
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    first = made.usual(tmp_path / "a", tasks=("fidelity",), shapes=("512+24",))
+    facts = {"environment": {"cpu": "Other CPU", "torch": "2.13.0"}, "environment_hash": "f" * 16}
+    second = made.usual(tmp_path / "b", tasks=("fidelity",), shapes=("512+24",), **facts)
+    report = build([first, second])
+    names = [column.key for column in report.headline[0].columns]
+    assert names[0] == "run"
+    assert len({row[0].text for row in report.headline[0].rows}) == 2
+    assert any("unlike environments" in line and "cpu" in line for line in report.warnings)
+    facts_row = next(row for row in report.environment[0].rows if row[0].text == "cpu")
+    assert [entry.text for entry in facts_row[1:]] == ["Example CPU", "Other CPU"]
+    assert facts_row[1].mark == "warn"
+
+
+def test_gold_figures_of_full_are_not_marked_best(usual: Path) -> None:
+    table = build([usual]).headline[0]
+    policy = next(place for place, column in enumerate(table.columns) if column.key == "policy")
+    full = [row for row in table.rows if row[policy].text.startswith("full")]
+    quality = [place for place, column in enumerate(table.columns) if column.key.split(":")[-1] in ("kl", "score_diff")]
+    assert full
+    assert quality
+    assert not [row for row in full for place in quality if row[place].mark == "best"]
+
+
+def test_a_torn_sample_file_costs_only_its_comparison(usual: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "torn"
+    shutil.copytree(usual, folder)
+    for path in (folder / "samples").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    report: Report = build([folder])
+    assert report.headline[0].rows
+    assert not [row for row in report.tidy if row.metric.endswith("_diff")]
+
+
+def test_last_record_of_a_cell_stands(tmp_path: Path) -> None:
+    folder = one_cell(tmp_path / "run")
+    cell = read_run(folder).cells[0]
+    append_cell(folder, made.record(cell.axes, "failed", reason="second try"))
+    assert build([folder]).verdict == ("1 of 1 cells gave no figures: 1 failed.",)
+
+
+def test_imports_no_torch(usual: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from d2obench.report import charts, publish, rescore, write_views; "
+        f"write_views(Path({str(usual)!r}), ('csv', 'json', 'junit', 'github')); "
+        "print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_command_renders_and_tells_where(usual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(usual), "--format", "csv,junit", "--out", str(tmp_path)])
+    assert done.value.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results-wide.csv", "junit.xml"}
+    assert "junit.xml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "is not a run folder"),
+        (["RUN", "--format", "docx"], "unknown format 'docx'"),
+        (["RUN", "RUN"], "--out"),
+        (["publish", "nowhere"], "is not a run folder"),
+        (["publish", "RUN", "--name", "../up"], "can't name a report"),
+    ],
+)
+def test_wrong_words_are_one_line(usual: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["report", *(str(usual) if word == "RUN" else word for word in words)])
+    assert done.value.code == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1

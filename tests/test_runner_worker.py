@@ -1,0 +1,130 @@
+"""The real operations of a worker, on the tiny model; memory that ended is survived."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+import d2obench.engine.session as session
+from d2obench.errors import ModelError, OutOfMemory, UsageError
+from d2obench.measure.trace import RequestTrace
+from d2obench.models import LoadedModel
+from d2obench.record import Axes
+from d2obench.runner.operations import Worker
+from d2obench.runner.prompts import prompts
+from d2obench.runner.protocol import describe
+
+
+def request(policy: str = "h2o", budget: str | None = "0.25", **more: Any) -> dict[str, Any]:
+    axes = Axes("speed", "shape:tiny", "float32", "cpu", policy, budget, "32+12", 2, 0)
+    return {"axes": msgspec.to_builtins(axes), "batch": 2, "round": 0, **more}
+
+
+def silent(done: int, total: int, words: str = "") -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def worker() -> Worker:
+    return Worker()
+
+
+def test_a_request_answers_a_whole_trace_as_json(worker: Worker) -> None:
+    found = msgspec.json.decode(msgspec.json.encode(worker.measure(request(), silent)))
+    trace = msgspec.convert(found["trace"], RequestTrace)
+    assert (trace.batch, trace.gen, trace.prompt_tokens) == (2, 12, 64)
+    assert len(trace.step_s) == 11
+    assert trace.requested == 8
+    assert trace.effective == 0.25
+    assert found["model"]["name"] == "shape:tiny"
+    assert found["model"]["weights_read_bytes"] < found["model"]["weights_bytes"]
+
+
+def test_the_same_request_gives_the_same_tokens(worker: Worker) -> None:
+    digests = [worker.measure(request(), silent)["trace"]["tokens_digest"] for _ in range(2)]
+    assert digests[0] == digests[1]
+
+
+def test_a_warm_up_is_short_and_a_sampled_request_measures_a_part(worker: Worker) -> None:
+    assert worker.measure(request(warm_up=True), silent)["trace"]["gen"] == 8
+    sampled = worker.measure(request(sampled=[2, 2]), silent)["trace"]
+    assert sampled["step_at"] == [0, 1, 9, 10]
+    assert sampled["gen"] == 12
+
+
+def test_counts_do_not_depend_on_the_machine(worker: Worker) -> None:
+    one, two = worker.count(request(), silent), worker.count(request(), silent)
+    assert one == two
+    assert one["ops_step"] > 0
+    full = worker.count(request("full", None), silent)
+    assert full["flops_step"] > one["flops_step"]  # more tokens are read
+
+
+def test_the_model_stays_warm_until_another_is_asked_for(worker: Worker) -> None:
+    worker.load(request(), silent)
+    held = weakref.ref(worker._loaded.model)
+    worker.load(request(), silent)
+    assert worker._loaded.model is held()
+    other = request()
+    other["axes"]["dtype"] = "bfloat16"
+    worker.load(other, silent)
+    gc.unfreeze()
+    gc.collect()
+    assert held() is None
+    assert worker._loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("phase", ["prefill", "compress", "step"])
+def test_memory_that_ends_in_a_phase_is_survived(worker: Worker, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    def ended(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(session.Session, phase, ended)
+    with pytest.raises(OutOfMemory, match=r"out of memory in (prefill|compress|decode)") as caught:
+        worker.measure(request(), silent)
+    assert describe(caught.value)["kind"] == "OutOfMemory"
+    worker.release()
+    monkeypatch.undo()
+    assert worker.measure(request(), silent)["trace"]["batch"] == 2
+
+
+def test_describe_checks_models_and_devices(worker: Worker) -> None:
+    found = worker.describe({"models": ["shape:tiny", "shape:llama-3-8b"], "devices": ["auto", "cpu"]}, silent)
+    assert found["devices"]["cpu"] == "cpu"
+    assert found["models"]["shape:llama-3-8b"]["parameters"] == 8_030_261_248
+    with pytest.raises(ModelError):
+        worker.describe({"models": ["shape:none"], "devices": []}, silent)
+    with pytest.raises(UsageError):
+        worker.describe({"models": [], "devices": ["cuda:99"]}, silent)
+
+
+def test_prompts_are_different_readable_and_the_same_for_every_policy(tiny: LoadedModel) -> None:
+    found = prompts(tiny, 50, 4, 0)
+    assert [len(one) for one in found] == [50] * 4
+    assert len({tuple(one) for one in found}) == 4
+    assert all(0 <= token < 256 for one in found for token in one)
+    assert prompts(tiny, 50, 4, 0) == found
+    assert prompts(tiny, 50, 4, 1) != found
+
+
+def test_a_text_begins_with_the_models_own_first_token(tiny: LoadedModel) -> None:
+    import dataclasses
+
+    class Letters:
+        """One token a letter; texts begin with token 1."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = [ord(char) for char in text]
+            return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    found = prompts(dataclasses.replace(tiny, tokenizer=Letters()), 80, 2, 0)
+    assert [one[0] for one in found] == [1, 1]
+    assert [len(one) for one in found] == [80, 80]
+    words = ["".join(map(chr, one[1:])) for one in found]
+    assert words[0] != words[1]
+    assert all(word.replace("\n", " ").count(" ") > 8 for word in words)
