@@ -1,8 +1,8 @@
 """A worker that answers at once with scripted figures; the loop and the protocol are the real ones.
 
-The environment variable ``FAKE`` holds JSON: ``oom`` (policies), ``crash`` (policies), ``hang`` (policies), ``fits``
-(the largest batch), ``delay`` (seconds of a request), ``noise`` (what the worker prints), ``log`` (a file that gets a
-line for every request).
+The environment variable ``FAKE`` holds JSON: ``oom``, ``crash``, ``hang`` (policies that end so), ``fits`` (the largest
+batch), ``die`` (a file: the worker is killed once, in round 1, and leaves it), ``delay`` (seconds of a request),
+``noise`` (what the worker prints), ``flags`` (of every round), ``log`` (a file that gets a line for every request).
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class Fake(Worker):
             print(FAKE["noise"], flush=True)
             os.write(1, FAKE["noise"].encode())
         time.sleep(FAKE.get("delay", 0.0))
+        if args.get("round") == 1 and not args.get("warm_up") and "die" in FAKE and not os.path.exists(FAKE["die"]):
+            open(FAKE["die"], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
         if policy in FAKE.get("oom", ()):
             raise OutOfMemory("out of memory in prefill", why="simulated")
         if policy in FAKE.get("crash", ()):

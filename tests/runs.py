@@ -71,7 +71,7 @@ def run(
 ) -> Run:
     """Runs into ``folder``, or goes on with what is there."""
     folder.mkdir(exist_ok=True)
-    earlier = read_run(folder) if (folder / "run.json").exists() else None
+    resume = (folder / "run.json").exists()
     with client(timeout_s, **fake) as worker:
-        run_suite(work or checked(), folder, worker, watcher or Silent(), earlier=earlier)
+        run_suite(work or checked(), folder, worker, watcher or Silent(), resume=resume)
     return read_run(folder)

@@ -143,7 +143,7 @@ def test_lists(capsys: pytest.CaptureFixture[str], kind: str) -> None:
 
 
 def test_a_dry_run_shows_every_cell_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = say(capsys, "run", "quick", *TINY, "--dry-run")
+    code, out, err = say(capsys, "run", "quick", *TINY, "--memory-limit", "0.5", "--dry-run")
     assert (code, err) == (0, "")
     assert "speed/shape:tiny/float32/cpu/full/32+12/b2/s0" in out
     assert "h2o@0.2" in out

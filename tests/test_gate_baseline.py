@@ -44,7 +44,7 @@ class Story:
 
     def write(self, folder: Path) -> Path:
         suite = load_suite("ci", self.overrides)
-        streaming = Axes("speed", "embedded", "float32", "cpu", "streaming", "0.2", "256+16", 2, 0)
+        streaming = Axes("speed", "embedded", "float32", "cpu", "streaming", "0.2", "128+16", 2, 0)
         d2o = msgspec.structs.replace(streaming, policy="d2o")
         quality = msgspec.structs.replace(d2o, task="fidelity", batch=None)
         names = ["speed/streaming", "speed/d2o", "fidelity/d2o"]
@@ -133,7 +133,7 @@ def test_a_better_run_prints_the_command_that_tightens(stored, tmp_path):
 @pytest.mark.parametrize(
     ("story", "words"),
     [
-        (Story(overrides={"axes.shape": "512+16"}), 'axes.shape: ["256+16"] → ["512+16"]'),
+        (Story(overrides={"axes.shape": "256+16"}), 'axes.shape: ["128+16"] → ["256+16"]'),
         (Story(overrides={"axes.model": "shape:tiny"}), "axes.model"),
         (Story(overrides={"axes.dtype": "bfloat16"}), "axes.dtype"),
         (Story(environment={"torch": "2.14"}), 'torch: "2.13" → "2.14"'),

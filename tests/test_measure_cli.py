@@ -49,7 +49,7 @@ def test_cells_are_picked_by_a_part_of_their_id() -> None:
     assert len(pick(everything, [])) * 2 == len(everything)
     assert {cell.axes.policy for cell in pick(everything, ["h2o@*/64+16"])} == {"h2o"}
     picked = pick(everything, ["full/", "d2o@0.2/48"])
-    assert labels(picked) == ["full 48+16", "full 64+16", "d2o@0.2 48+16"]
+    assert labels(picked) == ["full 48+16", "d2o@0.2 48+16", "full 64+16"]
     with pytest.raises(UsageError, match="no speed cell is named like 'nothing'"):
         pick(everything, ["nothing"])
     with pytest.raises(UsageError, match="a batch in numbers"):

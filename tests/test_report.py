@@ -19,9 +19,10 @@ import report_runs as made
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.metric import METRICS
-from d2obench.record import CellRecord, Value, append_cell, read_run
+from d2obench.record import CellRecord, Value, append_cell, dump, read_run, write_atomic
 from d2obench.report import FORMATS, build, write_views
 from d2obench.report.publish import publish
+from d2obench.report.rescore import rescore
 from d2obench.report.view import Report
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
@@ -131,6 +132,30 @@ def test_headline_says_what_the_records_say(usual: Path) -> None:
             assert row[places[key]].text == f"{value * metric.scale:,.{metric.digits}f}"
 
 
+def test_quality_stands_beside_the_speed_of_its_own_shape(tmp_path: Path) -> None:
+    """Fidelity has a shape and joins it at every batch; recall here has none and joins every row of its policy."""
+    figures = {"512+24": 0.1, "1024+24": 0.2}
+    cells = []
+    for shape, kl in figures.items():
+        for batch in (1, 4):
+            point = made.axes("speed", "h2o", "0.2", shape=shape, batch=batch)
+            cells.append(made.record(point, values={"kv_bytes": Value(2**20 * batch)}))
+        cells.append(made.record(made.axes("fidelity", "h2o", "0.2", shape=shape), values={"kl": Value(kl)}))
+    cells.append(made.record(made.axes("recall", "h2o", "0.2"), values={"score": Value(0.5)}))
+    cells.append(made.record(made.axes("fidelity", "h2o", "0.4", shape="512+24"), values={"kl": Value(0.3)}))
+    table = build([made.write_run(tmp_path / "run", "joined", cells)]).headline[0]
+    keys = [column.key for column in table.columns]
+    rows = [{key: entry.text for key, entry in zip(keys, row, strict=True)} for row in table.rows]
+    assert len(rows) == 5
+    for row in rows[:-1]:
+        if row["budget"] == "0.2":
+            assert row["kl"] == f"{figures[row['shape']]:.4f}"
+            assert row["score"] == "50.0"
+            assert row["kv_bytes"] == f"{float(row['batch']):.2f}"
+    alone = next(row for row in rows if row["budget"] == "0.4")
+    assert (alone["kl"], alone["batch"], alone["kv_bytes"]) == ("0.3000", "–", "–")
+
+
 def test_csv_has_a_row_for_each_cell_and_metric(usual: Path) -> None:
     rows = list(csv.DictReader((usual / "results.csv").open(newline="", encoding="utf-8")))
     places = {(row["cell"], row["metric"]) for row in rows}
@@ -230,8 +255,8 @@ def test_hostile_names_are_harmless(tmp_path: Path) -> None:
         assert not re.search(r"(?<!\\)<", bare)
         assert not re.search(r"(?<!\\)@everyone", bare)
         assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u2028]", marked)
-        widths = [len(re.findall(r"(?<!\\)\|", line)) for line in marked.splitlines() if line.startswith("|")]
-        assert all(width > 1 for width in widths)
+        for block in re.findall(r"(?:^\|.*\n)+", marked, re.M):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
     rows = list(csv.reader((folder / "results.csv").open(newline="", encoding="utf-8")))
     assert {len(row) for row in rows} == {len(rows[0])}
@@ -285,6 +310,34 @@ def test_failures_are_told_in_words(tmp_path: Path) -> None:
     assert [row[0].text for row in report.cells.rows] == [case.id for case in report.cases]
 
 
+def test_what_the_intervals_hide_is_not_called_a_win(tmp_path: Path) -> None:
+    def cells(spread: float) -> list[CellRecord]:
+        rates = {"full": 10.0, "h2o": 11.0, "d2o": 12.0}
+        values = {name: {"decode_tok_s": Value(rate, rate - spread, rate + spread, 5)} for name, rate in rates.items()}
+        return [
+            made.record(made.axes("speed", name, shape="64+8", batch=1), values=found) for name, found in values.items()
+        ]
+
+    noisy = build([made.write_run(tmp_path / "noisy", "noisy", cells(2.0))])
+    assert noisy.verdict == ("Fastest decode: no clear difference between the policies.",)
+    clear = build([made.write_run(tmp_path / "clear", "clear", cells(0.1))])
+    assert clear.verdict[0].startswith("Fastest decode: d2o (decode 12.0 tok/s [11.9 … 12.1]")
+
+
+def test_scores_are_made_again_from_the_predictions(tmp_path: Path) -> None:
+    point = made.axes("recall", "full", shape="64+8")
+    cell = made.record(point, values={"score": Value(0.0)}, samples="samples/a.json")
+    folder = made.write_run(tmp_path / "run", "old", [cell])
+    items = [{"id": "0", "document": "0", "text": " Rex.", "gold": "Rex", "score": 0.0}]
+    write_atomic(folder / "samples" / "a.json", dump({"items": items}))
+    assert rescore(folder) == [cell.id]
+    assert read_run(folder).cells[0].values["score"].value == 1.0
+    assert rescore(folder) == []
+    write_atomic(folder / "samples" / "a.json", dump({"items": [{"id": "0"}]}))
+    with pytest.raises(RecordError, match="can't be scored"):
+        rescore(folder)
+
+
 def test_two_thousand_cells(tmp_path: Path) -> None:
     """Within the limits of a page, of a file that GitHub shows, and of a step summary."""
     cells: list[CellRecord] = []
@@ -298,8 +351,6 @@ def test_two_thousand_cells(tmp_path: Path) -> None:
     folder.mkdir()
     made.write_run(folder, "many", [])
     info = made.info("many", [cell.id for cell in cells])
-    from d2obench.record import dump
-
     (folder / "run.json").write_bytes(dump(info))
     (folder / "cells.jsonl").write_bytes(b"".join(dump(cell) + b"\n" for cell in cells))
     write_views(folder, ("md", "csv", "html", "github"))

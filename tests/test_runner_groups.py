@@ -110,6 +110,20 @@ def test_a_crash_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert "SIGSEGV" in found.cells[1].reason
 
 
+def test_a_killed_worker_is_forgiven_once_and_the_new_one_is_warmed_up(tmp_path: Path) -> None:
+    work = checked([cell("full"), cell("h2o")], Timing(rounds=3, max_rounds=3))
+    found = run(tmp_path / "run", work, die=str(tmp_path / "died"), log=str(tmp_path / "log"))
+    assert (tmp_path / "died").exists()
+    assert [one.status for one in found.cells] == ["ok", "ok"]
+    seen = [" ".join(one) for one in log(tmp_path / "log")]
+    second = seen.index("measure h2o 1 ")  # backwards: h2o first, where the worker dies
+    assert seen[second + 1 :] == [
+        "measure h2o 1 warm-up", "measure h2o 1 ",
+        "measure full 1 warm-up", "measure full 1 ",
+        "measure full 2 ", "measure h2o 2 ",
+    ]  # fmt: skip
+
+
 def test_a_hang_is_a_row(tmp_path: Path) -> None:
     found = run(tmp_path, checked([cell("full"), cell("h2o")]), timeout_s=0.5, hang=["full"])
     assert [one.status for one in found.cells] == ["failed", "ok"]

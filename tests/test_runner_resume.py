@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_parent_killed_at_random_moments(tmp_path: Path, undisturbed: dict[str, Any], seed: int) -> None:
     """Killed again and again until it gets through; more seeds with D2OBENCH_KILL_SEEDS."""
     chance, kills, folder = random.Random(seed), 0, tmp_path / "run"
-    while True:
+    while kills < 100:
         process = fork.Process(target=quiet_run, args=(folder, 0.03))
         process.start()
         process.join(chance.uniform(0.05, 0.5))
@@ -143,11 +143,32 @@ def test_a_changed_cell_is_measured_anew(tmp_path: Path) -> None:
     assert (tmp_path / "log").exists()
 
 
-def test_a_damaged_samples_file_counts_as_empty(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"rounds": [{"round": 0',
+        b"[]",
+        b'{"cell": "x", "rounds": 7}',
+        b'{"cell": "x", "rounds": [{"round": 0}]}',
+        b'{"cell": "x", "stopped": "interval", "rounds": [null]}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_samples_file_counts_as_empty(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / f"{cell('full').hash}.json").write_bytes(b'{"rounds": [{"round": 0')
+    (tmp_path / "samples" / f"{cell('full').hash}.json").write_bytes(data)
     found = run(tmp_path, checked([cell("full")]))
     assert found.cells[0].details["rounds"] == 3
+
+
+def test_samples_that_were_taken_away_are_missed_but_not_needed(tmp_path: Path) -> None:
+    work = checked([cell("full"), cell("d2o")])
+    run(tmp_path, work, crash=["d2o"])
+    for path in tmp_path.glob("samples/*"):
+        path.unlink()
+    found = run(tmp_path, work)
+    assert [one.status for one in found.cells] == ["ok", "ok"]
+    assert "speedup" not in found.cells[1].values
 
 
 def test_another_machine_can_not_go_on(tmp_path: Path) -> None:

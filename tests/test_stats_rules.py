@@ -214,8 +214,14 @@ def test_documents_are_the_clusters():
 
 @pytest.mark.parametrize(
     ("base", "head", "verdict"),
-    [("ok", "oom", REGRESSED), ("ok", "failed", REGRESSED), ("oom", "ok", IMPROVED), ("oom", "oom", OK), ("failed", "failed", INCOMPARABLE)],
-)  # fmt: skip
+    [
+        ("ok", "oom", REGRESSED),
+        ("ok", "failed", REGRESSED),
+        ("oom", "ok", IMPROVED),
+        ("oom", "oom", OK),
+        ("failed", "failed", INCOMPARABLE),
+    ],
+)
 def test_a_cell_that_no_longer_ends_well_is_a_regression(base, head, verdict):
     assert judge_status("c", base, head).verdict is verdict
 
@@ -249,8 +255,12 @@ def test_rounds_that_disagree_on_an_exact_figure_make_it_incomparable_once():
 
 
 def test_verdicts_stand_worst_first_and_count():
-    rows = [Row("b", "kv_bytes", OK, "exact"), Row("a", "tpot_s", REGRESSED, "timed", effect=0.1, limit=0.05),
-            Row("c", "tpot_s", REGRESSED, "timed", effect=0.3, limit=0.05), Row("d", "score", INCONCLUSIVE, "sampled")]  # fmt: skip
+    rows = [
+        Row("b", "kv_bytes", OK, "exact"),
+        Row("a", "tpot_s", REGRESSED, "timed", effect=0.1, limit=0.05),
+        Row("c", "tpot_s", REGRESSED, "timed", effect=0.3, limit=0.05),
+        Row("d", "score", INCONCLUSIVE, "sampled"),
+    ]
     found = gather("gate", "x", "y", rows)
     assert [row.cell for row in found.rows] == ["c", "a", "d", "b"]
     assert found.summary == "REGRESSED: 2 REGRESSED, 1 INCONCLUSIVE, 1 OK"

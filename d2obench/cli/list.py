@@ -29,9 +29,12 @@ def command(
         raise UsageError(f"can't list '{kind}'", remedy=f"use one of {', '.join(_KINDS)}")
     header, rows = _KINDS[kind](plugins)
     table = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console()
+    if not console.is_terminal:  # a pipe has no width to fit
+        console.width = 160
     console.print(table if table.row_count else f"no {kind} from other packages")
 
 
@@ -39,8 +42,8 @@ def _suites(plugins: bool) -> tuple[Row, Iterable[Row]]:
     from d2obench.suite import load_suite, shipped
 
     names = [] if plugins else shipped()
-    return ("suite", "cells are", "what it is for"), [
-        (name, f"{' × '.join(suite.axes.task)}", suite.about) for name in names for suite in [load_suite(name)]
+    return ("suite", "tasks", "what it is for"), [
+        (name, ", ".join(suite.axes.task), suite.about) for name in names for suite in [load_suite(name)]
     ]
 
 

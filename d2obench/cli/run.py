@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -71,7 +72,8 @@ def command(
     }  # fmt: skip
     settings = {
         "timing.rounds": rounds, "timing.max_rounds": rounds, "timing.decode": decode,
-        "timing.memory_limit": memory_limit, "quality.limit": limit, "worker.threads": threads,
+        "timing.memory_limit": json.dumps(memory_limit) if memory_limit else None,  # text, also where it is a number
+        "quality.limit": limit, "worker.threads": threads,
     }  # fmt: skip
     given = overrides(axes, settings, set_ or (), data or ())
     earlier = None
@@ -105,7 +107,7 @@ def execute(checked: Checked, folder: Path, client: WorkerClient, earlier: Run |
     for cell in earlier.cells if earlier else ():
         shown.cell(cell.id, cell.status)
     try:
-        run_suite(checked, folder, client, shown, command=sys.argv, earlier=earlier)
+        run_suite(checked, folder, client, shown, command=sys.argv, resume=earlier is not None)
     except KeyboardInterrupt:
         return True
     finally:

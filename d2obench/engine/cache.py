@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from d2obench.engine.carry import Carry
 from d2obench.engine.prefill import kept_stats, prompt_attention
+from d2obench.engine.quantised import QuantStore
 from d2obench.engine.ranges import span
 from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
 from d2obench.engine.state import DecodeState, capacities
@@ -44,6 +45,8 @@ class PolicyLayer(CacheLayerMixin):
     """One compressed layer; ``index`` counts compressed layers only."""
 
     is_sliding = False
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, cache: PolicyCache, index: int) -> None:
         super().__init__()
@@ -140,6 +143,8 @@ class PolicyCache(Cache):
         self.lengths: Tensor | None = None
         self._before: Tensor | None = None
         self.shape = (0, 0, 0)
+        self.widths = (0, 0)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
         self.starts: list[int] = []
         self.state: DecodeState | None = None
         self.budgets: Tensor | None = None
@@ -172,8 +177,6 @@ class PolicyCache(Cache):
             self.state.write(layer.index, keys, values)
         else:
             self._append(layer, keys, values)
-            if self.keeps_all:
-                self._keep(layer)
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
         handed.slot_layer = layer  # type: ignore[attr-defined]
         return handed, values
@@ -198,6 +201,7 @@ class PolicyCache(Cache):
             out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs)
         layer.stats = add(layer.stats, stats, new)
         if self.keeps_all:
+            self._keep(layer)
             layer.keys = layer.values = None
         if last:
             first_decode = self.seen > 0 and new == 1
@@ -240,17 +244,19 @@ class PolicyCache(Cache):
             index = self._all_entries(total)
             if not self.keeps_all:
                 kept, remembered = self._compress_layer(layer, keep, count)
+                if self.grows:
+                    kept = to_the_right(kept)
                 index = kept.index
                 memory.append(remembered)
                 self.evicted_prompt += int(kept.leaving.sum())
                 self.merged_prompt += int(remembered["merged"].sum()) if "merged" in remembered else 0
                 scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
-                store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1))
+                store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1), kept.filled.flatten(0, 1))
             self._book(position[layer.index], index, position_of, keep, sizes[layer.index], extra)
             layer.clear()
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         group = 1 if self.policy.expands else self.group
-        state = DecodeState(store, position, now, self.policy, heads, group, max(most), self.grows, self.seed)
+        state = DecodeState(store, position, now, self.policy, heads, group, most, self.grows, self.seed)
         if not self.keeps_all:
             self.policy.begin(state, memory, scores)
             if self.policy.carries is not None and not self.grows:
@@ -277,9 +283,10 @@ class PolicyCache(Cache):
 
     def restore(self, saved: Any) -> None:
         """Brings back a :meth:`snapshot`."""
-        vars(self).update(saved[0])
-        for layer, old in zip(self.layers, saved[1], strict=True):
-            vars(layer).update(old)
+        for name, old in saved[0].items():
+            setattr(self, name, old)
+        for layer, fields in zip(self.layers, saved[1], strict=True):
+            layer.__dict__.update(fields)
         if self.state is not None:
             self.state.restore(saved[2])
 
@@ -296,7 +303,8 @@ class PolicyCache(Cache):
         """Bytes of keys and values held now, sliding layers included."""
         tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
         slots = self.state.store.bytes if self.state else self._store.bytes if self._store else 0
-        return slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        held: int = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return held
 
     @property
     def state_bytes(self) -> int:
@@ -345,11 +353,14 @@ class PolicyCache(Cache):
         if self._store is None:
             sizes = [self.shape[2] + (self.max_new or SPARE)] * len(self.own)
             self._store = self._new_store(sizes)
-        self._store.fill(layer.index, layer.keys.flatten(0, 1), layer.values.flatten(0, 1))
+        real = self._positions(layer).flatten(0, 1) >= 0
+        self._store.fill(layer.index, layer.keys.flatten(0, 1), layer.values.flatten(0, 1), real)
 
     def _new_store(self, sizes: Sequence[int]) -> DenseStore:
-        batch, heads, _ = self.shape
-        return DenseStore(sizes, batch * heads, self.widths, self.dtype, self.device)
+        rows = self.shape[0] * self.shape[1]
+        if self.policy.bits in (None, 16):
+            return DenseStore(sizes, rows, self.widths, self.dtype, self.device)
+        return QuantStore(sizes, rows, self.widths, self.dtype, self.device, self.policy.bits, self.grows)
 
     def _note(self, layer: PolicyLayer) -> None:
         keys, values = layer.keys, layer.values
@@ -428,9 +439,20 @@ class PolicyCache(Cache):
         """Makes room in a growing cache whose generation turned out longer than its slots."""
         state = self.state
         assert state is not None
-        if state.fill < min(state.store.capacities):
+        if all(used + state.added < size for used, size in zip(state.prompts, state.store.capacities, strict=True)):
             return
-        state.extend(max(SPARE, state.fill // 2))
+        state.extend(max(SPARE, (max(state.prompts) + state.added) // 2))
+
+
+def to_the_right(kept: Kept) -> Kept:
+    """The same entries with empty slots on the left instead of the right: decoded tokens follow."""
+    count = kept.index.shape[2]
+    empty = count - kept.filled.sum(-1, keepdim=True)
+    if not bool(empty.any()):
+        return kept
+    order = (torch.arange(count, device=kept.index.device) - empty) % count
+    keys, values = (held.gather(2, order[..., None].expand_as(held)) for held in (kept.keys, kept.values))
+    return Kept(kept.index.gather(2, order), kept.evicted, kept.total, keys, values)
 
 
 def real_tokens(mask: Tensor, total: int) -> Tensor:

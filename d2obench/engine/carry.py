@@ -19,7 +19,6 @@ from torch import Tensor
 
 from d2obench.engine.ranges import span
 from d2obench.policies.base import Carries
-from d2obench.policies.merging import nearest
 
 if TYPE_CHECKING:
     from d2obench.engine.state import DecodeState
@@ -88,9 +87,7 @@ class Carry:
             bias, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
             torch.addcmul(bias, every[:, group], inverse, out=cosine)
             torch.max(cosine, -1, out=(best, host))
-            passed = best >= bar
-            if self.plan.per_layer:
-                passed = self._passes(layer, best)
+            passed = self.passes(layer, best) if self.plan.per_layer else best >= bar
             torch.mul(torch.sigmoid(best), passed, out=weight)
         with span("merge"):
             store = self.state.store
@@ -145,8 +142,10 @@ class Carry:
             self.inverse_norm, self.host_bias, self.bar, self._cosine,
         ]  # fmt: skip
 
-    def _passes(self, layer: int, best: Tensor) -> Tensor:
-        """u ≥ τ_t with τ_t of the whole layer; ``best`` is u − 1."""
+    def passes(self, layer: int, best: Tensor) -> Tensor:
+        """Whether what is pending in a layer is merged, ``[rows]``; ``best`` is u − 1."""
+        if not self.plan.per_layer:
+            return best >= self.bar[layer]
         smoothed = torch.lerp(self.state.extra["tau"][layer], self._mean(best[None])[0] + 1, self.plan.beta)
         return (best + 1 >= torch.where(smoothed.isnan(), -torch.inf, smoothed)) & self.pending[layer]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from d2obench.engine import families
-from d2obench.engine.attention import BridgedKeys
+from d2obench.engine import build, families
 from d2obench.engine.cache import PolicyCache
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel
@@ -202,12 +201,9 @@ class Session:
             if self.yardstick == "hf-dynamic":
                 return DynamicCache(config=model.config)
             return StaticCache(config=model.config, max_cache_len=longest + self.max_new)
-        families.prepare(model)
         assert self.policy is not None
-        _, group = families.kv_heads(model)
-        wrap = BridgedKeys if model.config.model_type in families.BRIDGED else None
-        return PolicyCache(
-            self.policy, self.budget, families.layer_kinds(model), group, self.max_new, self.mark, wrap, self.seed
+        return build.cache(
+            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark
         )
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ ragged layer or of a shorter sequence). The order of slots means nothing to atte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,16 @@ class DenseStore:
     ) -> None:
         self.capacities, self.rows, self.widths, self.dtype, self.device = list(capacities), rows, widths, dtype, device
         self.offsets = [rows * sum(self.capacities[:i]) for i in range(len(self.capacities) + 1)]
-        self.key_rows, self.value_rows = (
-            torch.zeros(self.offsets[-1], width, dtype=dtype, device=device) for width in widths
-        )
         starts = torch.tensor(self.offsets[:-1], device=device)[:, None]
         strides = torch.tensor(self.capacities, device=device)[:, None]
         self.base = starts + strides * torch.arange(rows, device=device)
         """Row of slot 0 of each layer, sequence and head, ``[layers, rows]``."""
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self.key_rows, self.value_rows = (
+            torch.zeros(self.offsets[-1], width, dtype=self.dtype, device=self.device) for width in self.widths
+        )
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, a view."""
@@ -52,8 +56,8 @@ class DenseStore:
         """Values of a layer, ``[rows, C_ℓ, d_v]``, a view."""
         return self._view(self.value_rows, layer)
 
-    def write(self, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Overwrites the rows ``index`` (any shape ``[…]``) by keys and values ``[…, d]``."""
+    def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Overwrites the rows ``index`` (any shape ``[…]``) of a layer by keys and values ``[…, d]``."""
         flat = index.reshape(-1)
         self.key_rows.index_copy_(0, flat, keys.reshape(-1, self.widths[0]))
         self.value_rows.index_copy_(0, flat, values.reshape(-1, self.widths[1]))
@@ -74,17 +78,18 @@ class DenseStore:
         """Values of the rows ``index``, ``[…, d_v]``, a copy."""
         return self.value_rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
-    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Writes the first ``n`` slots of a layer from ``[rows, n, d]``."""
+    def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
+        """Writes the first ``n`` slots of a layer from ``[rows, n, d]``; ``real`` ``[rows, n]`` tells what of it means
+        something."""
         self.keys(layer)[:, : keys.shape[1]] = keys
         self.values(layer)[:, : values.shape[1]] = values
 
-    def repeat(self, filled: int, tokens: int) -> None:
-        """Fills the ``tokens`` slots after the first ``filled`` ones with copies of those, as stand-ins."""
-        for layer in range(len(self.capacities)):
+    def repeat(self, filled: Sequence[int], tokens: int) -> None:
+        """Fills ``tokens`` slots after the first ``filled`` ones of each layer with copies of those, as stand-ins."""
+        for layer, count in enumerate(filled):
             for held in (self.keys(layer), self.values(layer)):
-                for start in range(filled, filled + tokens, filled):
-                    size = min(filled, filled + tokens - start)
+                for start in range(count, count + tokens, count):
+                    size = min(count, count + tokens - start)
                     held[:, start : start + size] = held[:, :size]
 
     def work(self) -> list[Tensor]:
@@ -103,11 +108,11 @@ class DenseStore:
             larger.fill(layer, self.keys(layer), self.values(layer))
         return larger
 
-    def snapshot(self) -> tuple[Tensor, ...]:
+    def snapshot(self) -> tuple[Any, ...]:
         """A copy of the contents, for :meth:`restore`."""
         return self.key_rows.clone(), self.value_rows.clone()
 
-    def restore(self, saved: tuple[Tensor, ...]) -> None:
+    def restore(self, saved: tuple[Any, ...]) -> None:
         """Brings back what :meth:`snapshot` saved, in place."""
         self.key_rows.copy_(saved[0])
         self.value_rows.copy_(saved[1])

@@ -36,7 +36,8 @@ class DecodeState:
         policy: chooses the slots.
         heads: KV heads per sequence; rows = batch × heads.
         group: query heads per KV head.
-        grows: tokens are appended (``fill`` counts slots in use) and nothing is evicted.
+        prompts: slots of each layer that the prompt takes.
+        grows: tokens are appended and nothing is evicted.
         seed: for policies that draw.
     """
 
@@ -48,13 +49,13 @@ class DecodeState:
         policy: Policy,
         heads: int,
         group: int,
-        fill: int,
+        prompts: Sequence[int],
         grows: bool,
         seed: int = 0,
     ) -> None:
         self.store, self.position, self.now, self.policy = store, position, now, policy
-        self.heads, self.group, self.fill, self.grows = heads, group, fill, grows
-        self.seed, self.prompt = seed, fill
+        self.heads, self.group, self.grows, self.seed = heads, group, grows, seed
+        self.prompts, self.added = list(prompts), 0
         layers, rows, width = position.shape
         device = position.device
         self.tracks = policy.watches and not grows
@@ -78,21 +79,19 @@ class DecodeState:
         unused = self.position < 0
         if self.tracks:
             self.score.masked_fill_(unused, -NEVER).masked_fill_(self.position == CLOSED, NEVER)
-        held = (self.position >= 0).sum(-1)
-        spare = self.policy.interval
-        whole = self.grows or bool(
-            (held + spare == torch.tensor(self.store.capacities, device=held.device)[:, None]).all()
-        )
-        padded = bool((self.position[..., : self.fill] < 0).any()) if self.grows else False
-        if (self.grows and padded) or not (self.grows or whole) or (spare > 1 and not self.grows):
+        held, spare = (self.position >= 0).sum(-1), self.policy.interval
+        full = self.prompts if self.grows else [capacity - spare for capacity in self.store.capacities]
+        whole = bool((held == torch.tensor(full, device=held.device)[:, None]).all())
+        slots = torch.arange(self.position.shape[-1], device=held.device)
+        if self.grows:
+            unused &= slots < torch.tensor(self.prompts, device=held.device)[:, None, None]
+        if not whole or (spare > 1 and not self.grows):
             self.bias = torch.zeros(self.position.shape, device=held.device).masked_fill_(unused, -torch.inf)
-            if self.grows:
-                self.bias[..., self.fill :] = 0
         if self.grows:
             self._append()
         else:
             width = self.position.shape[-1]
-            order = torch.arange(width, device=held.device).expand_as(self.position)
+            order = slots.expand_as(self.position)
             empty = torch.where(self.position == EMPTY, order, width)
             self._free(empty.topk(spare, -1, largest=False, sorted=True).indices)
             if self.carry is not None:
@@ -101,7 +100,7 @@ class DecodeState:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots."""
-        self.store.write(self.target[layer], keys, values)
+        self.store.write(layer, self.target[layer], keys, values)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of one new query over the layer's slots.
@@ -117,7 +116,7 @@ class DecodeState:
         rows, group = self.store.rows, self.group
         keys = self.store.keys(layer)
         if self.grows:
-            keys = keys[:, : self.fill + 1]
+            keys = keys[:, : self.prompts[layer] + self.added + 1]
         width = keys.shape[1]
         with span("decode attention"):
             if self.carry is None:
@@ -141,7 +140,7 @@ class DecodeState:
         self.steps += 1
         self.now += 1
         if self.grows:
-            self.fill += 1
+            self.added += 1
             self._append()
             return
         if self.carry is not None:
@@ -182,8 +181,9 @@ class DecodeState:
         if not self.grows:
             return torch.where(self.position > self.now[None, :, None], EMPTY, self.position)
         position = self.position.clone()
-        ages = torch.arange(self.fill - self.prompt - 1, -1, -1, device=self.now.device, dtype=position.dtype)
-        position[..., self.prompt : self.fill] = self.now[:, None] - ages
+        ages = torch.arange(self.added - 1, -1, -1, device=self.now.device, dtype=position.dtype)
+        for layer, prompt in enumerate(self.prompts):
+            position[layer, :, prompt : prompt + self.added] = self.now[:, None] - ages
         return position
 
     def skip(self, tokens: int) -> None:
@@ -192,8 +192,8 @@ class DecodeState:
         self.now += tokens
         if not self.grows:
             return
-        self.store.repeat(self.fill, tokens)
-        self.fill += tokens
+        self.store.repeat([prompt + self.added for prompt in self.prompts], tokens)
+        self.added += tokens
         self._append()
 
     def tensors(self) -> list[Tensor]:
@@ -202,14 +202,14 @@ class DecodeState:
 
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of what decoding changes; work buffers are left out."""
-        return self.store.snapshot(), [tensor.clone() for tensor in self._living()], self.fill, self.steps
+        return self.store.snapshot(), [tensor.clone() for tensor in self._living()], self.added, self.steps
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         """Brings back a :meth:`snapshot`, in place."""
         self.store.restore(saved[0])
         for tensor, old in zip(self._living(), saved[1], strict=True):
             tensor.copy_(old)
-        self.fill, self.steps = saved[2], saved[3]
+        self.added, self.steps = saved[2], saved[3]
         if self.grows:
             self._append()
         else:
@@ -229,9 +229,7 @@ class DecodeState:
 
     def held(self) -> Tensor:
         """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token doesn't count."""
-        if self.grows:
-            return (self.position[..., : self.fill] != CLOSED).sum(-1)
-        return (self.position >= 0).sum(-1) - 1
+        return (self.position >= 0).sum(-1) + (self.added if self.grows else -1)
 
     def _living(self) -> list[Tensor]:
         own = [self.position, self.now, self.attention, self.score, self.free, self.target, self.evicted]
@@ -244,7 +242,7 @@ class DecodeState:
         self._weights = torch.empty(rows * (self.group + 1) * width, dtype=torch.float32, device=device)
 
     def _append(self) -> None:
-        self.target = self.store.base + self.fill
+        self.target = self.store.base + torch.tensor(self.prompts, device=self.now.device)[:, None] + self.added
 
     def _free(self, slots: Tensor) -> None:
         """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""

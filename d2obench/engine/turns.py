@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from d2obench.engine.carry import Carry
 from d2obench.engine.state import DecodeState
 from d2obench.policies.allocation import water_fill
 from d2obench.policies.base import Stats
+from d2obench.policies.merging import nearest
 from d2obench.spec import Budget
 
 
@@ -42,7 +44,7 @@ class Turn:
 def reopen(state: DecodeState, batch: int) -> list[Turn]:
     """The entries of all layers, in the order of their positions; copies, so that the slots can go."""
     if state.carry is not None:
-        state.carry.flush()
+        _merge_pending(state, state.carry)
     everywhere = state.where()
     stats = state.policy.recall(state) if state.tracks else {}
     turns = []
@@ -50,7 +52,7 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
         position = everywhere[layer, :, :capacity]
         held = (position >= 0).sum(-1)
         count = int(held.max())
-        order = position.argsort(-1, stable=True)[:, capacity - count :]
+        order = position.argsort(dim=-1, stable=True)[:, capacity - count :]
         position = position.gather(1, order).clamp_min(-1).long()
         empty = position < 0
         keys, values = (
@@ -64,6 +66,22 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
         starts = (count - held.view(batch, -1)[:, 0]).tolist()
         turns.append(Turn(keys, values, position.view(batch, -1, count), starts, known))
     return turns
+
+
+def _merge_pending(state: DecodeState, carry: Carry) -> None:
+    """What the next step would have merged on its way (Eq. 8–12 of D2O), computed by itself."""
+    store = state.store
+    for layer in range(len(store.capacities)):
+        keys = store.keys(layer)
+        hosts = carry.host_bias[layer, :, : keys.shape[1]] > -torch.inf
+        similarity, host = nearest(carry.key[layer][:, None], keys, hosts)
+        passed = carry.passes(layer, similarity[:, 0] - 1)
+        weight = (torch.sigmoid(similarity - 1) * passed[:, None]).to(store.dtype)
+        index = store.base[layer] + host[:, 0]
+        store.write_values(index, torch.lerp(store.read_values(index), carry.value[layer], weight))
+        if carry.plan.keys:
+            store.write_keys(index, torch.lerp(store.read_keys(index), carry.key[layer], weight))
+        state.extra["merged"] += passed.sum()
 
 
 def add(earlier: Stats, newer: Stats, tokens: int) -> Stats:
@@ -89,7 +107,7 @@ def rescale(first: Tensor, before: list[int], now: list[int], budget: Budget) ->
     """
     columns = []
     for budgets, old, new in zip(first.T.tolist(), before, now, strict=True):
-        bounded = [count for count in budgets if 0 <= count and (count < old or count <= budget.of(old))]
+        bounded = [count for count in budgets if count >= 0 and (count < old or count <= budget.of(old))]
         if budget.tokens is not None or not bounded:
             columns.append(budgets)
             continue

@@ -159,7 +159,7 @@ class D2O(H2O):
         weight = torch.where(passed, similarity.exp(), 0.0)
         values = merge_into(store.values(layer), store.read_values(index), host, weight)
         keys = merge_into(kept, store.read_keys(index), host, weight) if self.merge == "kv" else kept
-        store.fill(layer, keys, values)
+        store.fill(layer, keys, values, hosts)
         state.extra["merged"] += passed.sum()
 
     def _cap(self, budget: Budget, tokens: int) -> int:

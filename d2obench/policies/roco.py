@@ -96,6 +96,6 @@ def _moments(total: Tensor, square: Tensor, seen: Tensor) -> tuple[Tensor, Tenso
 
 def _places(score: Tensor, descending: bool) -> Tensor:
     """Place of every element in the order of its row; ties to the lower index."""
-    order = score.argsort(-1, descending=descending, stable=True)
+    order = score.argsort(dim=-1, descending=descending, stable=True)
     count = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, count)

@@ -46,7 +46,7 @@ def assemble(runs: Sequence[Run]) -> Report:
     tables = headline(found, rows)
     return Report(
         title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
-        subtitle="; ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip("; "),
+        subtitle=" ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip(),
         verdict=verdict(named, rows),
         warnings=(*_warnings(named), *unlike(named)),
         headline=tuple(tables),
@@ -74,18 +74,11 @@ def _stored(path: Path) -> Report:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run, made different where two have the same."""
-    names: list[str] = []
-    for run in runs:
-        name = run.info.name
-        for more in ("", run.info.started, run.path.name):
-            if name not in names:
-                break
-            name = f"{run.info.name} {more}".strip()
-        while name in names:
-            name += "'"
-        names.append(name)
-    return names
+    """A short name for each run: its suite's, its folder's where suites are the same, else a number."""
+    for names in ([run.info.name for run in runs], [run.path.resolve().name for run in runs]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.info.name} #{number}" for number, run in enumerate(runs, 1)]
 
 
 def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:

@@ -75,7 +75,8 @@ def _speedup(figure: Figure) -> Any:
 
 def _throughput(figure: Figure) -> Any:
     base, pick, fade = _base(figure)
-    x = alt.X("batch:Q", title="batch (sequences decoded together)", scale=alt.Scale(type="log", base=2, nice=False))
+    scale, ticks = alt.Scale(type="log", base=2, nice=False), alt.Axis(values=sorted(set(_column(figure, "batch"))))
+    x = alt.X("batch:Q", title="batch (sequences decoded together)", scale=scale, axis=ticks)
     shown = base.encode(x=x, color=_policies(figure), detail="label:N")
     y = alt.Y("tok_s:Q", title=figure.options["y"], scale=alt.Scale(zero=True))
     tips = ["label:N", "batch:Q", "tok_s:Q", "lo:Q", "hi:Q"]
@@ -148,8 +149,7 @@ def _heatmap(figure: Figure) -> Any:
 
 def _if(figure: Figure, column: str, layer: Any) -> list[Any]:
     """The layer, if the column has anything to show: Vega warns of layers without data."""
-    place = figure.columns.index(column)
-    return [layer] if any(row[place] for row in figure.rows) else []
+    return [layer] if any(_column(figure, column)) else []
 
 
 def _base(figure: Figure) -> tuple[Any, Any, Any]:
@@ -177,8 +177,12 @@ def _dashes(figure: Figure) -> Any:
 
 def _order(figure: Figure, column: str) -> list[str]:
     """The values of a column in the order of the rows."""
+    return list(dict.fromkeys(map(str, _column(figure, column))))
+
+
+def _column(figure: Figure, column: str) -> list[Any]:
     place = figure.columns.index(column)
-    return list(dict.fromkeys(str(row[place]) for row in figure.rows))
+    return [row[place] for row in figure.rows]
 
 
 def _panels(figure: Figure, chart: Any, column: str = "setting", columns: int = 3, **size: Any) -> Any:

@@ -132,7 +132,7 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         return None
     return Figure(
         "position", "position", f"Time of a decode step against its position ({timed[0][0].key.setting})",
-        "Median of all rounds; a cache of bounded size stays flat while a full one climbs.",
+        "Median of all rounds; a cache of bounded size should stay flat while a full one climbs.",
         ("policy", "label", "budget", "position", "tpot"), tuple(points),
         {"x": "decode step", "y": axis_title("tpot_s")},
     )  # fmt: skip
@@ -149,11 +149,7 @@ def _layers(found: Sequence[Entry]) -> Figure | None:
     points: list[Point] = []
     for label, entry in list(best.items())[:MAX_LINES]:
         merged = entry.values.get("merged")
-        share = (
-            f"{show('merged', merged.value)} {METRICS['merged'].unit} merged"
-            if merged and merged.value is not None
-            else ""
-        )
+        share = f"{show('merged', merged.value)} {METRICS['merged'].unit} merged" if merged and merged.value else ""
         for layer, tokens in enumerate(_numbers(entry.record.details["kept_layers"])):
             points.append((entry.key.policy, f"{label}, {share}" if share else label, layer, round(tokens, 2)))
     if len({point[2] for point in points}) < 2:

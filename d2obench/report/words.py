@@ -86,7 +86,9 @@ def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> li
     counts = Counter(rows[0].key.label for rows in won)
     (label, count), *others = counts.most_common()
     rows = max((rows for rows in won if rows[0].key.label == label), key=lambda rows: volume(rows[0].key))
-    figure = (row_value(rows[0], task, "speedup") if metric == "decode_tok_s" else "") or row_value(rows[0], task, metric)
+    figure = (row_value(rows[0], task, "speedup") if metric == "decode_tok_s" else "") or row_value(
+        rows[0], task, metric
+    )
     at = f" at {rows[0].key.setting}" if rows[0].key.setting and task == SPEED else ""
     share = f" in {count} of {len(settings)} settings" if len(settings) > 1 else ""
     close = _close(rows, metric, task)
@@ -138,7 +140,8 @@ def _d2o(rows: Sequence[Row]) -> list[str]:
         if home not in largest or _weight(group) > _weight(largest[home]):
             largest[home] = group
     for home, group in list(largest.items())[:MAX_SETTINGS]:
-        where = ", ".join(word for word in (home[1] if len(largest) > 1 else "", group[0].key.setting) if word)
+        apart = [word for place, word in enumerate(home) if len({other[place] for other in largest}) > 1]
+        where = ", ".join(word for word in (*apart, group[0].key.setting) if word)
         for row in [row for row in group if row.key.policy.startswith("d2o")][:MAX_D2O]:
             words += _against_full(row, group, where) + _against_rivals(row, group)
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -25,7 +26,8 @@ def new_folder(suite: str, out: Path | None = None) -> Path:
     Raises:
         RecordError: the folder holds a run already, can't be written, or its disk is full.
     """
-    path = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{suite}"
+    name = re.sub(r"[^\w.-]+", "-", suite)  # a suite's name is free text
+    path = out or RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     if out is None:
         base, count = path, 1
         while path.exists():

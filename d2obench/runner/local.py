@@ -6,12 +6,13 @@ it readable; what was measured until then is on the disk and is not measured aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2obench.errors import RecordError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.record import Run
+from d2obench.record import CellRecord, Run, read_run
 from d2obench.runner.check import Checked
 from d2obench.runner.folder import describe_run, write_info
 from d2obench.runner.ledger import Ledger, Watcher
@@ -31,33 +32,30 @@ def run_suite(
     watcher: Watcher,
     *,
     command: Sequence[str] = (),
-    earlier: Run | None = None,
+    resume: bool = False,
 ) -> None:
     """Runs a checked suite into a folder, or goes on with it.
 
     Args:
         checked: what to run.
-        folder: a new run folder, or that of ``earlier``.
+        folder: a new run folder, or one to go on with.
         client: the worker.
         watcher: is told how it goes.
         command: the words it was started with, for the record.
-        earlier: the run to go on with, as read.
+        resume: go on with the run that is in the folder.
 
     Raises:
-        RecordError: another process uses the folder, it can't be written, or ``earlier`` was measured on a machine
+        RecordError: another process uses the folder, it can't be written, or what is in it was measured on a machine
             or software whose figures can't stand beside this one's.
     """
     with locked(folder):
         facts = client.call("environment", {"device": checked.suite.axes.device[0]})
-        if earlier is None:
+        records: tuple[CellRecord, ...] = ()
+        if resume:
+            records = _earlier(folder, facts, watcher).cells
+        else:
             write_info(folder, describe_run(checked.suite, checked.cells, facts, environment_hash(facts), command))
-        elif environment_hash(facts) != earlier.info.environment_hash:
-            other = ", ".join(differences(earlier.info.environment, facts))
-            raise RecordError(
-                f"{folder} was measured in another environment", why=f"it differs in {other}", remedy="start a new run"
-            )
-        done = finished(checked.cells, earlier.cells if earlier else ())
-        ledger = Ledger(folder, watcher, done)
+        ledger = Ledger(folder, watcher, finished(checked.cells, records))
         for cell in checked.cells:
             if cell.id in checked.too_long and ledger.open(cell):
                 ledger.end(cell, "skipped", reason=checked.too_long[cell.id])
@@ -88,3 +86,16 @@ def run_cells(suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger:
             SpeedGroup(suite, together, client, ledger, bandwidth).run()
         else:
             evaluate(suite, together[0], client, ledger)
+
+
+def _earlier(folder: Path, facts: Mapping[str, Any], watcher: Watcher) -> Run:
+    """The run in ``folder``, if its figures can stand beside those of this environment."""
+    run = read_run(folder)
+    if run.info.environment_hash != environment_hash(facts):
+        other = ", ".join(differences(run.info.environment, facts))
+        raise RecordError(
+            f"{folder} was measured in another environment", why=f"it differs in {other}", remedy="start a new run"
+        )
+    for warning in run.warnings:
+        watcher.note(warning)
+    return run

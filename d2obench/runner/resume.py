@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from d2obench.measure.trace import RequestTrace
 from d2obench.record import CellRecord, dump, write_atomic
 from d2obench.suite import Cell
 
@@ -52,10 +53,28 @@ class Samples:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            found = msgspec.json.decode(self._path.read_bytes())
+            found = msgspec.json.decode(self._path.read_bytes(), type=_File)
+            whole: dict[str, Any] = msgspec.json.decode(self._path.read_bytes())
         except (OSError, msgspec.DecodeError, RecursionError):
             return None
-        return found if isinstance(found, dict) and isinstance(found.get("rounds", []), list) else None
+        complete = not found.rounds or (found.batch > 0 and found.model and found.counts)
+        return whole if complete else None
+
+
+class _Round(RequestTrace, kw_only=True):
+    """A round as it must be on the disk."""
+
+    seconds: float
+
+
+class _File(msgspec.Struct):
+    """What a samples file must hold to be gone on with."""
+
+    cell: str
+    rounds: list[_Round] = []
+    batch: int = 0
+    model: dict[str, Any] = {}
+    counts: dict[str, float] = {}
 
 
 def finished(cells: Iterable[Cell], records: Iterable[CellRecord]) -> dict[str, CellRecord]:

@@ -63,7 +63,7 @@ class SpeedGroup:
         for cell in cells:
             self._settle_batch(cell)
         number = first
-        while (live := self._live(cells)) and not (why := self._stopped(live, number - first)):
+        while (live := self._live(cells)) and not (why := self._stopped(live, range(first, number))):
             for order, cell in enumerate(abba(cells, number)):
                 if self.ledger.open(cell) and not self._samples[cell.id].has(number):
                     self._measure(cell, number, order)
@@ -106,14 +106,18 @@ class SpeedGroup:
         except D2OBenchError as problem:
             self.ledger.fail(cell, problem)
 
-    def _stopped(self, cells: Sequence[Cell], rounds: int) -> str:
-        """Why no further round is needed after ``rounds`` of them; empty while one is."""
-        if rounds == 0:
+    def _stopped(self, cells: Sequence[Cell], rounds: range) -> str:
+        """Why no round is needed after ``rounds``; empty while one is.
+
+        Rounds on the disk from before a kill are looked at one after another, so that a run that goes on comes to the
+        same decisions as one that was never stopped.
+        """
+        if not rounds:
             return ""
-        parts = {cell.id: self._samples[cell.id].rounds for cell in cells}
+        parts = {cell.id: [one for one in self._samples[cell.id].rounds if one["round"] in rounds] for cell in cells}
         if sum(part["seconds"] for one in parts.values() for part in one) >= self.timing.max_seconds:
             return "max_seconds"
-        if rounds >= self.timing.max_rounds:
+        if len(rounds) >= self.timing.max_rounds:
             return "max_rounds"
         undisturbed = min(sum(not part["flags"] for part in one) for one in parts.values())
         if undisturbed < self.timing.rounds:
@@ -201,6 +205,8 @@ class SpeedGroup:
         if full is None or full is cell or not (self.ledger.open(full) or self.ledger.records[full.id].status == "ok"):
             return {}
         mine, theirs = self._samples[cell.id], self._samples[full.id]
+        if not theirs.rounds:  # its samples were taken away since
+            return {}
         if cell.axes.batch == "max":
             batches = (mine.data["batch"], theirs.data["batch"])
             return against_full(cell.id, mine.rounds, theirs.rounds, batches=batches)

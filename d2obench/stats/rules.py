@@ -129,7 +129,7 @@ def judge_sampled(
     found = paired_difference(before, after, groups, 0.95, f"{cell} {metric}")
     sign = _sign(metric)
     verdict, reason = _sampled_verdict(before, after, found, limit, sign, changed)
-    if verdict is Verdict.INCONCLUSIVE:
+    if changed and verdict in (Verdict.INCONCLUSIVE, Verdict.OK):
         reason += f"; {len(ids)} items show a change of {detectable(before, after, groups):.3g} (80 %)"
     means = math.fsum(before) / len(ids), math.fsum(after) / len(ids)
     return Row(cell, metric, verdict, "sampled", *means, *found, limit, len(ids), reason)
