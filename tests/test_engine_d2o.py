@@ -41,8 +41,8 @@ def test_prompt_merge_golden():
     tau = mean_over(u, torch.ones(1, 4, dtype=torch.bool))
     assert tau.item() == pytest.approx(0.67580573, abs=1e-6)
     weight = torch.where(u >= tau, u.exp(), 0.0)
-    keys = merge_into(rows(KEPT_KEYS), rows(EVICTED_KEYS), host, weight)
-    values = merge_into(rows(KEPT_VALUES), rows(EVICTED_VALUES), host, weight)
+    pairs = (rows(KEPT_KEYS), rows(EVICTED_KEYS)), (rows(KEPT_VALUES), rows(EVICTED_VALUES))
+    keys, values = merge_into(host, weight, *pairs)
     assert keys[0].flatten().tolist() == pytest.approx([1.36415256, 0.27169488, 1.35049801, 2.35049801], abs=1e-6)
     assert values[0].flatten().tolist() == pytest.approx([2.0, 0.90754232, 0.0, 2.35049801], abs=1e-6)
 
@@ -293,7 +293,7 @@ def test_merge_is_convex_and_leaves_other_hosts_alone(seed, kept_count, evicted_
     evicted = torch.randn(2, evicted_count, 8, generator=generator)
     u, host = nearest(evicted, kept, torch.ones(2, kept_count, dtype=torch.bool))
     weight = torch.where(u >= u.mean(1, keepdim=True), u.exp(), 0.0)
-    merged = merge_into(kept, evicted, host, weight)
+    (merged,) = merge_into(host, weight, (kept, evicted))
     for row in range(2):
         chosen = {int(h) for h, w in zip(host[row], weight[row], strict=True) if w > 0}
         for j in range(kept_count):
@@ -308,7 +308,7 @@ def test_zero_keys_and_ties_give_no_nan():
     u, host = nearest(torch.zeros(1, 2, 4), kept, torch.ones(1, 3, dtype=torch.bool))
     assert u.tolist() == [[0.0, 0.0]]
     assert host.tolist() == [[0, 0]]
-    assert torch.isfinite(merge_into(kept, torch.zeros(1, 2, 4), host, u.exp())).all()
+    assert torch.isfinite(merge_into(host, u.exp(), (kept, torch.zeros(1, 2, 4)))[0]).all()
 
 
 @pytest.mark.parametrize("budget", ["1", "2", "3", "5", "6", "0.01", "0.99"])

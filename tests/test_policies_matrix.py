@@ -78,7 +78,11 @@ def test_a_budget_of_everything_is_the_full_cache(policy: str, family: str) -> N
     model, texts = tiny_model(family), prompts(30, 19)
     same = policy.partition("+")[2] or "full"
     full, _ = drive(model, same, None, texts)
-    assert torch.equal(drive(model, policy, "1.0", texts)[0], full)
+    whole = drive(model, policy, "1.0", texts)[0]
+    if parse_policy(policy).expands:
+        assert (whole - full).abs().max() < 1e-4, "one query head at a time: rounded elsewhere"
+    else:
+        assert torch.equal(whole, full)
     counted, footprint = drive(model, policy, "64", texts)
     assert (counted - full).abs().max() < (3.0 if "quant" in policy else 1e-4)
     assert footprint.merged == 0

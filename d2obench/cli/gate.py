@@ -25,8 +25,12 @@ def command(
         str | None, typer.Option(help="Revision to compare with; the trunk's merge base if left out.")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Revision to judge; the work tree if left out.")] = None,
-    base_python: Annotated[str, typer.Option(help="Interpreter of the base's own environment.")] = sys.executable,
-    head_python: Annotated[str, typer.Option(help="Interpreter of the head's own environment.")] = sys.executable,
+    base_python: Annotated[
+        str, typer.Option(help="Interpreter of the base's own environment.", show_default=False)
+    ] = sys.executable,
+    head_python: Annotated[
+        str, typer.Option(help="Interpreter of the head's own environment.", show_default=False)
+    ] = sys.executable,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A suite's key, as axes.policy=d2o or gate.looks=[8]; repeatable.")
     ] = None,

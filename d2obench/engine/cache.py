@@ -29,7 +29,7 @@ from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
 from d2obench.engine.state import DecodeState, capacities
 from d2obench.engine.turns import add, reopen, rescale
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, select
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, pick, select
 from d2obench.spec import Budget
 
 SPARE = 256
@@ -323,9 +323,7 @@ class PolicyCache(Cache):
             return Kept(everything, everything[..., :0], total, layer.keys, layer.values), {}
         with span("evict"):
             index, evicted = select(self.policy.rank(entries, keep), keep, count)
-        at = index.clamp_max(total - 1)[..., None]
-        keys = layer.keys.gather(2, at.expand(-1, -1, -1, layer.keys.shape[-1]))
-        values = layer.values.gather(2, at.expand(-1, -1, -1, layer.values.shape[-1]))
+        keys, values = pick(layer.keys, index), pick(layer.values, index)
         kept = Kept(index, evicted, total, keys, values)
         with span("merge"):
             return kept, self.policy.absorb(entries, kept, keep)

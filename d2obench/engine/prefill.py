@@ -21,6 +21,8 @@ from torch import Tensor
 from d2obench.policies.base import Needs, Stats
 
 CPU_BLOCK, GPU_BLOCK = 64, 512
+CPU_CACHE = 2**20
+"""Bytes of probabilities that a core works on at once, so that they are still in its cache when they are summed."""
 
 
 def prompt_attention(
@@ -75,22 +77,26 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
     """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
     the block's probabilities (``G·64·L`` floats) stay in the core's cache."""
     batch, heads, length, _ = k.shape
-    new, group = q.shape[2], q.shape[1] // heads
+    new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
     ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=torch.float32).triu(1)
-    scaled = (q * scale).reshape(batch * heads, group, new, -1)
-    flat_k, flat_v = k.reshape(batch * heads, length, -1).transpose(1, 2), v.reshape(batch * heads, length, -1)
+    scaled = (q * scale).reshape(rows, group, new, -1)
+    flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
+    mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
+    cores = torch.get_num_threads()
     for first in range(0, new, CPU_BLOCK):
         last = min(new, first + CPU_BLOCK)
         size, end = last - first, length - new + last
-        block = scaled[:, :, first:last].reshape(batch * heads, group * size, -1)
-        logits = torch.bmm(block, flat_k[:, :, :end]).float()
-        logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
-        weights = torch.softmax(logits, -1)
-        mixed = torch.bmm(weights.to(v.dtype), flat_v[:, :end])
-        out[:, first:last].view(batch, size, heads, group, -1).copy_(
-            mixed.view(batch, heads, group, size, -1).permute(0, 3, 1, 2, 4)
-        )
-        _tally(weights.view(batch, heads, group, size, end), stats, needs)
+        block = scaled[:, :, first:last].reshape(rows, group * size, -1)
+        some = cores * max(1, CPU_CACHE // (group * size * end * 4))
+        for low in range(0, rows, some):
+            part = slice(low, min(rows, low + some))
+            logits = torch.bmm(block[part], flat_k[part, :, :end]).float()
+            logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
+            weights = torch.softmax(logits, -1)
+            found = torch.bmm(weights.to(v.dtype), flat_v[part, :end]).view(-1, group, size, v.shape[-1])
+            for row, one in enumerate(found, low):
+                mixed[row // heads, row % heads, :, first:last] = one
+            _tally(weights.view(-1, group, size, end), part, stats, needs)
 
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
@@ -106,19 +112,20 @@ def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
         logits = (block @ k[:, :, :end].transpose(2, 3)).float().view(batch, heads, group, size, end)
         ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         logits[..., end - size :].masked_fill_(ahead, -math.inf)
-        _tally(torch.softmax(logits, -1), stats, needs)
+        _tally(torch.softmax(logits, -1).flatten(0, 1), slice(None), stats, needs)
 
 
-def _tally(weights: Tensor, stats: Stats, needs: Needs) -> None:
-    """Adds a block ``[B, H, G, Q, L']`` of probabilities to the running column statistics."""
-    end, group = weights.shape[-1], weights.shape[2]
+def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
+    """Adds a block ``[R, G, Q, L']`` of probabilities to the running column statistics of the rows ``part`` of
+    ``B·H``."""
+    end, group = weights.shape[-1], weights.shape[1]
     if needs.heads:
-        stats["sum"][..., :end] += weights.sum(3).flatten(1, 2)
+        stats["sum"].unflatten(1, (-1, group)).flatten(0, 1)[part, :, :end] += weights.sum(2)
         return
     if needs.columns:
-        stats["sum"][..., :end].add_(weights.flatten(2, 3).sum(2), alpha=1 / group)
+        stats["sum"].flatten(0, 1)[part, :end].add_(weights.flatten(1, 2).sum(1), alpha=1 / group)
     if needs.squares:
-        stats["square"][..., :end] += weights.mean(2).square_().sum(2)
+        stats["square"].flatten(0, 1)[part, :end].add_(weights.mean(1).square_().sum(1))
 
 
 def _window(q: Tensor, k: Tensor, scale: float, needs: Needs) -> Tensor:

@@ -164,7 +164,7 @@ class DecodeState:
 
         EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
         """
-        limit = self.now[None, :, None] - recent
+        limit = (self.now[None, :, None] - recent).clamp_min(EMPTY)
         shown = torch.where(self.position > limit, PROTECTED, score)
         if self.policy.interval == 1:
             return shown.min(-1, keepdim=True).indices

@@ -75,7 +75,7 @@ def _merge_pending(state: DecodeState, carry: Carry) -> None:
         keys = store.keys(layer)
         hosts = carry.host_bias[layer, :, : keys.shape[1]] > -torch.inf
         similarity, host = nearest(carry.key[layer][:, None], keys, hosts)
-        passed = carry.passes(layer, similarity[:, 0] - 1)
+        passed = carry.passes(layer, similarity[:, 0] - 1) & (similarity[:, 0] > -torch.inf)
         weight = (torch.sigmoid(similarity - 1) * passed[:, None]).to(store.dtype)
         index = store.base[layer] + host[:, 0]
         store.write_values(index, torch.lerp(store.read_values(index), carry.value[layer], weight))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Carries, Entries, Kept, Policy, Stats
+from d2obench.policies.base import Carries, Entries, Kept, Policy, Stats, pick
 from d2obench.policies.h2o import H2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
 from d2obench.policies.released import Released
@@ -100,12 +100,15 @@ class D2O(H2O):
         for sequence, tokens in enumerate(length.tolist()):
             total = budget.of(tokens) * layers if budget.ratio is None else round(budget.ratio * tokens * layers)
             others = [layer for layer in range(layers) if layer not in exempt]
+            most = self._cap(budget, tokens)
+            if not others:
+                columns.append([most] * layers)
+                continue
             floor = max(math.ceil(FLOOR * tokens), self.sinks + 2)
             share = shares(spread[others, sequence], self.allocate, self.alpha).tolist()
-            parts = iter(
-                water_fill(share, max(len(others), total - len(exempt) * tokens), floor, self._cap(budget, tokens))
-            )
-            columns.append([tokens if layer in exempt else next(parts) for layer in range(layers)])
+            rest = max(len(others), total - len(exempt) * most)
+            parts = iter(water_fill(share, rest, floor, most))
+            columns.append([most if layer in exempt else next(parts) for layer in range(layers)])
         return torch.tensor(columns).T
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
@@ -114,18 +117,17 @@ class D2O(H2O):
         if self.merge == "none" or kept.evicted.shape[2] == 0:
             return {"tau": tau}
         leaving, hosts = kept.leaving.flatten(0, 1), self._hosts(entries, kept, keep).flatten(0, 1)
-        at = kept.evicted.clamp_max(kept.total - 1)[..., None]
-        keys = entries.keys.gather(2, at.expand(-1, -1, -1, entries.keys.shape[-1])).flatten(0, 1)
-        values = entries.values.gather(2, at.expand(-1, -1, -1, entries.values.shape[-1])).flatten(0, 1)
+        keys, values = (pick(rows, kept.evicted).flatten(0, 1) for rows in (entries.keys, entries.values))
         similarity, host = nearest(keys, kept.keys.flatten(0, 1), hosts)
         leaving = leaving & (similarity > -math.inf)
         tau = mean_over(similarity, leaving, heads if self.threshold == "layer" else 0)
         passed = leaving & (similarity >= tau[:, None])
         weight = torch.where(passed, similarity.exp(), 0.0)
-        shape = (batch, heads, slots, -1)
-        kept.values = merge_into(kept.values.flatten(0, 1), values, host, weight).view(shape)
-        if self.merge == "kv":
-            kept.keys = merge_into(kept.keys.flatten(0, 1), keys, host, weight).view(shape)
+        own_keys, own_values = kept.keys.flatten(0, 1), kept.values.flatten(0, 1)
+        pairs = [(own_values, values), (own_keys, keys)] if self.merge == "kv" else [(own_values, values)]
+        merged = [rows.view(batch, heads, slots, -1) for rows in merge_into(host, weight, *pairs)]
+        kept.values = merged[0]
+        kept.keys = merged[1] if self.merge == "kv" else kept.keys
         return {"tau": tau.view(batch, heads), "merged": passed.sum(1).view(batch, heads).float()}
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
@@ -157,8 +159,9 @@ class D2O(H2O):
         tau[layer] = torch.where(newest > -math.inf, smoothed, tau[layer])
         passed = leaving & (similarity >= tau[layer][:, None])
         weight = torch.where(passed, similarity.exp(), 0.0)
-        values = merge_into(store.values(layer), store.read_values(index), host, weight)
-        keys = merge_into(kept, store.read_keys(index), host, weight) if self.merge == "kv" else kept
+        pairs = [(store.values(layer), store.read_values(index)), (kept, store.read_keys(index))]
+        merged = merge_into(host, weight, *pairs[: 2 if self.merge == "kv" else 1])
+        keys, values = merged[1] if self.merge == "kv" else kept, merged[0]
         store.fill(layer, keys, values, hosts)
         state.extra["merged"] += passed.sum()
 

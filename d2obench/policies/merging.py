@@ -45,23 +45,33 @@ def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tenso
     return similarity, host
 
 
-def merge_into(kept: Tensor, evicted: Tensor, host: Tensor, weight: Tensor) -> Tensor:
-    """Hosts after merging, ``[R, C, d]`` in the dtype of ``kept``.
+def merge_into(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Hosts after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]`` (keys, or values) the new
+    kept ones, in their dtype.
 
     Args:
-        kept: ``[R, C, d]``, keys or values.
-        evicted: ``[R, E, d]``.
         host: int64 ``[R, E]``.
         weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for lost ones.
+        pairs: what is merged by the same hosts and weights.
     """
-    rows, slots, width = kept.shape
-    flat = (host + slots * torch.arange(rows, device=host.device)[:, None]).view(-1)
-    total = torch.zeros(rows * slots, device=kept.device).index_add_(0, flat, weight.view(-1))
-    added = torch.zeros(rows * slots, width, device=kept.device)
-    added.index_add_(0, flat, (weight[..., None] * evicted.float()).view(-1, width))
-    total, added = total.view(rows, slots, 1), added.view(rows, slots, width)
-    merged = (math.e * kept.float() + added) / (math.e + total)
-    return torch.where(total > 0, merged.to(kept.dtype), kept)
+    rows, slots, _ = pairs[0][0].shape
+    total = torch.zeros(rows, slots, 1, device=weight.device)
+    added = [torch.zeros(kept.shape, device=weight.device) for kept, _ in pairs]
+    count = host.shape[1]
+    step = max(1, CHUNK // max(1, rows * slots))
+    share = torch.zeros(rows, slots, min(step, count), device=weight.device)
+    for first in range(0, count, step):
+        # an evicted entry has one host: a matrix with one weight in a column adds them up, in a fixed order
+        last = min(count, first + step)
+        part = (share if first == 0 else share.zero_())[..., : last - first]
+        part.scatter_(1, host[:, None, first:last], weight[:, None, first:last])
+        total += part.sum(-1, keepdim=True)
+        for sums, (_, evicted) in zip(added, pairs, strict=True):
+            sums.baddbmm_(part, evicted[:, first:last].float())
+    return [
+        torch.where(total > 0, ((math.e * kept.float() + sums) / (math.e + total)).to(kept.dtype), kept)
+        for sums, (kept, _) in zip(added, pairs, strict=True)
+    ]
 
 
 def mean_over(similarity: Tensor, real: Tensor, per_layer: int = 0) -> Tensor:

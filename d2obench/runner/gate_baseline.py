@@ -63,7 +63,7 @@ def baseline_of(info: RunInfo, facts: Mapping[str, Facts], reason: str) -> Basel
             )
     environment = compared(info.environment)
     settings = {key: info.suite.get(key) for key in SETTINGS}
-    commit = str(info.environment.get("commit") or "unknown") + ("+dirty" if info.environment.get("dirty") else "")
+    commit = _commit(info.environment) or "unknown"
     return Baseline(
         info.name, settings, device_class(info.environment), environment, commit, reason.strip(), dict(facts)
     )
@@ -122,8 +122,8 @@ def judge_run(
         rows.append(
             Row("*", "environment", Verdict.INCOMPARABLE, "exact", reason=f"other surroundings: {', '.join(moved)}")
         )
-    base = f"{source} ({baseline.commit[:12]})"
-    head = str(info.environment.get("commit", "")) or info.started
+    base = f"{source} ({baseline.commit})"
+    head = _commit(info.environment) or info.started
     if rows:
         return gather(title, base, head, rows, commands=[update])
     cells = dict.fromkeys([*baseline.cells, *facts])
@@ -137,7 +137,7 @@ def judge_run(
     better = found.of(Verdict.IMPROVED)
     if better:
         notes.append(f"{len(better)} figures are better than the baseline: tighten it")
-    commands = [update] if found.worst is not Verdict.OK else []
+    commands = [update] if found.of(Verdict.REGRESSED, Verdict.INCOMPARABLE, Verdict.IMPROVED) else []
     return gather(title, base, head, rows, notes, commands)
 
 
@@ -164,6 +164,12 @@ def device_class(environment: Mapping[str, Any]) -> str:
     """``nvidia-h200`` or ``cpu-x86_64``: machines whose bytes are alike."""
     gpu = environment.get("gpu")
     return _slug(str(gpu)) if gpu else f"cpu-{_slug(str(environment.get('machine') or 'unknown'))}"
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    """``805772cd87e9``, with ``+dirty`` where files differed from it; empty where it is not known."""
+    commit = str(environment.get("commit") or "")[:12]
+    return f"{commit}+dirty" if commit and environment.get("dirty") else commit
 
 
 def _slug(text: str) -> str:

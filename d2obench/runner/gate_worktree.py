@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -92,11 +92,8 @@ def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[
         yield {name: place / name for name in commits}
     finally:
         with uninterrupted():
-            for name in commits:
-                with suppress(UsageError):  # half made, or removed by hand: its folder and git's note of it go below
-                    repository.git("worktree", "remove", "--force", str(place / name))
             shutil.rmtree(place, ignore_errors=True)
-            repository.git("worktree", "prune")
+            repository.git("worktree", "prune")  # forgets those whose folder is gone
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from d2obench.record import Value
@@ -24,6 +25,7 @@ from d2obench.tasks.values import kept_shares
 if TYPE_CHECKING:
     import torch
 
+    from d2obench.engine import Session
     from d2obench.models import LoadedModel
     from d2obench.suite import Cell, Quality
 
@@ -94,29 +96,19 @@ def generate(
 
 def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
     """One batch: log-probabilities of the candidates, then the answers."""
-    import torch
-
-    from d2obench.engine import Session
-
     axes, tokenizer = cell.axes, loaded.tokenizer
     longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
-    session = Session(loaded, axes.policy, axes.budget, max_new=longest, seed=axes.seed)
-    try:
-        session.prefill([prompt.ids[:-1] for prompt in prompts])
-        session.compress()
-        shares = kept_shares(session)
-        first = session.step(torch.tensor([prompt.ids[-1] for prompt in prompts], device=loaded.device))
+    ids = [prompt.ids for prompt in prompts]
+    with compressed(loaded, axes.policy, axes.budget, ids, max_new=longest, seed=axes.seed) as (session, first, shares):
         scores: list[list[float]] = [[] for _ in prompts]
         rounds = max(len(prompt.candidates) for prompt in prompts)
         state = session.snapshot() if rounds else None
         for i in range(rounds):
             column = [prompt.candidates[i] if i < len(prompt.candidates) else [] for prompt in prompts]
-            for row, value, tokens in zip(scores, _logprobs(session, first, column), column, strict=True):
+            for row, (value, _), tokens in zip(scores, forced(session, first, column), column, strict=True):
                 row += [value] if tokens else []
             session.restore(state)
-        answers = _greedy(session, first, limits, tokenizer, end_tokens(loaded))
-    finally:
-        session.close()
+        answers = greedy(session, first, limits, tokenizer, end_tokens(loaded))
     for prompt, row, share, item in zip(prompts, scores, shares, answers, strict=True):
         item["kept"] = share
         if row:
@@ -127,27 +119,64 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
     return answers
 
 
-def _logprobs(session: Any, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[float]:
-    """Sum of the log-probabilities of one continuation a sequence, from the session's present state; nats."""
+@contextmanager
+def compressed(
+    loaded: LoadedModel, policy: str, budget: str | None, prompts: Sequence[list[int]], *, max_new: int, seed: int
+) -> Iterator[tuple[Session, torch.Tensor, list[float]]]:
+    """A session that has read and compressed the prompts, float32 logits ``[B, V]`` of their next tokens, and the share
+    of each prompt that was kept.
+
+    The last token of each is held back and fed after compression (see the module's head), unless a prompt has no other.
+    """
+    import torch
+
+    from d2obench.engine import Session
+
+    held = min(map(len, prompts)) > 1
+    session = Session(loaded, policy, budget, max_new=max_new, seed=seed)
+    try:
+        first = session.prefill([ids[:-1] for ids in prompts] if held else list(prompts))
+        session.compress()
+        shares = kept_shares(session)
+        if held:
+            first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
+        yield session, first, shares
+    finally:
+        session.close()
+
+
+def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+    """One continuation a sequence, fed from the session's present state: the sum of its log-probabilities in nats, and
+    whether greedy decoding would have written it."""
     import torch
 
     total = torch.zeros(len(column), dtype=torch.float64)
+    best = torch.ones(len(column), dtype=torch.bool)
     logits, longest = first, max(map(len, column))
     for i in range(longest):
         there = torch.tensor([i < len(tokens) for tokens in column])
         target = torch.tensor([tokens[i] if i < len(tokens) else 0 for tokens in column], device=logits.device)
         found = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
         total += torch.where(there, found.cpu().double(), 0.0)
+        best &= ~there | (logits.argmax(-1) == target).cpu()
         if i + 1 < longest:
             logits = session.step(target)
-    return [float(value) for value in total]
+    return list(zip(total.tolist(), best.tolist(), strict=True))
 
 
-def _greedy(session: Any, first: torch.Tensor, limits: Limits, tokenizer: Any, ends: frozenset[int]) -> list[Item]:
+def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any, ends: frozenset[int]) -> list[Item]:
+    """Each sequence's most likely answer from the session's present state: ``text``, ``generated`` tokens, and whether
+    it ``ended`` by an end token, a stop string or its length."""
     tokens = first.argmax(-1)
     written: list[list[int]] = [[] for _ in range(len(tokens))]
     items: list[Item] = [{"text": "", "generated": 0, "ended": "length"} for _ in written]
     going = set(range(len(written)))
+    strip = bool(limits.stop) and limits.strip
+
+    def shown(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text.lstrip() if strip else text
+
     for step in range(limits.max_new):
         for i, token in enumerate(tokens.tolist()):
             if i not in going:
@@ -158,7 +187,7 @@ def _greedy(session: Any, first: torch.Tensor, limits: Limits, tokenizer: Any, e
                 continue
             written[i].append(token)
             items[i]["generated"] += 1
-            text = tokenizer.decode(written[i], skip_special_tokens=True).lstrip() if limits.stop else ""
+            text = shown(written[i]) if limits.stop else ""
             if any(word in text for word in limits.stop):
                 items[i]["ended"] = "stop"
                 going.discard(i)
@@ -166,8 +195,7 @@ def _greedy(session: Any, first: torch.Tensor, limits: Limits, tokenizer: Any, e
             break
         tokens = session.step(tokens).argmax(-1)
     for item, ids in zip(items, written, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        text = text.lstrip() if limits.stop else text
+        text = shown(ids)
         item["text"] = text[: min([len(text), *(text.find(word) for word in limits.stop if word in text)])]
     return items
 

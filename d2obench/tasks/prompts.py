@@ -50,13 +50,15 @@ class Limits:
 
     Args:
         max_new: tokens generated at most.
-        stop: strings that end an answer, looked for after leading white space; the answer is cut before them.
+        stop: strings that end an answer; the answer is cut before them.
+        strip: whether stop strings are looked for after leading white space only, which the answer then loses.
         chat: whether to use the model's chat template where it has one.
         max_prompt: tokens a prompt may have; None: what the context leaves.
     """
 
     max_new: int = 64
     stop: tuple[str, ...] = ()
+    strip: bool = True
     chat: bool = True
     max_prompt: int | None = None
 

@@ -1,0 +1,54 @@
+"""lm-evaluation-harness with one more model, ``d2obench``: any of its tasks under any policy.
+
+::
+
+    python -m d2obench.bridges.lm_eval --model d2obench \\
+        --model_args pretrained=embedded,policy=d2o,budget=0.2 --tasks hellaswag --limit 20
+
+The harness has no hook by which an installed package could add a model to its own ``lm_eval`` command, so this
+command is that one, every option included, run after :func:`register`. In a program of your own, call ``register()``
+and then ``lm_eval.simple_evaluate(model="d2obench", …)``. The model itself is
+:class:`d2obench.bridges.lm_eval_model.CompressedLM`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+from d2obench.errors import D2OBenchError, UsageError
+
+NAME = "d2obench"
+
+
+def register() -> None:
+    """Makes ``d2obench`` a model name of the harness; the model's module is imported when it is asked for.
+
+    Raises:
+        UsageError: the harness is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        remedy = "install it: pip install 'd2obench[lm-eval]'"
+        raise UsageError("this command needs lm-evaluation-harness", remedy=remedy)
+    import lm_eval.models  # noqa: F401  # the harness registers its own models only while the registry is empty
+    from lm_eval.api.registry import model_registry
+
+    if NAME not in model_registry:
+        model_registry.register(NAME, target="d2obench.bridges.lm_eval_model:CompressedLM")
+
+
+def main() -> int:
+    """The harness's command line; an error of ours is one line, as in ``d2obench``."""
+    try:
+        register()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except D2OBenchError as problem:
+        print(f"d2obench: {problem}", file=sys.stderr)
+        return problem.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
