@@ -246,7 +246,7 @@ class Immediate(D2O):
         return None
 
 
-@pytest.mark.parametrize("spec", ["d2o", "d2o(merge=values)", "d2o(threshold=layer)"])
+@pytest.mark.parametrize("spec", ["d2o", "d2o(merge=values)", "d2o(threshold=layer)", "d2o(inherit=true)"])
 def test_carried_merge_is_the_immediate_merge(tiny, spec):
     prompts = random_prompts(80, 80, 61, seed=5)
     carried, logits, first = tokens(tiny, spec, "0.25", prompts)
@@ -259,7 +259,7 @@ def test_carried_merge_is_the_immediate_merge(tiny, spec):
 
 def test_evicting_in_groups_of_one_is_the_plain_step(tiny):
     prompts = random_prompts(80, seed=7)
-    one, logits, _ = tokens(tiny, "d2o(every=1)", "0.25", prompts)
+    one, logits, _ = tokens(tiny, "d2o(interval=1)", "0.25", prompts)
     default, expected, _ = tokens(tiny, "d2o", "0.25", prompts)
     assert torch.equal(one, default)
     assert torch.equal(logits, expected)
@@ -267,7 +267,7 @@ def test_evicting_in_groups_of_one_is_the_plain_step(tiny):
 
 def test_groups_evict_and_merge_together(tiny):
     prompts = random_prompts(80, seed=8)
-    _, _, session = tokens(tiny, "d2o(every=4)", "0.25", prompts, steps=22)
+    _, _, session = tokens(tiny, "d2o(interval=4)", "0.25", prompts, steps=22)
     footprint = session.footprint()
     budget = sum(row[0] for row in footprint.kept)
     assert budget <= sum(row[0] for row in footprint.held) <= budget + 4 * len(footprint.held)
@@ -312,7 +312,7 @@ def test_zero_keys_and_ties_give_no_nan():
 
 
 @pytest.mark.parametrize("budget", ["1", "2", "3", "5", "6", "0.01", "0.99"])
-@pytest.mark.parametrize("policy", ["d2o", "h2o", "streaming", "local", "d2o(every=3)"])
+@pytest.mark.parametrize("policy", ["d2o", "h2o", "streaming", "local", "d2o(interval=3)"])
 def test_small_budgets_and_prompts(tiny, policy, budget):
     for length in (1, 2, 5, 9):
         out, logits, session = tokens(tiny, policy, budget, random_prompts(length), steps=8)

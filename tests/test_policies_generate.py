@@ -21,7 +21,7 @@ from d2obench.policies import takes_budget
 from d2obench.spec import Budget
 
 POLICIES = [
-    "full", "local", "streaming", "h2o", "d2o", "d2o(every=3)", "roco", "snapkv(window=4)",
+    "full", "local", "streaming", "h2o", "d2o", "d2o(interval=3)", "roco", "snapkv(window=4)",
     "snapkv(window=4,decode=slide)", "pyramidkv(window=4)", "tova", "cam", "random", "quant", "d2o+quant(bits=8)",
 ]  # fmt: skip
 NEW = 12

@@ -47,6 +47,7 @@ class Carry:
         self.key = torch.zeros(layers, rows, key_width, dtype=store.dtype, device=device)
         self.value = torch.zeros(layers, rows, value_width, dtype=store.dtype, device=device)
         self.pending = torch.zeros(layers, rows, dtype=torch.bool, device=device)
+        self.score = torch.zeros(layers, rows, device=device)
         self.similarity = torch.zeros(layers, rows, device=device)
         self.host = torch.zeros(layers, rows, dtype=torch.long, device=device)
         self.weight = torch.zeros(layers, rows, device=device)
@@ -115,6 +116,9 @@ class Carry:
             merged = torch.lerp(store.read_keys(index), self.key, self.weight.unsqueeze(-1).to(self.key.dtype))
             store.write_keys(index, merged)
             self._norm(self.host, merged)
+        if self.plan.inherit:
+            gained = torch.where(self.weight > 0, self.score, 0.0)
+            state.score.scatter_add_(2, self.host[..., None], gained[..., None])
         self._norm(state.slot, store.read_keys(store.base + state.slot))
         self.host_bias.scatter_(2, state.slot[..., None], HOST)
 
@@ -126,6 +130,7 @@ class Carry:
         self.value.copy_(store.read_values(index))
         inverse = self.inverse_norm.gather(2, victim[..., None])
         self.queries[:, :, -1] = self.key.float() * inverse
+        self.score.copy_(state.score.gather(2, victim[..., None])[..., 0])
         self.pending.copy_(state.position.gather(2, victim[..., None])[..., 0] >= 0)
         if self.plan.hosts == "important":
             newest = state.position > state.now[None, :, None] - state.extra["recent"]
@@ -138,7 +143,7 @@ class Carry:
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return [
-            self.queries, self.key, self.value, self.pending, self.similarity, self.host, self.weight,
+            self.queries, self.key, self.value, self.pending, self.score, self.similarity, self.host, self.weight,
             self.inverse_norm, self.host_bias, self.bar, self._cosine,
         ]  # fmt: skip
 

@@ -100,7 +100,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
 
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
-    """Flash for the output; then ``exp(q·k − lse)`` block by block for the columns."""
+    """The flash kernel for the output; then the probabilities block by block for the columns."""
     batch, heads, length, _ = k.shape
     new, group = q.shape[2], q.shape[1] // heads
     out.copy_(_flash(q, k, v, scale).transpose(1, 2))
@@ -120,7 +120,8 @@ def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
     ``B·H``."""
     end, group = weights.shape[-1], weights.shape[1]
     if needs.heads:
-        stats["sum"].unflatten(1, (-1, group)).flatten(0, 1)[part, :, :end] += weights.sum(2)
+        seen = stats["sum"]
+        seen.view(seen.shape[0], -1, group, seen.shape[2]).flatten(0, 1)[part, :, :end] += weights.sum(2)
         return
     if needs.columns:
         stats["sum"].flatten(0, 1)[part, :end].add_(weights.flatten(1, 2).sum(1), alpha=1 / group)

@@ -112,10 +112,16 @@ class QuantStore(DenseStore):
             self._close(layer, slot // GROUP, self.open[layer])
 
     def write_keys(self, index: Tensor, keys: Tensor) -> None:
-        """Overwrites keys, within the ranges of their groups."""
-        flat = index.reshape(-1)
-        scale, zero = self.key_ranges.index_select(0, self._group(flat)).float().unbind(1)
-        self.key_rows.index_copy_(0, flat, self._pack((keys.reshape(len(flat), -1).float() - zero) / scale))
+        """Overwrites keys, at most one of a group; a range that doesn't reach them is widened."""
+        flat, new = index.reshape(-1), keys.reshape(-1, self.widths[0]).float()
+        group, members = self._group(flat)
+        scale, zero = self.key_ranges.index_select(0, group).float().unbind(1)
+        wider = self._range(torch.minimum(zero, new), torch.maximum(zero + scale * self.top, new), 1)
+        self.key_ranges.index_copy_(0, group, wider)
+        wide_scale, wide_zero = wider.float().unbind(1)
+        old = self._unpack(self.key_rows[members]) * scale[:, None] + zero[:, None]
+        self.key_rows[members] = self._pack((old - wide_zero[:, None]) / wide_scale[:, None])
+        self.key_rows.index_copy_(0, flat, self._pack((new - wide_zero) / wide_scale))
 
     def write_values(self, index: Tensor, values: Tensor) -> None:
         """Overwrites values, each with a range of its own."""
@@ -127,7 +133,7 @@ class QuantStore(DenseStore):
     def read_keys(self, index: Tensor) -> Tensor:
         """Keys of the rows ``index``, ``[…, d]``."""
         flat = index.reshape(-1)
-        scale, zero = self.key_ranges.index_select(0, self._group(flat)).float().unbind(1)
+        scale, zero = self.key_ranges.index_select(0, self._group(flat)[0]).float().unbind(1)
         read = self._unpack(self.key_rows.index_select(0, flat)) * scale + zero
         return read.to(self.dtype).view(*index.shape, -1)
 
@@ -256,8 +262,11 @@ class QuantStore(DenseStore):
         view: Tensor = torch.unflatten(run, 0, (self.rows, self.capacities[layer]))
         return view
 
-    def _group(self, flat: Tensor) -> Tensor:
-        """The row of ``key_ranges`` that belongs to each slot."""
+    def _group(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of ``key_ranges`` that belongs to each slot ``[n]``, and the slots that share it ``[n, GROUP]``."""
         offset, capacity, start, groups = self._layout[:, torch.bucketize(flat, self._ends, right=True)]
         local = flat - offset
-        return start + local // capacity * groups + local % capacity // GROUP
+        row, slot = local // capacity, local % capacity
+        first = slot // GROUP * GROUP
+        shared = (first[:, None] + torch.arange(GROUP, device=flat.device)).minimum(capacity[:, None] - 1)
+        return start + row * groups + slot // GROUP, (offset + row * capacity)[:, None] + shared

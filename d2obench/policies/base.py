@@ -58,12 +58,14 @@ class Carries:
         keys: whether keys are merged beside values.
         per_layer: one threshold per sequence and layer instead of one per KV head.
         hosts: all kept entries, or only those that are neither sinks nor recent.
+        inherit: whether a host also takes the score of what it absorbs.
     """
 
     beta: float
     keys: bool = True
     per_layer: bool = False
     hosts: Literal["all", "important"] = "all"
+    inherit: bool = False
 
 
 @dataclass

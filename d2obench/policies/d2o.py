@@ -45,7 +45,7 @@ class D2O(H2O):
         threshold: one per KV head, or one per layer.
         hosts: all kept entries, or only those that are neither sinks nor recent.
         inherit: whether a host also takes the score of what it absorbs.
-        every: evict and merge this many tokens at once, every so many steps.
+        interval: evict and merge this many tokens at once, every so many steps.
     """
 
     preset: Literal["paper", "released"] = "paper"
@@ -59,20 +59,16 @@ class D2O(H2O):
     threshold: Literal["head", "layer"] = "head"
     hosts: Literal["all", "important"] = "all"
     inherit: bool = False
-    every: int = 1
+    interval: int = 1
     name: ClassVar[str] = "d2o"
     about: ClassVar[str] = "layer budgets, accumulated attention, and merging of what is evicted"
     paper: ClassVar[str] = "D2O, arXiv 2406.13035"
 
     @property
-    def interval(self) -> int:
-        return self.every
-
-    @property
     def carries(self) -> Carries | None:
-        if self.merge == "none" or self.every > 1:
+        if self.merge == "none" or self.interval > 1:
             return None
-        return Carries(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts)
+        return Carries(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts, self.inherit)
 
     def resolved(self) -> Policy:
         if self.preset == "paper":
@@ -85,8 +81,8 @@ class D2O(H2O):
         super().check()
         if not 0 <= self.beta <= 1:
             raise PolicyError(f"d2o: beta is {self.beta}", remedy="use a weight in [0, 1]")
-        if self.every < 1:
-            raise PolicyError(f"d2o: every is {self.every}", remedy="use 1 or more steps")
+        if self.interval < 1:
+            raise PolicyError(f"d2o: interval is {self.interval}", remedy="use 1 or more steps")
         if self.alpha < 1:
             raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
 
@@ -128,6 +124,10 @@ class D2O(H2O):
         merged = [rows.view(batch, heads, slots, -1) for rows in merge_into(host, weight, *pairs)]
         kept.values = merged[0]
         kept.keys = merged[1] if self.merge == "kv" else kept.keys
+        if self.inherit:
+            score = entries.stats["sum"]
+            gained = score.gather(2, kept.evicted.clamp_max(kept.total - 1)) * passed.view(kept.evicted.shape)
+            score.scatter_add_(2, kept.index.gather(2, host.view(kept.evicted.shape)).clamp_max(kept.total - 1), gained)
         return {"tau": tau.view(batch, heads), "merged": passed.sum(1).view(batch, heads).float()}
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
@@ -140,7 +140,7 @@ class D2O(H2O):
         state.extra["merged"] = torch.zeros((), dtype=torch.long, device=tau.device)
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        """Merges the ``every`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
+        """Merges the ``interval`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
         if self.merge == "none":
             return
         for layer in range(victims.shape[0]):
@@ -164,6 +164,9 @@ class D2O(H2O):
         keys, values = merged[1] if self.merge == "kv" else kept, merged[0]
         store.fill(layer, keys, values, hosts)
         state.extra["merged"] += passed.sum()
+        if self.inherit:
+            score = state.score[layer]
+            score.scatter_add_(1, host, torch.where(passed, score.gather(1, victims), 0.0))
 
     def _cap(self, budget: Budget, tokens: int) -> int:
         """A layer never needs more than the prompt, unless a count of tokens beyond it was asked for."""

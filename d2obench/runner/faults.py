@@ -9,7 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def slow(share: float) -> None:
@@ -80,8 +83,8 @@ def merge_weight(factor: float) -> None:
 
     merge = merging.merge_into
 
-    def heavy(kept: Any, evicted: Any, host: Any, weight: Any) -> Any:
-        return merge(kept, evicted, host, weight * factor)
+    def heavy(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return merge(host, weight * factor, *pairs)
 
     d2o.merge_into = heavy  # type: ignore[attr-defined]
 
