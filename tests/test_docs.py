@@ -14,6 +14,7 @@ from d2obench.suite import shipped
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
+GROUPS = ("baseline", "models")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 
 
@@ -35,7 +36,8 @@ def test_commands_exist_with_their_options() -> None:
         assert name in COMMANDS, line
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         if options:
-            command = [sys.executable, "-m", "d2obench", name, "--help"]
+            group = [words[0]] if name in GROUPS else []
+            command = [sys.executable, "-m", "d2obench", name, *group, "--help"]
             shown = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200"}, check=True).stdout
             assert not {option for option in options if option not in shown}, line
 

@@ -21,7 +21,8 @@ from d2obench.policies import takes_budget
 from d2obench.spec import Budget
 
 POLICIES = [
-    "full", "local", "streaming", "h2o", "d2o", "d2o(interval=3)", "roco", "snapkv(window=4)",
+    "full", "local", "streaming", "streaming(positions=cache)",
+    "h2o", "d2o", "d2o(interval=3)", "roco", "snapkv(window=4)",
     "snapkv(window=4,decode=slide)", "pyramidkv(window=4)", "tova", "cam", "random", "quant", "d2o+quant(bits=8)",
 ]  # fmt: skip
 NEW = 12
@@ -156,8 +157,10 @@ def test_a_pending_merge_is_carried_out_as_the_next_step_would(policy: str, tiny
                     slot = (stored[row] == position).nonzero()
                     if position < 0 or slot.numel() == 0:  # evicted by the step itself
                         continue
-                    for entries, slots in ((turn.keys, state.store.keys(layer)), (turn.values, state.store.values(layer))):
-                        assert torch.allclose(entries.flatten(0, 1)[row, at], slots[row, slot[0, 0]], atol=1e-5)
+                    place = row, int(slot[0, 0])
+                    keys, values = turn.keys.flatten(0, 1)[row, at], turn.values.flatten(0, 1)[row, at]
+                    assert torch.allclose(keys, state.store.keys(layer)[place], atol=1e-5)
+                    assert torch.allclose(values, state.store.values(layer)[place], atol=1e-5)
         session.restore(saved)
         session.step(torch.tensor([token, token]))
     assert merged > 20
@@ -176,9 +179,10 @@ def test_asking_for_the_wrong_thing_is_one_line(tiny: LoadedModel) -> None:
     for policy, budget, says in (
         ("d2o", None, "needs a budget"), ("d3o", 0.2, "unknown policy"), ("d2o", 2.0, "out of range"),
         ("d2o(preset=released,beta=0.3)", 0.2, "no other parameters"), ("quant+quant", None, "don't go together"),
-        ("d2o+h2o", 0.2, "write POLICY+quant"), ("d2o(bits=4)", 0.2, "no parameter 'bits'"), ("quant(bits=3)", None, "3"),
+        ("d2o+h2o", 0.2, "write POLICY+quant"), ("d2o(bits=4)", 0.2, "no parameter 'bits'"),
+        ("quant(bits=3)", None, "3"),
     ):  # fmt: skip
-        with pytest.raises(D2OBenchError, match="(?s).") as caught:
+        with pytest.raises(D2OBenchError) as caught:
             d2obench.cache(policy, budget, model=tiny.model)
         assert says in str(caught.value)
     held = d2obench.cache("d2o(preset=released)", 0.2, model=tiny.model)

@@ -93,14 +93,17 @@ def test_a_growing_cache_keeps_its_last_group_exact_and_then_quantises_it(bits: 
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_write_takes_the_range_of_its_group_and_touches_nothing_else(bits: int) -> None:
+def test_a_write_within_the_range_of_its_group_touches_nothing_else(bits: int) -> None:
     held = store([40, 70], bits, grows=False)
     keys, values = some(70)
     held.fill(0, keys[:, :40], values[:, :40])
     held.fill(1, keys, values)
     before = [(held.keys(layer).clone(), held.values(layer).clone()) for layer in (0, 1)]
     slots = torch.tensor([5, 39, 12])
-    fresh_keys, fresh_values = keys[:, 20] * 0.5, values[:, 20] * 3
+    firsts = [slot // GROUP * GROUP for slot in slots.tolist()]
+    group = [held.keys(1)[row, first : first + GROUP] for row, first in enumerate(firsts)]
+    low, high = torch.stack([part.amin(0) for part in group]), torch.stack([part.amax(0) for part in group])
+    fresh_keys, fresh_values = low + (high - low) * 0.37, values[:, 20] * 3
     held.write(1, held.base[1] + slots, fresh_keys, fresh_values)
     assert torch.equal(held.keys(0), before[0][0])
     assert torch.equal(held.values(0), before[0][1])
@@ -108,14 +111,27 @@ def test_a_write_takes_the_range_of_its_group_and_touches_nothing_else(bits: int
     changed[torch.arange(ROWS), slots] = True
     assert torch.equal(held.keys(1)[~changed], before[1][0][~changed])
     assert torch.equal(held.values(1)[~changed], before[1][1][~changed])
-    for row, slot in enumerate(slots.tolist()):
-        group = keys[row, slot // GROUP * GROUP : slot // GROUP * GROUP + GROUP].double().numpy()
-        for channel in range(DIM):
-            column = group[:, channel]
-            expected = naive(fresh_keys[row, channel : channel + 1].double().numpy(), bits, column.min(), column.max())
-            assert step_apart(held.keys(1)[row, slot, channel : channel + 1].double().numpy(), expected, np.ptp(column), bits)
+    written = held.keys(1)[torch.arange(ROWS), slots]
+    assert ((written - fresh_keys).abs() <= (high - low) / (2**bits - 1) * 0.51 + 1e-6).all()
     assert torch.equal(held.read_keys(held.base[1] + slots), held.keys(1)[torch.arange(ROWS), slots])
     assert torch.equal(held.read_values(held.base[1] + slots), held.values(1)[torch.arange(ROWS), slots])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_write_outside_the_range_widens_it(bits: int) -> None:
+    """After many writes in a range that keeps drifting, numbers are within a few steps of what was written."""
+    held = store([70], bits, grows=False)
+    keys, values = some(70)
+    held.fill(0, keys, values)
+    true, generator = keys.clone(), torch.Generator().manual_seed(3)
+    for step in range(300):
+        slot = torch.randint(0, 70, (ROWS,), generator=generator)
+        fresh = torch.randn(ROWS, DIM, generator=generator) * (1 + step / 100) + step / 50
+        true[torch.arange(ROWS), slot] = fresh
+        held.write(0, held.base[0] + slot, fresh, fresh)
+    scale = held._ranges(0)[:, :, 0].float().repeat_interleave(GROUP, 1)[:, :70]
+    assert ((held.keys(0) - true).abs() / scale).max() < 4
+    assert ((held.keys(0) - true).abs() / scale).mean() < 0.5
 
 
 def test_entries_that_mean_nothing_set_no_range() -> None:
@@ -126,8 +142,7 @@ def test_entries_that_mean_nothing_set_no_range() -> None:
     clean, dirty = store([41], 4, grows=False), store([41], 4, grows=False)
     clean.fill(0, keys, values, real)
     dirty.fill(0, spoilt, values, real)
-    assert torch.equal(clean.keys(0)[real.new_ones(ROWS, 41)][:30], dirty.keys(0)[real.new_ones(ROWS, 41)][:30])
-    assert torch.equal(clean.keys(0)[1, :30], dirty.keys(0)[1, :30])
+    assert torch.equal(clean.keys(0)[:, :40][real], dirty.keys(0)[:, :40][real])
 
 
 @pytest.mark.parametrize("grows", [True, False])
@@ -160,7 +175,8 @@ def test_storage_is_really_packed(bits: int) -> None:
 def test_kv_bytes_of_a_session_show_it() -> None:
     model = tiny_model("llama-gqa4", "bfloat16")
     sizes = {}
-    for policy, budget in (("full", None), ("quant(bits=8)", None), ("quant(bits=4)", None), ("h2o", "0.2"), ("h2o+quant", "0.2")):
+    for policy in ("full", "quant(bits=8)", "quant(bits=4)", "h2o", "h2o+quant"):
+        budget = "0.2" if "h2o" in policy else None
         session = Session(model, policy, budget, max_new=4)
         session.prefill(prompts(500))
         session.compress()

@@ -90,6 +90,7 @@ class SeededCaM(rules.CaM):
     ("policy", "rule"),
     [
         ("local", rules.Local), ("streaming", rules.Streaming), ("h2o", rules.H2O), ("roco", rules.RoCo),
+        ("streaming(positions=cache)", rules.StreamingInTheCache),
         ("tova", rules.TOVA), ("random", SeededRandom), ("cam(merged=5)", SeededCaM),
         ("snapkv(window=6)", rules.SnapKV), ("snapkv(window=6,pool=max,decode=slide)", Sliding),
     ],
@@ -159,6 +160,7 @@ def logits_of(model: LoadedModel, policy: str, texts: list[list[int]]) -> torch.
         ("pyramidkv(window=5,beta=1)", "snapkv(window=5)"),
         ("pyramidkv(window=5,beta=1,decode=slide)", "snapkv(window=5,decode=slide)"),
         ("cam(merge=false,start=0.25)", "streaming(sinks=6)"),
+        ("streaming(sinks=0,positions=cache)", "local"),
         ("quant(bits=16)", "full"),
         ("d2o+quant(bits=16)", "d2o"),
         ("full+quant(bits=8)", "quant(bits=8)"),

@@ -44,4 +44,5 @@ def cache(
     given = budget if budget is None or isinstance(budget, Budget) else parse_budget(budget)
     _, group = families.kv_heads(model)
     wrap = BridgedKeys if model.config.model_type in families.BRIDGED else None
-    return PolicyCache(built, given, families.layer_kinds(model), group, max_new, mark, wrap, seed)
+    kinds, rotary = families.layer_kinds(model), families.rotary(model)
+    return PolicyCache(built, given, kinds, group, max_new, mark, wrap, seed, rotary)

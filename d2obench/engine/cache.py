@@ -106,6 +106,7 @@ class PolicyCache(Cache):
         mark: told "prefill", "compress", "decode" when a phase begins.
         wrap: a tensor type to hand the keys out as, for models that call SDPA themselves.
         seed: for policies that draw.
+        rotary: angles per position, see :class:`DecodeState`.
     """
 
     def __init__(
@@ -118,12 +119,13 @@ class PolicyCache(Cache):
         mark: Callable[[str], None] | None = None,
         wrap: type[Tensor] | None = None,
         seed: int = 0,
+        rotary: Tensor | None = None,
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
         self.mark = mark or (lambda phase: None)
-        self.wrap, self.seed = wrap, seed
+        self.wrap, self.seed, self.rotary = wrap, seed, rotary
         self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
         self.grows = policy.grows or self.keeps_all
         compressed = iter(range(len(kinds)))
@@ -256,7 +258,9 @@ class PolicyCache(Cache):
             layer.clear()
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         group = 1 if self.policy.expands else self.group
-        state = DecodeState(store, position, now, self.policy, heads, group, most, self.grows, self.seed)
+        state = DecodeState(
+            store, position, now, self.policy, heads, group, most, self.grows, self.seed, self.rotary
+        )
         if not self.keeps_all:
             self.policy.begin(state, memory, scores)
             if self.policy.carries is not None and not self.grows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from d2obench.engine.attention import IMPLEMENTATION
@@ -16,6 +17,7 @@ from d2obench.errors import ModelError
 INTERFACE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
 BRIDGED = ("falcon",)
 SUPPORTED = (*INTERFACE, *BRIDGED)
+CONSTANT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -60,6 +62,18 @@ def longest(model: PreTrainedModel) -> int:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) and slides else None
     context: int = config.max_position_embeddings
     return min(context, window or context)
+
+
+def rotary(model: PreTrainedModel) -> Tensor | None:
+    """Angle per position of each rotary pair of the compressed layers, float32 ``[r/2]``; None where it changes with
+    the length."""
+    module: Any = getattr(model.base_model, "rotary_emb", None)
+    kind = getattr(module, "rope_type", None)
+    prefix = ""
+    if isinstance(kind, dict):
+        prefix, kind = "full_attention_", kind.get("full_attention")
+    angles: Tensor | None = getattr(module, f"{prefix}inv_freq", None) if kind in CONSTANT_ROPE else None
+    return None if angles is None else angles.float()
 
 
 def kv_heads(model: PreTrainedModel) -> tuple[int, int]:

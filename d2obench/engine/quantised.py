@@ -9,9 +9,12 @@ share, right before its attention.
 How a decoded token's key gets in. A *growing* cache does what KIVI does: the last, unfinished group is kept in the
 model's dtype and quantised when it is full; groups end where the prompt ends, so that padding on the left changes
 nothing. (KIVI also keeps as many values; here they are quantised at once.) In a
-*bounded* cache a token takes some evicted token's slot anywhere: its key takes over the range of the slot's group as
-the prompt set it, clamped; no other slot changes. A group that the prompt left incomplete takes its range from the last
-``GROUP`` entries. Refilling a layer sets ranges anew.
+*bounded* cache a token takes some evicted token's slot anywhere, between neighbours read long before it. Where its key
+is outside the range of that group, the range is widened and the group coded again; elsewhere nothing changes, bit by
+bit. Ranges never shrink, but refilling a layer sets them anew. (Clamping to the prompt's ranges instead loses the keys:
+rotary positions move the slow channels out of them. On SmolLM2-135M with h2o at a ratio of 0.4, prompts of 256 tokens,
+the mean KL to the full cache over 4 × 48 decoded tokens is 0.12 without quantisation, 0.12 with 8 and 0.13 with 4 bits;
+clamped it is 0.35 and 0.36.) A group that the prompt left incomplete takes its range from the last ``GROUP`` entries.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class DecodeState:
         prompts: slots of each layer that the prompt takes.
         grows: tokens are appended and nothing is evicted.
         seed: for policies that draw.
+        rotary: float32 ``[r/2]``, angle per position of each rotary pair; None if it isn't constant.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class DecodeState:
         prompts: Sequence[int],
         grows: bool,
         seed: int = 0,
+        rotary: Tensor | None = None,
     ) -> None:
         self.store, self.position, self.now, self.policy = store, position, now, policy
         self.heads, self.group, self.grows, self.seed = heads, group, grows, seed
-        self.prompts, self.added = list(prompts), 0
+        self.prompts, self.added, self.rotary = list(prompts), 0, rotary
         layers, rows, width = position.shape
         device = position.device
         self.tracks = policy.watches and not grows

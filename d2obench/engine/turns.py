@@ -46,7 +46,7 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
     if state.carry is not None:
         _merge_pending(state, state.carry)
     everywhere = state.where()
-    stats = state.policy.recall(state) if state.tracks else {}
+    stats = {} if state.grows else state.policy.recall(state)
     turns = []
     for layer, capacity in enumerate(state.store.capacities):
         position = everywhere[layer, :, :capacity]

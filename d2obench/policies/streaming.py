@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 class Streaming(Policy):
     """The first ``sinks`` tokens and the last ``budget − sinks``.
 
-    Keys keep the rotary position they were read at ("true positions"). The paper's demo re-indexes positions inside
-    the cache.
+    With re-indexed positions a token stands at its place in the cache, so that no distance exceeds the budget. The
+    window is one run of tokens, and rotary attention knows distances only: it is the sinks that stand nearer, by the
+    number of tokens evicted so far. Their keys are rotated on by that much before each step (from the keys as they were
+    read, so nothing adds up); all other keys stay as they are. The prompt itself is read with true positions.
 
     Args:
         sinks: tokens at the start that are never evicted.
+        positions: ``true``, as read; ``cache``, re-indexed in the cache as the authors' code does.
     """
 
     sinks: int = 4
+    positions: Literal["true", "cache"] = "true"
     name: ClassVar[str] = "streaming"
     about: ClassVar[str] = "attention sinks and a recent window"
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
@@ -41,11 +45,56 @@ class Streaming(Policy):
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
         state.extra["last"] = state.usable - 1
         state.extra["first"] = (state.usable - 1).clamp_max(self.sinks)
+        if self.positions == "cache" and self.sinks:
+            if state.rotary is None:
+                raise PolicyError(
+                    f"{self.name}: this model's positions can't be re-indexed", remedy="leave positions at true"
+                )
+            state.extra["read"] = state.store.read_keys(self._sinks(state))
+            self._move(state)
+
+    def recall(self, state: DecodeState) -> Stats:
+        """Nothing is known of entries, but the sinks go back to where they were read."""
+        if "read" in state.extra:
+            self._write(state, state.extra["read"])
+        return {}
 
     def victims(self, state: DecodeState) -> Tensor:
         """The slots are a ring behind the sinks: the oldest token stands one slot after the newest."""
+        if "read" in state.extra:
+            self._move(state)
         after = state.slot + 1
         return torch.where(after > state.extra["last"], state.extra["first"], after)[..., None]
+
+
+    def _sinks(self, state: DecodeState) -> Tensor:
+        """Rows of the sinks' slots, ``[layers, rows, sinks]``."""
+        slots = torch.arange(min(self.sinks, min(state.store.capacities)), device=state.now.device)
+        return state.store.base[..., None] + slots
+
+    def _move(self, state: DecodeState) -> None:
+        """Rotates the sinks to where the next token should see them."""
+        assert state.rotary is not None
+        nearer = (state.now + 2 - state.usable).clamp_min(0)[..., None, None]
+        read = state.extra["read"]
+        # a sink that was decoded, not read, is taken in while nothing has been evicted
+        read.copy_(torch.where(nearer == 0, state.store.read_keys(self._sinks(state)), read))
+        self._write(state, rotate(read, nearer * state.rotary))
+
+    def _write(self, state: DecodeState, keys: Tensor) -> None:
+        index = self._sinks(state)
+        slots = torch.arange(index.shape[-1], device=index.device)
+        mine = (slots < state.extra["first"][..., None])[..., None]
+        state.store.write_keys(index, torch.where(mine, keys, state.store.read_keys(index)))
+
+
+def rotate(keys: Tensor, angle: Tensor) -> Tensor:
+    """Keys ``[…, d]`` turned on by angles ``[…, r/2]``, in the halves layout of transformers' rotary embeddings; only
+    the first r channels turn."""
+    half = angle.shape[-1]
+    first, second, rest = torch.split(keys.float(), [half, half, keys.shape[-1] - 2 * half], -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(keys.dtype)
 
 
 @dataclass(frozen=True)

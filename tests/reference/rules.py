@@ -97,6 +97,26 @@ class Streaming(Head):
         return min(j for j in self.held if j >= min(self.sinks, self.budget))
 
 
+class StreamingInTheCache(Streaming):
+    """A token's position is its place among those held; head_dim 16, rotary base 10,000."""
+
+    def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
+        self.keys[position], self.values[position], self.seen[position] = key.copy(), value.copy(), []
+        logits = []
+        for place, j in enumerate(self.held):
+            moved = (place - j) - (len(self.held) - 1 - position)  # nearer to the query by so much
+            logits.append(queries @ self.turned(self.keys[j], moved) * scale)
+        return softmax(np.stack(logits, -1)) @ np.stack([self.values[j] for j in self.held])
+
+    def turned(self, key: Array, by: int) -> Array:
+        out = key.copy()
+        for i in range(8):
+            angle = by * 10_000 ** (-i / 8)
+            out[i] = key[i] * np.cos(angle) - key[i + 8] * np.sin(angle)
+            out[i + 8] = key[i + 8] * np.cos(angle) + key[i] * np.sin(angle)
+        return out
+
+
 class Local(Streaming):
     sinks = 0
 
