@@ -59,5 +59,5 @@ class WorkerError(D2OBenchError):
     """A worker process that can't be started or that ended without an answer."""
 
 
-class OutOfMemory(D2OBenchError):
+class OutOfMemory(D2OBenchError):  # noqa: N818 - a result, not a fault
     """The device's or the machine's memory ended; a cell's status, never the end of a run."""

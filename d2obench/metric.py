@@ -58,8 +58,8 @@ class Metric:
 
 
 MS, MIB = 1e3, 1 / 2**20
+# fmt: off
 _TABLE = (
-    # fmt: off
     Metric("budget_effective", "kept", "% of prompt", 100, 1, "none", "exact", "budget",
            "entries kept after compression ÷ prompt tokens, over all layers, heads and sequences", headline=True),
     Metric("budget_held", "held at the end", "% of prompt", 100, 1, "lower", "exact", "budget",
@@ -202,8 +202,8 @@ _TABLE = (
            "storage of all tensors alive in decoding, less those alive before the request", base="bytes"),
     Metric("flops_step", "FLOPs a step", "MFLOP", 1e-6, 2, "lower", "exact", "machine",
            "floating-point operations of one decode step, as counted from its operators", base="flop"),
-    # fmt: on
 )
+# fmt: on
 
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
 """Metric by key, in display order."""

@@ -191,7 +191,9 @@ def read_samples(folder: Path, cell: CellRecord) -> dict[str, Any]:
 def cannot_write(path: Path, problem: OSError) -> RecordError:
     """The one wording of a failed write."""
     return RecordError(
-        f"can't write {path}", why=problem.strerror or str(problem), remedy="free some space or choose another folder with --out"
+        f"can't write {path}",
+        why=problem.strerror or str(problem),
+        remedy="free some space or choose another folder with --out",
     )
 
 

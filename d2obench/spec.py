@@ -135,7 +135,8 @@ def parse_numbers(text: str, what: str = "batch") -> list[int]:
     match = _RANGE.fullmatch(text)
     if not match or not match[3]:
         raise UsageError(
-            f"can't read the {what} '{text}'", remedy="use a whole number above 0, or a range as 1..64*2 or 512..2048+512"
+            f"can't read the {what} '{text}'",
+            remedy="use a whole number above 0, or a range as 1..64*2 or 512..2048+512",
         )
     low, high, step = int(match[1]), int(match[2]), int(match[4])
     if low < 1 or high < low or step < (2 if match[3] == "*" else 1) or (high - low) // step > MAX_LIST:
@@ -150,7 +151,11 @@ def parse_numbers(text: str, what: str = "batch") -> list[int]:
 def parse_shape(text: str) -> list[Shape]:
     """``2048+8192``, ``512..8192*2+64`` or ``512..2048+512+64`` as the shapes it stands for."""
     prompt, plus, gen = text.strip().rpartition("+")
-    if not plus or (".." in prompt and not _RANGE.fullmatch(prompt)) or (".." in prompt and not _RANGE.fullmatch(prompt)[3]):  # type: ignore[index]
+    if (
+        not plus
+        or (".." in prompt and not _RANGE.fullmatch(prompt))
+        or (".." in prompt and not _RANGE.fullmatch(prompt)[3])
+    ):  # type: ignore[index]
         raise UsageError(
             f"can't read the shape '{text}'",
             remedy="write prompt+gen as 2048+8192; ranges as 512..8192*2+64 or 512..2048+512+64",
@@ -163,7 +168,9 @@ def parse_memory(text: str, whole: int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?", text.strip())
     number = float(match[1]) if match else 0.0
     if not match or number <= 0 or (not match[2] and number > 1):
-        raise UsageError(f"can't read the memory limit '{text}'", remedy="use a size such as 24GiB, or a share such as 0.5")
+        raise UsageError(
+            f"can't read the memory limit '{text}'", remedy="use a size such as 24GiB, or a share such as 0.5"
+        )
     if not match[2]:
         return int(number * whole)
     return int(number * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
@@ -203,4 +210,6 @@ def show_value(value: Any) -> str:
     """A parameter's value as the grammar reads it."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(show_value(v) for v in value) + "]"
-    return {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+    )

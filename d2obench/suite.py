@@ -138,7 +138,9 @@ def load_suite(name: str, overrides: Mapping[str, str] | None = None) -> Suite:
     try:
         suite = msgspec.convert(table, Suite)
     except msgspec.ValidationError as problem:
-        raise SuiteError(f"{source}: {_plain(str(problem))}", remedy="see the suites that ship: d2obench list suites") from None
+        raise SuiteError(
+            f"{source}: {_plain(str(problem))}", remedy="see the suites that ship: d2obench list suites"
+        ) from None
     return _checked(suite, source)
 
 
@@ -200,7 +202,9 @@ def _set(table: dict[str, Any], key: str, text: str, source: str) -> None:
     for word in path:
         table = table.setdefault(word, {})
         if not isinstance(table, dict):
-            raise SuiteError(f"{source} has no table '{word}'", remedy="name keys as table.key, for example timing.rounds")
+            raise SuiteError(
+                f"{source} has no table '{word}'", remedy="name keys as table.key, for example timing.rounds"
+            )
     if path == ["axes"]:
         table[last] = [_typed(item) if last in NUMERIC_AXES else item for item in split_list(text)]
     else:
@@ -236,7 +240,11 @@ def _checked(suite: Suite, source: str) -> Suite:
             parse_spec(task, "task")
     except UsageError as problem:
         raise SuiteError(f"{source}: {problem.what}", why=problem.why, remedy=problem.remedy) from None
-    empty = [key for key in ("policy", "task", "budget", "model", "batch", "dtype", "device", "seed") if not getattr(suite.axes, key)]
+    empty = [
+        key
+        for key in ("policy", "task", "budget", "model", "batch", "dtype", "device", "seed")
+        if not getattr(suite.axes, key)
+    ]
     if empty:
         raise SuiteError(f"{source}: key axes.{empty[0]}: the list is empty", remedy="give it at least one value")
     return suite

@@ -41,7 +41,9 @@ def test_prefill_statistics_equal_the_dense_map(heads, group, dim, padding):
     out, stats = prompt_attention(q, k, v, dim**-0.5, starts, Needs(columns=True, squares=True, window=8))
     plain, _ = prompt_attention(q, k, v, dim**-0.5, starts, Needs())
     for b, start in enumerate(starts):
-        logits = torch.einsum("hgid,hjd->hgij", q[b].double().view(heads, group, length, dim), k[b].double()) * dim**-0.5
+        logits = (
+            torch.einsum("hgid,hjd->hgij", q[b].double().view(heads, group, length, dim), k[b].double()) * dim**-0.5
+        )
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden[:, :start] = True
         a = logits.masked_fill(hidden, -torch.inf).softmax(-1)[:, :, start:]
@@ -130,7 +132,9 @@ def test_a_decode_step_neither_concatenates_nor_reallocates_nor_waits(tiny, poli
     per_layer = state.store.bytes // len(session.cache.own)
     with Trace() as trace:
         session.step(token)
-    assert before == [t.untyped_storage().data_ptr() for t in (state.store.key_rows, state.store.value_rows, state.position)]
+    assert before == [
+        t.untyped_storage().data_ptr() for t in (state.store.key_rows, state.store.value_rows, state.position)
+    ]
     names = {name for name, _ in trace.seen}
     assert not names & {"_local_scalar_dense", "item", "nonzero", "masked_select", "_to_cpu"}
     assert max(size for name, size in trace.seen if name == "cat") < 2**14

@@ -49,12 +49,19 @@ def test_prompt_merge_golden():
 
 def test_reference_golden():
     head = reference.Head(budget=2, sinks=0, recent=0)
-    head.entries = [reference.Entry(i, np.array(k), np.array(v), 0.0) for i, (k, v) in enumerate(zip(KEPT_KEYS, KEPT_VALUES, strict=True))]
-    evicted = [reference.Entry(9, np.array(k), np.array(v), 0.0) for k, v in zip(EVICTED_KEYS, EVICTED_VALUES, strict=True)]
+    head.entries = [
+        reference.Entry(i, np.array(k), np.array(v), 0.0)
+        for i, (k, v) in enumerate(zip(KEPT_KEYS, KEPT_VALUES, strict=True))
+    ]
+    evicted = [
+        reference.Entry(9, np.array(k), np.array(v), 0.0) for k, v in zip(EVICTED_KEYS, EVICTED_VALUES, strict=True)
+    ]
     found = [head._nearest(e) for e in evicted]
     head.tau = np.mean([u for u, _ in found])
     for j in (0, 1):
-        head._absorb(head.entries[j], [(e, u) for e, (u, k) in zip(evicted, found, strict=True) if k == j and u >= head.tau])
+        head._absorb(
+            head.entries[j], [(e, u) for e, (u, k) in zip(evicted, found, strict=True) if k == j and u >= head.tau]
+        )
     for key, value, tau, merged in (
         ((1.0, 0.5), (1.0, 1.0), 0.87792872, True),
         ((-1.0, 0.1), (0.0, 0.0), -0.02322517, False),
@@ -315,7 +322,7 @@ def test_zero_keys_and_ties_give_no_nan():
 @pytest.mark.parametrize("policy", ["d2o", "h2o", "streaming", "local", "d2o(interval=3)"])
 def test_small_budgets_and_prompts(tiny, policy, budget):
     for length in (1, 2, 5, 9):
-        out, logits, session = tokens(tiny, policy, budget, random_prompts(length), steps=8)
+        _, logits, session = tokens(tiny, policy, budget, random_prompts(length), steps=8)
         assert torch.isfinite(logits).all()
         footprint = session.footprint()
         most = max(parse_budget(budget).of(length), 1)

@@ -172,6 +172,19 @@ def test_storage_is_really_packed(bits: int) -> None:
     assert held.bytes / (2 * numbers * 2) == (bits + 1) / 16, "of bfloat16, with one bit a number for the ranges"
 
 
+def test_groups_of_a_shorter_sequence_are_its_own() -> None:
+    """In a growing cache a shorter sequence stands on the right, so its groups end where they would end alone."""
+    model, texts = tiny_model("llama-gqa2"), prompts(120, 60)
+
+    def logits(given: list[list[int]]) -> Tensor:
+        session = Session(model, "snapkv(window=4)+quant", "0.5", max_new=3)
+        session.prefill(given)
+        session.compress()
+        return session.step(torch.tensor([7] * len(given)))
+
+    assert (logits(texts)[1] - logits(texts[1:])[0]).abs().max() < 0.01
+
+
 def test_kv_bytes_of_a_session_show_it() -> None:
     model = tiny_model("llama-gqa4", "bfloat16")
     sizes = {}

@@ -15,9 +15,11 @@ from d2obench.engine import Session
 from d2obench.engine.cache import PolicyCache, PolicyLayer
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_policy, takes_budget
+from d2obench.policies.base import Entries
 from d2obench.policies.drawing import uniform
 from d2obench.policies.pyramidkv import PyramidKV
-from d2obench.spec import Budget
+from d2obench.policies.roco import RoCo
+from d2obench.spec import Budget, parse_budget
 
 LENGTH, STEPS, SEED = 70, 40, 5
 
@@ -95,14 +97,31 @@ class SeededCaM(rules.CaM):
         ("snapkv(window=6)", rules.SnapKV), ("snapkv(window=6,pool=max,decode=slide)", Sliding),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("budget", ["0.3", "90"])
+@pytest.mark.parametrize("budget", ["0.3", "0.6", "90"])
 def test_a_policy_is_its_reference(
     policy: str, rule: type[rules.Head], budget: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, logs = recorded(policy, budget, monkeypatch)
-    keep = round(0.3 * LENGTH) if budget == "0.3" else 90
+    keep = parse_budget(budget).of(LENGTH)
     layers = [rules.Layer(rule, keep, index, 2, parse_policy(policy).grows) for index in range(len(logs))]
     compare(session, logs, layers, lambda layer: [head.held for head in layer.heads])
+
+
+@pytest.mark.parametrize(("recent", "budget"), [(0.3, 50), (0.0, 50), (0.6, 20), (0.3, 4)])
+def test_roco_keeps_what_varies_whatever_its_mean(recent: float, budget: int) -> None:
+    """On real maps mean and deviation go together; here they are drawn apart."""
+    length, generator = 80, torch.Generator().manual_seed(1)
+    seen = torch.arange(length, 0, -1)
+    mean, deviation = (torch.rand(1, 1, length, generator=generator) for _ in range(2))
+    stats = {"sum": mean * seen, "square": (deviation**2 + mean**2) * seen}
+    position, none = torch.arange(length).expand(1, 1, -1), torch.zeros(1, 1, length, 2)
+    entries = Entries(0, 1, none, none, position, torch.tensor([length]), stats)
+    rank = RoCo(recent=recent).rank(entries, torch.tensor([budget]))[0, 0]
+    newest = min(10, budget // 2)
+    spread = {j: np.inf if j >= length - newest else float(deviation[0, 0, j]) for j in range(length)}
+    safe = rules.best(spread, max(int(budget * recent) + 1, newest))
+    others = {j: float(mean[0, 0, j]) for j in range(length) if j not in safe}
+    assert set(rank.topk(budget).indices.tolist()) == safe | rules.best(others, budget - len(safe))
 
 
 def test_pyramidkv_is_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,85 +13,31 @@ decoding has begun (a new turn) attends to the slots and to itself, and is then 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from d2obench.engine.carry import Carry
+from d2obench.engine.layer import PolicyLayer
+from d2obench.engine.packing import book, compress, real_tokens, to_the_right
 from d2obench.engine.prefill import kept_stats, prompt_attention
 from d2obench.engine.quantised import QuantStore
 from d2obench.engine.ranges import span
-from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
+from d2obench.engine.slots import CLOSED, DenseStore
 from d2obench.engine.state import DecodeState, capacities
 from d2obench.engine.turns import add, reopen, rescale
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, pick, select
+from d2obench.policies.base import Entries, Needs, Policy, Stats
 from d2obench.spec import Budget
 
 SPARE = 256
 """Slots a growing cache is extended by when the length of the generation is not known."""
-
-
 LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
           "prompt_kv_bytes", "_store", "_before", "shape")  # fmt: skip
 """What of a cache a snapshot holds beside its layers and slots."""
-
-
-class PolicyLayer(CacheLayerMixin):
-    """One compressed layer; ``index`` counts compressed layers only."""
-
-    is_sliding = False
-    keys: Tensor | None
-    values: Tensor | None
-
-    def __init__(self, cache: PolicyCache, index: int) -> None:
-        super().__init__()
-        self.index = index
-        self._cache = weakref.ref(cache)
-        self.clear()
-
-    def clear(self) -> None:
-        """Lets go of the entries."""
-        self.keys = self.values = None
-        self.stats: Stats = {}
-        self.position: Tensor | None = None
-        """True position of each entry, ``[B, H, N]``; None while they are those of a prompt from its start."""
-        self.starts: list[int] = []
-        """The first entry of each sequence."""
-
-    @property
-    def cache(self) -> PolicyCache:
-        """The cache this layer is part of."""
-        cache = self._cache()
-        assert cache is not None
-        return cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the new keys and values ``[B, H, n, d]``; returns tensors that stand for them and lead back here."""
-        return self.cache.receive(self, key_states, value_states)
-
-    def attend(self, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """Attention of ``[B, Hq, n, d]`` over what the layer holds, ``[B, n, Hq, d_v]``."""
-        return self.cache.attend(self, query, scale, mask)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: slots are made when the prompt's length is known."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is ours; what transformers asks for is the true length."""
-        return self.cache.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, so that positions stay true whatever was evicted."""
-        return self.cache.seen
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
 
 class PolicyCache(Cache):
@@ -245,7 +191,7 @@ class PolicyCache(Cache):
             total, position_of = self._count(layer), self._positions(layer)
             index = self._all_entries(total)
             if not self.keeps_all:
-                kept, remembered = self._compress_layer(layer, keep, count)
+                kept, remembered = compress(self.policy, self._entries(layer, position_of), keep, count)
                 if self.grows:
                     kept = to_the_right(kept)
                 index = kept.index
@@ -254,13 +200,12 @@ class PolicyCache(Cache):
                 self.merged_prompt += int(remembered["merged"].sum()) if "merged" in remembered else 0
                 scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
                 store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1), kept.filled.flatten(0, 1))
-            self._book(position[layer.index], index, position_of, keep, sizes[layer.index], extra)
+            own = position[layer.index].view(batch, heads, -1)[..., : sizes[layer.index]]
+            book(own, index, position_of, None if self.grows else keep + extra)
             layer.clear()
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         group = 1 if self.policy.expands else self.group
-        state = DecodeState(
-            store, position, now, self.policy, heads, group, most, self.grows, self.seed, self.rotary
-        )
+        state = DecodeState(store, position, now, self.policy, heads, group, most, self.grows, self.seed, self.rotary)
         if not self.keeps_all:
             self.policy.begin(state, memory, scores)
             if self.policy.carries is not None and not self.grows:
@@ -316,37 +261,11 @@ class PolicyCache(Cache):
         tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-    def _compress_layer(self, layer: PolicyLayer, keep: Tensor, count: int) -> tuple[Kept, dict[str, Tensor]]:
+    def _entries(self, layer: PolicyLayer, position: Tensor) -> Entries:
         assert layer.keys is not None and layer.values is not None and self.lengths is not None
-        total = self._count(layer)
-        everything, position = self._all_entries(total), self._positions(layer)
-        entries = Entries(
+        return Entries(
             layer.index, len(self.own), layer.keys, layer.values, position, self.lengths, layer.stats, self.seed
         )
-        if count == total and not any(layer.starts):
-            return Kept(everything, everything[..., :0], total, layer.keys, layer.values), {}
-        with span("evict"):
-            index, evicted = select(self.policy.rank(entries, keep), keep, count)
-        keys, values = pick(layer.keys, index), pick(layer.values, index)
-        kept = Kept(index, evicted, total, keys, values)
-        with span("merge"):
-            return kept, self.policy.absorb(entries, kept, keep)
-
-    def _book(
-        self, position: Tensor, index: Tensor, position_of: Tensor, keep: Tensor, size: int, extra: int
-    ) -> None:
-        """Fills in a layer's positions: kept entries, EMPTY up to each sequence's budget and the spare slots."""
-        batch, heads, count = index.shape
-        own = position.view(batch, heads, -1)
-        if self.grows:
-            own[..., count:size] = EMPTY
-        else:
-            usable = torch.arange(size, device=self.device) < (keep.to(self.device) + extra)[:, None]
-            own[..., :size] = torch.where(usable, EMPTY, CLOSED)[:, None].to(position.dtype)
-        total = position_of.shape[2]
-        true = position_of.gather(2, index.clamp_max(total - 1)).to(position.dtype)
-        filled = (true >= 0) & (index < total)
-        own[..., :count] = torch.where(filled, true, own[..., :count])
 
     def _keep(self, layer: PolicyLayer) -> None:
         """Writes a prompt that is kept whole straight into its slots."""
@@ -444,27 +363,3 @@ class PolicyCache(Cache):
         if all(used + state.added < size for used, size in zip(state.prompts, state.store.capacities, strict=True)):
             return
         state.extend(max(SPARE, (max(state.prompts) + state.added) // 2))
-
-
-def to_the_right(kept: Kept) -> Kept:
-    """The same entries with empty slots on the left instead of the right: decoded tokens follow."""
-    count = kept.index.shape[2]
-    empty = count - kept.filled.sum(-1, keepdim=True)
-    if not bool(empty.any()):
-        return kept
-    order = (torch.arange(count, device=kept.index.device) - empty) % count
-    keys, values = (held.gather(2, order[..., None].expand_as(held)) for held in (kept.keys, kept.values))
-    return Kept(kept.index.gather(2, order), kept.evicted, kept.total, keys, values)
-
-
-def real_tokens(mask: Tensor, total: int) -> Tensor:
-    """Tokens that are not padding, ``[B]``, from a 2D mask ``[B, total]`` or the last row of a 4D one; padding must
-    stand on the left."""
-    if mask.dim() == 4:
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask == 0
-    real = mask[:, -total:].bool()
-    counts = real.sum(1)
-    if not bool((real == (torch.arange(total, device=mask.device) >= (total - counts)[:, None])).all()):
-        raise PolicyError("the batch is padded on the right or inside", remedy="pad on the left")
-    return counts

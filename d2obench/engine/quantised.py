@@ -74,9 +74,7 @@ class QuantStore(DenseStore):
         self._layout = torch.tensor([self.offsets[:-1], self.capacities, starts[:-1], groups], device=device)
         self._ends = torch.tensor(self.offsets[1:], device=device)
         most = self.rows * max(self.capacities)
-        self._keys, self._values = (
-            torch.empty(most * width, dtype=self.dtype, device=device) for width in self.widths
-        )
+        self._keys, self._values = (torch.empty(most * width, dtype=self.dtype, device=device) for width in self.widths)
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, in a buffer that the next call overwrites."""

@@ -202,9 +202,7 @@ class Session:
                 return DynamicCache(config=model.config)
             return StaticCache(config=model.config, max_cache_len=longest + self.max_new)
         assert self.policy is not None
-        return build.cache(
-            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark
-        )
+        return build.cache(self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark)
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self.loaded.model(

@@ -96,9 +96,7 @@ class Released(Policy):
         state.score.masked_fill_((state.position >= 0) & (state.position < sinks), torch.inf)
         state.extra["recent"] = half[..., None].to(state.position.dtype)
         none = torch.full((state.store.rows,), math.nan, device=state.store.device)
-        state.extra["tau"] = torch.stack(
-            [remembered["tau"].flatten() if remembered else none for remembered in memory]
-        )
+        state.extra["tau"] = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
         state.extra["merged"] = torch.zeros((), dtype=torch.long, device=none.device)
 
     def observe(self, state: DecodeState) -> None:

@@ -66,7 +66,6 @@ class Streaming(Policy):
         after = state.slot + 1
         return torch.where(after > state.extra["last"], state.extra["first"], after)[..., None]
 
-
     def _sinks(self, state: DecodeState) -> Tensor:
         """Rows of the sinks' slots, ``[layers, rows, sinks]``."""
         slots = torch.arange(min(self.sinks, min(state.store.capacities)), device=state.now.device)

@@ -73,7 +73,7 @@ class Head:
         if length <= self.budget:
             self.entries = every
             return
-        middle = [e for e in every[self.sinks : length - self.recent]]
+        middle = every[self.sinks : length - self.recent]
         ranked = sorted(middle, key=lambda e: (-e.score, e.position))
         important = ranked[: self.budget - self.recent - self.sinks]
         kept = {e.position for e in every[: self.sinks] + important + every[length - self.recent :]}

@@ -1,0 +1,67 @@
+"""One compressed layer of a policy cache, as transformers sees it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from d2obench.policies.base import Stats
+
+if TYPE_CHECKING:
+    from d2obench.engine.cache import PolicyCache
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One compressed layer; ``index`` counts compressed layers only."""
+
+    is_sliding = False
+    keys: Tensor | None
+    values: Tensor | None
+
+    def __init__(self, cache: PolicyCache, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self._cache = weakref.ref(cache)
+        self.clear()
+
+    def clear(self) -> None:
+        """Lets go of the entries."""
+        self.keys = self.values = None
+        self.stats: Stats = {}
+        self.position: Tensor | None = None
+        """True position of each entry, ``[B, H, N]``; None while they are those of a prompt from its start."""
+        self.starts: list[int] = []
+        """The first entry of each sequence."""
+
+    @property
+    def cache(self) -> PolicyCache:
+        """The cache this layer is part of."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values ``[B, H, n, d]``; returns tensors that stand for them and lead back here."""
+        return self.cache.receive(self, key_states, value_states)
+
+    def attend(self, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """Attention of ``[B, Hq, n, d]`` over what the layer holds, ``[B, n, Hq, d_v]``."""
+        return self.cache.attend(self, query, scale, mask)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: slots are made when the prompt's length is known."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is ours; what transformers asks for is the true length."""
+        return self.cache.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, so that positions stay true whatever was evicted."""
+        return self.cache.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
