@@ -60,13 +60,31 @@ class Carry:
         self.bar = torch.full((layers, rows), torch.inf, device=device)
         self._cosine = torch.empty(rows, width, device=device)
         # views made once: a step has no time to spare for slicing
-        self._lanes = [
-            (self.queries[i], self.key[i].unsqueeze(2), self.value[i], self.bar[i], self.weight[i],
-             self.similarity[i], self.host[i], store.base[i])
-            for i in range(layers)
-        ]  # fmt: skip
+        self._lanes = [self._lane(layer) for layer in range(layers)]
 
-    def logits(self, layer: int, query: Tensor, scale: float, keys: Tensor, buffer: Tensor) -> Tensor:
+    def _lane(self, layer: int) -> tuple[Tensor, ...]:
+        rows, group = self.queries.shape[1], self.queries.shape[2] - 1
+        queries, weight, host = self.queries[layer], self.weight[layer], self.host[layer]
+        key, value, best = self.key[layer].unsqueeze(2), self.value[layer], self.similarity[layer]
+        at = host.view(rows, 1, 1).expand(rows, group, 1)
+        base = self.state.store.base[layer]
+        return (
+            queries,
+            queries[:, :group],
+            key,
+            value,
+            self.bar[layer],
+            weight,
+            weight.unsqueeze(1),
+            best,
+            host,
+            at,
+            base,
+        )
+
+    def logits(
+        self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
+    ) -> Tensor:
         """Logits ``[rows, G + 1, C]`` of the queries, after the pending evictee was merged into its host; the last
         row is the evictee's own and means nothing to attention.
 
@@ -75,31 +93,31 @@ class Carry:
             query: ``[B, Hq, 1, d]``.
             scale: factor of the logits.
             keys: the layer's keys, ``[rows, C, d]``.
+            bias: −inf for slots that hold nothing, ``[rows, 1, C]``, or None where all are filled.
             buffer: work space of at least ``rows·(G+1)·C``.
         """
-        queries, key, value, bar, weight, best, host, base = self._lanes[layer]
-        rows, group, width = queries.shape[0], queries.shape[1] - 1, keys.shape[1]
-        own_queries = queries[:, :group]
-        torch.mul(query.view(rows, group, -1), scale, out=own_queries)
+        queries, own_queries, key, value, bar, weight, share, best, host, at, base = self._lanes[layer]
+        rows, group, width = queries.shape[0], own_queries.shape[1], keys.shape[1]
+        own_queries.copy_(query.view(rows, group, -1))
         every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
-        torch.bmm(queries, keys.transpose(1, 2), out=every)
+        given, beta = (every, 0) if bias is None else (bias, 1)
+        torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
         with span("similarity"):
             cosine = self._cosine[:, :width]
-            bias, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
-            torch.addcmul(bias, every[:, group], inverse, out=cosine)
+            hosts, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
+            torch.addcmul(hosts, every[:, group], inverse, value=1 / scale, out=cosine)
             torch.max(cosine, -1, out=(best, host))
             passed = self.passes(layer, best) if self.plan.per_layer else best >= bar
             torch.mul(torch.sigmoid(best), passed, out=weight)
         with span("merge"):
             store = self.state.store
             index = base + host
-            merged = store.read_values(index)
-            store.write_values(index, torch.lerp(merged, value, weight.unsqueeze(1).to(value.dtype)))
+            store.write_values(index, torch.lerp(store.read_values(index), value, share.to(value.dtype)))
             if self.plan.keys:
-                at = host.view(rows, 1, 1).expand(rows, group, 1)
-                evicted = torch.bmm(own_queries, key)
                 own = every[:, :group]
-                own.scatter_(2, at, torch.lerp(own.gather(2, at), evicted, weight.view(rows, 1, 1).to(own.dtype)))
+                before = own.gather(2, at)
+                evicted = torch.baddbmm(before, own_queries, key, beta=0, alpha=scale)
+                own.scatter_(2, at, torch.lerp(before, evicted, share.unsqueeze(2).to(own.dtype)))
         return every
 
     def settle(self) -> None:

@@ -88,7 +88,10 @@ class DecodeState:
         if self.grows:
             unused &= slots < torch.tensor(self.prompts, device=held.device)[:, None, None]
         if not whole or (spare > 1 and not self.grows):
-            self.bias = torch.zeros(self.position.shape, device=held.device).masked_fill_(unused, -torch.inf)
+            kind = self.store.dtype
+            self.bias = torch.zeros(self.position.shape, dtype=kind, device=held.device).masked_fill_(
+                unused, -torch.inf
+            )
         if self.grows:
             self._append()
         else:
@@ -121,18 +124,19 @@ class DecodeState:
             keys = keys[:, : self.prompts[layer] + self.added + 1]
         width = keys.shape[1]
         with span("decode attention"):
+            bias = None if self.bias is None else self.bias[layer, :, None, :width]
             if self.carry is None:
                 logits = self._logits[: rows * group * width].view(rows, group, width)
-                torch.bmm((query * scale).view(rows, group, -1), keys.transpose(1, 2), out=logits)
+                queries = query.view(rows, group, -1)
+                given, beta = (logits, 0) if bias is None else (bias, 1)
+                torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=logits)
             else:
-                logits = self.carry.logits(layer, query, scale, keys, self._logits)
-            if self.bias is not None:
-                logits += self.bias[layer, :, None, :width].to(logits.dtype)
+                logits = self.carry.logits(layer, query, scale, keys, bias, self._logits)
             weights = self._weights[: logits.numel()].view(logits.shape)
             torch.softmax(logits, -1, dtype=torch.float32, out=weights)
             weights = weights[:, :group]
             if self.tracks:
-                torch.mean(weights, 1, out=self.attention[layer, :, :width])
+                torch.sum(weights, 1, out=self.attention[layer, :, :width])
             values = self.store.values(layer)[:, :width]
             mixed = torch.bmm(weights.to(values.dtype), values)
         return mixed.view(query.shape[0], 1, query.shape[1], -1)
@@ -148,6 +152,8 @@ class DecodeState:
         if self.carry is not None:
             self.carry.settle()
         with span("scores"):
+            if self.tracks:
+                self.attention /= self.group
             self.policy.observe(self)
         turn = self.steps % self.policy.interval
         if turn == 0:
