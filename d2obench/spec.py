@@ -151,11 +151,8 @@ def parse_numbers(text: str, what: str = "batch") -> list[int]:
 def parse_shape(text: str) -> list[Shape]:
     """``2048+8192``, ``512..8192*2+64`` or ``512..2048+512+64`` as the shapes it stands for."""
     prompt, plus, gen = text.strip().rpartition("+")
-    if (
-        not plus
-        or (".." in prompt and not _RANGE.fullmatch(prompt))
-        or (".." in prompt and not _RANGE.fullmatch(prompt)[3])
-    ):  # type: ignore[index]
+    span = _RANGE.fullmatch(prompt)
+    if not plus or (".." in prompt and not (span and span[3])):
         raise UsageError(
             f"can't read the shape '{text}'",
             remedy="write prompt+gen as 2048+8192; ranges as 512..8192*2+64 or 512..2048+512+64",

@@ -107,7 +107,7 @@ def execute(checked: Checked, folder: Path, client: WorkerClient, earlier: Run |
     for cell in earlier.cells if earlier else ():
         shown.cell(cell.id, cell.status)
     try:
-        run_suite(checked, folder, client, shown, command=sys.argv, resume=earlier is not None)
+        run_suite(checked, folder, client, shown, command=_said(sys.argv), resume=earlier is not None)
     except KeyboardInterrupt:
         return True
     finally:
@@ -155,3 +155,8 @@ def _named(suite: str) -> str:
 
         raise UsageError("which suite?", remedy=f"name a .toml or one of {', '.join(shipped())}")
     return suite
+
+
+def _said(words: list[str]) -> list[str]:
+    """The command line as it is recorded: how to run it again, without the paths of this machine."""
+    return ["d2obench", *(Path(word).name if word.startswith(("/", "~")) else word for word in words[1:])]
