@@ -71,6 +71,7 @@ def _build(part: Part, spec: Spec) -> Policy:
     params = {
         key: "none" if value is None and "'none'" in str(fields[key]) else value for key, value in part.params.items()
     }
+    params = {**kind.presets.get(str(params.get("preset")), {}), **params}
     try:
         policy: Policy = msgspec.convert(params, kind)
     except msgspec.ValidationError as problem:

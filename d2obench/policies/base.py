@@ -14,6 +14,7 @@ the group ``d2obench.policies`` of another package); the shared test matrix then
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -129,6 +130,8 @@ class Policy:
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Parameters that a value of ``preset`` stands for; what is given beside it goes first."""
     watches: ClassVar[bool] = False
     """Whether ``observe`` and ``victims`` need the attention of each decode step."""
     bits: int | None = field(default=None, kw_only=True)
