@@ -174,6 +174,7 @@ def check_against_reference(loaded, spec, budget, prompt, steps, monkeypatch, to
     for layer in range(layers):
         _, k, v, scale = log[layer].prompt
         group = log[layer].prompt[0].shape[0] // k.shape[0]
+        merged = evicted = 0
         for h in range(k.shape[0]):
             keep = budgets[layer]
             head = reference.Head(keep, policy.sinks, max(1, round(keep * policy.recent)), policy.beta, policy.merge)
@@ -188,6 +189,11 @@ def check_against_reference(loaded, spec, budget, prompt, steps, monkeypatch, to
             victim = int(session.cache.state.slot[layer, h])
             held = sorted(int(p) for i, p in enumerate(positions) if p >= 0 and i != victim)
             assert held == sorted(e.position for e in head.entries)
+            merged += head.merged
+            evicted += length + steps - len(held)
+        footprint = session.footprint()
+        assert footprint.evicted_layers[layer] == evicted
+        assert 0 <= merged - footprint.merged_layers[layer] <= k.shape[0]  # the last step's are still carried
     assert worst < tolerance
     return session
 

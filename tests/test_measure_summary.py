@@ -28,7 +28,8 @@ def round_of(steps: list[float], **changes: Any) -> RequestTrace:
         },
         "kv_bytes": 40 * MIB, "kv_prompt_bytes": 40 * MIB, "state_bytes": MIB, "requested": 20.0, "effective": 0.2,
         "kept": [[20.0, 20.0], [10.0, 30.0]], "held": [[25.0, 25.0], [15.0, 35.0]], "over": False, "merged": 30,
-        "evicted": 120, "tokens_digest": "d", "uss_bytes": 500 * MIB,
+        "evicted": 120, "merged_layers": [10, 20], "evicted_layers": [40, 80], "tokens_digest": "d",
+        "uss_bytes": 500 * MIB,
     }  # fmt: skip
     return RequestTrace(**(given | changes))
 

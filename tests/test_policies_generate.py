@@ -142,14 +142,14 @@ def test_a_pending_merge_is_carried_out_as_the_next_step_would(policy: str, tiny
     for token in range(3, 9):
         session.step(torch.tensor([token, token]))
         state, saved = session.cache.state, session.snapshot()
-        before = int(state.extra["merged"])
+        before = state.extra["merged"].tolist()
         with torch.inference_mode():
             turns = reopen(state, 2)
-        counted = int(state.extra["merged"]) - before
+        counted = [now - old for now, old in zip(state.extra["merged"].tolist(), before, strict=True)]
         session.restore(saved)
         session.step(torch.tensor([9, 9]))
-        assert int(state.extra["merged"]) - before == counted
-        merged += counted
+        assert [now - old for now, old in zip(state.extra["merged"].tolist(), before, strict=True)] == counted
+        merged += sum(counted)
         for layer, turn in enumerate(turns):
             stored = state.position[layer]
             for row, positions in enumerate(turn.position.flatten(0, 1)):

@@ -99,7 +99,9 @@ class PolicyCache(Cache):
         self.first: tuple[Tensor, list[int]] | None = None
         self.kept: Tensor | None = None
         self._store: DenseStore | None = None
-        self.prompt_kv_bytes = self.merged_prompt = self.evicted_prompt = 0
+        self.prompt_kv_bytes = 0
+        self.merged_prompt = [0] * len(self.own)
+        self.evicted_prompt = [0] * len(self.own)
         self.ready = False
         for layer in self.layers:
             if isinstance(layer, PolicyLayer):
@@ -187,6 +189,7 @@ class PolicyCache(Cache):
         position = torch.full(shape, CLOSED, dtype=torch.int32, device=self.device)
         memory: list[dict[str, Tensor]] = []
         scores: list[Stats] = []
+        merged, evicted = self.counts()
         for layer, keep, count in zip(self.own, budgets, most, strict=True):
             total, position_of = self._count(layer), self._positions(layer)
             index = self._all_entries(total)
@@ -196,8 +199,8 @@ class PolicyCache(Cache):
                     kept = to_the_right(kept)
                 index = kept.index
                 memory.append(remembered)
-                self.evicted_prompt += int(kept.leaving.sum())
-                self.merged_prompt += int(remembered["merged"].sum()) if "merged" in remembered else 0
+                evicted[layer.index] += int(kept.leaving.sum())
+                merged[layer.index] += int(remembered["merged"].sum()) if "merged" in remembered else 0
                 scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
                 store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1), kept.filled.flatten(0, 1))
             own = position[layer.index].view(batch, heads, -1)[..., : sizes[layer.index]]
@@ -212,18 +215,20 @@ class PolicyCache(Cache):
                 state.carry = Carry(state, self.policy.carries)
         state.start()
         self.first = self.first or (self.budgets, self.lengths.tolist())
+        self.merged_prompt, self.evicted_prompt = merged, evicted
         self.state, self.ready, self._store = state, True, None
         self.kept = self.held()
         self.prompt_kv_bytes = store.bytes
         self.mark("decode")
 
-    def counts(self) -> tuple[int, int]:
-        """Entries merged and entries evicted so far, over all layers, sequences and KV heads."""
-        state = self.state
-        if state is None:
-            return self.merged_prompt, self.evicted_prompt
-        merged = int(state.extra["merged"].sum()) if "merged" in state.extra else 0
-        return self.merged_prompt + merged, self.evicted_prompt + int(state.evicted)
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Entries merged and entries evicted so far in each layer, over its sequences and KV heads."""
+        merged, evicted = list(self.merged_prompt), list(self.evicted_prompt)
+        if self.state is not None:
+            evicted = [a + b for a, b in zip(evicted, self.state.evicted.tolist(), strict=True)]
+            if "merged" in self.state.extra:
+                merged = [a + b for a, b in zip(merged, self.state.extra["merged"].tolist(), strict=True)]
+        return merged, evicted
 
     def snapshot(self) -> Any:
         """A copy of everything that decoding changes. Entries are never written in place: references do for them."""

@@ -36,7 +36,7 @@ class Carry:
         plan: what is merged and under which threshold.
 
     ``state.extra["tau"]`` is the EMA threshold, float32 ``[layers, rows]``, −inf where nothing was evicted yet, and
-    ``state.extra["merged"]`` the count of merges.
+    ``state.extra["merged"]`` the count of merges, int64 ``[layers]``.
     """
 
     def __init__(self, state: DecodeState, plan: Carries) -> None:
@@ -128,7 +128,7 @@ class Carry:
         tau = state.extra["tau"]
         smoothed = torch.where(tau.isinf(), newest, torch.lerp(tau, newest, self.plan.beta))
         tau.copy_(torch.where(self.pending, smoothed, tau))
-        state.extra["merged"] += (self.weight > 0).sum()
+        state.extra["merged"] += (self.weight > 0).sum(1)
         if self.plan.keys:
             index = store.base + self.host
             merged = torch.lerp(store.read_keys(index), self.key, self.weight.unsqueeze(-1).to(self.key.dtype))

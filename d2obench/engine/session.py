@@ -38,8 +38,9 @@ class Footprint:
         kept: entries per layer and sequence right after compression (mean over KV heads).
         held: the same now.
         effective: kept ÷ prompt over all layers and sequences.
-        merged: evicted entries that were merged while decoding, and at the prompt.
-        evicted: entries evicted while decoding, and at the prompt.
+        merged_layers: evicted entries of each layer that were merged, at the prompt and while decoding, over its
+            sequences and KV heads.
+        evicted_layers: the same for all entries evicted.
     """
 
     kv_bytes: int
@@ -50,8 +51,18 @@ class Footprint:
     kept: list[list[float]]
     held: list[list[float]]
     effective: float
-    merged: int
-    evicted: int
+    merged_layers: list[int]
+    evicted_layers: list[int]
+
+    @property
+    def merged(self) -> int:
+        """Merged entries of all layers."""
+        return sum(self.merged_layers)
+
+    @property
+    def evicted(self) -> int:
+        """Evicted entries of all layers."""
+        return sum(self.evicted_layers)
 
     @property
     def over(self) -> bool:
@@ -173,8 +184,8 @@ class Session:
             kept=kept,
             held=held.tolist(),
             effective=sum(map(sum, kept)) / (len(kept) * sum(self._lengths)),
-            merged=merged,
-            evicted=evicted,
+            merged_layers=merged,
+            evicted_layers=evicted,
         )
 
     @torch.inference_mode()
@@ -227,4 +238,5 @@ def _yardstick_footprint(cache: Any, lengths: list[int]) -> Footprint:
     tokens = float(cache.get_seq_length())
     rows = [[tokens] * len(lengths) for _ in cache.layers]
     kept = [[float(length) for length in lengths] for _ in cache.layers]
-    return Footprint(size, size, 0, lengths, None, kept, rows, 1.0, 0, 0)
+    none = [0] * len(kept)
+    return Footprint(size, size, 0, lengths, None, kept, rows, 1.0, none, none)

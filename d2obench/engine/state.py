@@ -71,7 +71,7 @@ class DecodeState:
         self.free = torch.zeros(layers, rows, policy.interval, dtype=torch.long, device=device)
         self.target = store.base.clone()
         self.steps = 0
-        self.evicted = torch.zeros((), dtype=torch.long, device=device)
+        self.evicted = torch.zeros(layers, dtype=torch.long, device=device)
         self.extra: dict[str, Tensor] = {}
         self.carry: Any = None
         self._work(width)
@@ -254,7 +254,7 @@ class DecodeState:
 
     def _free(self, slots: Tensor) -> None:
         """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
-        self.evicted += (self.position.gather(2, slots) >= 0).sum()
+        self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
         self.free.copy_(slots)
         self.slot = self.free[..., 0]
         if self.policy.interval > 1 and self.bias is not None:

@@ -81,7 +81,7 @@ def _merge_pending(state: DecodeState, carry: Carry) -> None:
         store.write_values(index, torch.lerp(store.read_values(index), carry.value[layer], weight))
         if carry.plan.keys:
             store.write_keys(index, torch.lerp(store.read_keys(index), carry.key[layer], weight))
-        state.extra["merged"] += passed.sum()
+        state.extra["merged"][layer] += passed.sum()
 
 
 def add(earlier: Stats, newer: Stats, tokens: int) -> Stats:

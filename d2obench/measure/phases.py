@@ -186,6 +186,8 @@ def _run(
         over=end.over,
         merged=end.merged,
         evicted=end.evicted,
+        merged_layers=end.merged_layers,
+        evicted_layers=end.evicted_layers,
         tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
         flags=[] if finite else ["logits are not finite"],
         timeline=line.samples(line.memory.host),

@@ -82,7 +82,7 @@ class _Delays:
     def footprint(self) -> Any:
         return SimpleNamespace(
             kv_bytes=0, prompt_kv_bytes=0, state_bytes=0, requested=None, effective=1.0, kept=[], held=[], over=False,
-            merged=0, evicted=0,
+            merged=0, evicted=0, merged_layers=[], evicted_layers=[],
         )  # fmt: skip
 
     def close(self) -> None:

@@ -81,7 +81,9 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine) -> Su
         **_memory(rounds, machine),
         **_against_machine(name, rounds, machine),
     }
-    details = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
+    details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
+    if last.evicted:
+        details |= {"merged_layers": last.merged_layers, "evicted_layers": last.evicted_layers}
     return Summary(values, tuple(_flags(rounds)), details)
 
 

@@ -12,7 +12,8 @@ class RequestTrace(msgspec.Struct):
     ``step_at`` are the indices of the decode steps in ``step_s`` and empty where all were measured. ``decode_s`` is
     the time of all ``gen - 1`` steps: their sum, or the integral where sampled. ``loop_s`` is the part of the measured
     steps outside the session. ``peaks`` is phase → metric → bytes. ``kept`` and ``held`` are tokens per layer and
-    sequence after compression and at the end; ``over`` says that they are more than asked. ``timeline`` rows are
+    sequence after compression and at the end; ``over`` says that they are more than asked. ``merged`` and ``evicted``
+    count entries of all layers, ``merged_layers`` and ``evicted_layers`` those of each. ``timeline`` rows are
     ``[t, …timeline_columns]``, ``device_timeline`` likewise. ``round``, ``order`` and ``flags`` are set by the runner;
     flags also say what went wrong here.
     """
@@ -40,6 +41,8 @@ class RequestTrace(msgspec.Struct):
     merged: int
     evicted: int
     tokens_digest: str
+    merged_layers: list[int] = []
+    evicted_layers: list[int] = []
     step_at: list[int] = []
     uss_bytes: int | None = None
     flags: list[str] = []

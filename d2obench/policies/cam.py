@@ -52,7 +52,7 @@ class CaM(Policy):
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
         last = state.usable - 1
         state.extra["last"], state.extra["first"] = last, (last * self.start).long()
-        state.extra["merged"] = torch.zeros((), dtype=torch.long, device=last.device)
+        state.extra["merged"] = torch.zeros(len(last), dtype=torch.long, device=last.device)
 
     def victims(self, state: DecodeState) -> Tensor:
         """The slots are a ring behind the start, as in :class:`d2obench.policies.streaming.Streaming`."""
@@ -71,7 +71,7 @@ class CaM(Policy):
         index, leaving = store.base[..., None] + slots, store.base[..., None] + victims
         added = share[..., None].float() / self.merged * store.read_values(leaving).float()
         store.write_values(index, (store.read_values(index).float() + added).to(store.dtype))
-        state.extra["merged"] += share.sum()
+        state.extra["merged"] += share.sum((1, 2))
 
     def _drawn(self, state: DecodeState, victims: Tensor, born: Tensor) -> Tensor:
         """Whether each leaving token is shared out, bool ``[layers, rows, 1]``."""

@@ -141,7 +141,7 @@ class D2O(H2O):
         none = torch.full((state.store.rows,), -math.inf, device=state.store.device)
         tau = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
         state.extra["tau"] = tau
-        state.extra["merged"] = torch.zeros((), dtype=torch.long, device=tau.device)
+        state.extra["merged"] = torch.zeros(len(tau), dtype=torch.long, device=tau.device)
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
         """Merges the ``interval`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
@@ -167,7 +167,7 @@ class D2O(H2O):
         merged = merge_into(host, weight, *pairs[: 2 if self.merge == "kv" else 1])
         keys, values = merged[1] if self.merge == "kv" else kept, merged[0]
         store.fill(layer, keys, values, hosts)
-        state.extra["merged"] += passed.sum()
+        state.extra["merged"][layer] += passed.sum()
         if self.inherit:
             score = state.score[layer]
             score.scatter_add_(1, host, torch.where(passed, score.gather(1, victims), 0.0))

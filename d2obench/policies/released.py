@@ -97,7 +97,7 @@ class Released(Policy):
         state.extra["recent"] = half[..., None].to(state.position.dtype)
         none = torch.full((state.store.rows,), math.nan, device=state.store.device)
         state.extra["tau"] = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
-        state.extra["merged"] = torch.zeros((), dtype=torch.long, device=none.device)
+        state.extra["merged"] = torch.zeros(len(memory), dtype=torch.long, device=none.device)
 
     def observe(self, state: DecodeState) -> None:
         state.score += state.attention
@@ -127,7 +127,7 @@ class Released(Policy):
                 kept = read(at)
                 mixed = (kept.float() + similarity[..., None] * evicted.float()) / 2
                 write(at, torch.where(passed[..., None], mixed.to(kept.dtype), kept))
-            state.extra["merged"] += passed.sum()
+            state.extra["merged"][layer] += passed.sum()
 
     def recall(self, state: DecodeState) -> Stats:
         return {"sum": state.score}
