@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and two threads that must meet lose to other load
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background is started: Ctrl-C is tested too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
