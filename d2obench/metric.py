@@ -187,6 +187,8 @@ _TABLE = (
            base="tok/s"),
     Metric("loop_overhead", "loop overhead", "%", 100, 2, "lower", "timed", "machine",
            "decode time outside the model's forward and the policy's update", 0.5),
+    Metric("sampler_overhead", "sampler", "% of one core", 100, 2, "none", "info", "machine",
+           "CPU time of the threads that sample memory and power ÷ the time of the request"),
     Metric("energy_j_tok", "energy", "J/tok", 1, 3, "lower", "timed", "energy",
            "device energy per generated token, net of idle", 0.10, base="J"),
     Metric("merged", "merged", "% of evicted", 100, 1, "none", "exact", "budget",

@@ -46,12 +46,15 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     Rounds of all policies are interleaved ABBA; they stop after ``rounds`` when every TPOT interval is narrower than
     ``interval`` (relative half-width), and in any case after ``max_rounds`` or ``max_seconds`` a group.
+    A disturbed round is kept and flagged and is not one of the ``rounds``, so that another is measured. A shape is
+    warmed up by ``warmup`` requests at most, until two successive windows of steps are within ``warm_within``.
     ``decode`` is ``full`` or ``sampled`` (steps at ``depths`` points of a long generation, integrated).
     """
 
     rounds: Positive = 5
-    max_rounds: Positive = 5
+    max_rounds: Positive = 8
     warmup: Annotated[int, msgspec.Meta(ge=0)] = 1
+    warm_within: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     interval: Annotated[float, msgspec.Meta(gt=0)] = 0.05
     max_seconds: Seconds = 600.0
     decode: Literal["full", "sampled"] = "full"

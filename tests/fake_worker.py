@@ -2,7 +2,9 @@
 
 The environment variable ``FAKE`` holds JSON: ``oom``, ``crash``, ``hang`` (policies that end so), ``fits`` (the largest
 batch), ``die`` (a file: the worker is killed once, in round 1, and leaves it), ``delay`` (seconds of a request),
-``noise`` (what the worker prints), ``flags`` (of every round), ``log`` (a file that gets a line for every request).
+``noise`` (what the worker prints), ``flags`` (of every round), ``calm`` (rounds from this one on have no flags),
+``cold`` (warm-ups until one is stable), ``power`` (watts of a GPU), ``idle_w`` (when idle), ``log`` (a file that gets
+a line for every request).
 """
 
 from __future__ import annotations
@@ -66,6 +68,14 @@ class Fake(Worker):
         report(1, 1, "loading fake")
         return MODEL
 
+    def idle(self, args: Any, report: Any) -> Any:
+        return {"idle_w": FAKE.get("idle_w")}
+
+    def warm_up(self, args: Any, report: Any) -> Any:
+        self._act("warm_up", args["axes"]["policy"], args)
+        self.warmed = getattr(self, "warmed", 0) + 1
+        return {"decode_s": [0.02, 0.01], "stable": self.warmed >= FAKE.get("cold", 1)}
+
     def measure(self, args: Any, report: Any) -> Any:
         self._act("measure", args["axes"]["policy"], args)
         if args["batch"] > FAKE.get("fits", args["batch"]):
@@ -89,12 +99,12 @@ class Fake(Worker):
     def _act(op: str, policy: str, args: dict[str, Any]) -> None:
         if "log" in FAKE:
             with open(FAKE["log"], "a") as file:
-                file.write(f"{op} {policy} {args.get('round')} {'warm-up' if args.get('warm_up') else ''}\n")
+                file.write(f"{op} {policy} {args.get('round')}\n")
         if "noise" in FAKE:
             print(FAKE["noise"], flush=True)
             os.write(1, FAKE["noise"].encode())
         time.sleep(FAKE.get("delay", 0.0))
-        if args.get("round") == 1 and not args.get("warm_up") and "die" in FAKE and not os.path.exists(FAKE["die"]):
+        if op == "measure" and args.get("round") == 1 and "die" in FAKE and not os.path.exists(FAKE["die"]):
             open(FAKE["die"], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         if policy in FAKE.get("oom", ()):
@@ -123,7 +133,11 @@ def trace(args: dict[str, Any]) -> dict[str, Any]:
         "peaks": {"prefill": {"rss_bytes": 1000 + 10 * batch}},
         "kv_bytes": 512 * batch, "kv_prompt_bytes": 512 * batch, "state_bytes": 0,
         "requested": None, "effective": 1.0, "kept": kept, "held": kept, "over": False, "merged": 0, "evicted": 0,
-        "tokens_digest": "0" * 64, "flags": list(FAKE.get("flags", ())),
+        "tokens_digest": "0" * 64,
+        "flags": list(FAKE.get("flags", ())) if (args.get("round") or 0) < FAKE.get("calm", 10**9) else [],
+        "device_timeline": [[t * end, *[None] * 5, FAKE["power"], *[None] * 3] for t in (0.0, 0.5, 1.0)]
+        if "power" in FAKE
+        else [],
     }  # fmt: skip
 
 

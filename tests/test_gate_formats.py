@@ -156,5 +156,5 @@ def test_hostile_names_stay_text(name):
 
 
 def test_an_unknown_format_names_the_known():
-    with pytest.raises(UsageError, match="text, json, markdown, github, junit"):
+    with pytest.raises(UsageError, match="text, json, markdown, html, github, junit"):
         render("sarif", FOUND)

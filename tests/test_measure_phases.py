@@ -20,6 +20,7 @@ from d2obench.measure.memory import MemoryProbe, probe_for
 from d2obench.measure.phases import measure_request
 from d2obench.measure.sampler import Sampler
 from d2obench.measure.selftest import known_delays
+from d2obench.measure.warmup import WINDOWS, WarmUp, warm_up
 
 FOOTPRINT = {
     "kv_bytes": 10, "prompt_kv_bytes": 8, "state_bytes": 1, "requested": None, "effective": 0.5, "kept": [[1.0]],
@@ -276,6 +277,39 @@ def test_the_engine_gives_the_tokens_of_a_plain_greedy_loop(tiny: Any, policy: s
     for _ in range(7):
         tokens.append(session.step(tokens[-1]).argmax(-1))
     assert run(torch.stack(tokens, 1)).tokens_digest == runs[0].tokens_digest
+
+
+def test_a_warm_up_ends_when_two_windows_of_steps_agree() -> None:
+    machine = Machine()
+    machine.step_cost = lambda position: max(1.0, 5.0 - position / 2)  # 1.0 from the eighth step on
+    found = warm_up(machine.session, [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1)
+    assert found == WarmUp([4.25, 2.25, 1.0, 1.0], True)
+    assert (len(machine.fed), machine.closed) == (16, 1)
+    machine.step_cost = lambda position: 2.0**position
+    wild = warm_up(machine.session, [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1)
+    assert (len(wild.decode_s), wild.stable) == (WINDOWS, False)
+    short = warm_up(machine.session, [[1, 2], [3]], 5, clock=HostClock(lambda: machine.t), within=0.1)
+    assert (len(short.decode_s), short.stable) == (1, False)
+
+
+def test_a_warm_up_that_runs_out_of_memory_closes_its_session() -> None:
+    machine = Machine(fails="decode")
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        warm_up(machine.session, [[1], [2]], 40, clock=HostClock(lambda: machine.t), within=0.1)
+    assert machine.closed == 1
+
+
+def test_samples_lie_on_the_line_of_the_phases() -> None:
+    """The host's clock starts at 1000, long before the request; a sample is taken at every mark."""
+    machine = Machine()
+    machine.t = 1000.0
+    trace = machine.request(4)
+    assert [t for t, _ in trace.marks] == [0.0, 100.0, 110.0, 110.0, 110.0, 113.0]
+    taken = {row[0] for row in trace.timeline}
+    assert {0.0, 100.0, 110.0, 113.0} <= taken
+    assert min(taken) == 0.0
+    assert trace.timeline_columns == ("rss_bytes",)
+    assert trace.sampler_overhead is not None and 0 <= trace.sampler_overhead <= 1
 
 
 def test_known_delays_are_found_in_every_phase() -> None:

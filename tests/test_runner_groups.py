@@ -12,8 +12,8 @@ from d2obench.record import read_samples
 from d2obench.suite import Timing
 
 
-def log(path: Path) -> list[tuple[str, str, str, str]]:
-    """(operation, policy, round, warm-up) of every request the worker saw."""
+def log(path: Path) -> list[tuple[str, str, str]]:
+    """(operation, policy, round) of every request the worker saw."""
     return [tuple(line.split(" ")) for line in path.read_text().splitlines()]  # type: ignore[misc]
 
 
@@ -21,15 +21,25 @@ def test_rounds_are_abba_and_every_cell_is_warmed_up_first(tmp_path: Path) -> No
     cells = [cell(policy) for policy in ("full", "h2o", "d2o")]
     found = run(tmp_path / "run", checked(cells, Timing(rounds=4, max_rounds=4, warmup=2)), log=str(tmp_path / "log"))
     seen = log(tmp_path / "log")
-    timed = [(policy, number) for op, policy, number, warm in seen if op == "measure" and not warm]
+    timed = [(policy, number) for op, policy, number in seen if op == "measure"]
     forwards, backwards = ["full", "h2o", "d2o"], ["d2o", "h2o", "full"]
     assert timed == [(policy, str(n)) for n, order in enumerate((forwards, backwards) * 2) for policy in order]
     for policy in forwards:
-        first = next(i for i, one in enumerate(seen) if one[1] == policy and one[0] == "measure" and not one[3])
-        assert [one[0] for one in seen[:first] if one[1] == policy] == ["count", "measure"]  # counting warms up too
+        first = next(i for i, one in enumerate(seen) if one[1] == policy and one[0] == "measure")
+        assert [one[0] for one in seen[:first] if one[1] == policy] == ["count", "warm_up"]
     rounds = read_samples(tmp_path / "run", found.cells[1])["rounds"]
     assert [(one["round"], one["order"]) for one in rounds] == [(0, 1), (1, 1), (2, 1), (3, 1)]
     assert [read_samples(tmp_path / "run", found.cells[0])["rounds"][n]["order"] for n in range(4)] == [0, 2, 0, 2]
+
+
+@pytest.mark.parametrize(("cold", "warmed"), [(1, 1), (3, 3), (99, 4)])
+def test_a_shape_is_warmed_up_until_it_is_stable_at_most_as_often_as_asked(
+    tmp_path: Path, cold: int, warmed: int
+) -> None:
+    found = run(tmp_path, checked([cell("full")], Timing(rounds=1, max_rounds=1, warmup=4)), cold=cold)
+    told = found.cells[0].details["warm_up"]
+    assert [one["stable"] for one in told] == [False] * (warmed - 1) + [cold == warmed]
+    assert all(one["decode_s"] for one in told)
 
 
 def test_groups_differ_in_shape_batch_and_seed_only(tmp_path: Path) -> None:
@@ -67,6 +77,29 @@ def test_disturbed_rounds_are_kept_flagged_and_repeated(tmp_path: Path) -> None:
     found = run(tmp_path, checked([cell("full")], timing), flags=["other load 40 %"])
     assert found.cells[0].details == found.cells[0].details | {"stopped": "max_rounds", "rounds": 5}
     assert "5 of 5 rounds: other load" in found.cells[0].flags
+
+
+def test_a_disturbed_round_is_measured_once_more_and_stays(tmp_path: Path) -> None:
+    """Two rounds are disturbed, so two more than asked are measured; all of them are in the figures."""
+    timing = Timing(rounds=3, max_rounds=12, interval=0.9)
+    found = run(tmp_path, checked([cell("full")], timing), flags=["GPU power cap 40 % of the time"], calm=2)
+    assert (found.cells[0].details["stopped"], found.cells[0].details["rounds"]) == ("interval", 5)
+    assert found.cells[0].flags == ("2 of 5 rounds: GPU power cap",)
+    assert found.cells[0].values["ttft_s"].n == 5
+    kept = read_samples(tmp_path, found.cells[0])["rounds"]
+    assert [bool(one["flags"]) for one in kept] == [True, True, False, False, False]
+
+
+def test_energy_is_net_of_the_idle_power_measured_in_the_run(tmp_path: Path) -> None:
+    """200 W less 50 W over a whole request of 2 × 300 tokens."""
+    long = checked([cell("full", shape="8+300")], Timing(rounds=1, max_rounds=1))
+    found = run(tmp_path / "gpu", long, power=200.0, idle_w=50.0).cells[0]
+    (one,) = read_samples(tmp_path / "gpu", found)["rounds"]
+    assert found.values["energy_j_tok"].value == pytest.approx(150 * one["e2e_s"] / 600)
+    assert found.details["device"] == {"copy_bytes_per_s": 1e9, "idle_w": 50.0}
+    silent = run(tmp_path / "silent", long, power=200.0).cells[0]  # no driver that tells the idle power
+    assert silent.values["energy_j_tok"].value is None
+    assert "energy_j_tok" not in run(tmp_path / "cpu", long).cells[0].values
 
 
 def test_ratios_pair_rounds(tmp_path: Path) -> None:
@@ -116,11 +149,11 @@ def test_a_killed_worker_is_forgiven_once_and_the_new_one_is_warmed_up(tmp_path:
     assert (tmp_path / "died").exists()
     assert [one.status for one in found.cells] == ["ok", "ok"]
     seen = [" ".join(one) for one in log(tmp_path / "log")]
-    second = seen.index("measure h2o 1 ")  # backwards: h2o first, where the worker dies
+    second = seen.index("measure h2o 1")  # backwards: h2o first, where the worker dies
     assert seen[second + 1 :] == [
-        "measure h2o 1 warm-up", "measure h2o 1 ",
-        "measure full 1 warm-up", "measure full 1 ",
-        "measure full 2 ", "measure h2o 2 ",
+        "warm_up h2o 1", "measure h2o 1",
+        "warm_up full 1", "measure full 1",
+        "measure full 2", "measure h2o 2",
     ]  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from fake_nvml import FakeNvml
 
 import d2obench.engine.session as session
 from d2obench.errors import ModelError, OutOfMemory, UsageError
+from d2obench.measure.nvml import Nvml
 from d2obench.measure.trace import RequestTrace
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
@@ -55,6 +57,28 @@ def test_a_warm_up_is_short_and_a_sampled_request_measures_a_part(worker: Worker
     sampled = worker.measure(request(sampled=[2, 2]), silent)["trace"]
     assert sampled["step_at"] == [0, 1, 9, 10]
     assert sampled["gen"] == 12
+
+
+def test_a_warm_up_decodes_until_it_settles_and_says_so(worker: Worker) -> None:
+    found = worker.warm_up(request(within=1e9), silent)
+    assert found["stable"]
+    assert len(found["decode_s"]) == 2
+    restless = worker.warm_up(request(within=0.0), silent)
+    assert len(restless["decode_s"]) == 2  # twelve tokens hold no more windows
+
+
+def test_idle_power_comes_from_the_driver_and_is_missing_without_one(worker: Worker) -> None:
+    assert worker.idle({"device": "cpu"}, silent) == {"idle_w": None}
+    watts = iter([90_000, 71_000, 72_000, 70_000])
+    script = {"PowerUsage": lambda n: next(watts, 71_000)}
+    other = Worker()
+    other._gpu["cuda:0"] = Nvml("gpu0", FakeNvml(script))
+    asked = {"device": "cuda:0", "wait": 0.0, "seconds": 0.3}
+    assert other.idle(asked, silent) == {"idle_w": 71.0}
+    other._gpu["cuda:0"] = Nvml("gpu0", FakeNvml(unsupported={"PowerUsage"}))
+    assert other.idle(asked, silent) == {"idle_w": None}
+    other._gpu["cuda:0"] = None  # no driver
+    assert other.idle(asked, silent) == {"idle_w": None}
 
 
 def test_counts_do_not_depend_on_the_machine(worker: Worker) -> None:

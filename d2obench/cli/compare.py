@@ -12,7 +12,7 @@ def command(
     base: Annotated[Path, typer.Argument(metavar="A", help="A run folder: what to compare with.")],
     head: Annotated[Path, typer.Argument(metavar="B", help="Another run folder.")],
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="text, json, markdown, github or junit; may be repeated.")
+        list[str] | None, typer.Option("--format", help="text, json, markdown, html, github or junit; repeatable.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for files in these formats and comment.md.")] = None,
     every: Annotated[bool, typer.Option("--all", help="List the OK rows too.")] = False,

@@ -35,7 +35,7 @@ def command(
         list[str] | None, typer.Option("--set", help="A suite's key, as axes.policy=d2o or gate.looks=[8]; repeatable.")
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="text, json, markdown, github or junit; may be repeated.")
+        list[str] | None, typer.Option("--format", help="text, json, markdown, html, github or junit; repeatable.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for files in these formats and comment.md.")] = None,
     every: Annotated[bool, typer.Option("--all", help="List the OK rows too.")] = False,

@@ -45,7 +45,8 @@ def command(
     memory_limit: Annotated[str | None, typer.Option(help="of batch max: 24GiB, 0.5", rich_help_panel=REPEATS)] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="items a task; 0 is all", rich_help_panel=REPEATS)] = None,
     data: Annotated[
-        list[str] | None, typer.Option(metavar="TASK=PATH", help="own data", rich_help_panel=REPEATS)
+        list[str] | None,
+        typer.Option(metavar="[TASK=]PATH", help="own data; a text for fidelity", rich_help_panel=REPEATS),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0 is all", rich_help_panel=REPEATS)] = None,
     set_: Annotated[
@@ -143,8 +144,12 @@ def overrides(
         found[key.strip()] = value.strip()
     for word in data:
         task, equals, path = word.partition("=")
-        if not equals or not task or not path:
-            raise UsageError(f"can't read --data '{word}'", remedy="write it as task=PATH")
+        if not equals:  # a text of one's own
+            task, path = "fidelity", word
+        if not task or not path:
+            raise UsageError(
+                f"can't read --data '{word}'", remedy="write it as TASK=PATH, or PATH of a text for fidelity"
+            )
         found[f"quality.data.{task}"] = str(Path(path).expanduser().resolve())
     return found
 

@@ -10,25 +10,34 @@ from pathlib import Path
 from d2obench.record import cannot_write
 from d2obench.stats.verdict import Verdicts
 
-FILES = {"json": "verdicts.json", "markdown": "verdicts.md", "github": "annotations.txt", "junit": "junit.xml"}
+FILES = {
+    "json": "verdicts.json",
+    "markdown": "verdicts.md",
+    "html": "verdicts.html",
+    "github": "annotations.txt",
+    "junit": "junit.xml",
+}
 
 
 def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, every: bool = False) -> None:
     """Writes every format: to stdout, or with ``output`` to a file in that folder, ``comment.md`` beside them.
 
-    ``text`` goes to stdout in any case. ``github`` prints annotations to stdout and appends the markdown to the file
-    that ``GITHUB_STEP_SUMMARY`` names.
+    ``text`` goes to stdout in any case. With a folder, markdown and HTML have the forest plots beside them as SVG.
+    ``github`` prints annotations to stdout and appends the markdown to the file that ``GITHUB_STEP_SUMMARY`` names.
     """
-    from d2obench.report.verdicts import render
+    from d2obench.report.verdicts import check, render
     from d2obench.report.verdicts_markdown import comment, markdown
     from d2obench.report.verdicts_text import text
 
-    for name in dict.fromkeys(formats):
+    names = list(dict.fromkeys(formats))
+    check(names)
+    drawn = _figures(verdicts, output) if output is not None and {"markdown", "html"} & set(names) else {}
+    for name in names:
         if name == "text":
             color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             _print(text(verdicts, color=color, width=_width(), every=every))
             continue
-        made = render(name, verdicts)
+        made = render(name, verdicts, drawn)
         if name == "github":
             _print(made)
             summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -40,6 +49,15 @@ def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, eve
             _write(output / FILES[name], made)
     if output is not None:
         _write(output / "comment.md", comment(verdicts))
+
+
+def _figures(verdicts: Verdicts, output: Path) -> dict[str, str]:
+    from d2obench.report.verdicts_html import draw
+
+    drawn = draw(verdicts)
+    for name, picture in drawn.items():
+        _write(output / f"{name}.svg", picture)
+    return drawn
 
 
 def _width() -> int:

@@ -128,6 +128,11 @@ class MemoryProbe:
                 for phase, start, end in self._spans:
                     self._raise(phase, f"nvml_{column}", peak_between(self.device.rows, index, start, end))
 
+    @property
+    def overhead(self) -> float:
+        """Share of one core that all sampling of the last request took; known after ``stop``."""
+        return self.host.overhead + (self.device.overhead if self.device else 0.0)
+
     def _raise(self, phase: str, key: str, value: float | None) -> None:
         if value is not None:
             held = self.peaks.setdefault(phase, {})

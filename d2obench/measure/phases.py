@@ -194,6 +194,7 @@ def _run(
         timeline_columns=line.memory.host.columns,
         device_timeline=line.samples(line.memory.device),
         device_columns=line.memory.device.columns if line.memory.device else (),
+        sampler_overhead=line.memory.overhead,
     )
 
 

@@ -80,6 +80,7 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine) -> Su
         **_budget(last),
         **_memory(rounds, machine),
         **_against_machine(name, rounds, machine),
+        **_sampling(name, rounds),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
     if last.evicted:
@@ -187,6 +188,11 @@ def _against_machine(name: str, rounds: Sequence[RequestTrace], machine: Machine
         note = "" if known else "only a part was run" if last.step_at else "too short to tell, or no power known"
         found["energy_j_tok"] = _timed(name, "energy_j_tok", known) if known else Value(None, note=note)
     return found
+
+
+def _sampling(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
+    known = [one.sampler_overhead for one in rounds if one.sampler_overhead is not None]
+    return {"sampler_overhead": _timed(name, "sampler_overhead", known)} if known else {}
 
 
 def _energy(one: RequestTrace, idle_w: float | None) -> float | None:

@@ -14,7 +14,8 @@ class RequestTrace(msgspec.Struct):
     steps outside the session. ``peaks`` is phase → metric → bytes. ``kept`` and ``held`` are tokens per layer and
     sequence after compression and at the end; ``over`` says that they are more than asked. ``merged`` and ``evicted``
     count entries of all layers, ``merged_layers`` and ``evicted_layers`` those of each. ``timeline`` rows are
-    ``[t, …timeline_columns]``, ``device_timeline`` likewise. ``round``, ``order`` and ``flags`` are set by the runner;
+    ``[t, …timeline_columns]``, ``device_timeline`` likewise; ``sampler_overhead`` is the share of one core that taking them
+    cost. ``round``, ``order`` and ``flags`` are set by the runner;
     flags also say what went wrong here.
     """
 
@@ -46,6 +47,7 @@ class RequestTrace(msgspec.Struct):
     step_at: list[int] = []
     uss_bytes: int | None = None
     flags: list[str] = []
+    sampler_overhead: float | None = None
     round: int = 0
     order: int = 0
     timeline: list[list[float | None]] = []

@@ -13,10 +13,11 @@ from typing import Any
 import altair as alt
 import msgspec
 
-from d2obench.report.palette import DASHES, LIGHT, PARTS, PHASES, colour
+from d2obench.report.palette import DASHES, FATES, LIGHT, PARTS, PHASES, VERDICTS, colour
 from d2obench.report.view import Figure
 
 WIDTH, HEIGHT, MAX_NAME = 380, 250, 48
+SHAPES = ["circle", "cross", "diamond", "triangle-up", "square"]
 _ID = re.compile(r'(?<=["#])(clip|gradient_)\d+(?=[")])')
 
 
@@ -133,6 +134,35 @@ def _layers(figure: Figure) -> Any:
     return _panels(figure, bars, "label", height=110)
 
 
+def _merges(figure: Figure) -> Any:
+    base, _, _ = _base(figure)
+    x = alt.X("layer:O", title=figure.options["x"], axis=alt.Axis(labelOverlap=True, labelAngle=0))
+    y = alt.Y("entries:Q", title=figure.options["y"], stack="zero")
+    scale = alt.Scale(domain=list(FATES), range=list(FATES.values()))
+    fate = alt.Color("fate:N", title=None, scale=scale, legend=alt.Legend(orient="top"))
+    tips = ["label:N", "layer:O", "fate:N", "entries:Q", "percent:Q"]
+    return _panels(figure, base.mark_bar().encode(x=x, y=y, color=fate, tooltip=tips), "label", height=110)
+
+
+def _forest(figure: Figure) -> Any:
+    base, _, _ = _base(figure)
+    middle: float = figure.options["middle"]
+    scale = alt.Scale(type="log", nice=False, padding=16) if middle else alt.Scale(zero=False, nice=False, padding=16)
+    verdicts = [name for name in VERDICTS if name in _column(figure, "verdict")]
+    colours = alt.Scale(domain=verdicts, range=[VERDICTS[name] for name in verdicts])
+    shape = alt.Shape("verdict:N", title="verdict", scale=alt.Scale(domain=verdicts, range=SHAPES[: len(verdicts)]))
+    y = alt.Y("label:N", title=None, sort=_order(figure, "label"), axis=alt.Axis(labelLimit=420))
+    x, rows = alt.X("value:Q", title=figure.options["x"], scale=scale), base.encode(y=y)
+    tips = ["label:N", "verdict:N", "value:Q", "lo:Q", "hi:Q", "least:Q", "most:Q"]
+    color = alt.Color("verdict:N", title="verdict", scale=colours)
+    band = rows.mark_bar(height=16, opacity=0.3, color="#999999").encode(x=alt.X("least:Q", scale=scale), x2="most:Q")
+    whiskers = rows.mark_rule(strokeWidth=2).encode(x="lo:Q", x2="hi:Q", color=color)
+    points = rows.mark_point(filled=True, size=70, opacity=1).encode(x=x, color=color, shape=shape, tooltip=tips)
+    same = base.mark_rule(style="guide", strokeDash=[4, 3]).encode(x=alt.datum(middle))
+    layers = alt.layer(band, *_if(figure, "lo", whiskers), points, same)
+    return layers.properties(data=_data(figure), width=460, height={"step": 22})
+
+
 def _heatmap(figure: Figure) -> Any:
     base, _, _ = _base(figure)
     low, high, share = figure.options["low"], figure.options["high"], figure.options["low"] == 0
@@ -197,18 +227,19 @@ def _panels(figure: Figure, chart: Any, column: str = "setting", columns: int = 
 
 def _plain(figure: Figure) -> Figure:
     """The figure with names that fit a legend and that Vega's expressions can hold."""
-    rows = tuple(tuple(_name(value) for value in row) for row in figure.rows)
     options = dict(figure.options)
+    most = options.get("longest", MAX_NAME)
+    rows = tuple(tuple(_name(value, most) for value in row) for row in figure.rows)
     if "phases" in options:
         options["phases"] = [[_name(value) for value in span] for span in options["phases"]]
     return msgspec.structs.replace(figure, rows=rows, options=options)
 
 
-def _name(value: Any) -> Any:
+def _name(value: Any, most: int = MAX_NAME) -> Any:
     if not isinstance(value, str):
         return value
     text = "".join(char if char.isprintable() else "�" for char in value)
-    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _xml(text: str) -> str:
@@ -226,5 +257,7 @@ _CHARTS: dict[str, Callable[[Figure], Any]] = {
     "timeline": _timeline,
     "peak": _peak,
     "layers": _layers,
+    "merges": _merges,
     "heatmap": _heatmap,
+    "forest": _forest,
 }

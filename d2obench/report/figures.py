@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import Any
 
-from d2obench.metric import METRICS, show
+from d2obench.metric import METRICS
 from d2obench.record import Value, read_samples
 from d2obench.report.fields import varying
+from d2obench.report.layers import layers
 from d2obench.report.memory import Point, Samples, axis_title, rounds_of, split, timeline
 from d2obench.report.needle import needles
 from d2obench.report.quality import front, held, loss, primary, tasks_of
@@ -28,7 +28,7 @@ def figures(found: Sequence[Entry], rows: Sequence[Row]) -> list[Figure]:
     main = _main(rows)
     timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
     made: list[Figure | None] = [*_tradeoffs(rows), _speedups(rows), _throughput(rows), _positions(timed)]
-    made += [split(main), timeline(timed), _layers(found), *needles(found)]
+    made += [split(main), timeline(timed), *layers(found), *needles(found)]
     return [figure for figure in made if figure is not None]
 
 
@@ -136,35 +136,6 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         ("policy", "label", "budget", "position", "tpot"), tuple(points),
         {"x": "decode step", "y": axis_title("tpot_s")},
     )  # fmt: skip
-
-
-def _layers(found: Sequence[Entry]) -> Figure | None:
-    """Tokens kept in each layer by each policy and budget, at its largest setting."""
-    best: dict[str, Entry] = {}
-    for entry in found:
-        if entry.record.status == "ok" and entry.key.budget and _numbers(entry.record.details.get("kept_layers")):
-            label = entry.key.label
-            if label not in best or volume(entry.key) > volume(best[label].key):
-                best[label] = entry
-    points: list[Point] = []
-    for label, entry in list(best.items())[:MAX_LINES]:
-        merged = entry.values.get("merged")
-        share = f"{show('merged', merged.value)} {METRICS['merged'].unit} merged" if merged and merged.value else ""
-        for layer, tokens in enumerate(_numbers(entry.record.details["kept_layers"])):
-            points.append((entry.key.policy, f"{label}, {share}" if share else label, layer, round(tokens, 2)))
-    if len({point[2] for point in points}) < 2:
-        return None
-    return Figure(
-        "layers", "layers", "Tokens kept in each layer after compression",
-        "Mean over sequences and KV heads; a policy that gives layers unequal budgets is not flat.",
-        ("policy", "label", "layer", "kept"), tuple(points), {"x": "layer", "y": "tokens kept", "wide": True},
-    )  # fmt: skip
-
-
-def _numbers(value: Any) -> list[float]:
-    """A list of numbers, empty where it is something else."""
-    good = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
-    return [float(x) for x in value] if good else []
 
 
 def budget_of(row: Row) -> str:

@@ -24,6 +24,14 @@ POLICIES = {
 SPARE = ("#332288", "#117733", "#882255", "#44AA99", "#999933", "#AA4499", "#88CCEE", "#661100")
 PHASES = {"prefill": "#9ecae1", "compress": "#fdae6b", "decode": "#c7e9c0"}
 PARTS = {"weights": "#999999", "KV": "#0072B2", "workspace and the rest": "#DDCC77"}
+FATES = {"merged": "#0072B2", "lost": "#E69F00"}
+VERDICTS = {
+    "REGRESSED": "#D55E00",
+    "INCOMPARABLE": "#CC79A7",
+    "INCONCLUSIVE": "#E69F00",
+    "IMPROVED": "#009E73",
+    "OK": "#7f7f7f",
+}
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3])
 
 

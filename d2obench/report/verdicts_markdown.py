@@ -24,8 +24,8 @@ _SIGN = {
 }
 
 
-def markdown(verdicts: Verdicts, limit: int = SUMMARY_BYTES) -> str:
-    """The whole as markdown of at most ``limit`` bytes."""
+def markdown(verdicts: Verdicts, limit: int = SUMMARY_BYTES, figures: Iterable[str] = ()) -> str:
+    """The whole as markdown of at most ``limit`` bytes; ``figures`` are the ids of those that lie beside it as SVG."""
     parts = [
         f"### {_SIGN[verdicts.worst]} {_plain(verdicts.title)}: {verdicts.worst.value}\n\n",
         f"`{_code(verdicts.base)}` → `{_code(verdicts.head)}`: ",
@@ -36,6 +36,7 @@ def markdown(verdicts: Verdicts, limit: int = SUMMARY_BYTES) -> str:
         parts.append("\n")
     if verdicts.commands:
         parts.append("```console\n" + "\n".join(map(_code, verdicts.commands[:20])) + "\n```\n\n")
+    parts += [f"![{name}]({name}.svg)\n\n" for name in figures]
     room = limit - _RESERVE - sum(len(part.encode()) for part in parts)
     eyes, fine = verdicts.of(*list(Verdict)[:-1]), verdicts.of(Verdict.OK)
     table = _fit(eyes, room)

@@ -14,7 +14,9 @@ import msgspec
 from d2obench.metric import Direction
 
 Mark = Literal["", "best", "warn", "bad", "quiet"]
-Kind = Literal["tradeoff", "speedup", "throughput", "position", "timeline", "peak", "layers", "heatmap"]
+Kind = Literal[
+    "tradeoff", "speedup", "throughput", "position", "timeline", "peak", "layers", "merges", "heatmap", "forest"
+]
 KINDS = get_args(Kind)
 SCHEMA = 1
 

@@ -18,10 +18,11 @@ from d2obench.runner.folder import describe_run, write_info
 from d2obench.runner.ledger import Ledger, Watcher
 from d2obench.runner.lock import locked
 from d2obench.runner.plan import group
-from d2obench.runner.protocol import WorkerClient
+from d2obench.runner.protocol import WorkerClient, again
 from d2obench.runner.quality import evaluate
+from d2obench.runner.reference import Reference
 from d2obench.runner.resume import finished
-from d2obench.runner.speed import Bandwidth, SpeedGroup
+from d2obench.runner.speed import SpeedGroup
 from d2obench.suite import SPEED, Cell, Suite
 
 
@@ -49,7 +50,7 @@ def run_suite(
             or software whose figures can't stand beside this one's.
     """
     with locked(folder):
-        facts = client.call("environment", {"device": checked.suite.axes.device[0]})
+        facts = again(lambda: client.call("environment", {"device": checked.suite.axes.device[0]}))
         records: tuple[CellRecord, ...] = ()
         if resume:
             records = _earlier(folder, facts, watcher).cells
@@ -74,7 +75,7 @@ def run_cells(suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger:
     Raises:
         RecordError: the run folder can't be written any more.
     """
-    bandwidth = Bandwidth(client, ledger.watcher)
+    reference = Reference(client, ledger.watcher)
     for together in group(cells):
         for cell in together:
             ledger.skip_if_too_large(cell)
@@ -83,7 +84,7 @@ def run_cells(suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger:
         if suite.worker.mode == "fresh":
             client.close()
         if together[0].axes.task == SPEED:
-            SpeedGroup(suite, together, client, ledger, bandwidth).run()
+            SpeedGroup(suite, together, client, ledger, reference).run()
         else:
             evaluate(suite, together[0], client, ledger)
 

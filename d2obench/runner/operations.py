@@ -92,6 +92,26 @@ class Worker:
         found = copy_bandwidth(torch.device(args["device"]), seconds=args.get("seconds", 1.0))
         return {"bytes_per_s": found.best, "median": found.median, "n": found.n}
 
+    def idle(self, args: Args, report: Report) -> Args:
+        """Power of a GPU ``device`` in watts while this process holds it and nothing runs; None where it can't be told.
+
+        Recent GPUs tell the mean over the last second, so the work before it is waited out.
+        """
+        import time
+
+        import torch
+
+        from d2obench.measure.energy import idle_power
+
+        device = torch.device(args["device"])
+        gpu = self._nvml(device)
+        if gpu is None:
+            return {"idle_w": None}
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(device)
+        time.sleep(args.get("wait", 1.5))
+        return {"idle_w": idle_power(gpu, args.get("seconds", 2.0))}
+
     def rates(self, args: Args, report: Report) -> Args:
         """Two rough figures for a prediction: copy bandwidth, and FLOP/s of a square product in ``dtype``."""
         import torch
@@ -132,7 +152,7 @@ class Worker:
     def measure(self, args: Args, report: Report) -> Args:
         """One request of a speed cell: ``axes``, ``batch``, ``sampled`` ([depths, steps] or None).
 
-        ``warm_up`` cuts the generation short; ``limit`` bounds a GPU's memory, in bytes.
+        ``warm_up`` cuts the generation short, for a gate whose base may know no other way; ``limit`` bounds a GPU's memory, in bytes.
         """
         from d2obench.engine import Session
         from d2obench.measure.clock import clock_for
@@ -161,6 +181,28 @@ class Worker:
         if trace.device_timeline:
             trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
         return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded)}
+
+    def warm_up(self, args: Args, report: Report) -> Args:
+        """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
+        from d2obench.engine import Session
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.memory import settle
+        from d2obench.measure.warmup import MOST_TOKENS, warm_up
+
+        axes = _axes(args)
+        loaded = self._model(axes, report)
+        (shape,) = parse_shape(axes.shape or "")
+        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        gen = min(shape.gen, MOST_TOKENS)
+        settle(loaded.device)
+        found = warm_up(
+            lambda mark: Session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark),
+            texts,
+            gen,
+            clock=clock_for(loaded.device),
+            within=args["within"],
+        )
+        return found._asdict()
 
     def count(self, args: Args, report: Report) -> Args:
         """What one decode step of a speed cell does and holds, counted, by metric: ``axes``, ``batch``."""

@@ -100,4 +100,4 @@ def predict(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device) 
     timing = suite.timing
     steps = shape.gen if timing.decode == "full" else min(shape.gen, timing.depths * timing.steps)
     once = prefill + steps * step
-    return Prediction(memory, timing.rounds * once + timing.warmup * prefill)
+    return Prediction(memory, timing.rounds * once + (1 + timing.warmup) * prefill)

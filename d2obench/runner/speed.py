@@ -2,7 +2,8 @@
 
 Rounds go over the cells forwards and backwards in turn (ABBA), so that a drift of the machine falls on all of them
 alike and cancels in the ratios of one round. A cell is warmed up in every worker process before it is measured there.
-Each request is on the disk before the next one starts, so a run that goes on measures nothing twice.
+Warming up goes on
+until decode steps settle. Each request is on the disk before the next one starts, so a run that goes on measures nothing twice.
 """
 
 from __future__ import annotations
@@ -19,40 +20,24 @@ from d2obench.measure.summarise import Machine, Summary, summarise, tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.metric import show
 from d2obench.record import Value
-from d2obench.runner.ledger import Ledger, Watcher
+from d2obench.runner.ledger import Ledger
 from d2obench.runner.plan import abba
 from d2obench.runner.protocol import WorkerClient, again
 from d2obench.runner.ratios import FULL, against_full
+from d2obench.runner.reference import Reference
 from d2obench.runner.resume import Samples
 from d2obench.runner.search import find_batch
 from d2obench.suite import Cell, Suite
-
-
-class Bandwidth:
-    """Copy bandwidth of each device in bytes per second, measured once a run; None where that fails."""
-
-    def __init__(self, client: WorkerClient, watcher: Watcher) -> None:
-        self._client, self._watcher = client, watcher
-        self._known: dict[str, float | None] = {}
-
-    def of(self, device: str) -> float | None:
-        if device not in self._known:
-            try:
-                self._known[device] = float(self._client.call("bandwidth", {"device": device})["bytes_per_s"])
-            except D2OBenchError as problem:
-                self._known[device] = None
-                self._watcher.note(f"the copy bandwidth of {device} could not be measured: {problem}")
-        return self._known[device]
 
 
 class SpeedGroup:
     """Measures the cells of one group and ends each as a row."""
 
     def __init__(
-        self, suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger: Ledger, bandwidth: Bandwidth
+        self, suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger: Ledger, reference: Reference
     ) -> None:
         self.timing, self.cells, self.client, self.ledger = suite.timing, list(cells), client, ledger
-        self._bandwidth = bandwidth
+        self._reference = reference
         self._samples = {cell.id: Samples(ledger.folder, cell) for cell in cells}
         self._warm: dict[str, int] = {}
         self._summaries: dict[str, Summary] = {}
@@ -157,11 +142,13 @@ class SpeedGroup:
         self.client.call("load", request, progress=lambda done, total, words: watcher.phase(words, done, total))
         watcher.cell(cell.id, "running", "warm-up")
         data = self._samples[cell.id].data
-        counted = "counts" not in data
-        if counted:  # counting a decode step runs a whole request and so warms up like one
+        if "counts" not in data:
             data["counts"] = self.client.call("count", request)
-        for _ in range(self.timing.warmup - counted):
-            self.client.call("measure", {**request, "warm_up": True})
+        data["warm_up"] = []
+        while len(data["warm_up"]) < self.timing.warmup:
+            data["warm_up"].append(self.client.call("warm_up", {**request, "within": self.timing.warm_within}))
+            if data["warm_up"][-1]["stable"]:
+                break
         self._warm[cell.id] = self.client.generation
 
     def _so_far(self, cell: Cell, number: int) -> str:
@@ -186,7 +173,9 @@ class SpeedGroup:
             cell,
             "ok",
             values=values,
-            details={**summary.details, "stopped": samples.data["stopped"], "model": samples.data["model"]},
+            details=summary.details
+            | {key: samples.data.get(key) for key in ("stopped", "warm_up", "model")}
+            | {"device": self._reference.known(cell.axes.device)},
             flags=(*summary.flags, *self._apart(cell, values)),
             samples=samples.name,
             seconds=round(sum(part["seconds"] for part in samples.rounds), 3),
@@ -195,8 +184,9 @@ class SpeedGroup:
     def _summary(self, cell: Cell) -> Summary:
         if cell.id not in self._summaries:
             samples = self._samples[cell.id]
-            model, bandwidth = samples.data["model"], self._bandwidth.of(cell.axes.device)
-            machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth)
+            model, device = samples.data["model"], cell.axes.device
+            bandwidth, idle_w = self._reference.bandwidth(device), self._reference.idle_w(device)
+            machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth, idle_w)
             self._summaries[cell.id] = summarise(cell.id, _traces(samples.rounds), machine)
         return self._summaries[cell.id]
 
