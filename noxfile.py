@@ -1,5 +1,7 @@
 """Development sessions: ``nox`` runs all of them, ``nox -s lint`` one."""
 
+import shutil
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -34,6 +36,15 @@ def docs(session: nox.Session) -> None:
     """The README against the program: commands, links, tree."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "tests/test_docs.py")
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The page in headless Chromium, which must be installed: figures, console, network, sorting, print."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error("no Chromium is installed")
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "pytest", "tests/test_report_browser.py", *session.posargs)
 
 
 @nox.session

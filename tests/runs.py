@@ -24,7 +24,7 @@ class Silent:
         self.notes: list[str] = []
         self.states: list[tuple[str, str]] = []
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         self.states.append((cell, state))
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:

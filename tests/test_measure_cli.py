@@ -32,12 +32,15 @@ def test_profile_puts_policies_side_by_side_and_leaves_traces(capsys: Any, tmp_p
         "similarity",
         "MLP",
         "lm head",
+        "decode: counts a step",
+        "kernels launched",
     ):
         assert words in out
     found = json.loads((tmp_path / "p/profile.json").read_text())
     assert len(found) == 2
     for profile in found.values():
         assert set(profile["ranges"]) == {"prefill", "compress", "decode"}
+        assert profile["counts"]["ops"] == sum(profile["counts"]["by_op"].values()) > 0
     traces = sorted(path.name for path in (tmp_path / "p").glob("*.trace.json.gz"))
     assert len(traces) == 2
     assert all("shape_tiny" in name for name in traces)

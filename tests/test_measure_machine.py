@@ -23,6 +23,7 @@ from d2obench.measure.noise import LEVEL, measure_noise, noise_of
 from d2obench.measure.nvml import Nvml
 from d2obench.measure.profiler import BETWEEN, ENGINE_RANGES, PHASES, RANGES, REST, Files, profile_request
 from d2obench.measure.roofline import copy_bandwidth
+from d2obench.measure.stacks import fold
 from d2obench.stats.bootstrap import paired_ratio
 
 PROMPTS = [[3 + i for i in range(60)], [9 + i for i in range(60)]]
@@ -163,6 +164,7 @@ def test_ranges_and_operators_of_a_phase_both_add_up_to_it(tiny: Any) -> None:
     assert {"similarity", "evict", "merge", "decode attention", "scores"} <= set(found.ranges["decode"])
     assert found.ranges["decode"]["MLP"].calls == tiny.layers  # of one step, not of all
     assert set(ENGINE_RANGES) <= {name for ranges in found.ranges.values() for name in ranges}
+    assert found.counts == count_step(Session(tiny, "d2o", "0.3", max_new=12), PROMPTS)
     hooks = [module for module in tiny.model.modules() if module._forward_hooks or module._forward_pre_hooks]
     assert hooks == []
 
@@ -177,7 +179,18 @@ def test_a_trace_and_folded_stacks_are_written(tiny: Any, tmp_path: Path, capfd:
     assert {"prefill", "compress", "decode", "MLP", "decode attention"} <= names
     folded = (tmp_path / "stacks.txt").read_text().splitlines()
     assert any(";" in line and line.rpartition(" ")[2].isdigit() for line in folded)
+    assert len({line.rpartition(" ")[0] for line in folded}) == len(folded)
+    assert not any("profile_request" in line for line in folded)  # they begin where the request does
     assert capfd.readouterr() == ("", "")
+
+
+def test_like_stacks_are_added_up_below_the_root(tmp_path: Path) -> None:
+    path = tmp_path / "stacks.txt"
+    path.write_text(
+        "main;run.py(3):_go;a;b 5\nmain;run.py(3):_go;a;b 2\nmain;run.py(3):_go;c 1\nmain;run.py(3):_go 9\nx 4\n"
+    )
+    fold(path, ":_go")
+    assert path.read_text() == "a;b 7\nc 1\n"
 
 
 def test_bandwidth_is_measured_in_a_moment() -> None:

@@ -17,7 +17,7 @@ from d2obench.errors import OutOfMemory
 from d2obench.measure.clock import HostClock, clock_for
 from d2obench.measure.depths import Sampled, integrate, windows
 from d2obench.measure.memory import MemoryProbe, probe_for
-from d2obench.measure.phases import measure_request
+from d2obench.measure.phases import measure_request, shortage_named
 from d2obench.measure.sampler import Sampler
 from d2obench.measure.selftest import known_delays
 from d2obench.measure.warmup import WINDOWS, WarmUp, warm_up
@@ -282,20 +282,26 @@ def test_the_engine_gives_the_tokens_of_a_plain_greedy_loop(tiny: Any, policy: s
 def test_a_warm_up_ends_when_two_windows_of_steps_agree() -> None:
     machine = Machine()
     machine.step_cost = lambda position: max(1.0, 5.0 - position / 2)  # 1.0 from the eighth step on
-    found = warm_up(machine.session, [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1)
+    found = warm_up(
+        lambda: Session(machine, lambda phase: None), [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1
+    )
     assert found == WarmUp([4.25, 2.25, 1.0, 1.0], True)
     assert (len(machine.fed), machine.closed) == (16, 1)
     machine.step_cost = lambda position: 2.0**position
-    wild = warm_up(machine.session, [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1)
+    wild = warm_up(
+        lambda: Session(machine, lambda phase: None), [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1
+    )
     assert (len(wild.decode_s), wild.stable) == (WINDOWS, False)
-    short = warm_up(machine.session, [[1, 2], [3]], 5, clock=HostClock(lambda: machine.t), within=0.1)
+    short = warm_up(
+        lambda: Session(machine, lambda phase: None), [[1, 2], [3]], 5, clock=HostClock(lambda: machine.t), within=0.1
+    )
     assert (len(short.decode_s), short.stable) == (1, False)
 
 
 def test_a_warm_up_that_runs_out_of_memory_closes_its_session() -> None:
     machine = Machine(fails="decode")
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        warm_up(machine.session, [[1], [2]], 40, clock=HostClock(lambda: machine.t), within=0.1)
+    with pytest.raises(OutOfMemory, match="out of memory in decode: CUDA out of memory"), shortage_named() as mark:
+        warm_up(lambda: Session(machine, mark), [[1], [2]], 40, clock=HostClock(lambda: machine.t), within=0.1)
     assert machine.closed == 1
 
 

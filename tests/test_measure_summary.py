@@ -106,7 +106,11 @@ def test_the_budget_is_counted_over_layers_and_sequences() -> None:
     assert values["budget_effective"].value == 0.2
     assert values["budget_held"].value == (25 + 25 + 15 + 35) / (2 * 200)
     assert values["merged"].value == 0.25
-    assert "merged" not in summarise("cell", [round_of([1.0], evicted=0, merged=0)], MACHINE).values
+    none = summarise("cell", [round_of([1.0], evicted=0, merged=0)], MACHINE)
+    assert "merged" not in none.values
+    assert "evicted_layers" not in none.details
+    counts = summarise("cell", [round_of([1.0])], MACHINE).details
+    assert (counts["merged_layers"], counts["evicted_layers"]) == ([10, 20], [40, 80])
 
 
 def test_mbu_is_step_bytes_over_time_over_bandwidth() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import report_runs as made
+from rich.console import Console
 
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
@@ -22,6 +24,7 @@ from d2obench.metric import METRICS
 from d2obench.record import CellRecord, Value, append_cell, dump, read_run, write_atomic
 from d2obench.report import FORMATS, build, write_views
 from d2obench.report.publish import publish
+from d2obench.report.render.console import show_report, show_table
 from d2obench.report.rescore import rescore
 from d2obench.report.view import Report
 
@@ -268,6 +271,15 @@ def test_hostile_names_are_harmless(tmp_path: Path) -> None:
         assert not tags & {"script", "foreignObject", "image", "a"}
 
 
+def test_hostile_names_do_not_steer_a_terminal(tmp_path: Path) -> None:
+    folder, stream = hostile(tmp_path / "evil"), io.StringIO()
+    report = build([folder])
+    show_report(report, Console(file=stream, width=200, color_system=None))
+    for table in (*report.headline, *report.machine, *report.environment, report.cells):
+        show_table(table, Console(file=stream, width=200, color_system=None))
+    assert not [char for char in stream.getvalue() if not char.isprintable() and char != "\n"]
+
+
 def one_cell(folder: Path) -> Path:
     cell, _ = made.speed_cell(folder, made.axes("speed", "full", shape="64+8", batch=1), None, random.Random(0))
     return made.write_run(folder, "one", [cell])
@@ -373,6 +385,24 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     facts_row = next(row for row in report.environment[0].rows if row[0].text == "cpu")
     assert [entry.text for entry in facts_row[1:]] == ["Example CPU", "Other CPU"]
     assert facts_row[1].mark == "warn"
+
+
+def test_every_eviction_of_a_layer_is_merged_or_lost(usual: Path) -> None:
+    merges = next(figure for figure in build([usual]).figures if figure.kind == "merges")
+    run = read_run(usual)
+    shown = {row["label"] for row in merges.records()}
+    assert shown == {f"{policy}@{budget}" for policy, budget in made.POLICIES if budget}
+    timed = [cell for cell in run.cells if "evicted_layers" in cell.details]
+    largest = max(len(cell.axes.shape or "") and int((cell.axes.shape or "").split("+")[0]) for cell in timed)
+    chosen = [cell for cell in timed if (cell.axes.shape or "").startswith(f"{largest}+")]
+    assert len(chosen) == len(shown)
+    for cell in chosen:
+        for layer, evicted in enumerate(cell.details["evicted_layers"]):
+            label = f"{cell.axes.policy}@{cell.axes.budget}"
+            rows = [row for row in merges.records() if (row["label"], row["layer"]) == (label, layer)]
+            assert {row["fate"]: row["entries"] for row in rows}["merged"] == cell.details["merged_layers"][layer]
+            assert sum(row["entries"] for row in rows) == evicted
+            assert sum(row["percent"] for row in rows) == pytest.approx(100, abs=0.02)
 
 
 def test_gold_figures_of_full_are_not_marked_best(usual: Path) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import report_runs as made
+from test_gate_forest import found
 
 from d2obench.report import build, write_views
+from d2obench.report.verdicts import render
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -27,6 +29,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe --window-size=1400,1000"
 )
+SAID = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -178,6 +181,37 @@ def test_words_stand_out_from_their_ground(page: Browser, folder: Path, media: s
     assert min(contrast(*pair) for pair in pairs) >= 4.5
     picture = page.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
     (folder / f"{media}-{scheme}.png").write_bytes(base64.b64decode(picture))
+
+
+def test_prints_with_every_figure(page: Browser, folder: Path) -> None:
+    page.call("Emulation.setEmulatedMedia", media="")
+    pdf = base64.b64decode(page.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)["data"])
+    (folder / "report.pdf").write_bytes(pdf)
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Type /Page\n") >= 2
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    shown = "[...document.querySelectorAll('.chart {}')].map(e => getComputedStyle(e).display === 'none')"
+    assert not any(page.run(shown.format("img")))  # the light picture, whatever the screen's scheme
+    assert all(page.run(shown.format(".live")))
+    wide = page.run("[document.documentElement.scrollWidth, innerWidth]")
+    page.call("Emulation.setEmulatedMedia", media="", features=[])
+    assert all(page.run(shown.format("img")))
+    assert not any(page.run(shown.format(".live")))
+    assert wide[0] <= wide[1]
+
+
+def test_a_gates_page_draws_its_forest_plots(page: Browser, tmp_path: Path) -> None:
+    (tmp_path / "verdicts.html").write_text(render("html", found()), "utf-8")
+    before = len(page.events)
+    page.call("Page.navigate", url=f"file://{tmp_path}/verdicts.html")
+    page.wait("document.querySelectorAll('.chart[data-state=drawn]').length === 2")
+    marks = page.run("[...document.querySelectorAll('.chart svg')].map(e => e.querySelectorAll('path').length)")
+    assert min(marks) > 5
+    said = [event for event in page.events[before:] if event["method"] in SAID]
+    assert not [event["params"] for event in said]
+    picture = page.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
+    (tmp_path / "verdicts.png").write_bytes(base64.b64decode(picture))
 
 
 def contrast(ink: str, ground: str) -> float:

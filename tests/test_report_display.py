@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_plain_lines() -> None:
         "4 cells",
         "loading embedded",
         "[1/4]  a  ok  TPOT 11.80 ms ± 2 %  1,420 MiB now, 1,611 peak  about 3 min left",
-        "[2/4]  b  oom  out of memory  [31m  about 60 s left",
+        "[2/4]  b  oom  out of memory  [31m  about 2 min left",
         "the machine is busy",
     ]
 
@@ -95,6 +96,49 @@ def test_the_display_that_fits() -> None:
     quiet = display(quiet=True)
     assert isinstance(quiet, QuietDisplay)
     play(quiet, Clock())
+
+
+def left(play: Callable[[PlainDisplay, Clock], None]) -> str:
+    """The time left that the last line tells."""
+    stream, clock = io.StringIO(), Clock()
+    play(PlainDisplay(stream, clock), clock)
+    return stream.getvalue().splitlines()[-1].split("  ")[-1]
+
+
+def test_cells_that_end_together_do_not_make_the_time_left_too_long() -> None:
+    def group(shown: PlainDisplay, clock: Clock) -> None:
+        shown.start([f"{i}" for i in range(11)])
+        for number in range(10):
+            for i in range(10):  # ten cells side by side, 10 s a cell
+                clock.now += 1.0
+                shown.cell(f"{i}", "running", "round", (number + 1) / 10 if number < 9 else 0.95)
+        shown.cell("0", "ok")
+
+    assert left(group) == "about 15 s left"  # half a second each of the nine running, and the last cell
+
+
+def test_cells_of_an_earlier_part_say_nothing_about_the_pace() -> None:
+    def resumed(shown: PlainDisplay, clock: Clock) -> None:
+        shown.start(["a", "b", "c", "d"])
+        shown.cell("a", "ok")
+        shown.cell("b", "ok")
+        shown.cell("c", "running")
+        clock.now = 60.0
+        shown.cell("c", "ok")
+
+    assert left(resumed) == "about 60 s left"
+
+
+def test_the_worker_is_looked_at_at_every_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    told = ["worker 1 MiB now"]
+    shown = LiveDisplay(Terminal(), Clock(), lambda: told[-1])
+    shown.console.print(shown._draw())
+    told.append("worker 2 MiB now\x1b[31m")
+    shown.console.print(shown._draw())
+    text = shown.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "worker 1 MiB now" in text
+    assert "worker 2 MiB now [31m" in text
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (7500, "2 h 05 min")])

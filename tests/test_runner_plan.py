@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,9 @@ from runs import cell, checked
 from d2obench.record import Axes
 from d2obench.runner.plan import Device, abba, group, larger, memory_of, predict
 from d2obench.runner.search import MOST, RESOLUTION, largest_batch
+from d2obench.suite import Cell, Quality
+from d2obench.tasks import REGISTRY, parse_task, uses_shape
+from d2obench.tasks.rough import Work, work
 
 LLAMA_3_8B = {
     "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "parameters": 8_030_261_248,
@@ -48,7 +52,31 @@ def test_time_grows_with_the_work_and_a_small_cache_is_not_slower() -> None:
 def test_what_can_not_be_told_is_not_told() -> None:
     suite = checked().suite
     assert predict(cell("full", batch="max"), suite, LLAMA_3_8B, H200) == (None, None)
-    assert predict(cell("full", task="recall"), suite, LLAMA_3_8B, H200).seconds is None
+
+
+def quality(task: str, shape: str | None = None, **settings: int) -> float:
+    suite = msgspec.structs.replace(checked().suite, quality=Quality(**settings))
+    one = Cell("", "", Axes(task, "m", "bfloat16", "cuda", "d2o", "0.2", shape, None, 0))
+    return predict(one, suite, LLAMA_3_8B | {"context": 8192}, H200).seconds or 0.0
+
+
+def test_a_quality_cell_s_time_grows_with_its_items_and_its_text() -> None:
+    eight, four = (quality(f"fidelity(documents={n})", "512+64", batch=4) for n in (8, 4))
+    assert eight == pytest.approx(2 * four)
+    assert quality("fidelity(documents=8)", "512+64", limit=2) < quality("fidelity(documents=8)", "512+64")
+    assert quality("recall(items=4)", "4096+8") > quality("recall(items=4)", "512+8") > 0
+    assert quality("gsm8k") == pytest.approx(1319 / 8 * quality("gsm8k", limit=8))
+    assert quality("coqa(turns=all)", limit=8) == pytest.approx(16 * quality("coqa", limit=8))
+    assert all(quality(task, "512+64" if uses_shape(task) else None) > 0 for task in REGISTRY.names())
+
+
+def test_needles_that_do_not_fit_are_no_work() -> None:
+    def found(context: int) -> Work | None:
+        return work(parse_task("needle(contexts=[1024,4096],depths=[0.5])"), Quality(), None, context)
+
+    assert found(8192) == Work(2, 2560, 32)
+    assert found(2048) == Work(1, 1024, 32)
+    assert found(512) is None
 
 
 def test_groups_hold_policies_and_budgets_and_quality_cells_stand_alone() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,14 +14,16 @@ import torch
 from fake_nvml import FakeNvml
 
 import d2obench.engine.session as session
-from d2obench.errors import ModelError, OutOfMemory, UsageError
+from d2obench.errors import MeasureError, ModelError, OutOfMemory, UsageError
 from d2obench.measure.nvml import Nvml
 from d2obench.measure.trace import RequestTrace
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
+from d2obench.runner.check import check
 from d2obench.runner.operations import Worker
 from d2obench.runner.prompts import prompts
 from d2obench.runner.protocol import describe
+from d2obench.suite import load_suite
 
 
 def request(policy: str = "h2o", budget: str | None = "0.25", **more: Any) -> dict[str, Any]:
@@ -81,6 +85,28 @@ def test_idle_power_comes_from_the_driver_and_is_missing_without_one(worker: Wor
     assert other.idle(asked, silent) == {"idle_w": None}
 
 
+def test_a_gpu_that_others_use_is_refused_with_the_owner_unless_allowed() -> None:
+    """``--allow-busy`` is the one way past; processes of the run itself are no others."""
+    busy = Worker()
+    owner = SimpleNamespace(pid=os.getppid(), usedGpuMemory=2**30)
+    busy._gpu["cuda:0"] = Nvml("gpu0", FakeNvml({"ComputeRunningProcesses": [owner]}))
+
+    class Client:
+        """Answers in this process, as if there were a GPU."""
+
+        def call(self, op: str, args: dict[str, Any]) -> Any:
+            if op == "describe":
+                return {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": {"context": 4096}}}
+            return getattr(busy, op)(args, silent)
+
+    words = {"axes.model": "shape:tiny", "axes.device": "cuda", "axes.task": "speed", "axes.shape": "32+8"}
+    suite = load_suite("quick", words)
+    with pytest.raises(MeasureError, match=f"the GPU is busy: process {os.getppid()} .*--allow-busy"):
+        check(suite, Client())  # type: ignore[arg-type]
+    assert check(suite, Client(), allow_busy=True).suite.axes.device == ("cuda:0",)  # type: ignore[arg-type]
+    assert busy.refuse_busy({"device": "cuda:0", "own": [os.getppid()]}, silent) == {}
+
+
 def test_counts_do_not_depend_on_the_machine(worker: Worker) -> None:
     one, two = worker.count(request(), silent), worker.count(request(), silent)
     assert one == two
@@ -109,8 +135,11 @@ def test_memory_that_ends_in_a_phase_is_survived(worker: Worker, monkeypatch: py
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(session.Session, phase, ended)
-    with pytest.raises(OutOfMemory, match=r"out of memory in (prefill|compress|decode)") as caught:
-        worker.measure(request(), silent)
+    for operation, more in ((worker.count, {}), (worker.warm_up, {"within": 0.1}), (worker.measure, {})):
+        with pytest.raises(
+            OutOfMemory, match=r"out of memory in (setup|prefill|compress|decode): .*allocate"
+        ) as caught:
+            operation(request(**more), silent)
     assert describe(caught.value)["kind"] == "OutOfMemory"
     worker.release()
     monkeypatch.undo()

@@ -19,6 +19,7 @@ def show_plan(checked: Checked, client: WorkerClient) -> None:
 
     from d2obench.report.display import spell
     from d2obench.runner.plan import group, predict
+    from d2obench.suite import SPEED
 
     devices = _rates(checked, client)
     table = Table("cell", "memory", "time", box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
@@ -36,18 +37,23 @@ def show_plan(checked: Checked, client: WorkerClient) -> None:
             memory, seconds = predict(cell, checked.suite, checked.models[axes.model], devices[axes.device, axes.dtype])
             told, most, unknown = told + (seconds or 0.0), max(most, memory or 0.0), unknown + (seconds is None)
             table.add_row(escape(cell.id), _size(memory), spell(seconds) if seconds is not None else "–")
-        whole += min(told, checked.suite.timing.max_seconds)
+        timed = together[0].axes.task == SPEED
+        whole += min(told, checked.suite.timing.max_seconds) if timed else told
     for column, words in zip(table.columns, (f"{len(checked.cells)} cells", _size(most), spell(whole)), strict=True):
         column.footer = words
     console = Console()
     console.print(table)
     console.print("Rough, from the model's dimensions and rates measured just now:")
+    if any(cell.axes.task != SPEED for cell in checked.cells):
+        console.print("Rougher still for quality: published sizes of the sets, answers as long as they may be.")
     for (device, dtype), rate in devices.items():
         console.print(
             f"{device}, {dtype}: copies {rate.bandwidth / 1e9:.0f} GB/s, multiplies {rate.flops / 1e9:,.0f} GFLOP/s"
         )
     if unknown:
-        console.print(f"{unknown} cells are not in the time: theirs depends on the data, or on a search (batch max).")
+        console.print(
+            f"{unknown} cells are not in the time: it depends on a plug-in's data, or on a search (batch max)."
+        )
 
 
 def _rates(checked: Checked, client: WorkerClient) -> dict[tuple[str, str], Device]:

@@ -62,9 +62,10 @@ def command(
     for one in picked:
         console.print(f"profiling {one.id}", style="dim", markup=False)
         found[one.id] = _profile(one, steps, folder, stacks=stacks, snapshot=snapshot)
-    write_atomic(folder / "profile.json", dump({name: profile._asdict() for name, profile in found.items()}))
+    write_atomic(folder / "profile.json", dump({name: _plain(profile) for name, profile in found.items()}))
     for table in tables({label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}, top):
         console.print(table)
+    console.print(counts_table({label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}, top))
     console.print(f"Traces (open them at ui.perfetto.dev) and figures are in {folder}", markup=False)
 
 
@@ -109,6 +110,39 @@ def tables(profiles: Mapping[str, Profile], top: int) -> list[Table]:
         found.append(_table(f"{phase}: MiB allocated{each} by range", ranges, _mib, None))
         found.append(_table(f"{phase}: {clock}{each} by operator, the {top} largest", operators, time, top))
     return found
+
+
+def counts_table(profiles: Mapping[str, Profile], top: int) -> Table:
+    """What one decode step does, counted: the same on every machine and every repeat; then its commonest operators."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="decode: counts a step", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for label in profiles:
+        table.add_column(Text(label), justify="right", overflow="fold")
+    counts = [profile.counts for profile in profiles.values()]
+    rows: list[tuple[str, list[str]]] = [
+        ("operators", [str(one.ops) for one in counts]),
+        ("kernels launched", ["–" if one.launches is None else str(one.launches) for one in counts]),
+        ("concatenations", [str(sum(one.concatenations.values())) for one in counts]),
+        ("host waits", [str(sum(one.waits.values())) for one in counts]),
+        ("MFLOP", [f"{one.flops / 1e6:,.1f}" for one in counts]),
+        ("fresh MiB", [f"{one.allocated_bytes / 2**20:.2f}" for one in counts]),
+        ("largest fresh MiB", [f"{one.largest_bytes / 2**20:.2f} {one.largest_op}" for one in counts]),
+    ]
+    for name, fields in rows:
+        table.add_row(name, *map(Text, fields))
+    table.add_section()
+    most = {name: max(one.by_op.get(name, 0) for one in counts) for one in counts for name in one.by_op}
+    for name in sorted(most, key=lambda name: (-most[name], name))[:top]:
+        table.add_row(Text(name), *(str(one.by_op.get(name, 0)) for one in counts))
+    return table
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    return {**profile._asdict(), "counts": profile.counts._asdict()}
 
 
 def _table(

@@ -64,6 +64,7 @@ def command(
     from d2obench.report.display import display
     from d2obench.runner.check import check
     from d2obench.runner.folder import new_folder, suite_of
+    from d2obench.runner.live import Vitals
     from d2obench.runner.protocol import WorkerClient
     from d2obench.suite import load_suite
 
@@ -92,7 +93,8 @@ def command(
             show_plan(checked, client)
             return
         folder = resume or new_folder(chosen.name, out)
-        stopped = execute(checked, folder, client, earlier, display(quiet=quiet, plain=no_progress))
+        shown = display(quiet=quiet, plain=no_progress, vitals=Vitals(client))
+        stopped = execute(checked, folder, client, earlier, shown)
     if stopped:
         typer.echo(f"d2obench: stopped; go on with: d2obench run --resume {folder}", err=True)
         typer.echo(f"d2obench: or look at what is there: d2obench report {folder}", err=True)

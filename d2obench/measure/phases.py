@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -86,6 +87,18 @@ def measure_request(
             session.close()
     session = None  # and raised out here, so that no traceback keeps the request's tensors alive
     raise OutOfMemory(f"out of memory in {line.phase or 'setup'}", why=shortage or "no memory left")
+
+
+@contextmanager
+def shortage_named() -> Iterator[Mark]:
+    """Gives a ``mark`` for a session that is not timed; memory that ends inside becomes OutOfMemory with its phase."""
+    last = ["setup"]
+    try:
+        yield lambda phase: last.__setitem__(0, phase)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        raise OutOfMemory(f"out of memory in {last[0]}", why=str(problem).partition("\n")[0][:300]) from None
 
 
 class _Line:

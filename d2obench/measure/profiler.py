@@ -18,7 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from d2obench.engine.ranges import naming
+from d2obench.measure.counters import StepCounts, count_step
 from d2obench.measure.phases import Mark, Request
+from d2obench.measure.stacks import fold
 
 PHASES = ("prefill", "compress", "decode")
 ENGINE_RANGES = (
@@ -59,12 +61,16 @@ class Cost(NamedTuple):
         return Cost(*(value / steps for value in self))
 
 
-class Profile(NamedTuple):
-    """One request: phase → range → cost, and phase → operator → cost."""
+Booked = dict[str, dict[str, Cost]]
 
-    ranges: dict[str, dict[str, Cost]]
-    operators: dict[str, dict[str, Cost]]
+
+class Profile(NamedTuple):
+    """One request: phase → range → cost, phase → operator → cost, and what a decode step does, counted."""
+
+    ranges: Booked
+    operators: Booked
     steps: int
+    counts: StepCounts
 
 
 class Files(NamedTuple):
@@ -116,7 +122,13 @@ def profile_request(
         verbose = torch._C._profiler._ExperimentalConfig(verbose=True)
         stacked = run(with_stack=True, experimental_config=verbose)
         stacked.export_stacks(str(files.stacks), "self_cuda_time_total" if cuda else "self_cpu_time_total")
-    return _booked(found.events() or [], steps)
+        fold(files.stacks, f":_{_request.__name__}")
+    session = session_factory(lambda phase: None)
+    try:
+        counts = count_step(session, prompts)
+    finally:
+        session.close()
+    return Profile(*_booked(found.events() or [], steps), steps, counts)
 
 
 def nvtx_request(
@@ -202,9 +214,10 @@ def _nothing() -> None:
     """A CPU is never behind."""
 
 
-def _booked(events: Any, steps: int) -> Profile:
-    ranges: dict[str, dict[str, Cost]] = {phase: {} for phase in PHASES}
-    operators: dict[str, dict[str, Cost]] = {phase: {} for phase in PHASES}
+def _booked(events: Any, steps: int) -> tuple[Booked, Booked]:
+    """Costs by range and by operator."""
+    ranges: Booked = {phase: {} for phase in PHASES}
+    operators: Booked = {phase: {} for phase in PHASES}
     nothing = Cost(0, 0, 0, 0)
     for event in events:
         phase, name = _place(event)
@@ -213,7 +226,7 @@ def _booked(events: Any, steps: int) -> Profile:
         cost = Cost(
             0,
             event.self_cpu_time_total * 1e-6,
-            event.self_device_time_total * 1e-6,
+            sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) * 1e-6,  # less its range
             max(0, event.self_cpu_memory_usage) + max(0, event.self_device_memory_usage),
         )
         each = steps if phase == "decode" else 1
@@ -224,7 +237,7 @@ def _booked(events: Any, steps: int) -> Profile:
         ranges[phase][name] = ranges[phase].get(name, nothing) + booked
         booked = cost._replace(calls=0 if operator == BETWEEN else 1).per(each)
         operators[phase][operator] = operators[phase].get(operator, nothing) + booked
-    return Profile(ranges, operators, steps)
+    return ranges, operators
 
 
 def _place(event: Any) -> tuple[str | None, str]:

@@ -14,9 +14,8 @@ class RequestTrace(msgspec.Struct):
     steps outside the session. ``peaks`` is phase → metric → bytes. ``kept`` and ``held`` are tokens per layer and
     sequence after compression and at the end; ``over`` says that they are more than asked. ``merged`` and ``evicted``
     count entries of all layers, ``merged_layers`` and ``evicted_layers`` those of each. ``timeline`` rows are
-    ``[t, …timeline_columns]``, ``device_timeline`` likewise; ``sampler_overhead`` is the share of one core that taking them
-    cost. ``round``, ``order`` and ``flags`` are set by the runner;
-    flags also say what went wrong here.
+    ``[t, …timeline_columns]``, ``device_timeline`` likewise; ``sampler_overhead`` is the share of one core that
+    taking them cost. ``round``, ``order`` and ``flags`` are set by the runner; flags also say what went wrong here.
     """
 
     batch: int

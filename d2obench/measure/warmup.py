@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from d2obench.measure.clock import Clock
-from d2obench.measure.phases import Mark, Request
+from d2obench.measure.phases import Request
 
 WINDOW, WINDOWS = 4, 8
 """Decode steps of a window, and how many windows at most."""
@@ -29,18 +29,18 @@ class WarmUp(NamedTuple):
 
 
 def warm_up(
-    session_factory: Callable[[Mark], Request], prompts: list[list[int]], gen: int, *, clock: Clock, within: float
+    session_factory: Callable[[], Request], prompts: list[list[int]], gen: int, *, clock: Clock, within: float
 ) -> WarmUp:
     """Runs one request until its decode is stable.
 
     Args:
-        session_factory: as in :func:`d2obench.measure.phases.measure_request`.
+        session_factory: makes the session.
         prompts: token ids of each sequence.
         gen: tokens at most; with fewer than two windows of steps nothing can be told, and it is not stable.
         clock: of the session's device.
         within: how far two successive medians may be apart, relative to the later one.
     """
-    session = session_factory(_unheard)
+    session = session_factory()
     try:
         with torch.inference_mode():
             logits = session.prefill(prompts)
@@ -69,7 +69,3 @@ def _windows(session: Request, tokens: torch.Tensor, steps: int, clock: Clock) -
             stamps.append(clock.stamp())
         times = clock.read(stamps)
         yield median(b - a for a, b in pairwise(times))
-
-
-def _unheard(phase: str) -> None:
-    """Nobody follows the phases of a warm-up."""

@@ -31,8 +31,8 @@ class Display(Protocol):
     def start(self, cells: Sequence[str]) -> None:
         """The run begins with these cell ids, in order."""
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
-        """A cell is in one of STATES; an unknown id is added."""
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
+        """A cell is in one of STATES, ``share`` of its work done; an unknown id is added."""
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """What is going on now: ``loading embedded``, ``round 3/5``; of ``total`` parts ``done`` are done."""
@@ -46,26 +46,38 @@ class Display(Protocol):
 
 @dataclass
 class _Progress:
-    """States of all cells and the time left, from the cells that ran so far."""
+    """States of all cells, and the time left from the work done so far: whole cells and shares of those that run.
+
+    Cells that ended without having run, such as those of an earlier part of the run, say nothing about the pace.
+    """
 
     clock: Callable[[], float] = time.monotonic
     states: dict[str, tuple[str, str]] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     words: str = ""
     begun: float = 0.0
 
     def start(self, cells: Sequence[str]) -> None:
-        self.states, self.begun = dict.fromkeys(cells, ("waiting", "")), self.clock()
+        self.states, self.shares, self.begun = dict.fromkeys(cells, ("waiting", "")), {}, self.clock()
+
+    def cell(self, cell: str, state: str, text: str, share: float) -> None:
+        self.states[cell] = (state, text)
+        if state == "running":
+            self.shares[cell] = max(share, self.shares.get(cell, 0.0))
+        elif cell in self.shares:
+            self.shares[cell] = 1.0
 
     def done(self) -> int:
         return sum(state in ENDED for state, _ in self.states.values())
 
     def left(self) -> str:
-        """``2 min left`` once a cell has ended; cells that are timed together end together, so it is rough."""
-        done = self.done()
-        if not done or done == len(self.states):
-            return ""
-        seconds = (self.clock() - self.begun) / done * (len(self.states) - done)
-        return f"about {spell(seconds)} left"
+        """``about 2 min left`` as soon as anything is done."""
+        work = sum(self.shares.values())
+        total = work + sum(
+            1 - self.shares.get(cell, 0.0) for cell, (state, _) in self.states.items() if state not in ENDED
+        )
+        seconds = (self.clock() - self.begun) * (total / work - 1) if work else 0.0
+        return f"about {spell(seconds)} left" if seconds > 0 else ""
 
 
 class PlainDisplay:
@@ -79,10 +91,10 @@ class PlainDisplay:
         self._progress.start(cells)
         self._line(f"{len(cells)} cells")
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         """A line when the cell ends, once."""
         before = self._progress.states.get(cell, ("", ""))[0]
-        self._progress.states[cell] = (state, text)
+        self._progress.cell(cell, state, text, share)
         if state in ENDED and before != state:
             place = f"[{self._progress.done()}/{len(self._progress.states)}]"
             self._line("  ".join(word for word in (place, cell, state, text, self._progress.left()) if word))
@@ -106,14 +118,22 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A table of the cells around the running ones, redrawn four times a second, with a bar and the time left below."""
+    """A table of the cells around the running ones, redrawn four times a second, with a bar and the time left below.
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    ``vitals`` is asked at every drawing for a few words on the worker, such as its memory.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        vitals: Callable[[], str] = str,
+    ) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self.console = Console(file=stream or sys.stderr)
-        self._progress, self._part = _Progress(clock), (0, 0)
+        self._progress, self._part, self._vitals = _Progress(clock), (0, 0), vitals
         self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._draw, transient=True)
 
     def start(self, cells: Sequence[str]) -> None:
@@ -121,9 +141,9 @@ class LiveDisplay:
         self._progress.start(cells)
         self._live.start()
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         """Takes effect at the next drawing."""
-        self._progress.states[cell] = (state, text)
+        self._progress.cell(cell, state, text, share)
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """Shown below the table."""
@@ -159,7 +179,8 @@ class LiveDisplay:
         done, total = self._progress.done(), max(1, len(self._progress.states))
         part = self._part[0] / self._part[1] if self._part[1] else 0.0
         share = f" ({part:.0%})" if self._part[1] else ""
-        foot = f"{done}/{total} cells  {self._progress.left()}  {_clean(self._progress.words)}{share}"
+        words = f"{_clean(self._progress.words)}{share}"
+        foot = "  ".join(filter(None, (f"{done}/{total} cells", self._progress.left(), words, _clean(self._vitals()))))
         return Group(table, ProgressBar(total=total, completed=done, width=40), Text(foot, style="dim"))
 
     def _window(self) -> list[str]:
@@ -178,7 +199,7 @@ class QuietDisplay:
     def start(self, cells: Sequence[str]) -> None:
         """Nothing."""
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         """Nothing."""
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
@@ -191,12 +212,14 @@ class QuietDisplay:
         """Nothing."""
 
 
-def display(*, quiet: bool = False, plain: bool = False, stream: TextIO | None = None) -> Display:
+def display(
+    *, quiet: bool = False, plain: bool = False, stream: TextIO | None = None, vitals: Callable[[], str] = str
+) -> Display:
     """The display that fits: quiet, live on a terminal, plain lines elsewhere or where ``plain`` is asked for."""
     stream = stream or sys.stderr
     if quiet:
         return QuietDisplay()
-    return PlainDisplay(stream) if plain or not stream.isatty() else LiveDisplay(stream)
+    return PlainDisplay(stream) if plain or not stream.isatty() else LiveDisplay(stream, vitals=vitals)
 
 
 def spell(seconds: float) -> str:

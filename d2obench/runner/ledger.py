@@ -19,8 +19,8 @@ from d2obench.suite import Cell
 class Watcher(Protocol):
     """Who is told how a run goes on, such as a ``Display`` of d2obench.report.display."""
 
-    def cell(self, cell: str, state: str, text: str = "") -> None:
-        """A cell is ``running``, or ended with a status."""
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
+        """A cell is ``running``, with a share of its work done, or ended with a status."""
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """What is going on now, and how far it is."""
@@ -78,7 +78,7 @@ class Ledger:
 
 def headline(record: CellRecord) -> str:
     """The few figures of a row that the progress display has room for."""
-    keys = ("tpot_s", "decode_tok_s", "speedup", "kl", "top1", "score", "gold_bpb")
+    keys = ("tpot_s", "decode_tok_s", "speedup", "nvml_used_bytes", "rss_peak_bytes", "kl", "top1", "score", "gold_bpb")
     known = [(key, record.values[key].value) for key in keys if key in record.values]
     return "  ".join(
         f"{METRICS[key].header} {show(key, value, unit=True)}" for key, value in known if value is not None

@@ -107,7 +107,7 @@ class Worker:
         gpu = self._nvml(device)
         if gpu is None:
             return {"idle_w": None}
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.synchronize(device)
         time.sleep(args.get("wait", 1.5))
         return {"idle_w": idle_power(gpu, args.get("seconds", 2.0))}
@@ -152,7 +152,8 @@ class Worker:
     def measure(self, args: Args, report: Report) -> Args:
         """One request of a speed cell: ``axes``, ``batch``, ``sampled`` ([depths, steps] or None).
 
-        ``warm_up`` cuts the generation short, for a gate whose base may know no other way; ``limit`` bounds a GPU's memory, in bytes.
+        ``warm_up`` cuts the generation short, for a gate whose base may know no other way.
+        ``limit`` bounds a GPU's memory, in bytes.
         """
         from d2obench.engine import Session
         from d2obench.measure.clock import clock_for
@@ -187,6 +188,7 @@ class Worker:
         from d2obench.engine import Session
         from d2obench.measure.clock import clock_for
         from d2obench.measure.memory import settle
+        from d2obench.measure.phases import shortage_named
         from d2obench.measure.warmup import MOST_TOKENS, warm_up
 
         axes = _axes(args)
@@ -195,13 +197,14 @@ class Worker:
         texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
         gen = min(shape.gen, MOST_TOKENS)
         settle(loaded.device)
-        found = warm_up(
-            lambda mark: Session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark),
-            texts,
-            gen,
-            clock=clock_for(loaded.device),
-            within=args["within"],
-        )
+        with shortage_named() as mark:
+            found = warm_up(
+                lambda: Session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark),
+                texts,
+                gen,
+                clock=clock_for(loaded.device),
+                within=args["within"],
+            )
         return found._asdict()
 
     def count(self, args: Args, report: Report) -> Args:
@@ -209,18 +212,20 @@ class Worker:
         from d2obench.engine import Session
         from d2obench.measure.counters import count_step
         from d2obench.measure.live import live_bytes
+        from d2obench.measure.phases import shortage_named
 
         axes = _axes(args)
         loaded = self._model(axes, report)
         (shape,) = parse_shape(axes.shape or "")
         texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
         before = live_bytes()
-        session = Session(loaded, axes.policy, axes.budget, max_new=shape.gen, seed=axes.seed)
-        try:
-            counts = count_step(session, texts)
-            alive = live_bytes() - before
-        finally:
-            session.close()
+        with shortage_named() as mark:
+            session = Session(loaded, axes.policy, axes.budget, max_new=shape.gen, seed=axes.seed, mark=mark)
+            try:
+                counts = count_step(session, texts)
+                alive = live_bytes() - before
+            finally:
+                session.close()
         found = {
             "ops_step": counts.ops,
             "flops_step": counts.flops,

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from d2obench.record import Axes
-from d2obench.spec import parse_budget, parse_shape
+from d2obench.spec import Shape, parse_budget, parse_shape
 from d2obench.suite import SPEED, Cell, Suite
+from d2obench.tasks import parse_task, rough
 
 ACTIVATIONS = 12
 """Hidden vectors of one token alive at once in prefill; rough."""
@@ -77,27 +80,40 @@ def memory_of(axes: Axes, model: Mapping[str, Any], batch: int) -> float:
 def predict(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device) -> Prediction:
     """Memory and time of one cell.
 
-    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer; all rounds and the
-    warm-up are counted. A quality cell's time depends on its data and is not told, nor is anything of batch ``max``.
+    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer. A speed cell's rounds
+    and warm-up are counted; a quality cell's items are, as far as they are known before its data is read. Nothing is
+    told of batch ``max``.
     """
-    axes, item = cell.axes, ITEM_BYTES[cell.axes.dtype]
-    weights = model["parameters"] * item
-    if axes.shape is None:
-        return Prediction(weights, None)
-    batch = axes.batch or suite.quality.batch
-    if not isinstance(batch, int):
-        return Prediction(None, None)
-    memory = memory_of(axes, model, batch)
+    axes, timing = cell.axes, suite.timing
+    shape = parse_shape(axes.shape)[0] if axes.shape else None
     if axes.task != SPEED:
-        return Prediction(memory, None)
-    (shape,) = parse_shape(axes.shape)
-    linear = 2 * model["parameters"] * batch
+        return _quality(cell, suite, model, device, shape)
+    assert shape is not None
+    if not isinstance(axes.batch, int):
+        return Prediction(None, None)
+    prefill, step = _pass(axes, model, device, axes.batch, shape)
+    steps = shape.gen if timing.decode == "full" else min(shape.gen, timing.depths * timing.steps)
+    seconds = timing.rounds * (prefill + steps * step) + (1 + timing.warmup) * prefill
+    return Prediction(memory_of(axes, model, axes.batch), seconds)
+
+
+def _quality(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device, shape: Shape | None) -> Prediction:
+    axes, batch = cell.axes, suite.quality.batch
+    work = rough.work(parse_task(axes.task), suite.quality, shape, model["context"])
+    if work is None:
+        return Prediction(float(model["parameters"] * ITEM_BYTES[axes.dtype]), None)
+    batch = min(batch, work.items)
+    size = Shape(work.prompt, work.new)
+    prefill, step = _pass(axes, model, device, batch, size)
+    seconds = work.items / batch * (prefill + work.new * step)
+    return Prediction(memory_of(msgspec.structs.replace(axes, shape=str(size)), model, batch), seconds)
+
+
+def _pass(axes: Axes, model: Mapping[str, Any], device: Device, batch: int, shape: Shape) -> tuple[float, float]:
+    """Seconds of the prefill and of one decode step of a batch."""
+    weights, linear = model["parameters"] * ITEM_BYTES[axes.dtype], 2 * model["parameters"] * batch
     attention = 2 * model["layers"] * model["heads"] * model["head_dim"] * batch * shape.prompt**2
     prefill = max((linear * shape.prompt + attention) / device.flops, weights / device.bandwidth)
     held = parse_budget(axes.budget).of(shape.prompt) if axes.budget else shape.prompt + shape.gen / 2
-    kv = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * item * batch * held
-    step = max((weights + kv) / device.bandwidth, linear / device.flops)
-    timing = suite.timing
-    steps = shape.gen if timing.decode == "full" else min(shape.gen, timing.depths * timing.steps)
-    once = prefill + steps * step
-    return Prediction(memory, timing.rounds * once + (1 + timing.warmup) * prefill)
+    token = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * ITEM_BYTES[axes.dtype]
+    return prefill, max((weights + token * batch * held) / device.bandwidth, linear / device.flops)

@@ -97,6 +97,12 @@ class WorkerClient:
             self._forget()
         return self._process.pid if self._process else None
 
+    @property
+    def started(self) -> int:
+        """The process id of the worker that was started, dead or alive; 0 without one. Any thread may ask."""
+        process = self._process
+        return process.pid if process else 0
+
     def call(
         self, op: str, args: Any = None, *, progress: Progress | None = None, timeout_s: float | None = None
     ) -> dict[str, Any]:

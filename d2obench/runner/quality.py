@@ -20,6 +20,8 @@ def evaluate(suite: Suite, cell: Cell, client: WorkerClient, ledger: Ledger) -> 
 
     def progress(done: int, total: int, words: str) -> None:
         ledger.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)
+        if not words:
+            ledger.watcher.cell(cell.id, "running", share=done / max(1, total))
 
     try:
         found = again(lambda: client.call("evaluate", request, progress=progress))

@@ -1,9 +1,9 @@
 """One group of speed cells: the same model, shape, batch and seed, every policy and budget, in interleaved rounds.
 
 Rounds go over the cells forwards and backwards in turn (ABBA), so that a drift of the machine falls on all of them
-alike and cancels in the ratios of one round. A cell is warmed up in every worker process before it is measured there.
-Warming up goes on
-until decode steps settle. Each request is on the disk before the next one starts, so a run that goes on measures nothing twice.
+alike and cancels in the ratios of one round. A cell is warmed up in every worker process before it is measured there,
+until its decode steps settle. Each request is on the disk before the next one starts, so a run that goes on measures
+nothing twice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import msgspec
 from d2obench.errors import D2OBenchError
 from d2obench.measure.summarise import Machine, Summary, summarise, tpot
 from d2obench.measure.trace import RequestTrace
-from d2obench.metric import show
 from d2obench.record import Value
 from d2obench.runner.ledger import Ledger
+from d2obench.runner.live import so_far
 from d2obench.runner.plan import abba
 from d2obench.runner.protocol import WorkerClient, again
 from d2obench.runner.ratios import FULL, against_full
@@ -123,7 +123,7 @@ class SpeedGroup:
 
         def measured() -> tuple[dict[str, Any], float]:
             self._warm_up(cell, request)
-            self.ledger.watcher.cell(cell.id, "running", self._so_far(cell, number))
+            self.ledger.watcher.cell(cell.id, "running", *so_far(cell.id, samples.rounds, self.timing, number))
             since = time.monotonic()
             return self.client.call("measure", request), time.monotonic() - since
 
@@ -150,17 +150,6 @@ class SpeedGroup:
             if data["warm_up"][-1]["stable"]:
                 break
         self._warm[cell.id] = self.client.generation
-
-    def _so_far(self, cell: Cell, number: int) -> str:
-        """``round 3/5  TPOT 11.82 ms ± 2 %``."""
-        rounds = _traces(self._samples[cell.id].rounds)
-        words = f"round {number + 1}/{self.timing.max_rounds}"
-        if not rounds:
-            return words
-        value = tpot(cell.id, rounds)
-        width = _width(value)
-        spread = f" ± {width:.0%}".replace("%", " %") if math.isfinite(width) else ""
-        return f"{words}  TPOT {show('tpot_s', value.value, unit=True)}{spread}"
 
     def _finish(self, cell: Cell) -> None:
         samples = self._samples[cell.id]

@@ -17,9 +17,9 @@ def show_report(report: Report, console: Console) -> None:
     for table in report.headline[:1]:
         show_table(table, console)
     for line in report.reading:
-        console.print(Text(line, style="dim"))
+        console.print(Text(_clean(line), style="dim"))
     for line in report.warnings:
-        console.print(Text(f"! {line}", style="yellow"))
+        console.print(Text(f"! {_clean(line)}", style="yellow"))
     for line in report.verdict:
         console.print(Text(f"• {_clean(line)}"))
 
@@ -30,7 +30,7 @@ def show_table(table: Table, console: Console) -> None:
     blocks = _blocks(table, first, console)
     for number, places in enumerate(blocks):
         made = _rich(table, places)
-        made.title = Text(table.title if not number else f"{table.title} (continued)", style="bold")
+        made.title = Text(_clean(table.title) + (" (continued)" if number else ""), style="bold")
         console.print(made)
     if table.left_out:
         console.print(Text(f"{table.left_out} more rows are in results.csv", style="dim"))
@@ -61,7 +61,7 @@ def _rich(table: Table, places: list[int]) -> RichTable:
     made = RichTable(title_justify="left", header_style="bold", pad_edge=False)
     for place in places:
         column = table.columns[place]
-        head = Text(column.title.replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
+        head = Text(_clean(column.title).replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
         made.add_column(head, justify="right" if column.numeric else "left", overflow="fold")
     for number, row in enumerate(table.rows):
         if number in table.groups and number:

@@ -25,22 +25,23 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// Figures: the image gives way to the interactive chart; it follows the colour scheme, and paper is light.
+// Figures: the interactive chart follows the colour scheme; the image, which is light, stays for paper.
 const themes = JSON.parse(document.getElementById("themes").textContent);
-const dark = matchMedia("(prefers-color-scheme: dark)"), paper = matchMedia("print");
-const drawn = [];
+const dark = matchMedia("(prefers-color-scheme: dark)");
 async function draw() {
-  const config = themes[dark.matches && !paper.matches ? "dark" : "light"];
+  const config = themes[dark.matches ? "dark" : "light"];
   for (const chart of document.querySelectorAll(".chart")) {
     const spec = JSON.parse(document.getElementById(chart.dataset.spec).textContent);
     const label = chart.dataset.label ??= chart.querySelector("img").alt;
     try {
       const target = document.createElement("div");
+      target.className = "live";
       await vegaEmbed(target, spec, { actions: false, renderer: "svg", mode: "vega-lite", config, tooltip: { theme: dark.matches ? "dark" : "light" } });
       const svg = target.querySelector("svg");
       svg.setAttribute("role", "img");
       svg.setAttribute("aria-label", label);
-      chart.replaceChildren(target);
+      chart.querySelector(".live")?.remove();
+      chart.append(target);
       chart.dataset.state = "drawn";
     } catch (problem) {
       console.error(`${chart.dataset.spec}: ${problem}`);
