@@ -341,3 +341,10 @@ def test_nothing_is_left_over_between_prompts(tiny):
     first = tokens(tiny, "d2o", "0.3", random_prompts(70, seed=1))[0]
     tokens(tiny, "d2o", "0.3", random_prompts(50, seed=2))
     assert torch.equal(first, tokens(tiny, "d2o", "0.3", random_prompts(70, seed=1))[0])
+
+
+def test_presets_stand_for_parameters_and_give_way_to_them():
+    assert parse_policy("d2o(preset=paper)") == D2O()
+    tuned = parse_policy("d2o(preset=tuned)")
+    assert (tuned.allocate, tuned.merge, tuned.recent) == ("uniform", "none", 0.5)
+    assert parse_policy("d2o(preset=tuned,merge=values)").merge == "values"
