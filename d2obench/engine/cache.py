@@ -25,12 +25,12 @@ from d2obench.engine.layer import PolicyLayer
 from d2obench.engine.packing import book, compress, real_tokens, to_the_right
 from d2obench.engine.prefill import kept_stats, prompt_attention
 from d2obench.engine.quantised import QuantStore
-from d2obench.engine.ranges import span
 from d2obench.engine.slots import CLOSED, DenseStore
 from d2obench.engine.state import DecodeState, capacities
 from d2obench.engine.turns import add, reopen, rescale
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Policy, Stats
+from d2obench.ranges import span
 from d2obench.spec import Budget
 
 SPARE = 256

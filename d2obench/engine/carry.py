@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2obench.engine.ranges import span
 from d2obench.policies.base import Carries
+from d2obench.ranges import span
 
 if TYPE_CHECKING:
     from d2obench.engine.state import DecodeState

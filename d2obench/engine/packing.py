@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2obench.engine.ranges import span
 from d2obench.engine.slots import CLOSED, EMPTY
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Kept, Policy, pick, select
+from d2obench.ranges import span
 
 
 def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple[Kept, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2obench.policies.base import Needs, Stats
+from d2obench.ranges import span
 
 CPU_BLOCK, GPU_BLOCK = 64, 512
 CPU_CACHE = 2**20
@@ -61,7 +62,8 @@ def prompt_attention(
         else:
             out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
         if needs.window:
-            seen["window"].copy_(_window(q, k, scale, needs))
+            with span("scores"):
+                seen["window"].copy_(_window(q, k, scale, needs))
     return out, stats
 
 
@@ -96,7 +98,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
             found = torch.bmm(weights.to(v.dtype), flat_v[part, :end]).view(-1, group, size, v.shape[-1])
             for row, one in enumerate(found, low):
                 mixed[row // heads, row % heads, :, first:last] = one
-            _tally(weights.view(-1, group, size, end), part, stats, needs)
+            with span("scores"):
+                _tally(weights.view(-1, group, size, end), part, stats, needs)
 
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
@@ -112,7 +115,8 @@ def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
         logits = (block @ k[:, :, :end].transpose(2, 3)).float().view(batch, heads, group, size, end)
         ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         logits[..., end - size :].masked_fill_(ahead, -math.inf)
-        _tally(torch.softmax(logits, -1).flatten(0, 1), slice(None), stats, needs)
+        with span("scores"):
+            _tally(torch.softmax(logits, -1).flatten(0, 1), slice(None), stats, needs)
 
 
 def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2obench.engine.ranges import span
 from d2obench.engine.slots import CLOSED, EMPTY, NEVER, DenseStore
+from d2obench.ranges import span
 
 if TYPE_CHECKING:
     from d2obench.policies.base import Policy

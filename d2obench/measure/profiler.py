@@ -1,7 +1,7 @@
 """Where the time and memory of a request go: torch.profiler over prefill, compression and a few decode steps.
 
 Each event's own cost (without what it calls) is booked on the nearest named range around it, so the ranges of a phase
-and its rest add up to the phase. Ranges are the engine's (``d2obench.engine.ranges``) and the model's parts, named by
+and its rest add up to the phase. Ranges are the engine's (``d2obench.ranges``) and the model's parts, named by
 hooks while profiling and only then. Profiling slows everything down: shares are what to read, not times.
 """
 
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from d2obench.engine.ranges import naming
 from d2obench.measure.counters import StepCounts, count_step
 from d2obench.measure.phases import Mark, Request
 from d2obench.measure.stacks import fold
+from d2obench.ranges import naming
 
 PHASES = ("prefill", "compress", "decode")
 ENGINE_RANGES = (

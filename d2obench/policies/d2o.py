@@ -15,6 +15,7 @@ from d2obench.policies.base import Carries, Entries, Kept, Policy, Stats, pick
 from d2obench.policies.h2o import H2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
 from d2obench.policies.released import Released
+from d2obench.ranges import span
 from d2obench.spec import Budget
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class D2O(H2O):
             return {"tau": tau}
         leaving, hosts = kept.leaving.flatten(0, 1), self._hosts(entries, kept, keep).flatten(0, 1)
         keys, values = (pick(rows, kept.evicted).flatten(0, 1) for rows in (entries.keys, entries.values))
-        similarity, host = nearest(keys, kept.keys.flatten(0, 1), hosts)
+        with span("similarity"):
+            similarity, host = nearest(keys, kept.keys.flatten(0, 1), hosts)
         leaving = leaving & (similarity > -math.inf)
         tau = mean_over(similarity, leaving, heads if self.threshold == "layer" else 0)
         passed = leaving & (similarity >= tau[:, None])
@@ -155,7 +157,8 @@ class D2O(H2O):
         leaving = state.position[layer].gather(1, victims) >= 0
         hosts = (state.position[layer] >= 0).scatter(1, victims, False)[:, : store.capacities[layer]]
         kept = store.keys(layer)
-        similarity, host = nearest(store.read_keys(index), kept, hosts)
+        with span("similarity"):
+            similarity, host = nearest(store.read_keys(index), kept, hosts)
         leaving = leaving & (similarity > -math.inf)
         newest = mean_over(similarity, leaving, state.heads if self.threshold == "layer" else 0)
         smoothed = torch.where(tau[layer].isinf(), newest, torch.lerp(tau[layer], newest, self.beta))
