@@ -103,13 +103,16 @@ def _threads() -> int | None:
     return int(asked) if asked.isdecimal() else None
 
 
+OURS = "; column sums: blocks of queries; decode: products over slots"
+
+
 def _attention(device: str) -> str | None:
-    """The scaled-dot-product kernels torch may choose from."""
+    """The attention in use: torch's kernels where no statistics of the map are wanted, ours where they are."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
     if not device.startswith("cuda"):
-        return "sdpa: flash (CPU)"
+        return f"sdpa: flash (CPU){OURS}"
     on = torch.backends.cuda
     kinds = {
         "flash": on.flash_sdp_enabled(),
@@ -117,7 +120,7 @@ def _attention(device: str) -> str | None:
         "cudnn": on.cudnn_sdp_enabled(),
         "math": on.math_sdp_enabled(),
     }
-    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}"
+    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{OURS}"
 
 
 def _gpu(device: str) -> Nvml | None:
