@@ -29,7 +29,14 @@ def text(verdicts: Verdicts, *, color: bool = False, width: int = 140, every: bo
         every: list the OK rows too.
     """
     out = io.StringIO()
-    console = Console(file=out, force_terminal=color, width=width, highlight=False, no_color=not color)
+    console = Console(
+        file=out,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        width=width,
+        highlight=False,
+        no_color=not color,
+    )
     console.print(f"{_plain(verdicts.title)}: {_plain(verdicts.base)} → {_plain(verdicts.head)}")
     rows = list(verdicts.rows) if every else [row for row in verdicts.rows if row.verdict is not Verdict.OK]
     if rows:
