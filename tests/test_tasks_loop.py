@@ -275,3 +275,15 @@ def test_the_real_model_answers_as_generate_does(embedded: LoadedModel) -> None:
         ids = torch.tensor([encode(embedded, example, Limits(max_new=16)).ids])
         out = embedded.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
         assert item["text"] == embedded.tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "more"),
+    [
+        ("h2o", "0.4", False), ("d2o", "0.4", False), ("snapkv(window=4)", "0.4", True),
+        ("snapkv(window=4,decode=slide)", "0.4", False), ("d2o(preset=released)", "0.4", True), ("snapkv", "1.0", False),
+    ],
+)  # fmt: skip
+def test_keeping_more_than_asked_is_flagged(model: LoadedModel, policy: str, budget: str, more: bool) -> None:
+    found = evaluate(model, cell("fidelity(documents=2)", policy, budget, "64+8"), Quality(), quiet)
+    assert ("keeps more than asked" in found.details.get("flags", ())) is more

@@ -89,7 +89,30 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
             why="its weights are random or it has no tokenizer",
             remedy="use a model with real weights, for example --model embedded",
         )
-    return task.evaluate(loaded, cell, quality, report)
+    found = task.evaluate(loaded, cell, quality, report)
+    if _keeps_more(cell, found):
+        found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
+    return found
+
+
+def _keeps_more(cell: Cell, found: Evaluation) -> bool:
+    """Whether a policy held more than its budget: it grows while decoding, or it kept more of the prompts."""
+    from d2obench.policies import YARDSTICKS, parse_policy
+    from d2obench.spec import parse_budget
+
+    axes = cell.axes
+    if axes.budget is None or axes.policy in YARDSTICKS:
+        return False
+    budget, kept = parse_budget(axes.budget), found.values.get("budget_effective")
+    if budget.ratio == 1.0:
+        return False
+    if parse_policy(axes.policy).grows:
+        return True
+    lengths = [item["prompt_tokens"] for item in found.items if item.get("prompt_tokens")]
+    if kept is None or kept.value is None or not lengths:
+        return False
+    allowed = sum((budget.of(tokens) + 1) / tokens for tokens in lengths) / len(lengths)
+    return bool(kept.value > allowed)
 
 
 def rescore(text: str, items: list[Item]) -> dict[str, Value]:
