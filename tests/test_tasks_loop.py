@@ -281,7 +281,8 @@ def test_the_real_model_answers_as_generate_does(embedded: LoadedModel) -> None:
     ("policy", "budget", "more"),
     [
         ("h2o", "0.4", False), ("d2o", "0.4", False), ("snapkv(window=4)", "0.4", True),
-        ("snapkv(window=4,decode=slide)", "0.4", False), ("d2o(preset=released)", "0.4", True), ("snapkv", "1.0", False),
+        ("snapkv(window=4,decode=slide)", "0.4", False), ("d2o(preset=released)", "0.4", True),
+        ("snapkv", "1.0", False),
     ],
 )  # fmt: skip
 def test_keeping_more_than_asked_is_flagged(model: LoadedModel, policy: str, budget: str, more: bool) -> None:
