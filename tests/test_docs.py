@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from d2obench.cli import COMMANDS
+from d2obench.engine import Session
+from d2obench.models import LoadedModel
 from d2obench.suite import shipped
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +75,18 @@ def test_tree_is_the_tree() -> None:
             assert (ROOT / "/".join(part.rstrip("/") for part in folder)).exists(), line
             seen += 1
     assert seen > 10
+
+
+def test_the_recipe_of_a_policy_runs(tiny: LoadedModel) -> None:
+    """The README's policy, as it stands there: within budget, and never without a finite answer."""
+    (code,) = [body for kind, body in BLOCKS if kind == "python" and "class Strided" in body]
+    assert code.count("\n") < 40
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(compile(code, "README.md", "exec"), names)
+    session = Session(tiny, names["Strided"](), "0.3", max_new=12)
+    logits = session.prefill([list(range(100)), list(range(60))])
+    session.compress()
+    for _ in range(12):
+        logits = session.step(logits.argmax(-1))
+    assert logits.isfinite().all()
+    assert session.footprint().held == [[30.0, 18.0]] * tiny.layers
