@@ -39,6 +39,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def gate(session: nox.Session) -> None:
+    """The exact and sampled figures of this tree against the committed baseline, or the commit before."""
+    session.install("-e", ".")
+    session.run("python", ".ci/gate.py", ".", ".")
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """The page in headless Chromium, which must be installed: figures, console, network, sorting, print."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):

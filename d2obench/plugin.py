@@ -8,10 +8,21 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
 
 from d2obench.errors import D2OBenchError
+
+
+class Offer(NamedTuple):
+    """What another package offers: where it comes from, and why it can't be used (empty where it can)."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    target: str
+    problem: str
 
 
 class Registry:
@@ -39,6 +50,15 @@ class Registry:
                 found[point.name] = f"{point.dist.name if point.dist else '?'}: {point.value}"
         return found
 
+    def offers(self) -> list[Offer]:
+        """Everything other packages offer under this group, each one imported to see whether it can be."""
+        found = []
+        for point in entry_points(group=self.group):
+            source = (point.dist.name, point.dist.version) if point.dist else ("?", "")
+            problem = f"'{point.name}' is built in and stays so" if point.name in self._builtin else _fault(point)
+            found.append(Offer(self.kind, point.name, *source, point.value, problem))
+        return sorted(found)
+
     def get(self, name: str) -> Any:
         """The class of that name; an unknown one or a plugin that can't be imported is a clear error."""
         if name in self._builtin:
@@ -48,7 +68,7 @@ class Registry:
             if point.name == name:
                 try:
                     return point.load()
-                except Exception as problem:
+                except (Exception, SystemExit) as problem:
                     raise self._error(
                         f"the {self.kind} plugin '{name}' can't be imported",
                         why=f"{type(problem).__name__}: {problem}",
@@ -57,3 +77,12 @@ class Registry:
         near = difflib.get_close_matches(name, self.names(), 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise self._error(f"unknown {self.kind} '{name}'", remedy=f"{hint}the known ones are {', '.join(self.names())}")
+
+
+def _fault(point: EntryPoint) -> str:
+    """Why an entry point can't be imported, in one line; empty where it can."""
+    try:
+        point.load()
+    except (Exception, SystemExit) as problem:
+        return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+    return ""

@@ -8,6 +8,7 @@ Schema history: 1, first version.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -57,7 +58,8 @@ class CellRecord(msgspec.Struct, frozen=True):
     ``id`` is readable and stable; ``hash`` covers everything the result depends on. ``status`` is one of STATUSES and
     ``reason`` says why it is not ``ok``. ``details`` holds what only some views use (kept tokens per layer, phases,
     ``items`` of a quality task are in the samples). ``flags`` are words every view must show, such as
-    ``keeps more than asked`` or ``sampled decode``.
+    ``keeps more than asked`` or ``sampled decode``. ``environment`` is the hash of the fingerprint it was measured
+    under.
     """
 
     id: str
@@ -71,6 +73,7 @@ class CellRecord(msgspec.Struct, frozen=True):
     samples: str | None = None
     started: str = ""
     seconds: float = 0.0
+    environment: str = ""
     schema: int = SCHEMA
 
 
@@ -132,6 +135,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as problem:
+        with contextlib.suppress(OSError):  # what was begun takes the last of a full disk
+            partial.unlink()
         raise cannot_write(path, problem) from problem
 
 

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from d2obench.errors import SuiteError, UsageError
+from d2obench.placement import Placement
 from d2obench.record import Axes, dump
 from d2obench.spec import parse_budget, parse_numbers, parse_shape, parse_spec, split_list
+from d2obench.target import Target, Where
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPEED = "speed"
@@ -48,7 +50,8 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ``interval`` (relative half-width), and in any case after ``max_rounds`` or ``max_seconds`` a group.
     A disturbed round is kept and flagged and is not one of the ``rounds``, so that another is measured. A shape is
     warmed up by ``warmup`` requests at most, until two successive windows of steps are within ``warm_within``.
-    ``decode`` is ``full`` or ``sampled`` (steps at ``depths`` points of a long generation, integrated).
+    ``decode`` is ``full``, ``sampled`` (steps at ``depths`` points of a long generation, integrated), or ``both``: each
+    request is run in full and again sampled, and the row says how far the integral lies from the truth.
     """
 
     rounds: Positive = 5
@@ -57,14 +60,17 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     warm_within: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     interval: Annotated[float, msgspec.Meta(gt=0)] = 0.05
     max_seconds: Seconds = 600.0
-    decode: Literal["full", "sampled"] = "full"
+    decode: Literal["full", "sampled", "both"] = "full"
     depths: Positive = 6
     steps: Positive = 8
     memory_limit: str = ""
 
 
 class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """``[worker]``: ``shared`` keeps one process with the model warm, ``fresh`` starts one for each group of cells."""
+    """``[worker]``: ``shared`` keeps one process with the model warm, ``fresh`` starts one for each cell.
+
+    Fresh processes of cells that are timed together live side by side (see ``d2obench.runner.bench``).
+    """
 
     mode: Literal["shared", "fresh"] = "shared"
     timeout_s: Seconds = 1800.0
@@ -72,11 +78,15 @@ class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Quality(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """``[quality]``: items per task (0: all), how many are decoded together, and files in place of hub data sets."""
+    """``[quality]``: items per task (0: all), how many are decoded together, and files in place of hub data sets.
+
+    ``digests`` are the sha256 of those files as a run found them, by task; a run fills them in.
+    """
 
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0
     batch: Positive = 8
     data: dict[str, str] = {}
+    digests: dict[str, str] = {}
 
 
 class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -93,16 +103,19 @@ class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole suite file."""
+    """A whole suite file. ``exclude`` takes cells out of the product of ``axes``; ``targets`` are what is promised."""
 
     name: str
     about: str
     axes: AxesTable
     schema: Literal[1] = 1
+    models: Placement = msgspec.field(default_factory=Placement)
     timing: Timing = msgspec.field(default_factory=Timing)
     worker: WorkerTable = msgspec.field(default_factory=WorkerTable)
     quality: Quality = msgspec.field(default_factory=Quality)
     gate: GateTable = msgspec.field(default_factory=GateTable)
+    exclude: tuple[Where, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -144,7 +157,10 @@ def load_suite(name: str, overrides: Mapping[str, str] | None = None) -> Suite:
         raise SuiteError(
             f"{source}: {_plain(str(problem))}", remedy="see the suites that ship: d2obench list suites"
         ) from None
-    return _checked(suite, source)
+    suite = _checked(suite, source)
+    if not any(key.startswith("axes.") for key in overrides or ()):  # other axes may leave targets without a cell
+        _reached(suite, source)
+    return suite
 
 
 def cells(suite: Suite) -> list[Cell]:
@@ -169,7 +185,10 @@ def cells(suite: Suite) -> list[Cell]:
             for policy in policies:
                 for budget in budgets if takes_budget(policy) else [None]:
                     point = Axes(task, model, dtype, device, policy, budget, shape, batch, seed)
-                    found[point] = _cell(point, suite)
+                    if not any(where.covers(point) for where in suite.exclude):
+                        found[point] = _cell(point, suite)
+    if not found:
+        raise SuiteError(f"suite {suite.name} excludes every cell", remedy="name fewer cells in its key exclude")
     return list(found.values())
 
 
@@ -178,9 +197,16 @@ def _cell(point: Axes, suite: Suite) -> Cell:
     words = [point.task, point.model, point.dtype, point.device, point.policy + at]
     words += [point.shape] if point.shape else []
     words += [f"b{point.batch}"] if point.batch is not None else []
-    settings: Any = suite.timing if point.task == SPEED else suite.quality
-    content = hashlib.sha256(dump([point, settings, suite.worker.threads])).hexdigest()[:16]
+    settings: Any = suite.timing if point.task == SPEED else _settings(point.task, suite.quality)
+    placed = [] if suite.models.single else [suite.models]
+    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed])).hexdigest()[:16]
     return Cell("/".join([*words, f"s{point.seed}"]), content, point)
+
+
+def _settings(task: str, quality: Quality) -> list[Any]:
+    """What a quality cell's figures depend on: of its data the content, where that is known, and not the place."""
+    name = task.partition("(")[0]
+    return [quality.limit, quality.batch, quality.digests.get(name, quality.data.get(name))]
 
 
 def _batches(text: int | str) -> list[int | str]:
@@ -241,6 +267,8 @@ def _checked(suite: Suite, source: str) -> Suite:
             parse_spec(policy)
         for task in suite.axes.task:
             parse_spec(task, "task")
+        for where in (*suite.exclude, *suite.targets):
+            where.axes  # noqa: B018 - reads the words
     except UsageError as problem:
         raise SuiteError(f"{source}: {problem.what}", why=problem.why, remedy=problem.remedy) from None
     empty = [
@@ -250,4 +278,17 @@ def _checked(suite: Suite, source: str) -> Suite:
     ]
     if empty:
         raise SuiteError(f"{source}: key axes.{empty[0]}: the list is empty", remedy="give it at least one value")
+    for target in suite.targets:
+        if fault := target.fault():
+            raise SuiteError(f"{source}: key targets: {fault}", remedy="see d2obench list metrics")
     return suite
+
+
+def _reached(suite: Suite, source: str) -> None:
+    """A target or an exclusion that no cell can meet is a word misspelt."""
+    every = cells(msgspec.structs.replace(suite, exclude=())) if suite.exclude else []
+    lost = [f"exclude {where.axes}" for where in suite.exclude if not any(where.covers(one.axes) for one in every)]
+    kept = cells(suite) if suite.targets else []
+    lost += [f"targets {goal.axes}" for goal in suite.targets if not any(goal.covers(one.axes) for one in kept)]
+    if lost:
+        raise SuiteError(f"{source}: no cell of the suite is {lost[0]}", remedy="name values of its axes")

@@ -72,6 +72,7 @@ def main():
                                   "models": {m: {"context": 4096} for m in args["models"]}},
         "environment": lambda args: {}, "refuse_busy": lambda args: {}, "load": lambda args: {},
         "count": lambda args: ARM["counts"], "measure": measure, "evaluate": evaluate,
+        "warm_up": lambda args: {"decode_s": [0.01, 0.01], "stable": True},
     }
     with os.fdopen(int(sys.argv[1]), "rb") as requests, os.fdopen(int(sys.argv[2]), "wb", buffering=0) as out:
         for line in requests:

@@ -4,7 +4,9 @@ The environment variable ``FAKE`` holds JSON: ``oom``, ``crash``, ``hang`` (poli
 batch), ``die`` (a file: the worker is killed once, in round 1, and leaves it), ``delay`` (seconds of a request),
 ``noise`` (what the worker prints), ``flags`` (of every round), ``calm`` (rounds from this one on have no flags),
 ``cold`` (warm-ups until one is stable), ``power`` (watts of a GPU), ``idle_w`` (when idle), ``log`` (a file that gets
-a line for every request).
+a line for every request), ``bias`` (a sampled request's time ÷ that of a full one), ``spans``
+(a file that gets the node, the begin and the end of each), ``visible`` (a file that gets the worker's pid and the GPUs
+it sees), ``memory`` (bytes of the device), ``unlike`` (a file: whoever makes it has another GPU than the rest).
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class Fake(Worker):
         return {"devices": devices, "models": dict.fromkeys(args["models"], DIMENSIONS)}
 
     def environment(self, args: Any, report: Any) -> Any:
-        return {"cpu": "fake", "device": args["device"], **FAKE.get("facts", {})}
+        facts = {"cpu": "fake", "device": args["device"], **FAKE.get("facts", {})}
+        if "unlike" in FAKE:
+            facts["gpu"] = _alike(FAKE["unlike"])
+        return facts
 
     def refuse_busy(self, args: Any, report: Any) -> Any:
         return {}
@@ -62,7 +67,7 @@ class Fake(Worker):
         return {"bandwidth": 1e9, "flops": 1e9}
 
     def memory(self, args: Any, report: Any) -> Any:
-        return {"free": 10**9, "total": 10**9}
+        return {"free": FAKE.get("memory", 10**9), "total": FAKE.get("memory", 10**9)}
 
     def load(self, args: Any, report: Any) -> Any:
         report(1, 1, "loading fake")
@@ -103,7 +108,14 @@ class Fake(Worker):
         if "noise" in FAKE:
             print(FAKE["noise"], flush=True)
             os.write(1, FAKE["noise"].encode())
+        if "visible" in FAKE:
+            with open(FAKE["visible"], "a") as file:
+                file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        began = time.time()
         time.sleep(FAKE.get("delay", 0.0))
+        if "spans" in FAKE:
+            with open(FAKE["spans"], "a") as file:
+                file.write(f"{_node()} {began} {time.time()}\n")
         if op == "measure" and args.get("round") == 1 and "die" in FAKE and not os.path.exists(FAKE["die"]):
             open(FAKE["die"], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -116,6 +128,24 @@ class Fake(Worker):
             time.sleep(3600)
 
 
+def _node() -> str:
+    """The process id of whoever started the one that started this: on a cluster, that of the node."""
+    with open(f"/proc/{os.getppid()}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[1]
+
+
+def _alike(path: str) -> str:
+    """One kind of GPU for the node that asks first, another for the rest."""
+    node = _node()
+    try:
+        with open(path, "x") as file:
+            file.write(node)
+    except FileExistsError:
+        with open(path) as file:
+            return "one" if file.read() == node else "another"
+    return "one"
+
+
 def trace(args: dict[str, Any]) -> dict[str, Any]:
     """A request's figures, fixed by cell and round alone."""
     axes, batch = args["axes"], args["batch"]
@@ -124,11 +154,13 @@ def trace(args: dict[str, Any]) -> dict[str, Any]:
     step = 0.01 + zlib.crc32(seed.encode()) % 1000 * 1e-6
     steps = [step] * (gen - 1)
     kept = [[float(prompt)] * batch] * 2
+    sampled = bool(args.get("sampled")) and "bias" in FAKE
+    steps = [one * FAKE["bias"] for one in steps] if sampled else steps
     end = 0.2 + sum(steps)
     return {
         "batch": batch, "gen": gen, "prompt_tokens": prompt * batch,
         "ttft_s": 0.2, "prefill_s": 0.15, "compress_s": 0.05, "decode_s": sum(steps), "e2e_s": end,
-        "loop_s": 0.0, "step_s": steps,
+        "loop_s": 0.0, "step_s": steps, "step_at": list(range(len(steps))) if sampled else [],
         "marks": [[0.0, "prefill"], [0.15, "compress"], [0.2, "token"], [0.2, "decode"], [end, "end"]],
         "peaks": {"prefill": {"rss_bytes": 1000 + 10 * batch}},
         "kv_bytes": 512 * batch, "kv_prompt_bytes": 512 * batch, "state_bytes": 0,

@@ -10,8 +10,9 @@ from typing import Any
 
 from d2obench.record import Axes, Run, read_run
 from d2obench.runner.check import Checked
-from d2obench.runner.local import run_suite
+from d2obench.runner.engines.local import LocalEngine
 from d2obench.runner.protocol import WorkerClient
+from d2obench.runner.run import run_suite
 from d2obench.suite import AxesTable, Cell, Suite, Timing, WorkerTable
 
 FAKE = str(Path(__file__).with_name("fake_worker.py"))
@@ -59,9 +60,9 @@ CELLS = (
 )
 
 
-def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, **worker: Any) -> Checked:
+def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, device: str = "cpu", **worker: Any) -> Checked:
     """A suite of these cells as it comes out of the checks."""
-    axes = AxesTable(policy=("full",), model=("fake",), device=("cpu",))
+    axes = AxesTable(policy=("full",), model=("fake",), device=(device,))
     timing = timing or Timing(rounds=3, max_rounds=3)
     return Checked(Suite("fake", "", axes, timing=timing, worker=WorkerTable(**worker)), tuple(cells), {}, {})
 
@@ -72,6 +73,7 @@ def run(
     """Runs into ``folder``, or goes on with what is there."""
     folder.mkdir(exist_ok=True)
     resume = (folder / "run.json").exists()
-    with client(timeout_s, **fake) as worker:
-        run_suite(work or checked(), folder, worker, watcher or Silent(), resume=resume)
+    work = work or checked()
+    with LocalEngine(work.suite, client(timeout_s, **fake)) as engine:
+        run_suite(work, folder, engine, watcher or Silent(), resume=resume)
     return read_run(folder)

@@ -102,7 +102,7 @@ BAD = {
     "unknown model": (["run", "quick", "--model", "gpt5"], "unknown model 'gpt5'"),
     "unknown shape of a model": (["run", "quick", *TINY, "--model", "shape:gpt5"], "unknown shape 'gpt5'"),
     "longer than the context": (
-        ["run", "quick", "--shape", "9000+64"],
+        ["run", "quick", "--task", "fidelity", "--shape", "9000+64"],
         "longer than the context of embedded (8,192 tokens)",
     ),
     "no such device": (["run", "quick", "--device", "tpu9"], "tpu9"),

@@ -160,8 +160,10 @@ def test_what_cannot_run_says_so(tiny):
         Session(tiny, "full", None, max_new=10).prefill([[]])
     with pytest.raises(D2OBenchError, match="needs a budget"):
         Session(tiny, "h2o", None, max_new=10).prefill(prompts(10))
-    with pytest.raises(ModelError):
-        Session(tiny, "hf-dynamic", None, max_new=10).skip_to(5)
+    session = Session(tiny, "d2o", "0.5", max_new=10)
+    session.prefill(prompts(10))
+    with pytest.raises(ModelError, match="compressed policy cache"):
+        session.skip_to(5)
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "d2o"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import d2o as reference
 
-from d2obench.engine import Session
+from d2obench.engine import Session, native
 from d2obench.engine.cache import PolicyCache, PolicyLayer
 from d2obench.policies import parse_policy
 from d2obench.policies.allocation import density, shares, water_fill
@@ -198,8 +198,11 @@ def check_against_reference(loaded, spec, budget, prompt, steps, monkeypatch, to
     return session
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("spec", ["d2o", "d2o(merge=values)", "d2o(merge=none)", "d2o(sinks=2,recent=0.5,beta=0.3)"])
-def test_engine_equals_reference(tiny, spec, monkeypatch):
+def test_engine_equals_reference(tiny, spec, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "serves", lambda store: False)
     prompt = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(3)).tolist()
     check_against_reference(tiny, spec, "0.4", prompt, 25, monkeypatch, 1e-4)
 

@@ -133,7 +133,7 @@ def test_a_better_run_prints_the_command_that_tightens(stored, tmp_path):
 @pytest.mark.parametrize(
     ("story", "words"),
     [
-        (Story(overrides={"axes.shape": "256+16"}), 'axes.shape: ["128+16"] → ["256+16"]'),
+        (Story(overrides={"axes.shape": "256+16"}), 'axes.shape: ["128+32"] → ["256+16"]'),
         (Story(overrides={"axes.model": "shape:tiny"}), "axes.model"),
         (Story(overrides={"axes.dtype": "bfloat16"}), "axes.dtype"),
         (Story(environment={"torch": "2.14"}), 'torch: "2.13" → "2.14"'),
@@ -146,6 +146,24 @@ def test_unlike_runs_are_incomparable_and_name_the_keys(story, words, stored, tm
     assert found.exit_code() == 2
     assert all(row.verdict is Verdict.INCOMPARABLE for row in found.rows)
     assert words in " ".join(row.reason for row in found.rows)
+
+
+def test_settings_and_builds_that_mean_the_same_are_compared(stored, tmp_path):
+    """A setting that a later version knows, at its default, and torch's build for another accelerator on a CPU."""
+    table = json.loads(stored.read_text())
+    del table["settings"]["timing"]["warm_within"]
+    stored.write_text(json.dumps(table))
+    assert judge(Story(environment={"torch": "2.13+cu130"}), stored, tmp_path).exit_code() == 0
+    table["settings"]["timing"]["of_a_later_version"] = 1
+    stored.write_text(json.dumps(table))
+    assert "of_a_later_version" in judge(Story(), stored, tmp_path).rows[0].reason
+
+
+def test_only_the_kinds_asked_for_are_judged(stored, tmp_path):
+    run = read_run(Story(kv=4160, kl=0.2).write(tmp_path / "head"))
+    found = judge_run(run.info, facts_of_run(run), read_baseline(stored), "b", {}, ("sampled",))
+    assert {row.kind for row in found.rows} == {"sampled"}
+    assert {row.metric for row in found.of(Verdict.REGRESSED)} == {"kl"}
 
 
 def test_another_processor_leaves_out_what_depends_on_it_and_says_so(stored, tmp_path):

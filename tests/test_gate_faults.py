@@ -1,4 +1,4 @@
-"""Real faults in the real engine, each caught by the figure meant for it and by its name."""
+"""Real faults in the real engine, on the cells of the suite ``ci``, each caught by the figure meant for it, by name."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import msgspec
 import pytest
 
 from d2obench.engine.cache import PolicyCache
+from d2obench.engine.packing import Packing
 from d2obench.engine.session import Session
 from d2obench.measure.summarise import Machine, summarise
 from d2obench.measure.trace import RequestTrace
 from d2obench.policies import d2o
 from d2obench.policies.h2o import H2O
-from d2obench.record import Axes, Value
+from d2obench.record import Value
 from d2obench.runner import faults
 from d2obench.runner.faults import FAULTS, command
 from d2obench.runner.operations import Worker
 from d2obench.stats.facts import Facts, facts_of, judge_facts
 from d2obench.stats.verdict import Row, Verdict
-from d2obench.suite import Cell, Quality, load_suite
+from d2obench.suite import Cell, Quality, cells, load_suite
 
-SPEED = Axes("speed", "shape:tiny", "float32", "cpu", "d2o", "0.2", "96+8", 2, 0)
-FIDELITY = Axes("fidelity(documents=16)", "embedded", "float32", "cpu", "d2o", "0.2", "128+16", None, 0)
+SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.policy == "d2o")
 
 
 @pytest.fixture(autouse=True)
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a fault changes is put back."""
-    for place, name in [(Session, "step"), (PolicyCache, "_budgets"), (PolicyCache, "compress"),
+    for place, name in [(Session, "step"), (PolicyCache, "_budgets"), (Packing, "add"),
                         (d2o, "merge_into"), (H2O, "rank")]:  # fmt: skip
         monkeypatch.setattr(place, name, getattr(place, name))
 
@@ -97,7 +97,7 @@ def test_a_kept_reference_is_caught_by_nothing_else(worker, base):
     FAULTS["kept-reference"](1)
     found = regressed(base, speed_facts(worker))
     assert set(found) == {"live_bytes"}
-    full = 2 * 4 * 2 * 96 * 16 * 4 * 2  # keys and values, layers, KV heads, prompt, head_dim, bytes, batch
+    full = 2 * 4 * 2 * 128 * 16 * 4 * 2  # keys and values, layers, KV heads, prompt, head_dim, bytes, batch
     assert found["live_bytes"].head - found["live_bytes"].base == full
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from d2obench.cli import app
 from d2obench.errors import SuiteError, UsageError, WorkerError
 from d2obench.runner.gate import Side, gate
 from d2obench.runner.gate_worktree import Repository
-from d2obench.stats.verdict import Row, Verdict, Verdicts
+from d2obench.stats.verdict import KINDS, Row, Verdict, Verdicts
 from tests.fake_checkout import SUITE, Checkout
 
 
@@ -35,8 +36,10 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not list(scratch.glob("d2obench-gate-*"))
 
 
-def run(repo: Checkout, base: str | None = None, head: str | None = None, suite: str = "fake") -> Verdicts:
-    return gate(suite, {}, Side(base), Side(head), folder=repo.root, watch=lambda words: None)
+def run(
+    repo: Checkout, base: str | None = None, head: str | None = None, suite: str = "fake", kinds: Sequence[str] = KINDS
+) -> Verdicts:
+    return gate(suite, {}, Side(base), Side(head), folder=repo.root, watch=lambda words: None, kinds=kinds)
 
 
 def find(verdicts: Verdicts, metric: str, policy: str = "h2o") -> Row:
@@ -89,6 +92,36 @@ def test_each_fault_is_caught_by_the_figure_meant_for_it(repo, fault, metric):
     found = run(repo)
     assert find(found, metric).verdict is Verdict.REGRESSED
     assert found.exit_code() == 1
+
+
+def test_kinds_that_are_not_asked_for_are_neither_measured_nor_shown(repo):
+    repo.work(tpot=0.02, kv_bytes=5000)
+    found = run(repo, kinds=("exact",))
+    assert {row.kind for row in found.rows} == {"exact"}
+    assert {row.metric for row in found.of(Verdict.REGRESSED)} == {"kv_bytes", "kv_prompt_bytes"}
+    assert len((repo.scratch / "pids").read_text().split()) == 2  # no second sitting, no further look
+    repo.work(tpot=0.02, kv_bytes=5000)
+    assert {row.metric for row in run(repo, kinds=("timed",)).of(Verdict.REGRESSED)} == {"tpot_s"}
+
+
+@pytest.mark.parametrize(("kinds", "task"), [(("timed", "ratio"), "speed"), (("sampled",), "fidelity")])
+def test_cells_that_have_no_such_figure_are_not_run(repo, kinds, task):
+    repo.suite(SUITE.replace('"speed"', '"speed", "fidelity"').replace("shape:tiny", "embedded"))
+    found = run(repo, repo.commit(), kinds=kinds)
+    assert {row.cell.split("/")[0] for row in found.rows} == {task}
+
+
+def test_a_cell_that_fails_is_shown_whatever_kinds_are_asked_for(repo):
+    repo.work(fail="OutOfMemory")
+    assert find(run(repo, kinds=("sampled", "bounded")), "status").verdict is Verdict.REGRESSED
+
+
+def test_a_fact_that_only_one_side_can_tell_does_not_part_them(repo):
+    """A commit may teach the fingerprint something new."""
+    worker = repo.root / "d2obench/runner/worker.py"
+    worker.write_text(worker.read_text().replace('"environment": lambda args: {}', '"environment": lambda args: NEW'))
+    worker.write_text('NEW = {"triton": "3"}\n' + worker.read_text())
+    assert run(repo).worst is Verdict.OK
 
 
 def test_a_worse_kl_is_caught_item_by_item(repo):
@@ -187,12 +220,12 @@ def test_stopping_leaves_no_worker_and_no_worktree(repo, sign):
     code = "from d2obench.cli import main; main(['gate', '--suite', 'fake'])"
     env = {**os.environ, "TMPDIR": str(repo.scratch), "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-P", "-c", code], cwd=repo.root, env=env, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (repo.scratch / "hanging").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert repo.worktrees == 2
     process.send_signal(sign)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in said
 
@@ -204,6 +237,9 @@ def test_exit_codes_of_the_command(repo, monkeypatch):
         return CliRunner().invoke(app, ["gate", "--suite", "fake", *words]).exit_code
 
     assert code() == 0
+    wrong = CliRunner().invoke(app, ["gate", "--suite", "fake", "--kind", "speed"])
+    assert isinstance(wrong.exception, UsageError)
+    assert "exact, bounded" in str(wrong.exception)
     repo.work(kv_bytes=5000)
     assert code() == 1
     assert code("--exit-zero") == 0

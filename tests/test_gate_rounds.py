@@ -82,6 +82,13 @@ def test_an_undecided_ratio_takes_its_partner_along():
     assert [policy for _, policy in log].count("full") == 2 * 8
 
 
+def test_every_further_look_is_measured_by_fresh_processes():
+    suite, log, renewed = suite_of("h2o", '["tpot_s"]', "[4, 8, 16]"), [], []
+    arms = {"base": Scripted("base", log, level), "head": Scripted("head", log, wild)}
+    measure_group(arms, cells(suite), suite, lambda words: None, renew=lambda: renewed.append(len(log)))
+    assert renewed == [2 * 4, 2 * 8]
+
+
 def test_the_first_decision_of_a_figure_stands():
     """h2o's time becomes twice as long after the first look; only its first token is still open then."""
     suite = suite_of("h2o", '["tpot_s", "ttft_s"]')

@@ -18,7 +18,7 @@ from torch import Tensor
 from d2obench.engine import Footprint, Session
 from d2obench.engine.build import cache
 from d2obench.models import LoadedModel
-from d2obench.policies import REGISTRY, parse_policy, takes_budget
+from d2obench.policies import parse_policy, rules, takes_budget
 
 VARIANTS = [
     "snapkv(window=4)", "snapkv(window=4,decode=slide,pool=max)", "pyramidkv(window=3)",
@@ -27,7 +27,7 @@ VARIANTS = [
     "d2o(merge=values)", "d2o(threshold=layer,hosts=important)", "d2o(exempt=[0])", "h2o(normalised=true)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
 ]  # fmt: skip
-POLICIES = [*REGISTRY.names(), *VARIANTS]
+POLICIES = [*rules(), *VARIANTS]
 FEW = ["llama-gqa2", "falcon", "gemma3"]
 STEPS = 7
 
@@ -51,7 +51,7 @@ def rounding(policy: str) -> float:
 
 @pytest.mark.parametrize(
     ("policy", "family"),
-    [*itertools.product(REGISTRY.names(), CONFIGS), *itertools.product(VARIANTS, FEW)],
+    [*itertools.product(rules(), CONFIGS), *itertools.product(VARIANTS, FEW)],
 )
 def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str) -> None:
     model, texts = tiny_model(family), prompts(30, 19, 30)

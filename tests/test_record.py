@@ -169,3 +169,4 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(RecordError, match="No space left on device"):
         append_cell(folder, cell())
     assert path.read_bytes() == b"old"
+    assert sorted(one.name for one in folder.iterdir()) == ["cells.jsonl", "run.json", "x.json"]  # nothing half done

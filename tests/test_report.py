@@ -322,6 +322,27 @@ def test_failures_are_told_in_words(tmp_path: Path) -> None:
     assert [row[0].text for row in report.cells.rows] == [case.id for case in report.cases]
 
 
+def test_failures_say_why_where_they_are_seen_first(tmp_path: Path) -> None:
+    point = made.axes("speed", "d2o", "0.2", shape="64+8", batch=1)
+    cells = [made.record(point, "failed", reason="WorkerError: " + "x" * 300)]
+    report = build([made.write_run(tmp_path, "bad", cells)])
+    assert "speed: failed (WorkerError: xxx" in report.headline[0].rows[0][-1].text
+    assert len(report.headline[0].rows[0][-1].text) < 200
+    assert not any("interval" in line or "bold" in line for line in report.reading)
+
+
+def test_of_too_many_rows_the_largest_settings_are_shown(tmp_path: Path) -> None:
+    cells = []
+    for shape, policy in ((shape, policy) for shape in ("64+8", "512+8") for policy in range(200)):
+        point = made.axes("speed", f"p{policy}", None, shape=shape, batch=1)
+        cells.append(made.record(point, values={"decode_tok_s": Value(100.0 + policy)}))
+    table = build([made.write_run(tmp_path, "many", cells)]).headline[0]
+    shapes = [row[0].text for row in table.rows]
+    assert (shapes.count("512+8"), shapes.count("64+8"), table.left_out) == (200, 40, 160)
+    assert shapes == sorted(shapes, reverse=True)
+    assert table.groups == (0, 40)
+
+
 def test_what_the_intervals_hide_is_not_called_a_win(tmp_path: Path) -> None:
     def cells(spread: float) -> list[CellRecord]:
         rates = {"full": 10.0, "h2o": 11.0, "d2o": 12.0}
@@ -382,6 +403,14 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert names[0] == "run"
     assert len({row[0].text for row in report.headline[0].rows}) == 2
     assert any("unlike environments" in line and "cpu" in line for line in report.warnings)
+    for table in (*report.headline, *report.tables, report.machine[1], report.cells):
+        marks = {row[0].text for row in table.rows}
+        assert marks == {"a", "b ≠"}, table.title
+    assert {row.run for row in report.tidy} == {"a", "b ≠"}
+    assert any("≠" in line for line in report.reading)
+    alike = build([first, made.usual(tmp_path / "c", tasks=("fidelity",), shapes=("512+24",))])
+    assert {row.run for row in alike.tidy} == {"a", "c"}
+    assert not any("≠" in line for line in alike.reading)
     facts_row = next(row for row in report.environment[0].rows if row[0].text == "cpu")
     assert [entry.text for entry in facts_row[1:]] == ["Example CPU", "Other CPU"]
     assert facts_row[1].mark == "warn"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
+from fake_worker import DIMENSIONS
 from runs import Silent, cell, checked, run
 
 from d2obench.record import read_samples
-from d2obench.suite import Timing
+from d2obench.runner.check import Checked
+from d2obench.suite import Cell, Timing
 
 
 def log(path: Path) -> list[tuple[str, str, str]]:
@@ -158,7 +161,7 @@ def test_a_killed_worker_is_forgiven_once_and_the_new_one_is_warmed_up(tmp_path:
 
 
 def test_a_hang_is_a_row(tmp_path: Path) -> None:
-    found = run(tmp_path, checked([cell("full"), cell("h2o")]), timeout_s=0.5, hang=["full"])
+    found = run(tmp_path, checked([cell("full"), cell("h2o")]), timeout_s=6.0, hang=["full"])
     assert [one.status for one in found.cells] == ["failed", "ok"]
     assert "gave no sign" in found.cells[0].reason
 
@@ -178,9 +181,49 @@ def test_a_fresh_worker_for_every_group(tmp_path: Path, mode: str) -> None:
     assert [one.status for one in found.cells] == ["ok"] * 3
 
 
-def test_cells_longer_than_the_context_are_skipped(tmp_path: Path) -> None:
-    import dataclasses
+def side_by_side(cells: list[Cell], timing: Timing | None = None) -> Checked:
+    """Fresh workers, and a model so small that any number of them fits."""
+    work = checked(cells, timing or Timing(rounds=3, max_rounds=3), mode="fresh")
+    return dataclasses.replace(work, models={"fake": DIMENSIONS})
 
+
+def test_fresh_gives_every_timed_cell_a_process_of_its_own(tmp_path: Path) -> None:
+    """Interleaved as in one process; each is warmed up once and stays until the group is done."""
+    cells = [cell("full"), cell("h2o"), cell("d2o")]
+    fake = {"log": str(tmp_path / "log"), "visible": str(tmp_path / "pids"), "memory": 2**34}
+    found = run(tmp_path / "run", side_by_side(cells), **fake)
+    assert [one.status for one in found.cells] == ["ok"] * 3
+    seen = log(tmp_path / "log")
+    pids = [line.split()[0] for line in (tmp_path / "pids").read_text().splitlines()]
+    of_policy = {(policy, pid) for (_, policy, _), pid in zip(seen, pids, strict=True)}
+    assert len(of_policy) == len({pid for _, pid in of_policy}) == 3
+    timed = [policy for op, policy, _ in seen if op == "measure"]
+    assert timed == ["full", "h2o", "d2o", "d2o", "h2o", "full", "full", "h2o", "d2o"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    shared = run(tmp_path / "shared", checked(cells))
+    assert [one.values for one in found.cells] == [one.values for one in shared.cells]
+
+
+def test_a_crash_in_a_fresh_worker_leaves_the_others_warm(tmp_path: Path) -> None:
+    cells = [cell("full"), cell("h2o"), cell("d2o")]
+    fake = {"log": str(tmp_path / "log"), "crash": ["h2o"], "memory": 2**34}
+    found = run(tmp_path / "run", side_by_side(cells), **fake)
+    assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
+    warmed = [policy for op, policy, _ in log(tmp_path / "log") if op == "warm_up"]
+    assert [warmed.count(policy) for policy in ("full", "d2o")] == [1, 1]
+
+
+@pytest.mark.parametrize(("memory", "batch"), [(2**30, 2), (2**34, "max")])
+def test_fresh_workers_that_may_not_fit_are_shared_by_the_group(tmp_path: Path, memory: int, batch: object) -> None:
+    watcher = Silent()
+    work = side_by_side([cell("full", batch=batch), cell("h2o", batch=batch)], Timing(rounds=1, max_rounds=1))
+    found = run(tmp_path / "run", work, watcher=watcher, memory=memory, fits=3, visible=str(tmp_path / "pids"))
+    assert [one.status for one in found.cells] == ["ok", "ok"]
+    assert len({line.split()[0] for line in (tmp_path / "pids").read_text().splitlines()}) == 1
+    assert [note for note in watcher.notes if "side by side" in note] or batch == "max"
+
+
+def test_cells_longer_than_the_context_are_skipped(tmp_path: Path) -> None:
     work = checked([cell("full"), cell("d2o")])
     work = dataclasses.replace(work, too_long={work.cells[1].id: "the shape is longer than the context"})
     found = run(tmp_path, work)
@@ -203,3 +246,29 @@ def test_the_largest_batch_is_found_and_equal_memory_is_its_own_column(tmp_path:
 def test_a_limit_below_one_sequence_is_a_row(tmp_path: Path) -> None:
     found = run(tmp_path, checked([cell("full", batch="max")], Timing(memory_limit="1KB")))
     assert (found.cells[0].status, found.cells[0].reason) == ("oom", "not even one sequence fits under 0.00 GiB")
+
+
+def test_both_ways_of_decoding_take_turns_and_are_compared(tmp_path: Path) -> None:
+    cells, timing = [cell("full"), cell("d2o")], Timing(rounds=4, max_rounds=4, warmup=0, decode="both")
+    found = run(tmp_path / "run", checked(cells, timing), bias=1.02, log=str(tmp_path / "log"))
+    assert len([op for op, *_ in log(tmp_path / "log") if op == "measure"]) == 2 * 2 * 4
+    for one in found.cells:
+        error = one.values["sampled_error"]
+        assert error.value == pytest.approx(1.02)
+        assert error.n == 4
+        rounds = read_samples(tmp_path / "run", one)["rounds"]
+        assert all(part["sampled_s"] == pytest.approx(1.02 * part["decode_s"]) for part in rounds)
+        assert not any(part.get("step_at") for part in rounds)
+        assert "sampled decode" not in one.flags
+
+
+def test_windows_that_cover_every_step_show_nothing(tmp_path: Path) -> None:
+    timing = Timing(rounds=2, max_rounds=2, warmup=0, decode="both")
+    assert "sampled_error" not in run(tmp_path, checked([cell("full")], timing)).cells[0].values
+
+
+def test_beyond_the_context_is_flagged(tmp_path: Path) -> None:
+    work = checked([cell("full", shape="4000+96"), cell("full", shape="4000+97")], Timing(rounds=1, max_rounds=1))
+    inside, beyond = run(tmp_path, work).cells
+    assert inside.flags == ()
+    assert beyond.flags == ("beyond the model's context of 4,096: speed only",)

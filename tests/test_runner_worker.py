@@ -21,9 +21,9 @@ from d2obench.models import LoadedModel
 from d2obench.record import Axes
 from d2obench.runner.check import check
 from d2obench.runner.operations import Worker
-from d2obench.runner.prompts import prompts
-from d2obench.runner.protocol import describe
+from d2obench.runner.protocol import DeadWorkerError, describe
 from d2obench.suite import load_suite
+from d2obench.tasks.timed import prompts
 
 
 def request(policy: str = "h2o", budget: str | None = "0.25", **more: Any) -> dict[str, Any]:
@@ -105,6 +105,26 @@ def test_a_gpu_that_others_use_is_refused_with_the_owner_unless_allowed() -> Non
         check(suite, Client())  # type: ignore[arg-type]
     assert check(suite, Client(), allow_busy=True).suite.axes.device == ("cuda:0",)  # type: ignore[arg-type]
     assert busy.refuse_busy({"device": "cuda:0", "own": [os.getppid()]}, silent) == {}
+
+
+def test_a_worker_killed_while_the_suite_is_checked_is_forgiven_once() -> None:
+    """Before the first cell, too, a stray kill does not end the run."""
+
+    class Killed:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def call(self, op: str, args: dict[str, Any]) -> Any:
+            self.asked.append(op)
+            if self.asked.count(op) == 1:
+                raise DeadWorkerError(f"the worker was killed by SIGKILL during '{op}'")
+            known = {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": {"context": 4096}}}
+            return known if op == "describe" else {}
+
+    suite = load_suite("quick", {"axes.model": "shape:tiny", "axes.device": "cuda", "axes.task": "speed"})
+    client = Killed()
+    assert check(suite, client).suite.axes.device == ("cuda:0",)  # type: ignore[arg-type]
+    assert client.asked == ["describe", "describe", "refuse_busy", "refuse_busy"]
 
 
 def test_counts_do_not_depend_on_the_machine(worker: Worker) -> None:

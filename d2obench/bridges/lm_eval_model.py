@@ -30,7 +30,7 @@ from d2obench.bridges.windows import Window, batches, window
 from d2obench.engine import families
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, load
-from d2obench.policies import YARDSTICKS, parse_policy, takes_budget
+from d2obench.policies import other, parse_policy, takes_budget
 from d2obench.spec import parse_budget
 from d2obench.tasks.generate import compressed, end_tokens, forced, greedy
 from d2obench.tasks.prompts import Limits, has_chat
@@ -78,7 +78,7 @@ class CompressedLM(TemplateLM):
             known = "pretrained, policy, budget, dtype, device, batch_size, max_length, seed"
             raise UsageError(f"the model d2obench has no argument '{next(iter(unknown))}'", remedy=f"it has {known}")
         self.policy, self.budget = str(policy), None if budget is None else str(parse_budget(budget))
-        if self.policy in YARDSTICKS:
+        if other(self.policy) is not None:
             raise UsageError(f"{self.policy} can't be forked between continuations", remedy="use policy=full")
         parse_policy(self.policy)
         if not takes_budget(self.policy):

@@ -19,6 +19,7 @@ from d2obench.errors import D2OBenchError
 
 COMMANDS = {
     "run": "Run a suite.",
+    "merge": "Make one run of shards.",
     "report": "Render a finished or partial run again.",
     "compare": "Put two runs side by side.",
     "gate": "Fail on a regression.",
@@ -26,6 +27,7 @@ COMMANDS = {
     "doctor": "Tell whether this machine is fit to measure.",
     "list": "List suites, policies, tasks, metrics or models.",
     "models": "Bring models to the local cache.",
+    "bridges": "Make environments for libraries that can't share ours.",
     "baseline": "Rewrite a committed baseline on purpose.",
 }
 

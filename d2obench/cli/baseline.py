@@ -45,14 +45,14 @@ def _measured(suite: str) -> Path:
     from d2obench.cli.run import execute
     from d2obench.report.display import display
     from d2obench.runner.check import check
+    from d2obench.runner.engines import open_engine
     from d2obench.runner.folder import new_folder
-    from d2obench.runner.protocol import WorkerClient
     from d2obench.suite import load_suite
 
     chosen = load_suite(suite)
-    with WorkerClient(timeout_s=chosen.worker.timeout_s, threads=chosen.worker.threads) as client:
-        checked = check(chosen, client)
+    with open_engine("local", chosen) as place:
+        checked = check(place.suite, place.client)
         folder = new_folder(chosen.name)
-        if execute(checked, folder, client, None, display()):
+        if execute(checked, folder, place, None, display()):
             raise typer.Abort
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +19,10 @@ MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "bad": "[red]✗[/]"}
 def command(
     seconds: Annotated[float, typer.Option(min=0.0, help="length of the A/A run; 0 leaves it out")] = 60.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    study: Annotated[bool, typer.Option("--study", help="try the gate's rules on this machine; takes long")] = False,
+    study: Annotated[bool, typer.Option("--study", help="try the gate's timed rule here, some 20 minutes")] = False,
+    gates: Annotated[int, typer.Option(min=1, help="live gates of the study for each of +0, +10 and +20 %")] = 20,
+    load: Annotated[bool, typer.Option("--load", help="keep one core busy during the study")] = False,
+    output: Annotated[Path | None, typer.Option(help="folder for what the study found")] = None,
 ) -> None:
     """Tell what is here, what is missing and what to type; measure the noise."""
     from rich.console import Console
@@ -27,7 +31,9 @@ def command(
 
     console = Console()
     if study:
-        _show_study(console)
+        from d2obench.cli.study import show_study
+
+        show_study(console, gates, output, load=load)
         return
     place = pick_device(device)
     _show_findings(console, place)
@@ -38,13 +44,6 @@ def command(
             noise = measure_noise(place, seconds, progress=lambda share: status.update(f"A/A run: {share:.0%}"))
         _show_noise(console, noise)
     _show_bandwidth(console, place)
-
-
-def _show_study(console: Console) -> None:
-    from d2obench.runner.study import study
-
-    for outcome in study(watch=lambda words: console.print(words, style="dim", markup=False)):
-        console.print(str(outcome), markup=False)
 
 
 def _show_findings(console: Console, device: torch.device) -> None:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2obench.runner.check import Checked
+    from d2obench.runner.client import Client
     from d2obench.runner.plan import Device
-    from d2obench.runner.protocol import WorkerClient
 
 
-def show_plan(checked: Checked, client: WorkerClient) -> None:
+def show_plan(checked: Checked, client: Client) -> None:
     """Prints the cells; the device's rates are measured for it, nothing else is."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -26,7 +26,7 @@ def show_plan(checked: Checked, client: WorkerClient) -> None:
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    whole, most, unknown = 0.0, 0.0, 0
+    whole, most, unknown, cut = 0.0, 0.0, 0, False
     for together in group(checked.cells):
         told = 0.0
         for cell in together:
@@ -35,15 +35,26 @@ def show_plan(checked: Checked, client: WorkerClient) -> None:
                 continue
             axes = cell.axes
             memory, seconds = predict(cell, checked.suite, checked.models[axes.model], devices[axes.device, axes.dtype])
+            memory = memory and memory / checked.devices
             told, most, unknown = told + (seconds or 0.0), max(most, memory or 0.0), unknown + (seconds is None)
             table.add_row(escape(cell.id), _size(memory), spell(seconds) if seconds is not None else "–")
-        timed = together[0].axes.task == SPEED
-        whole += min(told, checked.suite.timing.max_seconds) if timed else told
+        timing = checked.suite.timing
+        bound = max(timing.max_seconds, told / timing.rounds)  # the first round is measured whole
+        if together[0].axes.task == SPEED and told > bound:
+            told, cut = bound, True
+        whole += told
     for column, words in zip(table.columns, (f"{len(checked.cells)} cells", _size(most), spell(whole)), strict=True):
         column.footer = words
     console = Console()
     console.print(table)
     console.print("Rough, from the model's dimensions and rates measured just now:")
+    if checked.devices > 1:
+        console.print(f"{checked.devices} devices share a model; the memory is that of each.")
+    if cut:
+        console.print(
+            f"Cells that are timed together stop after {checked.suite.timing.max_seconds:g} s (timing.max_seconds), so "
+            "the total is less than their sum."
+        )
     if any(cell.axes.task != SPEED for cell in checked.cells):
         console.print("Rougher still for quality: published sizes of the sets, answers as long as they may be.")
     for (device, dtype), rate in devices.items():
@@ -56,7 +67,7 @@ def show_plan(checked: Checked, client: WorkerClient) -> None:
         )
 
 
-def _rates(checked: Checked, client: WorkerClient) -> dict[tuple[str, str], Device]:
+def _rates(checked: Checked, client: Client) -> dict[tuple[str, str], Device]:
     from d2obench.runner.plan import Device
 
     kinds = dict.fromkeys((cell.axes.device, cell.axes.dtype) for cell in checked.cells)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +34,10 @@ def command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A suite's key, as axes.policy=d2o or gate.looks=[8]; repeatable.")
     ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="Compare exact, bounded, timed, ratio or sampled figures only; repeatable."),
+    ] = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="text, json, markdown, html, github or junit; repeatable.")
     ] = None,
@@ -49,7 +53,11 @@ def command(
     Two revisions, measured now in interleaved rounds:  d2obench gate --suite ci --base main
     """
     from d2obench.cli.verdicts import show
+    from d2obench.stats.verdict import KINDS
 
+    wrong = [kind for kind in kinds or () if kind not in KINDS]
+    if wrong:
+        raise UsageError(f"there is no kind '{wrong[0]}' of figures", remedy=f"use one of {', '.join(KINDS)}")
     if (run is None) == (suite is None):
         raise UsageError(
             "a gate needs a run folder, or a suite and two revisions", remedy="try d2obench gate --suite ci"
@@ -59,26 +67,30 @@ def command(
     if suite is not None and baseline is not None:
         raise UsageError("--baseline belongs to a run", remedy="run the suite, then d2obench gate RUN --baseline FILE")
     if run is not None:
-        verdicts = _stored(run, baseline)
+        verdicts = _stored(run, baseline, kinds or KINDS)
     else:
         assert suite is not None
-        verdicts = _revisions(suite, (base, base_python), (head, head_python), settings or ())
+        verdicts = _revisions(suite, (base, base_python), (head, head_python), settings or (), kinds or KINDS)
     show(verdicts, formats or ["text"], output, every=every)
     raise typer.Exit(verdicts.exit_code(strict=strict, exit_zero=exit_zero))
 
 
-def _stored(folder: Path, baseline: Path | None) -> Verdicts:
+def _stored(folder: Path, baseline: Path | None, kinds: Collection[str]) -> Verdicts:
     from d2obench.runner.folder import suite_of
     from d2obench.runner.gate_baseline import device_class, judge_run, path_of, read_baseline
     from d2obench.runner.gate_facts import facts_of_run
 
     run, suite = suite_of(folder)
     path = baseline or path_of(run.info.name, device_class(run.info.environment))
-    return judge_run(run.info, facts_of_run(run), read_baseline(path), str(path), suite.gate.tolerance)
+    return judge_run(run.info, facts_of_run(run), read_baseline(path), str(path), suite.gate.tolerance, kinds)
 
 
 def _revisions(
-    suite: str, base: tuple[str | None, str], head: tuple[str | None, str], settings: Iterable[str]
+    suite: str,
+    base: tuple[str | None, str],
+    head: tuple[str | None, str],
+    settings: Iterable[str],
+    kinds: Collection[str],
 ) -> Verdicts:
     from d2obench.cli.run import overrides
     from d2obench.runner.gate import Side, gate
@@ -87,4 +99,4 @@ def _revisions(
         print(words, file=sys.stderr, flush=True)
 
     given = overrides({}, {}, settings, ())
-    return gate(suite, given, Side(*base), Side(*head), folder=Path.cwd(), watch=watch)
+    return gate(suite, given, Side(*base), Side(*head), folder=Path.cwd(), watch=watch, kinds=kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,26 +16,29 @@ Row = tuple[str, ...]
 
 
 def command(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="suites, policies, tasks, metrics or models.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="suites, policies, tasks, metrics, models, formats or plugins.")
+    ] = "",
     plugins: Annotated[bool, typer.Option("--plugins", help="Only what other packages add.")] = False,
 ) -> None:
-    """List suites, policies, tasks, metrics or models."""
+    """List suites, policies, tasks, metrics, models, report formats, or what other packages add."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    kind = kind or ("plugins" if plugins else "")
     if kind not in _KINDS:
-        raise UsageError(f"can't list '{kind}'", remedy=f"use one of {', '.join(_KINDS)}")
+        raise UsageError(f"can't list '{kind}'" if kind else "which list?", remedy=f"use one of {', '.join(_KINDS)}")
     header, rows = _KINDS[kind](plugins)
     table = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+    for row in rows:  # a broken plugin's is shorter
+        table.add_row(*(escape(cell) for cell in (*row[:-1], *[""] * (len(header) - len(row)), row[-1])))
     console = Console()
     if not console.is_terminal:  # a pipe has no width to fit
         console.width = 160
-    console.print(table if table.row_count else f"no {kind} from other packages")
+    console.print(table if table.row_count else f"no {kind} from other packages".replace("no plugins", "nothing"))
 
 
 def _suites(plugins: bool) -> tuple[Row, Iterable[Row]]:
@@ -48,30 +51,27 @@ def _suites(plugins: bool) -> tuple[Row, Iterable[Row]]:
 
 
 def _policies(plugins: bool) -> tuple[Row, Iterable[Row]]:
-    import dataclasses
+    from dataclasses import fields
 
-    from d2obench.policies import REGISTRY, YARDSTICKS
+    from d2obench.policies import REGISTRY
 
-    rows = []
-    for name, origin in _names(REGISTRY, plugins):
-        cls = REGISTRY.get(name)
-        params = ", ".join(f"{field.name}={_word(field.default)}" for field in dataclasses.fields(cls))
-        rows.append((name, "yes" if cls.takes_budget else "no", params, _first_line(cls), origin))
-    if not plugins:
-        rows += [(name, "no", "", f"transformers' own {name[3:]} cache, a yardstick", "") for name in YARDSTICKS]
-    return ("policy", "budget", "parameters", "rule", "from"), rows
+    def row(cls: Any) -> Row:
+        params = (f"{field.name}={_word(field.default)}" for field in fields(cls) if not field.kw_only)
+        return "yes" if cls.takes_budget else "no", ", ".join(params), _first_line(cls)
+
+    return ("policy", "budget", "parameters", "rule", "from"), _described(REGISTRY, plugins, row)
 
 
 def _tasks(plugins: bool) -> tuple[Row, Iterable[Row]]:
     from d2obench.tasks import REGISTRY
     from d2obench.tasks.base import parameters
 
-    rows = [] if plugins else [("speed", "", "throughput, latency and peak memory of one batch of prompts", "")]
-    for name, origin in _names(REGISTRY, plugins):
-        cls = REGISTRY.get(name)
-        params = ", ".join(f"{key}={_word(value)}" for key, value in parameters(cls).items())
-        rows.append((name, params, _first_line(cls), origin))
-    return ("task", "parameters", "what it asks", "from"), rows
+    def row(cls: Any) -> Row:
+        params = (f"{key}={_word(value)}" for key, value in parameters(cls).items())
+        return ", ".join(params), _first_line(cls)
+
+    speed = [] if plugins else [("speed", "", "throughput, latency and peak memory of one batch of prompts", "")]
+    return ("task", "parameters", "what it asks", "from"), [*speed, *_described(REGISTRY, plugins, row)]
 
 
 def _metrics(plugins: bool) -> tuple[Row, Iterable[Row]]:
@@ -97,12 +97,32 @@ def _models(plugins: bool) -> tuple[Row, Iterable[Row]]:
     ]
 
 
+def _formats(plugins: bool) -> tuple[Row, Iterable[Row]]:
+    from d2obench.report.formats import RENDERERS
+
+    return ("format", "what it writes", "from"), _described(RENDERERS, plugins, lambda made: (_first_line(made),))
+
+
+def _plugins(plugins: bool) -> tuple[Row, Iterable[Row]]:
+    from d2obench import models, policies, tasks
+    from d2obench.report.formats import RENDERERS
+
+    registries = (policies.REGISTRY, tasks.REGISTRY, models.REGISTRY, RENDERERS)
+    return ("plugin", "kind", "distribution", "version", "class", "problem"), [
+        (offer.name, offer.kind, offer.distribution, offer.version, offer.target, offer.problem)
+        for registry in registries
+        for offer in registry.offers()
+    ]
+
+
 _KINDS: dict[str, Callable[[bool], tuple[Row, Iterable[Row]]]] = {
     "suites": _suites,
     "policies": _policies,
     "tasks": _tasks,
     "metrics": _metrics,
     "models": _models,
+    "formats": _formats,
+    "plugins": _plugins,
 }
 
 
@@ -111,7 +131,22 @@ def _names(registry: Registry, plugins: bool) -> list[tuple[str, str]]:
     return [(name, found.get(name, "")) for name in registry.names() if name in found or not plugins]
 
 
-def _first_line(cls: type) -> str:
+def _described(registry: Registry, plugins: bool, describe: Callable[[Any], Row]) -> list[Row]:
+    """A row a name: the name, what ``describe`` says of its class, where it is from. What another package has broken
+    is a row with its error."""
+    rows = []
+    for name, origin in _names(registry, plugins):
+        try:
+            found = registry.get(name)
+            rows.append((f"{name}:…" if getattr(found, "methods", False) else name, *describe(found), origin))
+        except Exception as problem:
+            if not origin:
+                raise
+            rows.append((name, f"broken: {problem}", origin))
+    return rows
+
+
+def _first_line(cls: Any) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 

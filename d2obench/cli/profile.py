@@ -15,7 +15,8 @@ from d2obench.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from d2obench.measure.profiler import Cost, Profile
+    from d2obench.measure.booking import Cost
+    from d2obench.measure.profiler import Profile
     from d2obench.suite import Cell
 
 
@@ -44,6 +45,7 @@ def command(
     from d2obench.record import dump, write_atomic
     from d2obench.runner.check import check_words
     from d2obench.runner.folder import new_folder
+    from d2obench.runner.placed import check_one
     from d2obench.suite import cells, load_suite
 
     axes = {
@@ -52,6 +54,7 @@ def command(
     }  # fmt: skip
     chosen = load_suite(suite, overrides(axes, {}, set_ or (), ()))
     check_words(chosen)
+    check_one(chosen, "d2obench profile")
     picked = pick(cells(chosen), cell or ())
     console = Console()
     if nvtx:
@@ -214,8 +217,8 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
     from d2obench.engine import Session
     from d2obench.models import load
-    from d2obench.runner.prompts import prompts
     from d2obench.spec import parse_shape
+    from d2obench.tasks.timed import prompts
 
     axes = cell.axes
     key = (axes.model, axes.dtype, axes.device)

@@ -23,7 +23,9 @@ class RunsOrCommand(TyperGroup):
 app = typer.Typer(cls=RunsOrCommand, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are put side by side.")]
-Formats = Annotated[str, typer.Option("--format", help="Any of md,csv,html,json,junit,github, joined by commas.")]
+Formats = Annotated[
+    str, typer.Option("--format", help="Any of md,csv,html,json,junit,github, or a plugin's, joined by commas.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; a single run's own where not given.")]
 Rescore = Annotated[bool, typer.Option("--rescore", help="First work out scores again from the recorded predictions.")]
 

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from d2obench.errors import PolicyError
+
 IMPLEMENTATION = "d2obench"
 
 
@@ -24,8 +26,8 @@ def policy_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,  # in this place by some callers, as in transformers' own SDPA
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface: the layer that rides on ``key`` attends; without one (a sliding layer)
@@ -60,6 +62,19 @@ class BridgedKeys(Tensor):
             return keys.slot_layer.attend(query, scale, kwargs.get("attn_mask")).transpose(1, 2)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+
+
+def real_tokens(mask: Tensor, total: int) -> Tensor:
+    """Tokens that are not padding, ``[B]``, from a 2D mask ``[B, total]`` or the last row of a 4D one; padding must
+    stand on the left."""
+    if mask.dim() == 4:
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    real = mask[:, -total:].bool()
+    counts = real.sum(1)
+    if not bool((real == (torch.arange(total, device=mask.device) >= (total - counts)[:, None])).all()):
+        raise PolicyError("the batch is padded on the right or inside", remedy="pad on the left")
+    return counts
 
 
 AttentionInterface.register(IMPLEMENTATION, policy_attention)

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from d2obench.engine import families
 from d2obench.engine.attention import BridgedKeys
 from d2obench.engine.cache import PolicyCache
+from d2obench.engine.sharding import check_apart, shard_of
+from d2obench.engine.split import runs_of
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
 from d2obench.spec import Budget, parse_budget
@@ -22,6 +24,7 @@ def cache(
     max_new: int | None = None,
     seed: int = 0,
     mark: Callable[[str], None] | None = None,
+    whole: bool = False,
 ) -> PolicyCache:
     """A cache for ``model.generate(past_key_values=…)``; hand the same one in again to go on with a conversation.
 
@@ -34,6 +37,8 @@ def cache(
         max_new: tokens that will be generated at most; if not known, a growing cache is extended now and then.
         seed: for policies that draw.
         mark: told "prefill", "compress" and "decode" when a phase begins.
+        whole: every prompt, and every later turn, comes in one block: a layer is then compressed before the next one
+            reads the prompt, where the policy allows it. A second block is taken for a second turn.
 
     Raises:
         PolicyError: an unknown policy, or one that needs a budget.
@@ -45,4 +50,8 @@ def cache(
     _, group = families.kv_heads(model)
     wrap = BridgedKeys if model.config.model_type in families.BRIDGED else None
     kinds, rotary = families.layer_kinds(model), families.rotary(model)
-    return PolicyCache(built, given, kinds, group, max_new, mark, wrap, seed, rotary)
+    if shard := shard_of(model):
+        check_apart(built)
+    return PolicyCache(
+        built, given, kinds, group, max_new, mark, wrap, seed, rotary, whole, shard, runs_of(model, kinds)
+    )

@@ -4,9 +4,10 @@
 returns (``d2obench.engine.attention``): so the model code of transformers runs unchanged, and the cache alone decides
 what attention sees.
 
-While the prompt is read, a layer keeps its full keys and values. ``compress`` lets the policy allocate, select and
-merge, layer by layer, and frees the full tensors of a layer as soon as its slots are filled. A policy that keeps
-everything writes the prompt straight into its slots instead. A prompt may come in several blocks. A block after
+While the prompt is read, a layer holds its full keys and values. ``d2obench.engine.packing`` lets the policy select
+and merge, layer by layer: right after a layer's attention, so that its full tensors go before the next layer runs,
+where the prompt is known to come whole and no budget waits for other layers; when all have read it otherwise. A policy
+that keeps everything writes the prompt straight into its slots. A prompt may come in several blocks. A block after
 decoding has begun (a new turn) attends to the slots and to itself, and is then compressed together with them
 (``d2obench.engine.turns``).
 """
@@ -14,29 +15,31 @@ decoding has begun (a new turn) attends to the slots and to itself, and is then 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from d2obench.engine.carry import Carry
+from d2obench.engine.attention import real_tokens
 from d2obench.engine.layer import PolicyLayer
-from d2obench.engine.packing import book, compress, real_tokens, to_the_right
-from d2obench.engine.prefill import kept_stats, prompt_attention
-from d2obench.engine.quantised import QuantStore
-from d2obench.engine.slots import CLOSED, DenseStore
-from d2obench.engine.state import DecodeState, capacities
+from d2obench.engine.packing import Layout, Packing, bounded
+from d2obench.engine.prefill import prompt_attention
+from d2obench.engine.sharding import HeadShard
+from d2obench.engine.split import Run, SplitPacking, SplitState, on
+from d2obench.engine.state import DecodeState
 from d2obench.engine.turns import add, reopen, rescale
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy, Stats
+from d2obench.policies.base import Needs, Policy
 from d2obench.ranges import span
 from d2obench.spec import Budget
 
 SPARE = 256
 """Slots a growing cache is extended by when the length of the generation is not known."""
 LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
-          "prompt_kv_bytes", "_store", "_before", "shape")  # fmt: skip
+          "prompt_kv_bytes", "packing", "_before", "layout")  # fmt: skip
 """What of a cache a snapshot holds beside its layers and slots."""
 
 
@@ -53,6 +56,9 @@ class PolicyCache(Cache):
         wrap: a tensor type to hand the keys out as, for models that call SDPA themselves.
         seed: for policies that draw.
         rotary: angles per position, see :class:`DecodeState`.
+        whole: every prompt, and every later turn, comes in one block: layers may be compressed while it is read.
+        shard: the ranks that share the KV heads; None where all are here.
+        runs: the layers on each device, where there are several.
     """
 
     def __init__(
@@ -66,12 +72,16 @@ class PolicyCache(Cache):
         wrap: type[Tensor] | None = None,
         seed: int = 0,
         rotary: Tensor | None = None,
+        whole: bool = False,
+        shard: HeadShard | None = None,
+        runs: Sequence[Run] = (),
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
         self.mark = mark or (lambda phase: None)
-        self.wrap, self.seed, self.rotary = wrap, seed, rotary
+        self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
+        self.runs = list(runs) if len(runs) > 1 else []
         self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
         self.grows = policy.grows or self.keeps_all
         compressed = iter(range(len(kinds)))
@@ -90,15 +100,13 @@ class PolicyCache(Cache):
         self.seen = 0
         self.lengths: Tensor | None = None
         self._before: Tensor | None = None
-        self.shape = (0, 0, 0)
-        self.widths = (0, 0)
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.layout = Layout(0, 0, (0, 0), torch.float32, torch.device("cpu"))
         self.starts: list[int] = []
-        self.state: DecodeState | None = None
+        self.state: DecodeState | SplitState | None = None
         self.budgets: Tensor | None = None
         self.first: tuple[Tensor, list[int]] | None = None
         self.kept: Tensor | None = None
-        self._store: DenseStore | None = None
+        self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
@@ -113,7 +121,7 @@ class PolicyCache(Cache):
         """Called by a layer's ``update``."""
         new = keys.shape[2]
         if layer.index == 0:
-            if self.seen and not self.ready and (new == 1 or self.keeps_all):
+            if self.seen and not self.ready and new == 1:
                 self.compress()
             if self.ready and new > 1:
                 self._reopen()
@@ -123,10 +131,10 @@ class PolicyCache(Cache):
         if self.ready:
             assert self.state is not None
             if layer.index == 0 and self.grows:
-                self._extend()
+                self.make_room()
             self.state.write(layer.index, keys, values)
         else:
-            self._append(layer, keys, values)
+            layer.append(keys, values, self._before, brief=self._early)
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
         handed.slot_layer = layer  # type: ignore[attr-defined]
         return handed, values
@@ -138,26 +146,27 @@ class PolicyCache(Cache):
             assert self.state is not None
             out = self.state.attend(layer.index, query, scale)
             if last:
-                self.state.advance()
+                with span("bookkeeping"):
+                    self.state.advance()
                 self.seen += 1
             return out
         assert layer.keys is not None and layer.values is not None
         if layer.index == 0:
-            self._measure(new, mask)
+            self._measure(layer, new, mask)
         if layer.position is None:
             layer.starts = self.starts
         needs = Needs() if self.keeps_all else self.policy.needs
-        with span("prefill attention"):
+        with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs)
         layer.stats = add(layer.stats, stats, new)
-        if self.keeps_all:
-            self._keep(layer)
-            layer.keys = layer.values = None
+        if self._early:
+            self._compress_early(layer, new)
         if last:
             first_decode = self.seen > 0 and new == 1
             self.seen += new
-            if first_decode:
+            if first_decode and not self._early:
                 self._pack()
+                self.mark("decode")
         return out
 
     def compress(self) -> None:
@@ -165,61 +174,74 @@ class PolicyCache(Cache):
 
         A policy that defers only sets its budgets here; the first decode step does the rest.
         """
-        if self.ready:
-            return
-        self.mark("compress")
-        if self.budgets is None:
-            with span("allocate"):
-                self.budgets = self._budgets()
-        if self.policy.defers and not self.keeps_all:
-            self.mark("decode")
-        else:
-            self._pack()
+        if not self.ready:
+            self.mark("compress")
+            if self.budgets is None:
+                with span("allocate"):
+                    self.budgets = self._budgets()
+            if not self.policy.defers:
+                self._pack()
+        self.mark("decode")
+
+    @property
+    def _early(self) -> bool:
+        """Whether a layer can be compressed before the next one has read the prompt."""
+        if self.keeps_all:
+            return True
+        return self.whole and not self.policy.defers and (self.first is not None or not self.policy.waits)
+
+    def _compress_early(self, layer: PolicyLayer, new: int) -> None:
+        """Compresses a layer that has just read the prompt."""
+        self._note("compress")
+        if layer.index == 0:
+            self.budgets = self._budgets()
+            self.packing = self._new_packing(new)
+        assert self.packing is not None
+        self.packing.add(layer)
+        if layer.index == len(self.own) - 1:
+            self._finish()
+        self._note("prefill")
+
+    def _note(self, phase: str) -> None:
+        """Marks a phase in the middle of prefill; writing what is kept whole into its slots is prefill."""
+        if not self.keeps_all:
+            self.mark(phase)
 
     def _pack(self) -> None:
-        """Compresses the entries into slots."""
+        """Compresses the entries of all layers."""
+        self.packing = self._new_packing(0)
+        for layer in self.own:
+            self.packing.add(layer)
+        self._finish()
+
+    def _new_packing(self, new: int) -> Packing | SplitPacking:
+        """Empty slots; all layers but the first are still to get ``new`` entries."""
         assert self.lengths is not None and self.budgets is not None
-        batch, heads, _ = self.shape
-        extra = (self.max_new or SPARE) if self.grows else self.policy.interval
-        budgets = self._grown(self.budgets)
-        most = [min(int(row.max()), self._count(layer)) for layer, row in zip(self.own, budgets, strict=True)]
-        sizes = [count + extra for count in most] if self.grows else capacities(budgets, extra)
-        store = self._store or self._new_store(sizes)
-        shape = (len(self.own), batch * heads, max(sizes))
-        position = torch.full(shape, CLOSED, dtype=torch.int32, device=self.device)
-        memory: list[dict[str, Tensor]] = []
-        scores: list[Stats] = []
-        merged, evicted = self.counts()
-        for layer, keep, count in zip(self.own, budgets, most, strict=True):
-            total, position_of = self._count(layer), self._positions(layer)
-            index = self._all_entries(total)
-            if not self.keeps_all:
-                kept, remembered = compress(self.policy, self._entries(layer, position_of), keep, count)
-                if self.grows:
-                    kept = to_the_right(kept)
-                index = kept.index
-                memory.append(remembered)
-                evicted[layer.index] += int(kept.leaving.sum())
-                merged[layer.index] += int(remembered["merged"].sum()) if "merged" in remembered else 0
-                scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
-                store.fill(layer.index, kept.keys.flatten(0, 1), kept.values.flatten(0, 1), kept.filled.flatten(0, 1))
-            own = position[layer.index].view(batch, heads, -1)[..., : sizes[layer.index]]
-            book(own, index, position_of, None if self.grows else keep + extra)
-            layer.clear()
-        now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
-        group = 1 if self.policy.expands else self.group
-        state = DecodeState(store, position, now, self.policy, heads, group, most, self.grows, self.seed, self.rotary)
-        if not self.keeps_all:
-            self.policy.begin(state, memory, scores)
-            if self.policy.carries is not None and not self.grows:
-                state.carry = Carry(state, self.policy.carries)
-        state.start()
+        spare = (self.max_new or SPARE) if self.grows else self.policy.interval
+        budgets = bounded(self.budgets, self.lengths, self.max_new, self.policy.name)
+        counts, parts = self._counts(new), []
+        for run in self.runs or [Run(0, len(counts), self.layout.device)]:
+            layout, lengths = replace(self.layout, device=run.device), self.lengths.to(run.device)
+            own = slice(run.first, run.last)
+            part = Packing(
+                self.policy, layout, lengths, budgets[own], counts[own], spare, everything=self.keeps_all,
+                grows=self.grows, early=self._early, seed=self.seed, first=run.first, layers=len(counts),
+            )  # fmt: skip
+            parts.append(part)
+        return SplitPacking(parts) if self.runs else parts[0]
+
+    def _finish(self) -> None:
+        """From packed layers to the decode state."""
+        packing = self.packing
+        assert packing is not None and self.lengths is not None and self.budgets is not None
+        state = packing.finish(1 if self.policy.expands else self.group, self.rotary)
         self.first = self.first or (self.budgets, self.lengths.tolist())
-        self.merged_prompt, self.evicted_prompt = merged, evicted
-        self.state, self.ready, self._store = state, True, None
+        merged, evicted = packing.counts
+        self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
+        self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
+        self.state, self.ready, self.packing = state, True, None
         self.kept = self.held()
-        self.prompt_kv_bytes = store.bytes
-        self.mark("decode")
+        self.prompt_kv_bytes = state.store.bytes
 
     def counts(self) -> tuple[list[int], list[int]]:
         """Entries merged and entries evicted so far in each layer, over its sequences and KV heads."""
@@ -249,14 +271,14 @@ class PolicyCache(Cache):
         assert self.lengths is not None
         if self.state is None:
             return self.lengths.float().expand(len(self.own), -1)
-        batch, heads, _ = self.shape
-        return self.state.held().view(len(self.own), batch, heads).float().mean(-1)
+        shape = (len(self.own), self.layout.batch, self.layout.heads)
+        return self.state.held().view(shape).float().mean(-1)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now, sliding layers included."""
         tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
-        slots = self.state.store.bytes if self.state else self._store.bytes if self._store else 0
+        slots = self.state.store.bytes if self.state else self.packing.bytes if self.packing else 0
         held: int = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return held
 
@@ -266,81 +288,24 @@ class PolicyCache(Cache):
         tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-    def _entries(self, layer: PolicyLayer, position: Tensor) -> Entries:
-        assert layer.keys is not None and layer.values is not None and self.lengths is not None
-        return Entries(
-            layer.index, len(self.own), layer.keys, layer.values, position, self.lengths, layer.stats, self.seed
-        )
-
-    def _keep(self, layer: PolicyLayer) -> None:
-        """Writes a prompt that is kept whole straight into its slots."""
-        assert layer.keys is not None and layer.values is not None
-        self._note(layer)
-        if self._store is None:
-            sizes = [self.shape[2] + (self.max_new or SPARE)] * len(self.own)
-            self._store = self._new_store(sizes)
-        real = self._positions(layer).flatten(0, 1) >= 0
-        self._store.fill(layer.index, layer.keys.flatten(0, 1), layer.values.flatten(0, 1), real)
-
-    def _new_store(self, sizes: Sequence[int]) -> DenseStore:
-        rows = self.shape[0] * self.shape[1]
-        if self.policy.bits in (None, 16):
-            return DenseStore(sizes, rows, self.widths, self.dtype, self.device)
-        return QuantStore(sizes, rows, self.widths, self.dtype, self.device, self.policy.bits, self.grows)
-
-    def _note(self, layer: PolicyLayer) -> None:
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
-        self.shape = (keys.shape[0], keys.shape[1], keys.shape[2])
-        self.widths, self.dtype, self.device = (keys.shape[-1], values.shape[-1]), keys.dtype, keys.device
-
-    def _append(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> None:
-        """Adds a block to the entries of a layer."""
-        if layer.keys is None:
-            layer.keys, layer.values = keys, values
-            return
-        assert layer.values is not None and self._before is not None
-        layer.keys, layer.values = torch.cat((layer.keys, keys), 2), torch.cat((layer.values, values), 2)
-        if layer.position is not None:
-            new = self._before[:, None, None] + torch.arange(keys.shape[2], device=self.device)
-            layer.position = torch.cat((layer.position, new.expand(-1, keys.shape[1], -1)), 2)
-
     def _reopen(self) -> None:
         """Back from slots to entries, for a block after decoding has begun."""
         state = self.state
         assert state is not None and self.lengths is not None
-        batch, heads, _ = self.shape
-        for layer, turn in zip(self.own, reopen(state, batch), strict=True):
-            layer.keys, layer.values, layer.position = turn.keys, turn.values, turn.position
-            layer.starts, layer.stats = turn.starts, turn.stats
+        batch, heads = self.layout.batch, self.layout.heads
+        parts = state.parts if isinstance(state, SplitState) else [state]
+        turns = [turn for part in parts for turn in reopen(part, batch)]
+        for layer, turn in zip(self.own, turns, strict=True):
+            layer.__dict__.update(vars(turn))
         self.merged_prompt, self.evicted_prompt = self.counts()
         self.lengths = state.now.view(batch, heads)[:, 0].long() + 1
         self.state, self.ready, self.budgets = None, False, None
         self.mark("prefill")
 
-    def _count(self, layer: PolicyLayer) -> int:
-        """Entries of a layer, padding included."""
-        return self.shape[2] if layer.keys is None else int(layer.keys.shape[2])
-
-    def _positions(self, layer: PolicyLayer) -> Tensor:
-        """True position of each entry, ``[B, H, N]``, negative for padding."""
-        if layer.position is not None:
-            return layer.position
-        return self._all_entries(self._count(layer)) - torch.tensor(self.starts, device=self.device)[:, None, None]
-
-    def _all_entries(self, total: int) -> Tensor:
-        return torch.arange(total, device=self.device).expand(*self.shape[:2], -1)
-
-    def _grown(self, budgets: Tensor) -> Tensor:
-        """Budgets with −1 (everything, and growing) as a number of slots."""
-        assert self.lengths is not None
-        if not bool((budgets < 0).any()):
-            return budgets
-        if self.max_new is None:
-            raise PolicyError(
-                f"policy '{self.policy.name}' has layers that grow", remedy="give max_new, the tokens to generate"
-            )
-        return torch.where(budgets < 0, self.lengths.cpu() + self.max_new, budgets)
+    def _counts(self, new: int) -> list[int]:
+        """Entries of each layer, padding included, once all of them have their part of a block of ``new``."""
+        held = [0 if layer.keys is None else layer.keys.shape[2] for layer in self.own]
+        return [held[0], *(count + new for count in held[1:])]
 
     def _budgets(self) -> Tensor:
         assert self.lengths is not None
@@ -350,18 +315,27 @@ class PolicyCache(Cache):
         assert self.budget is not None
         if self.first is not None:
             return rescale(*self.first, length.tolist(), self.budget)
-        return self.policy.layer_budgets([layer.stats for layer in self.own], length, self.budget)
+        stats = [layer.stats for layer in self.own]
+        if self.shard is not None and self.policy.waits:
+            stats = [self.shard.all_heads(stat) for stat in stats]
+        if self.runs:
+            stats = [{name: held.cpu() for name, held in stat.items()} for stat in stats]
+        return self.policy.layer_budgets(stats, length, self.budget)
 
-    def _measure(self, new: int, mask: Tensor | None) -> None:
+    def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
         """Takes the lengths of the sequences from the padding mask, once a prompt; a later block adds to them."""
-        self._note(self.own[0])
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None
+        widths = (keys.shape[-1], values.shape[-1])
+        first = keys.shape[1] * self.shard.rank if self.shard else 0
+        self.layout = Layout(keys.shape[0], keys.shape[1], widths, keys.dtype, keys.device, first)
         if self.lengths is not None:
             self.lengths = self.lengths + new
             return
-        self.starts = [0] * self.shape[0] if mask is None else (new - real_tokens(mask, new)).tolist()
-        self.lengths = new - torch.tensor(self.starts, device=self.device)
+        self.starts = [0] * keys.shape[0] if mask is None else (new - real_tokens(mask, new)).tolist()
+        self.lengths = new - torch.tensor(self.starts, device=keys.device)
 
-    def _extend(self) -> None:
+    def make_room(self) -> None:
         """Makes room in a growing cache whose generation turned out longer than its slots."""
         state = self.state
         assert state is not None

@@ -12,11 +12,12 @@ which took the evictee's slot, is kept out of the hosts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from d2obench.engine import native
 from d2obench.policies.base import Carries
 from d2obench.ranges import span
 
@@ -42,7 +43,8 @@ class Carry:
     def __init__(self, state: DecodeState, plan: Carries) -> None:
         self.state, self.plan = state, plan
         store, (layers, rows, width) = state.store, state.position.shape
-        device, key_width, value_width = store.device, *store.widths
+        device = store.device
+        key_width, value_width = store.widths
         self.queries = torch.zeros(layers, rows, state.group + 1, key_width, dtype=store.dtype, device=device)
         self.key = torch.zeros(layers, rows, key_width, dtype=store.dtype, device=device)
         self.value = torch.zeros(layers, rows, value_width, dtype=store.dtype, device=device)
@@ -59,8 +61,25 @@ class Carry:
         self.host_bias.masked_fill_(state.position < 0, -torch.inf)
         self.bar = torch.full((layers, rows), torch.inf, device=device)
         self._cosine = torch.empty(rows, width, device=device)
+        self._loops = native.loops() if native.serves(store) and not plan.per_layer and plan.hosts == "all" else None
         # views made once: a step has no time to spare for slicing
         self._lanes = [self._lane(layer) for layer in range(layers)]
+        self._views: dict[int, tuple[Any, ...]] = {}
+
+    def _arrays(self, layer: int, logits: Tensor) -> tuple[Any, ...]:
+        """What the compiled merge of a layer works on."""
+        width = logits.shape[2]
+        lane = (self.bar, self.state.store.base, self.queries, self.key, self.value)
+        found = (self.similarity, self.host, self.weight)
+        return native.arrays(
+            logits,
+            self.inverse_norm[layer, :, :width],
+            self.host_bias[layer, :, :width],
+            self._cosine[:, :width],
+            *(tensor[layer] for tensor in lane),
+            self.state.store.value_rows,
+            *(tensor[layer] for tensor in found),
+        )
 
     def _lane(self, layer: int) -> tuple[Tensor, ...]:
         rows, group = self.queries.shape[1], self.queries.shape[2] - 1
@@ -102,6 +121,12 @@ class Carry:
         every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
         given, beta = (every, 0) if bias is None else (bias, 1)
         torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
+        if self._loops is not None:
+            with span("similarity"):  # the value's merge too: one loop finds the host and merges
+                if layer not in self._views:
+                    self._views[layer] = self._arrays(layer, every)
+                self._loops.merge(*self._views[layer], scale, self.plan.keys)
+            return every
         with span("similarity"):
             cosine = self._cosine[:, :width]
             hosts, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
@@ -123,10 +148,18 @@ class Carry:
     def settle(self) -> None:
         """After the last layer: thresholds, counts, the merged keys, and the norms of what changed."""
         state, store = self.state, self.state.store
+        if self._loops is not None:
+            tensors = (
+                self.similarity, self.weight, self.host, self.pending, state.extra["tau"], state.extra["merged"],
+                store.base, state.slot, self.key, store.key_rows, self.inverse_norm, self.host_bias, self.score,
+                state.score,
+            )  # fmt: skip
+            self._loops.settle(*native.arrays(*tensors), self.plan.beta, self.plan.keys, self.plan.inherit)
+            return
         similarity = self.similarity + 1
         newest = self._mean(similarity) if self.plan.per_layer else similarity
         tau = state.extra["tau"]
-        smoothed = torch.where(tau.isinf(), newest, torch.lerp(tau, newest, self.plan.beta))
+        smoothed = torch.where(tau.isinf() | newest.isinf(), newest, torch.lerp(tau, newest, self.plan.beta))
         tau.copy_(torch.where(self.pending, smoothed, tau))
         state.extra["merged"] += (self.weight > 0).sum(1)
         if self.plan.keys:
@@ -143,6 +176,14 @@ class Carry:
     def take(self, victim: Tensor) -> None:
         """Holds the evicted entries aside; called with the freed slots before they are booked for the next token."""
         state, store = self.state, self.state.store
+        if self._loops is not None:
+            tensors = (
+                victim, store.base, store.key_rows, store.value_rows, state.position, state.score, state.extra["tau"],
+                self.inverse_norm, self.key, self.value, self.queries, self.score, self.pending, self.host_bias,
+                self.bar,
+            )  # fmt: skip
+            self._loops.take(*native.arrays(*tensors), self.plan.beta >= 1)
+            return
         index = store.base + victim
         self.key.copy_(store.read_keys(index))
         self.value.copy_(store.read_values(index))

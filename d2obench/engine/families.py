@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from d2obench.engine.attention import IMPLEMENTATION
 from d2obench.errors import ModelError
+from d2obench.models.base import CONSTANT_ROPE
 
 INTERFACE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
 BRIDGED = ("falcon",)
 SUPPORTED = (*INTERFACE, *BRIDGED)
-CONSTANT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -38,6 +38,12 @@ def prepare(model: PreTrainedModel) -> None:
 def restore(model: PreTrainedModel) -> None:
     """Switches the model's attention to transformers' SDPA, for its own caches."""
     model.set_attn_implementation("sdpa")
+
+
+def use(model: PreTrainedModel, attention: str) -> None:
+    """Switches the model's attention where another session on the same model has switched it away."""
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
 
 
 def layer_kinds(model: PreTrainedModel) -> list[int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -36,6 +37,31 @@ class PolicyLayer(CacheLayerMixin):
         self.starts: list[int] = []
         """The first entry of each sequence."""
 
+    def append(self, keys: Tensor, values: Tensor, before: Tensor | None, *, brief: bool) -> None:
+        """Adds a block ``[B, H, n, d]``.
+
+        Args:
+            before: int64 ``[B]``, tokens of each sequence before the block; None for the first one.
+            brief: the entries are gone before the next layer runs, so that it doesn't matter what they keep alive.
+        """
+        if self.keys is None:
+            self.keys, self.values = (keys, values) if brief else (_alone(keys), _alone(values))
+            return
+        assert self.values is not None and before is not None
+        self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+        if self.position is not None:
+            new = before[:, None, None].to(keys.device) + torch.arange(keys.shape[2], device=keys.device)
+            self.position = torch.cat((self.position, new.expand(-1, keys.shape[1], -1)), 2)
+
+    def positions(self) -> Tensor:
+        """True position of each entry, ``[B, H, N]``, negative for padding."""
+        if self.position is not None:
+            return self.position
+        assert self.keys is not None
+        batch, heads, total = self.keys.shape[:3]
+        starts = torch.tensor(self.starts, device=self.keys.device)
+        return torch.arange(total, device=self.keys.device).expand(batch, heads, -1) - starts[:, None, None]
+
     @property
     def cache(self) -> PolicyCache:
         """The cache this layer is part of."""
@@ -65,3 +91,12 @@ class PolicyLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The same, as transformers before 5.3 asks for it."""
+        return -1
+
+
+def _alone(held: Tensor) -> Tensor:
+    """``held``, copied where it is part of something larger (a fused projection) that it would keep alive."""
+    return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()

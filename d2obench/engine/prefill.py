@@ -2,8 +2,11 @@
 
 The L×L map never exists. Without statistics this is the device's own flash/SDPA kernel. With them, on a CPU one pass
 over blocks of queries gives the output and the column sums together: a block's probabilities live in cache, are
-multiplied with the values, summed over the queries and forgotten. On a GPU the flash kernel gives the output and a
-second pass over blocks of queries the column sums. Memory is O(L) either way.
+multiplied with the values, summed over the queries and forgotten. (The flash kernel with its log-sum-exp and a second
+pass of ``exp(q·k − lse)`` takes 1.25 times as long there: the products are the most of it, and there would be three.)
+On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton kernel adds up the columns
+(``d2obench.engine.kernels.columns``); where there is none, a second pass over blocks of queries. Memory is O(L) either
+way.
 
 Sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch gives
 what single sequences give.
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2obench.engine.kernels import prompt
 from d2obench.policies.base import Needs, Stats
 from d2obench.ranges import span
 
@@ -46,7 +50,13 @@ def prompt_attention(
     out = query.new_zeros(batch, query.shape[2], query.shape[1], values.shape[-1])
     rows = query.shape[1] if needs.heads else heads
     names = [
-        name for name, wanted in (("sum", needs.columns), ("square", needs.squares), ("window", needs.window)) if wanted
+        name
+        for name, wanted in (
+            ("sum", needs.columns or needs.squares),
+            ("square", needs.squares),
+            ("window", needs.window),
+        )
+        if wanted
     ]
     stats = {name: torch.zeros(batch, rows, length, device=keys.device) for name in names}
     groups = (
@@ -77,24 +87,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
     """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
-    the block's probabilities (``G·64·L`` floats) stay in the core's cache."""
+    the block's probabilities (``G·64·L`` floats) stay in the core's cache. Logits become probabilities in place."""
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
-    ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=torch.float32).triu(1)
-    scaled = (q * scale).reshape(rows, group, new, -1)
+    ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
+    grouped = q.reshape(rows, group, new, -1)
     flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
     mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
     cores = torch.get_num_threads()
+    most = max(group * CPU_BLOCK * length * cores, min(cores * CPU_CACHE // 4, rows * group * CPU_BLOCK * length))
+    logits_of = q.new_empty(most)
+    weights_of = logits_of if q.dtype == torch.float32 else torch.empty(most)
     for first in range(0, new, CPU_BLOCK):
         last = min(new, first + CPU_BLOCK)
         size, end = last - first, length - new + last
-        block = scaled[:, :, first:last].reshape(rows, group * size, -1)
+        block = (grouped[:, :, first:last] * scale).reshape(rows, group * size, -1)
         some = cores * max(1, CPU_CACHE // (group * size * end * 4))
         for low in range(0, rows, some):
             part = slice(low, min(rows, low + some))
-            logits = torch.bmm(block[part], flat_k[part, :, :end]).float()
+            shape = (part.stop - low, group * size, end)
+            logits, weights = (held[: math.prod(shape)].view(shape) for held in (logits_of, weights_of))
+            torch.bmm(block[part], flat_k[part, :, :end], out=logits)
             logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
-            weights = torch.softmax(logits, -1)
+            torch.softmax(logits, -1, dtype=torch.float32, out=weights)
             found = torch.bmm(weights.to(v.dtype), flat_v[part, :end]).view(-1, group, size, v.shape[-1])
             for row, one in enumerate(found, low):
                 mixed[row // heads, row % heads, :, first:last] = one
@@ -103,15 +118,20 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
 
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
-    """The flash kernel for the output; then the probabilities block by block for the columns."""
+    """The flash kernel for the output; then the columns, by the kernel or block by block."""
+    if not prompt.attend_with_columns(q, k, v, scale, out, stats, needs):
+        out.copy_(_flash(q, k, v, scale).transpose(1, 2))
+        _column_blocks(q, k, scale, stats, needs)
+
+
+def _column_blocks(q: Tensor, k: Tensor, scale: float, stats: Stats, needs: Needs) -> None:
+    """The probabilities once more, in blocks of queries, for the columns."""
     batch, heads, length, _ = k.shape
     new, group = q.shape[2], q.shape[1] // heads
-    out.copy_(_flash(q, k, v, scale).transpose(1, 2))
-    grouped = (q * scale).reshape(batch, heads, group, new, -1)
     for first in range(0, new, GPU_BLOCK):
         last = min(new, first + GPU_BLOCK)
         size, end = last - first, length - new + last
-        block = grouped[:, :, :, first:last].reshape(batch, heads, group * size, -1)
+        block = (q[:, :, first:last] * scale).reshape(batch, heads, group * size, -1)
         logits = (block @ k[:, :, :end].transpose(2, 3)).float().view(batch, heads, group, size, end)
         ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
         logits[..., end - size :].masked_fill_(ahead, -math.inf)
@@ -127,7 +147,7 @@ def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
         seen = stats["sum"]
         seen.view(seen.shape[0], -1, group, seen.shape[2]).flatten(0, 1)[part, :, :end] += weights.sum(2)
         return
-    if needs.columns:
+    if "sum" in stats:
         stats["sum"].flatten(0, 1)[part, :end].add_(weights.flatten(1, 2).sum(1), alpha=1 / group)
     if needs.squares:
         stats["square"].flatten(0, 1)[part, :end].add_(weights.mean(1).square_().sum(1))

@@ -1,7 +1,7 @@
 """One batch of sequences through prefill, compression and decoding under one policy.
 
 The loop that every figure comes from. All policies go through the same model code and the same calls; the library's
-own caches (``hf-dynamic``, ``hf-static``) are yardsticks that differ in their cache and attention function alone.
+own caches (``d2obench.engine.library``) are yardsticks that differ in their cache and attention function alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, StaticCache
 
-from d2obench.engine import build, families
+from d2obench.engine import build, families, library
 from d2obench.engine.cache import PolicyCache
+from d2obench.engine.graph import Steps
+from d2obench.engine.sharding import shard_of
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel
-from d2obench.policies import YARDSTICKS, parse_policy
+from d2obench.models.base import bound_of
+from d2obench.policies import other, parse_policy
 from d2obench.policies.base import Policy
 from d2obench.spec import Budget, parse_budget
 
@@ -84,7 +86,14 @@ class Session:
         max_new: decode steps at most.
         seed: for policies that draw.
         mark: told "prefill", "compress" and "decode" when a phase begins.
+        beyond: go past the model's context where its positions can: for time and memory, never for what it says.
     """
+
+    def __new__(cls, loaded: LoadedModel, policy: Policy | str, *_: Any, **__: Any) -> Session:
+        """What stands in for a policy has a session of its own; as ``pathlib.Path`` does, this class gives that one."""
+        found = other(policy) if cls is Session and isinstance(policy, str) else None
+        kind: type[Session] = found.opens() if found and found.session else cls
+        return object.__new__(kind)
 
     def __init__(
         self,
@@ -95,16 +104,19 @@ class Session:
         max_new: int,
         seed: int = 0,
         mark: Mark | None = None,
+        beyond: bool = False,
     ) -> None:
-        self.loaded, self.max_new, self.seed = loaded, max_new, seed
+        self.loaded, self.max_new, self.seed, self.beyond = loaded, max_new, seed, beyond
         self.mark: Mark = mark or (lambda phase: None)
-        self.yardstick = policy if isinstance(policy, str) and policy in YARDSTICKS else None
+        self.yardstick = policy if isinstance(policy, str) and other(policy) else None
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
         self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
         self._device = loaded.device
         self._positions = torch.zeros(0, dtype=torch.long)
         self._lengths: list[int] = []
         self._mask: Tensor | None = None
+        self._attention = ""
+        self._steps = Steps()
         self.cache: Any = None
 
     @torch.inference_mode()
@@ -117,10 +129,11 @@ class Session:
         longest, limit = max(self._lengths, default=0), families.longest(self.loaded.model)
         if not prompts or min(self._lengths) == 0:
             raise UsageError("an empty prompt can't be run", remedy="give at least one token")
-        if longest + self.max_new > limit:
+        bound = bound_of(self.loaded.model.config) if self.beyond else f"its context is {limit} tokens"
+        if longest + self.max_new > limit and bound:
             raise UsageError(
                 f"{longest} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
-                why=f"its context is {limit} tokens",
+                why=bound,
                 remedy="use a smaller shape",
             )
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -132,9 +145,11 @@ class Session:
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
         self._mask = mask.to(self._device) if padded else None
         self.cache = self._new_cache(longest)
+        self._attention = self.loaded.model.config._attn_implementation
         self.mark("prefill")
-        out = self._forward(tokens.to(self._device), positions, self._mask)
+        out = self._forward(tokens.to(self._device), positions, self._mask).float()
         self._positions = positions[:, -1:] + 1
+        self._steps = Steps()
         return out
 
     @torch.inference_mode()
@@ -148,25 +163,54 @@ class Session:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
+        families.use(self.loaded.model, self._attention)
+        return self._steps.step(self, tokens)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
+        what a CUDA graph captures: tensors that outlive the step are changed in place."""
         mask = self._mask
         if self.yardstick and mask is not None:
             self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = self._forward(tokens[:, None], self._positions, mask if self.yardstick else None)
-        self._positions = self._positions + 1
+        out = self._forward(tokens, self._positions, mask if self.yardstick else None)
+        self._positions += 1
         return out
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Gets decoding ready without decoding: captures the step on a GPU that has run its shape before."""
+        self._steps.prepare(self)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the fast path for a GPU this session went without, and why."""
+        if self._device.type != "cuda":
+            return []
+        state = self.cache.state if isinstance(self.cache, PolicyCache) else None
+        slow = [f"decodes by PyTorch's operators: {state.fallback}"] if state is not None and state.fallback else []
+        return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])
 
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
         """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
-        if not isinstance(self.cache, PolicyCache) or self.cache.state is None:
+        if self.yardstick:
+            library.skip(self.cache, tokens)
+            if self._mask is not None:
+                self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
+        elif self.cache.state is None:
             raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
-        self.cache.state.skip(tokens)
-        self.cache.seen += tokens
-        self._positions = self._positions + tokens
+        else:
+            self.cache.state.skip(tokens)
+            self.cache.seen += tokens
+        self._positions += tokens
 
     @torch.inference_mode()
     def footprint(self) -> Footprint:
-        """What the cache holds now."""
+        """What the cache holds now; where ranks share the heads, all of them ask, and are told of the whole."""
+        own, shard = self._footprint(), shard_of(self.loaded.model)
+        return own if shard is None else shard.whole(own)
+
+    def _footprint(self) -> Footprint:
         if not isinstance(self.cache, PolicyCache):
             return _yardstick_footprint(self.cache, self._lengths)
         cache, held = self.cache, self.cache.held()
@@ -192,28 +236,29 @@ class Session:
     def snapshot(self) -> Any:
         """The compressed state, to come back to by :meth:`restore` any number of times."""
         if isinstance(self.cache, PolicyCache):
-            return self.cache.snapshot(), self._positions, self._mask
+            return self.cache.snapshot(), self._positions.clone(), self._mask
         raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
 
     @torch.inference_mode()
     def restore(self, saved: Any) -> None:
         """Brings back a :meth:`snapshot` of this session."""
         self.cache.restore(saved[0])
-        self._positions, self._mask = saved[1], saved[2]
+        self._positions.copy_(saved[1])
+        self._mask = saved[2]
 
     def close(self) -> None:
         """Lets go of the cache."""
-        self.cache = None
+        self.cache, self._steps = None, Steps()
 
     def _new_cache(self, longest: int) -> Any:
         model = self.loaded.model
         if self.yardstick:
             families.restore(model)
-            if self.yardstick == "hf-dynamic":
-                return DynamicCache(config=model.config)
-            return StaticCache(config=model.config, max_cache_len=longest + self.max_new)
+            return library.library_cache(self.yardstick, model, longest + self.max_new)
         assert self.policy is not None
-        return build.cache(self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark)
+        return build.cache(
+            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True
+        )
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self.loaded.model(
@@ -224,7 +269,7 @@ class Session:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = out.logits[:, -1].float()
+        logits: Tensor = out.logits[:, -1]
         return logits
 
 

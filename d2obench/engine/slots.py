@@ -30,11 +30,20 @@ class DenseStore:
         capacities: slots per KV head of each layer, ``C_ℓ``.
         rows: batch × KV heads.
         widths: head dim of keys and of values.
+        parts: a list of all layers' keys ``[rows, n, d]`` and one of their values, to begin with. Both are emptied
+            while the storage is filled, keys before values are allocated, so that little exists twice.
     """
 
     def __init__(
-        self, capacities: Sequence[int], rows: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+        self,
+        capacities: Sequence[int],
+        rows: int,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: Sequence[list[Tensor]] | None = None,
     ) -> None:
+        self._parts = parts or ([], [])
         self.capacities, self.rows, self.widths, self.dtype, self.device = list(capacities), rows, widths, dtype, device
         self.offsets = [rows * sum(self.capacities[:i]) for i in range(len(self.capacities) + 1)]
         starts = torch.tensor(self.offsets[:-1], device=device)[:, None]
@@ -44,9 +53,14 @@ class DenseStore:
         self._allocate()
 
     def _allocate(self) -> None:
-        self.key_rows, self.value_rows = (
-            torch.zeros(self.offsets[-1], width, dtype=self.dtype, device=self.device) for width in self.widths
-        )
+        self.key_rows, self.value_rows = (self._rows(*of) for of in zip(self.widths, self._parts, strict=True))
+
+    def _rows(self, width: int, parts: list[Tensor]) -> Tensor:
+        flat = torch.zeros(self.offsets[-1], width, dtype=self.dtype, device=self.device)
+        for layer in range(len(parts)):
+            part = parts.pop(0)
+            self._view(flat, layer)[:, : part.shape[1]] = part
+        return flat
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, a view."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2obench.engine import kernels, native
 from d2obench.engine.slots import CLOSED, EMPTY, NEVER, DenseStore
 from d2obench.ranges import span
 
@@ -58,6 +59,7 @@ class DecodeState:
         self.store, self.position, self.now, self.policy = store, position, now, policy
         self.heads, self.group, self.grows, self.seed = heads, group, grows, seed
         self.prompts, self.added, self.rotary = list(prompts), 0, rotary
+        self.first_layer = self.first_head = 0
         layers, rows, width = position.shape
         device = position.device
         self.tracks = policy.watches and not grows
@@ -74,6 +76,11 @@ class DecodeState:
         self.evicted = torch.zeros(layers, dtype=torch.long, device=device)
         self.extra: dict[str, Tensor] = {}
         self.carry: Any = None
+        self.path: Any = None
+        """The fused decode path (``d2obench.engine.kernels``), if it serves this state."""
+        self.fallback = ""
+        """Why not, where one could have been expected."""
+        self._loops = native.loops() if native.serves(store) and not grows and policy.interval == 1 else None
         self._work(width)
 
     def start(self) -> None:
@@ -102,9 +109,13 @@ class DecodeState:
             if self.carry is not None:
                 self.carry.take(self.slot)
             self._place()
+        self._choose()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots."""
+        if self.path is not None:
+            self.path.write(keys, values)
+            return
         self.store.write(layer, self.target[layer], keys, values)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
@@ -118,6 +129,9 @@ class DecodeState:
         Returns:
             ``[B, 1, Hq, d_v]``.
         """
+        if self.path is not None:
+            out: Tensor = self.path.attend(layer, query, scale)
+            return out
         rows, group = self.store.rows, self.group
         keys = self.store.keys(layer)
         if self.grows:
@@ -143,14 +157,16 @@ class DecodeState:
 
     def advance(self) -> None:
         """Ends a step: the policy sees its attention and frees the slot of the next token."""
-        self.steps += 1
+        self.count()
         self.now += 1
         if self.grows:
-            self.added += 1
-            self._append()
+            self.target += 1
+            return
+        if self.path is not None and self.path.turn():
             return
         if self.carry is not None:
-            self.carry.settle()
+            with span("merge"):
+                self.carry.settle()
         with span("scores"):
             if self.tracks:
                 self.attention /= self.group
@@ -167,16 +183,33 @@ class DecodeState:
         self.slot = self.free[..., turn]
         self._place()
 
+    def count(self) -> None:
+        """Counts a step on the host: all of a step that replaying a graph of it leaves out."""
+        self.steps += 1
+        self.added += self.grows
+
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
         """Slots of the ``interval`` lowest scores outside the last ``recent`` tokens, ``[layers, rows, interval]``.
 
         EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
         """
+        if self._loops is not None:
+            window = self._window(recent)
+            slot = torch.empty_like(self.slot)
+            tensors = (score, self.position, self.now, window, self._shown, slot)
+            self._loops.least(*native.arrays(*tensors))
+            return slot[..., None]
         limit = (self.now[None, :, None] - recent).clamp_min(EMPTY)
         shown = torch.where(self.position > limit, PROTECTED, score)
         if self.policy.interval == 1:
             return shown.min(-1, keepdim=True).indices
         return shown.topk(self.policy.interval, -1, largest=False, sorted=True).indices
+
+    def _window(self, recent: Tensor | int) -> Tensor:
+        shape = self.slot.shape
+        if isinstance(recent, int):
+            return torch.full((), recent, dtype=self.position.dtype).expand(shape)
+        return recent[..., 0].to(self.position.dtype).expand(shape)
 
     def oldest(self, start: Tensor | int) -> Tensor:
         """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones
@@ -204,9 +237,16 @@ class DecodeState:
         self.added += tokens
         self._append()
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The model's index of each layer, ``[layers, 1, 1]``, and of each row's KV head, ``[rows, 1]``."""
+        layers, rows = self.slot.shape
+        layer = self.first_layer + torch.arange(layers, device=self.slot.device)[:, None, None]
+        return layer, self.first_head + (torch.arange(rows, device=self.slot.device) % self.heads)[:, None]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor beside keys and values, for snapshots and for counting bytes."""
-        return [*self._living(), *self.store.work(), self._logits, self._weights]
+        fused = [] if self.path is None else self.path.tensors()
+        return [*self._living(), *self.store.work(), self._logits, self._weights, *fused]
 
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of what decoding changes; work buffers are left out."""
@@ -234,6 +274,7 @@ class DecodeState:
             self.bias = torch.nn.functional.pad(self.bias, (0, tokens))
         self._work(width + tokens)
         self._append()
+        self._choose()
 
     def held(self) -> Tensor:
         """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token doesn't count."""
@@ -248,15 +289,26 @@ class DecodeState:
         rows, device = self.store.rows, self.store.device
         self._logits = torch.empty(rows * (self.group + 1) * width, dtype=self.store.dtype, device=device)
         self._weights = torch.empty(rows * (self.group + 1) * width, dtype=torch.float32, device=device)
+        self._shown, self._none = torch.empty(width if self._loops else 0), torch.empty(0, 0, 0)
+
+    def _choose(self) -> None:
+        """Takes the fused path where it serves; the buffers of the other one then go."""
+        chosen = kernels.fused(self)
+        self.path, self.fallback = (None, chosen) if isinstance(chosen, str) else (chosen, "")
+        if self.path is not None:
+            self._logits, self._weights = self._logits[:0].clone(), self._weights[:0].clone()
 
     def _append(self) -> None:
-        self.target = self.store.base + torch.tensor(self.prompts, device=self.now.device)[:, None] + self.added
+        prompts = torch.tensor(self.prompts, device=self.now.device)[:, None]
+        self.target.copy_(self.store.base + prompts + self.added)
 
     def _free(self, slots: Tensor) -> None:
         """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
-        self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
         self.free.copy_(slots)
         self.slot = self.free[..., 0]
+        if self._loops is not None:
+            return
+        self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
         if self.policy.interval > 1 and self.bias is not None:
             self.position.scatter_(2, slots, EMPTY)
             self.bias.scatter_(2, slots, -torch.inf)
@@ -265,6 +317,11 @@ class DecodeState:
 
     def _place(self) -> None:
         """Books the freed slot for the token to come."""
+        if self._loops is not None:
+            score, bias = self.score if self.tracks else self._none, self._none if self.bias is None else self.bias
+            tensors = (self.slot, self.store.base, self.target, self.position, self.now, self.evicted, score, bias)
+            self._loops.place(*native.arrays(*tensors))
+            return
         at = self.slot[..., None]
         self.position.scatter_(2, at, (self.now + 1)[None, :, None].expand(*self.slot.shape, 1))
         torch.add(self.store.base, self.slot, out=self.target)

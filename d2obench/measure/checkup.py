@@ -3,7 +3,6 @@ that gives findings; none of them changes anything or raises."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import time
@@ -19,8 +18,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from d2obench.errors import D2OBenchError
 from d2obench.measure.disturbance import between, load
 from d2obench.measure.environment import fingerprint
+from d2obench.measure.identity import block_on, recognise
 from d2obench.measure.memory import ResidentMeter, probe_for
-from d2obench.measure.nvml import Nvml, open_gpu, words
+from d2obench.measure.nvml import Nvml, open_gpu, strangers, words
 from d2obench.measure.selftest import known_delays
 
 State = Literal["ok", "note", "bad"]
@@ -46,7 +46,7 @@ def checkup(device: torch.device) -> Iterator[Finding]:
     yield from _model()
     yield from _memory_meter(device, gpu)
     yield from _timing(device)
-    yield from _others(gpu)
+    yield from _others(device, gpu)
 
 
 def _software() -> Iterator[Finding]:
@@ -159,12 +159,13 @@ def _timing(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"timed {name}", "ok" if found.right else "bad", text, "" if found.right else "calm the machine")
 
 
-def _others(gpu: Nvml | None) -> Iterator[Finding]:
+def _others(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
     before = load()
     time.sleep(1.0)
     flags = between(before, load()).flags()
     yield Finding("other load", "bad" if flags else "ok", ", ".join(flags) or "calm", "end it" if flags else "")
-    for owner in gpu.owners() if gpu else ():
-        if owner.pid != os.getpid():
-            text = f"process {owner.pid} ({owner.name}) computes on the GPU"
-            yield Finding("GPU in use", "bad", text, "end it, or use --allow-busy")
+    if gpu is not None:  # this process has used the GPU by now, and may stand there by another number
+        recognise(gpu, lambda: block_on(device))
+    for owner in strangers(gpu):
+        text = f"process {owner.pid} ({owner.name}) computes on the GPU"
+        yield Finding("GPU in use", "bad", text, "end it, or use --allow-busy")

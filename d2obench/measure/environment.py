@@ -104,6 +104,8 @@ def _threads() -> int | None:
 
 
 OURS = "; column sums: blocks of queries; decode: products over slots"
+KERNELS = "; column sums and decode: Triton kernels"
+"""Where they serve: a cell that they don't serve says so by itself."""
 
 
 def _attention(device: str) -> str | None:
@@ -120,7 +122,10 @@ def _attention(device: str) -> str | None:
         "cudnn": on.cudnn_sdp_enabled(),
         "math": on.math_sdp_enabled(),
     }
-    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{OURS}"
+    from d2obench.engine.kernels import missing
+
+    ours = OURS if missing(torch.device(device)) else KERNELS
+    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{ours}"
 
 
 def _gpu(device: str) -> Nvml | None:

@@ -57,22 +57,26 @@ class ResidentMeter:
 
 
 class CudaMeter:
-    """Peaks of PyTorch's CUDA allocator: bytes requested by tensors, handed out in blocks, reserved from the driver."""
+    """Peaks of PyTorch's CUDA allocator: bytes requested by tensors, handed out in blocks, reserved from the driver.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Those of several devices are added up, though they need not fall together.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = devices
 
     def reset(self) -> None:
         import torch
 
-        torch.cuda.reset_peak_memory_stats(self._device)
+        for device in self._devices:
+            torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> dict[str, int]:
         import torch
 
-        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        every = [torch.cuda.memory_stats_as_nested_dict(device) for device in self._devices]
         kinds = ("requested", "allocated", "reserved")
-        return {f"{kind}_bytes": int(stats[f"{kind}_bytes"]["all"]["peak"]) for kind in kinds}
+        return {f"{kind}_bytes": sum(int(of[f"{kind}_bytes"]["all"]["peak"]) for of in every) for kind in kinds}
 
 
 class MemoryProbe:
@@ -145,6 +149,7 @@ def probe_for(
     interval: float = 0.02,
     now: Callable[[], float] = time.perf_counter,
     nvml: Any | None = None,
+    beside: Sequence[torch.device] = (),
 ) -> MemoryProbe:
     """The probe of a device.
 
@@ -153,10 +158,11 @@ def probe_for(
         interval: seconds between two samples of the timeline.
         now: the clock of the phase marks.
         nvml: an open :class:`d2obench.measure.nvml.Nvml` of that device, or None.
+        beside: the other devices that the model lies on.
     """
     meters: list[Meter] = [ResidentMeter()] if ResidentMeter.usable() else []
     if device.type == "cuda":
-        meters.append(CudaMeter(device))
+        meters.append(CudaMeter(device, *beside))
     return MemoryProbe(
         meters,
         Sampler(_resident, ("rss_bytes",), interval, now),
@@ -164,7 +170,7 @@ def probe_for(
     )
 
 
-def settle(device: torch.device | None = None) -> None:
+def settle(device: torch.device | None = None, beside: Sequence[torch.device] = ()) -> None:
     """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
@@ -172,9 +178,10 @@ def settle(device: torch.device | None = None) -> None:
     if device is not None and device.type == "cuda":
         import torch
 
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        for one in (device, *beside):
+            torch.cuda.synchronize(one)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(one)
 
 
 def unique_bytes() -> int | None:

@@ -6,7 +6,6 @@ is not asked again; a driver that dies in the middle gives None from then on; wi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from d2obench.errors import MeasureError
+from d2obench.measure.identity import own_pids
 from d2obench.measure.sampler import Row
 
 if TYPE_CHECKING:
@@ -56,13 +56,16 @@ class Nvml:
     Args:
         handle: NVML's handle of it.
         library: the module ``pynvml``, or a stand-in with its functions.
-        pid: the process whose memory is ``process_bytes``.
+        pid: the process whose memory is ``process_bytes``; this one where it is not given.
+
+    ``pids`` are the numbers this process may have in the driver's list; ``identity.recognise`` makes sure of them.
     """
 
     columns = COLUMNS
 
     def __init__(self, handle: Any, library: Any, pid: int | None = None) -> None:
-        self._handle, self._library, self._pid = handle, library, pid or os.getpid()
+        self._handle, self._library = handle, library
+        self.pids = own_pids() if pid is None else frozenset({pid})
         self._unsupported: set[str] = set()
 
     def read(self) -> Row:
@@ -70,7 +73,7 @@ class Nvml:
         library = self._library
         memory = self.ask("nvmlDeviceGetMemoryInfo")
         rates = self.ask("nvmlDeviceGetUtilizationRates")
-        mine = next((owner.bytes for owner in self._processes() if owner.pid == self._pid), None)
+        mine = next((owner.bytes for owner in self._processes() if owner.pid in self.pids), None)
         return (
             _number(getattr(memory, "used", None)),
             _number(mine),
@@ -159,12 +162,14 @@ def open_gpu(device: torch.device | int | None = None, library: Any | None = Non
     return None
 
 
+def strangers(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list[Owner]:
+    """Processes other than this one and ``own`` that compute on the GPU, the largest first."""
+    return [owner for owner in gpu.owners() if owner.pid not in own | gpu.pids] if gpu else []
+
+
 def refuse_busy(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> None:
-    """Raises MeasureError where processes other than ``own`` compute on the GPU; tells who."""
-    if gpu is None:
-        return
-    others = [owner for owner in gpu.owners() if owner.pid not in own | {os.getpid()}]
-    if others:
+    """Raises MeasureError where processes other than this one and ``own`` compute on the GPU; tells who."""
+    if others := strangers(gpu, own):
         raise MeasureError(
             "the GPU is busy",
             why=", ".join(_show(owner) for owner in others[:4]),

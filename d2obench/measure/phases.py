@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from d2obench.errors import OutOfMemory
+from d2obench.measure import collector
 from d2obench.measure.clock import Clock
 from d2obench.measure.depths import Sampled, integrate, windows
-from d2obench.measure.memory import PHASES, MemoryProbe, is_out_of_memory, unique_bytes
-from d2obench.measure.sampler import Sampler
+from d2obench.measure.line import Line
+from d2obench.measure.memory import MemoryProbe, is_out_of_memory, unique_bytes
 from d2obench.measure.trace import RequestTrace
 
 Mark = Callable[[str], None]
@@ -63,15 +63,13 @@ def measure_request(
     Raises:
         OutOfMemory: names the phase. The session is closed and nothing of it is kept alive.
     """
-    line = _Line(clock, memory)
+    line = Line(clock, memory)
     session: Request | None = None
     shortage = ""
-    frozen = gc.get_freeze_count() > 0
     try:
         with torch.inference_mode():
             session = session_factory(line.mark)
-            if not frozen:  # a full collection inside a step would walk every object that torch and transformers made
-                gc.freeze()
+            collector.hide()
             memory.start()
             clock.start()
             return _run(session, line, prompts, gen, force, sampled)
@@ -80,8 +78,7 @@ def measure_request(
             raise
         shortage = str(problem).partition("\n")[0][:300]
     finally:
-        if not frozen:
-            gc.unfreeze()
+        collector.show()
         memory.stop()
         if session is not None:
             session.close()
@@ -101,38 +98,6 @@ def shortage_named() -> Iterator[Mark]:
         raise OutOfMemory(f"out of memory in {last[0]}", why=str(problem).partition("\n")[0][:300]) from None
 
 
-class _Line:
-    """All stamps of a request in the order they were taken, and the phases they open."""
-
-    def __init__(self, clock: Clock, memory: MemoryProbe) -> None:
-        self._clock, self.memory = clock, memory
-        self.stamps: list[Any] = []
-        self.marks: list[tuple[int, str]] = []
-        self.phase: str | None = None
-        self.origin = 0.0
-
-    def stamp(self) -> int:
-        self.stamps.append(self._clock.stamp())
-        return len(self.stamps) - 1
-
-    def mark(self, phase: str) -> None:
-        """Enters ``phase``; entering it twice is once."""
-        if phase != self.phase:
-            self.memory.enter(phase if phase in PHASES else None)
-            self.phase = phase
-            self.marks.append((self.stamp(), phase))
-
-    def read(self) -> list[float]:
-        """Seconds of all stamps from the first one."""
-        times = self._clock.read(self.stamps)
-        self.origin = times[0]
-        return [t - self.origin for t in times]
-
-    def samples(self, sampler: Sampler | None) -> list[list[float | None]]:
-        """A sampler's rows on the line of the stamps."""
-        return [[(row[0] or 0.0) - self.origin, *row[1:]] for row in sampler.rows] if sampler else []
-
-
 class _Step(NamedTuple):
     """A decode step: its place in the generation; stamps before it, after the session's work, at the next token."""
 
@@ -144,7 +109,7 @@ class _Step(NamedTuple):
 
 def _run(
     session: Request,
-    line: _Line,
+    line: Line,
     prompts: list[list[int]],
     gen: int,
     force: torch.Tensor | None,
@@ -158,6 +123,9 @@ def _run(
     torch.argmax(logits, -1, out=ids[0])
     _to_host(ids[0])
     line.mark("token")
+    if logits.device.type == "cuda" and hasattr(session, "prepare"):
+        line.mark("capture")  # a server does that once when it starts: it is in no figure
+        session.prepare()
     starts = windows(gen - 1, sampled) if sampled else []
     width = sampled.steps if sampled and starts else gen - 1
     steps, last = _decode(session, line, ids, force, starts or [0], width, logits)
@@ -203,6 +171,7 @@ def _run(
         evicted_layers=end.evicted_layers,
         tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
         flags=[] if finite else ["logits are not finite"],
+        remarks=getattr(session, "remarks", []),
         timeline=line.samples(line.memory.host),
         timeline_columns=line.memory.host.columns,
         device_timeline=line.samples(line.memory.device),
@@ -213,7 +182,7 @@ def _run(
 
 def _decode(
     session: Request,
-    line: _Line,
+    line: Line,
     ids: torch.Tensor,
     force: torch.Tensor | None,
     starts: list[int],

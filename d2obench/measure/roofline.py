@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from d2obench.measure.clock import clock_for
+from d2obench.models.ranks import local
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +59,10 @@ def read_weights_bytes(model: torch.nn.Module) -> int:
     Of an embedding table a step reads one row a sequence.
     """
     seen: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in map(local, (*model.parameters(), *model.buffers())):
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     of = {name: getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")}
-    table, head = (getattr(of[name], "weight", None) for name in ("input", "output"))
+    table, head = (local(getattr(of[name], "weight", None)) for name in ("input", "output"))
     if table is not None and (head is None or head.data_ptr() != table.data_ptr()):
         seen.pop(table.untyped_storage().data_ptr(), None)
     return sum(seen.values())

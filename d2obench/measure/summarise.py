@@ -19,7 +19,7 @@ from d2obench.measure.energy import joules_per_token
 from d2obench.measure.roofline import mbu, step_bytes
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
-from d2obench.stats.bootstrap import interval, percentile
+from d2obench.stats.bootstrap import interval, paired_ratio, percentile
 
 _PEAKS = {
     "rss_peak_bytes": ("rss_bytes", None),
@@ -133,6 +133,11 @@ def _throughput(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
             found[key] = _timed(name, key, samples)
+    both = [(one.decode_s, one.sampled_s) for one in rounds if one.sampled_s and one.decode_s > 0]
+    if both:
+        true, integrated = zip(*both, strict=True)
+        error = paired_ratio(true, integrated, seed=f"{name}:sampled_error")
+        found["sampled_error"] = Value(*error, n=len(both))
     measured = [(one.loop_s, sum(one.step_s)) for one in rounds if one.step_s]
     if measured:
         found["loop_overhead"] = _timed(name, "loop_overhead", [loop / steps for loop, steps in measured if steps > 0])
@@ -203,6 +208,7 @@ def _energy(one: RequestTrace, idle_w: float | None) -> float | None:
 
 def _flags(rounds: Sequence[RequestTrace]) -> Iterator[str]:
     last = rounds[-1]
+    yield from last.remarks
     if last.step_at:
         yield "sampled decode"
     if any(one.over for one in rounds):

@@ -15,7 +15,9 @@ class RequestTrace(msgspec.Struct):
     sequence after compression and at the end; ``over`` says that they are more than asked. ``merged`` and ``evicted``
     count entries of all layers, ``merged_layers`` and ``evicted_layers`` those of each. ``timeline`` rows are
     ``[t, …timeline_columns]``, ``device_timeline`` likewise; ``sampler_overhead`` is the share of one core that
-    taking them cost. ``round``, ``order`` and ``flags`` are set by the runner; flags also say what went wrong here.
+    taking them cost. ``sampled_s`` is the decode time to which a sampled run of the same request, made beside it,
+    integrates. ``remarks`` tell what of a GPU's fast path the
+    session went without. ``round``, ``order`` and ``flags`` are set by the runner; flags also say what went wrong here.
     """
 
     batch: int
@@ -46,7 +48,9 @@ class RequestTrace(msgspec.Struct):
     step_at: list[int] = []
     uss_bytes: int | None = None
     flags: list[str] = []
+    remarks: list[str] = []
     sampler_overhead: float | None = None
+    sampled_s: float | None = None
     round: int = 0
     order: int = 0
     timeline: list[list[float | None]] = []

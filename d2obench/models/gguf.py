@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.reading import fingerprint, read_config, read_folder
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,11 @@ class Gguf:
         self.check()
         return dimensions_of(read_config(self.path.parent, self.path.name))
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
+    ) -> LoadedModel:
         self.check()
-        model, tokenizer = dequantise(self.path, dtype, device, progress)
+        model, tokenizer = dequantise(self.path, dtype, device, progress, placement)
         return loaded(
             str(self.path),
             model,
@@ -59,10 +62,16 @@ class Gguf:
         return self.path
 
 
-def dequantise(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> tuple[Any, Any]:
+def dequantise(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    placement: Placement | None = None,
+) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file; ``progress`` counts tensors."""
     with _listening(progress):
-        model, tokenizer = read_folder(path.parent, dtype, device, path.name)
+        model, tokenizer = read_folder(path.parent, dtype, device, path.name, placement)
     model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
 

@@ -14,6 +14,7 @@ from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.local import weight_files
 from d2obench.models.reading import read_config, read_folder, silent
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +39,11 @@ class Hub:
     def describe(self) -> Dimensions:
         return dimensions_of(read_config(self._fetched(["config.json"])))
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
+    ) -> LoadedModel:
         folder = self._complete()
-        model, tokenizer = read_folder(folder, dtype, device)
+        model, tokenizer = read_folder(folder, dtype, device, placement=placement)
         return loaded(self.name, model, tokenizer, digest=folder.name, has_sense=True)
 
     def pull(self, progress: Progress) -> Path | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.reading import fingerprint, read_config, read_folder
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,11 @@ class Local:
         weight_files(self.path)
         return dimensions_of(read_config(self.path))
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
+    ) -> LoadedModel:
         files = weight_files(self.path)
-        model, tokenizer = read_folder(self.path, dtype, device)
+        model, tokenizer = read_folder(self.path, dtype, device, placement=placement)
         digest = fingerprint([self.path / "config.json", *files])
         return loaded(str(self.path), model, tokenizer, digest=digest, has_sense=True)
 

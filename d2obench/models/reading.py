@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
+from d2obench.models.ranks import no_gguf, own_share
+from d2obench.models.spread import check_whole, options
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +22,11 @@ _EDGE = 1 << 20
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, gguf_file: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    gguf_file: str | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Any, Any]:
     """Model and tokenizer (None where there is none) of a folder on this machine, or of one GGUF file in it.
 
@@ -29,7 +36,9 @@ def read_folder(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "gguf_file": gguf_file}
-    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    if gguf_file and placement is not None and placement.tensor_parallel > 1:
+        raise no_gguf(folder / gguf_file)
+    placed = options(placement or Placement(), device)
     with read_errors(folder / (gguf_file or "")):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -47,6 +56,9 @@ def read_folder(
         raise ModelError(
             f"{folder / (gguf_file or '')} is incomplete", why=f"{len(lacking)} weights are missing, first {lacking[0]}"
         )
+    check_whole(folder / (gguf_file or ""), model)
+    if placement is not None and placement.tensor_parallel > 1:
+        own_share(model)
     return model, tokenizer
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
+from d2obench.models.spread import hand_out
+from d2obench.placement import Placement
 
 if TYPE_CHECKING:
     import torch
@@ -88,16 +90,28 @@ class Shape:
     def describe(self) -> Dimensions:
         return dimensions_of(self._config())
 
-    def load(self, dtype: torch.dtype, device: torch.device, progress: Progress) -> LoadedModel:
+    def load(
+        self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
+    ) -> LoadedModel:
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
-        with no_init_weights(), torch.device(device):
+        placed = placement or Placement()
+        if placed.tensor_parallel > 1:
+            raise ModelError(
+                f"--tensor-parallel can't split shape:{self.name}",
+                why="transformers splits a model while it reads its weights, and this one has none to read",
+                remedy="use a folder with safetensors, or --device-map auto",
+            )
+        spread = placed.device_map != "none"
+        with no_init_weights(), torch.device("cpu" if spread else device):  # untouched, memory is not yet taken
             model = AutoModelForCausalLM.from_config(
                 self._config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
         model.tie_weights()
+        if spread:
+            model = hand_out(model, placed.device_map)
         fill(model, SEED)
         identity = json.dumps([SHAPES[self.name], SEED], sort_keys=True)
         return loaded(
@@ -121,13 +135,16 @@ class Shape:
 
 
 def fill(model: Any, seed: int) -> None:
-    """Draws all weights in place, on their device and in their dtype, the same on every call."""
+    """Draws all weights in place, in their dtype, the same on every call; those on other devices on the first one."""
     import torch
 
     generator = torch.Generator(model.device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+                drawn = weight if weight.device == model.device else torch.empty_like(weight, device=model.device)
+                drawn.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+                if drawn is not weight:
+                    weight.copy_(drawn)
             else:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)

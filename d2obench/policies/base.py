@@ -81,6 +81,7 @@ class Entries:
         length: int64 ``[B]``, tokens of each sequence so far.
         stats: float32 ``[B, H, N]`` by name, see :class:`Needs`.
         seed: for policies that draw.
+        first_head: the model's index of the first KV head, where ranks share a layer's heads.
     """
 
     layer: int
@@ -91,6 +92,7 @@ class Entries:
     length: Tensor
     stats: Stats
     seed: int = 0
+    first_head: int = 0
 
 
 @dataclass
@@ -158,6 +160,12 @@ class Policy:
         return False
 
     @property
+    def waits(self) -> bool:
+        """Whether ``layer_budgets`` needs the statistics, so that no layer can be compressed before all of them have
+        read the prompt. A policy with budgets of its own that only need lengths says so here."""
+        return type(self).layer_budgets is not Policy.layer_budgets
+
+    @property
     def carries(self) -> Carries | None:
         """How the engine merges what a decode step evicts; None for not at all."""
         return None
@@ -165,6 +173,11 @@ class Policy:
     @property
     def expands(self) -> bool:
         """Whether keys are cached once per query head instead of once per KV head."""
+        return False
+
+    @property
+    def couples(self) -> bool:
+        """Whether a step judges the KV heads of a layer together: such a policy can't share them out over ranks."""
         return False
 
     def resolved(self) -> Policy:
@@ -180,7 +193,7 @@ class Policy:
         −1 stands for "all of the prompt, and growing with every decoded token".
 
         Args:
-            stats: per compressed layer, ``[B, H, L]`` by name.
+            stats: per compressed layer, ``[B, H, L]`` by name; empty for a policy that doesn't wait for them.
             length: prompt tokens of each sequence, int64 ``[B]``.
             budget: what was asked for.
         """

@@ -78,7 +78,4 @@ class CaM(Policy):
         younger = state.position > born
         mean = (state.attention * younger).sum(-1, keepdim=True) / younger.sum(-1, keepdim=True)
         chance = (state.attention.gather(2, victims) / mean).nan_to_num(0.0)
-        layers, rows = state.slot.shape
-        layer = torch.arange(layers, device=born.device)[:, None, None]
-        head = (torch.arange(rows, device=born.device) % state.heads)[:, None]
-        return (uniform(state.seed, layer, head, born) < chance) & (born >= 0)
+        return (uniform(state.seed, *state.places(), born) < chance) & (born >= 0)

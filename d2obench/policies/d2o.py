@@ -69,6 +69,14 @@ class D2O(H2O):
     paper: ClassVar[str] = "D2O, arXiv 2406.13035"
 
     @property
+    def waits(self) -> bool:
+        return self.allocate != "uniform" or bool(self.exempt)
+
+    @property
+    def couples(self) -> bool:
+        return self.threshold == "layer" and self.merge != "none"
+
+    @property
     def carries(self) -> Carries | None:
         if self.merge == "none" or self.interval > 1:
             return None

@@ -14,7 +14,7 @@ _MASK = 0xFFFFFFFF
 def uniform(seed: int, layer: Tensor | int, head: Tensor | int, position: Tensor) -> Tensor:
     """float32 in [0, 1), one per element of the broadcast arguments: 24 bits of a 32-bit avalanche hash of
     (seed, layer, KV head, true position)."""
-    stream = _mix(torch.as_tensor(seed, device=position.device) + 0x9E3779B9)
+    stream = _mix(torch.full((), seed + 0x9E3779B9, device=position.device))  # no copy from the host, for a CUDA graph
     for part in (layer, head, position.long()):
         stream = _mix(stream ^ ((part + 1) * 0x9E3779B1 & _MASK))
     return (stream >> 8).float() / 2**24

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 TINY = 1e-6
-CHUNK = 2**22
-"""Similarities held at once."""
+CACHED, CHUNK = 2**18, 2**25
+"""Similarities held at once, on a CPU (they stay in a core's cache) and elsewhere (128 MiB, and few launches)."""
 
 
 def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,18 +31,34 @@ def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tenso
     Returns:
         float32 ``u`` ``[R, E]`` (−inf where there is no host) and int64 hosts ``[R, E]``.
     """
-    rows, count, _ = evicted.shape
-    unit = kept.float() / kept.float().norm(dim=-1, keepdim=True).clamp_min(TINY)
-    barred = torch.zeros(hosts.shape, device=hosts.device).masked_fill_(~hosts, -math.inf)[:, None]
-    similarity = torch.empty(rows, count, device=kept.device)
-    host = torch.empty(rows, count, dtype=torch.long, device=kept.device)
-    step = max(1, CHUNK // max(1, rows * kept.shape[1]))
-    for first in range(0, count, step):
-        part = evicted[:, first : first + step].float()
-        part = part / part.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        cosine = torch.baddbmm(barred, part, unit.transpose(1, 2))
-        similarity[:, first : first + step], host[:, first : first + step] = cosine.max(-1)
-    return similarity, host
+    (rows, count, _), slots = evicted.shape, kept.shape[1]
+    device = kept.device
+    unit = _divided(kept.float(), kept)
+    # every slot may host, as a rule: then there is no bias to add (elsewhere than on a CPU, asking would wait)
+    free = device.type == "cpu" and bool(hosts.all())
+    barred = torch.zeros(0 if free else rows, 1, slots, device=device)
+    if not free:
+        barred.masked_fill_(~hosts[:, None], -math.inf)
+    similarity = torch.empty(rows, count, device=device)
+    host = torch.empty(rows, count, dtype=torch.long, device=device)
+    chunk = CACHED if device.type == "cpu" else CHUNK
+    some = max(1, chunk // max(1, count * slots))
+    step = max(1, chunk // (some * slots))
+    for low in range(0, rows, some):
+        part = slice(low, low + some)
+        for first in range(0, count, step):
+            at = part, slice(first, first + step)
+            given, to = evicted[at].float(), unit[part].transpose(1, 2)
+            products = torch.bmm(given, to) if free else torch.baddbmm(barred[part], given, to)
+            similarity[at], host[at] = products.max(-1)
+    # a key's own norm does not change which host is nearest
+    return _divided(similarity[..., None], evicted)[..., 0], host
+
+
+def _divided(rows: Tensor, keys: Tensor) -> Tensor:
+    """``rows`` divided by the norms of ``keys``."""
+    norm: Tensor = keys.float().norm(dim=-1, keepdim=True)
+    return rows / norm.clamp_min_(TINY)
 
 
 def merge_into(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -55,23 +71,39 @@ def merge_into(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> l
         pairs: what is merged by the same hosts and weights.
     """
     rows, slots, _ = pairs[0][0].shape
-    total = torch.zeros(rows, slots, 1, device=weight.device)
-    added = [torch.zeros(kept.shape, device=weight.device) for kept, _ in pairs]
-    count = host.shape[1]
-    step = max(1, CHUNK // max(1, rows * slots))
-    share = torch.zeros(rows, slots, min(step, count), device=weight.device)
-    for first in range(0, count, step):
-        # an evicted entry has one host: a matrix with one weight in a column adds them up, in a fixed order
-        last = min(count, first + step)
-        part = (share if first == 0 else share.zero_())[..., : last - first]
-        part.scatter_(1, host[:, None, first:last], weight[:, None, first:last])
-        total += part.sum(-1, keepdim=True)
-        for sums, (_, evicted) in zip(added, pairs, strict=True):
-            sums.baddbmm_(part, evicted[:, first:last].float())
+    add = _added_by_row if weight.device.type == "cpu" else _added_by_product
+    total, *added = add(host, weight, rows, slots, [evicted for _, evicted in pairs])
     return [
         torch.where(total > 0, ((math.e * kept.float() + sums) / (math.e + total)).to(kept.dtype), kept)
         for sums, (kept, _) in zip(added, pairs, strict=True)
     ]
+
+
+def _added_by_row(host: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
+    """What each host is given, float32: the weights ``[R, C, 1]``, and of each of ``given`` ``[R, C, d]``; one entry
+    after the other."""
+    at = (host + torch.arange(rows)[:, None] * slots).view(-1)
+    weighted = [weight[..., None], *(evicted.float() * weight[..., None] for evicted in given)]
+    return [
+        torch.zeros(rows * slots, part.shape[-1]).index_add_(0, at, part.flatten(0, 1)).view(rows, slots, -1)
+        for part in weighted
+    ]
+
+
+def _added_by_product(host: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
+    """The same by a product, where adding by index has no fixed order: an evicted entry has one host, so a matrix with
+    one weight in a column adds them up."""
+    count, device = host.shape[1], weight.device
+    sums = [torch.zeros(rows, slots, width, device=device) for width in (1, *(part.shape[-1] for part in given))]
+    step = max(1, CHUNK // max(1, rows * slots))
+    for first in range(0, count, step):
+        last = min(count, first + step)
+        share = torch.zeros(rows, slots, last - first, device=device)
+        share.scatter_(1, host[:, None, first:last], weight[:, None, first:last])
+        sums[0] += share.sum(-1, keepdim=True)
+        for total, evicted in zip(sums[1:], given, strict=True):
+            total.baddbmm_(share, evicted[:, first:last].float())
+    return sums
 
 
 def mean_over(similarity: Tensor, real: Tensor, per_layer: int = 0) -> Tensor:

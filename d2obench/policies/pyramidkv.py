@@ -32,6 +32,10 @@ class PyramidKV(SnapKV):
     about: ClassVar[str] = "SnapKV with layer budgets that fall with depth"
     paper: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
 
+    @property
+    def waits(self) -> bool:
+        return False
+
     def check(self) -> None:
         super().check()
         if self.beta < 1:

@@ -28,7 +28,7 @@ class Random(Policy):
     paper: ClassVar[str] = "none"
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
-        heads = torch.arange(entries.position.shape[1], device=entries.position.device)[:, None]
+        heads = entries.first_head + torch.arange(entries.position.shape[1], device=entries.position.device)[:, None]
         draw = uniform(entries.seed, entries.layer, heads, entries.position)
         return draw.masked_fill(entries.position < 0, -torch.inf)
 
@@ -45,7 +45,4 @@ class Random(Policy):
         return state.least(draw, 0)
 
     def _draw(self, state: DecodeState, position: Tensor) -> Tensor:
-        layers, rows = state.slot.shape
-        layer = torch.arange(layers, device=position.device)[:, None, None]
-        head = (torch.arange(rows, device=position.device) % state.heads)[:, None]
-        return uniform(state.seed, layer, head, position)
+        return uniform(state.seed, *state.places(), position)

@@ -50,12 +50,16 @@ class Released(Policy):
         return True
 
     @property
+    def couples(self) -> bool:
+        return True
+
+    @property
     def defers(self) -> bool:
         return True
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         layers = len(stats)
-        skew = torch.stack([_skew(stat["sum"], length) for stat in stats]).cpu()
+        skew = torch.stack([_skew(stat["sum"], length).cpu() for stat in stats])
         ratio = torch.tensor([budget.ratio or budget.of(n) / n for n in length.tolist()])
         shares = (torch.softmax(-skew, 0) * layers * ratio).clamp(FLOOR, 1.0)
         budgets = 2 * ((length.cpu() + 1) * shares / 2).long()

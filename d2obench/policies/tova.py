@@ -27,6 +27,10 @@ class TOVA(Policy):
     watches: ClassVar[bool] = True
 
     @property
+    def couples(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> Needs:
         return Needs(window=1)
 

@@ -11,11 +11,13 @@ import msgspec
 from d2obench.errors import RecordError
 from d2obench.record import Run, read_run
 from d2obench.report.derive import entries
-from d2obench.report.fields import WORDS
+from d2obench.report.fields import UNLIKE, WORDS
 from d2obench.report.figures import figures
 from d2obench.report.headline import headline
 from d2obench.report.machine import again, cards, environment, suites, unlike
+from d2obench.report.parts import parts
 from d2obench.report.rows import Entry, join
+from d2obench.report.targets import ratios, sentence, targets
 from d2obench.report.tidy import cases, tidy
 from d2obench.report.view import Column, Report, Table
 from d2obench.report.view import Entry as Field
@@ -43,11 +45,11 @@ def assemble(runs: Sequence[Run]) -> Report:
     named = list(zip(_names(runs), runs, strict=True))
     found = entries(named)
     rows = join(found)
-    tables = headline(found, rows)
+    tables, goals = headline(found, rows), targets(named, found)
     return Report(
         title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
         subtitle=" ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip(),
-        verdict=verdict(named, rows),
+        verdict=(*sentence(goals), *verdict(named, rows)),
         warnings=(*_warnings(named), *unlike(named)),
         headline=tuple(tables),
         reading=_reading(found, tables),
@@ -59,6 +61,8 @@ def assemble(runs: Sequence[Run]) -> Report:
         again=again(named),
         tidy=tuple(tidy(found)),
         cases=tuple(cases(found, named)),
+        targets=goals,
+        tables=(*ratios(rows), *parts(found)),
     )
 
 
@@ -74,11 +78,15 @@ def _stored(path: Path) -> Report:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run: its suite's, its folder's where suites are the same, else a number."""
-    for names in ([run.info.name for run in runs], [run.path.resolve().name for run in runs]):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{run.info.name} #{number}" for number, run in enumerate(runs, 1)]
+    """A short name for each run: its suite's, its folder's where suites are the same, else a number.
+
+    The name stands in every row of every view, so a run of another environment than the first's is marked in it.
+    """
+    numbered = [f"{run.info.name} #{number}" for number, run in enumerate(runs, 1)]
+    candidates = ([run.info.name for run in runs], [run.path.resolve().name for run in runs], numbered)
+    names = next(names for names in candidates if len(set(names)) == len(names))
+    like = [run.info.environment_hash == runs[0].info.environment_hash for run in runs]
+    return [name if same else f"{name} {UNLIKE}" for name, same in zip(names, like, strict=True)]
 
 
 def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
@@ -99,19 +107,28 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
 
 def _reading(found: Sequence[Entry], tables: Sequence[Table]) -> tuple[str, ...]:
     """How to read the headline table; only what applies to it."""
-    lines = [
-        "a … b is the 95 % interval of the figure before it; where intervals overlap, figures are not clearly apart.",
-        "↓ lower is better, ↑ higher is better; bold is the best among rows of the same model, shape and batch.",
-    ]
+    fields = [entry for table in tables for row in table.rows for entry in row]
+    lines = []
+    if any(entry.interval for entry in fields):
+        apart = "where intervals overlap, figures are not clearly apart"
+        lines.append(f"a … b is the 95 % interval of the figure before it; {apart}.")
+    if any(column.direction != "none" for table in tables for column in table.columns):
+        best = "; bold is the best among rows of the same model, shape and batch"
+        known = best if any(entry.mark == "best" for entry in fields) else ""
+        lines.append(f"↓ lower is better, ↑ higher is better{known}.")
     rounds = sorted({n for entry in found if isinstance(n := entry.record.details.get("rounds"), int)})
     if rounds:
         count = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
         lines.append(
             f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round."
         )
-    if any(entry.text.endswith(" ◆") for table in tables for row in table.rows for entry in row):
+    if any(entry.text.endswith(" ◆") for entry in fields):
         lines.append(
             "◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes."
+        )
+    if any(entry.name.endswith(f" {UNLIKE}") for entry in found):
+        lines.append(
+            f"{UNLIKE} after a run's name: made in another environment than the first run; compare its times with care."
         )
     return (*lines, "– was not asked for or can't be told; a cell without figures says why.")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from d2obench.metric import METRICS, Metric
 from d2obench.record import CellRecord, Run, Value, read_samples
+from d2obench.report.pairs import STREAMING, pairs
 from d2obench.report.rows import Entry, yardstick
 from d2obench.stats.bootstrap import paired_ratio
 from d2obench.stats.paired import paired_difference
@@ -43,13 +44,15 @@ def metric_of(key: str) -> Metric | None:
 def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict[str, Value]]]:
     """Cells that differ in policy and budget only, each with its figures; their samples are held together."""
     good = [cell for cell in group if cell.status == "ok"]
-    needed = len(good) > 1 and any(cell.axes.policy == FULL or _ours(cell) for cell in good)
+    needed = len(good) > 1 and any(cell.axes.policy in (FULL, STREAMING) or _ours(cell) for cell in good)
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}
     full = next((cell for cell in good if cell.axes.policy == FULL), None)
+    rounds = {name: _dicts(sample.get("rounds")) for name, sample in samples.items()}
     done = []
     for cell in group:
         extra = _alone(cell) if cell.status == "ok" else {}
         if needed and cell.id in samples:
+            extra |= pairs(cell, good, rounds)
             if full is not None and full is not cell:
                 extra |= _items(cell.id, samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
             rivals = [other for other in good if other.axes.budget == cell.axes.budget and not _ours(other)]

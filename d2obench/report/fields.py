@@ -10,6 +10,8 @@ from d2obench.report.view import Column, Entry, Mark
 AXES = ("run", "model", "dtype", "device", "seed", "shape", "batch", "policy", "budget")
 WORDS = {"oom": "out of memory", "skipped": "skipped", "failed": "failed", "incomparable": "incomparable"}
 SHORT = WORDS | {"oom": "OOM"}
+UNLIKE = "≠"
+"""Stands behind the name of a run that was made in another environment than the first."""
 NOTHING = Entry("–", mark="quiet")
 
 
@@ -33,6 +35,8 @@ def axis(key: Key, name: str) -> Entry:
     value = getattr(key, name)
     if value is None:
         return NOTHING
+    if name == "run" and str(value).endswith(UNLIKE):
+        return Entry(str(value), mark="warn", note="made in another environment than the first run")
     return Entry(str(value), sort=_number(value))
 
 

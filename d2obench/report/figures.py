@@ -20,7 +20,7 @@ from d2obench.report.rows import Entry, Row, grouped, volume
 from d2obench.report.view import Figure
 from d2obench.suite import SPEED
 
-MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES = 3, 6, 64, 12
+MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 3, 6, 64, 12, 24
 
 
 def figures(found: Sequence[Entry], rows: Sequence[Row]) -> list[Figure]:
@@ -71,7 +71,7 @@ def _wide(points: Sequence[Point]) -> bool:
 
 def _speedups(rows: Sequence[Row]) -> Figure | None:
     points: list[Point] = []
-    panel = panels(rows)
+    panel, (rows, said) = panels(rows), _lean(rows, MAX_BARS)
     for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
         value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
         if value and value.value is not None:
@@ -81,7 +81,7 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
-        "Bar: median of the rounds; line: its 95 % interval; tick: what memory traffic alone would allow.",
+        f"Bar: median of the rounds; line: its 95 % interval; tick: what memory traffic alone would allow.{said}",
         ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
         {"x": axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
@@ -90,7 +90,7 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
 def _throughput(rows: Sequence[Row]) -> Figure | None:
     """Decode tok/s against batch; out of memory is the wall."""
     points: list[Point] = []
-    panel = panels(rows, ("policy", "budget", "batch"))
+    panel, (rows, said) = panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
     shown = list(dict.fromkeys(panel(row) for row in rows))[:MAX_SETTINGS]
     for row in (row for row in rows if panel(row) in shown):
         value = row.value(SPEED, "decode_tok_s")
@@ -103,7 +103,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "throughput", "throughput", "Decode throughput against batch",
-        "Band: 95 % interval; ✕: the batch at which memory ended.",
+        f"Band: 95 % interval; ✕: the batch at which memory ended.{said}",
         ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
         {"y": axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip
@@ -136,6 +136,18 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         ("policy", "label", "budget", "position", "tpot"), tuple(points),
         {"x": "decode step", "y": axis_title("tpot_s")},
     )  # fmt: skip
+
+
+def _lean(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], str]:
+    """The rows that a figure can still show apart, and words for those that are left out."""
+    labels = dict.fromkeys((row.key.policy, row.key.label) for row in rows)
+    if len(labels) <= most:
+        return rows, ""
+    first: dict[str, str] = {}
+    for policy, label in labels:
+        first.setdefault(policy, label)
+    kept = set(list(first.values())[:most])
+    return [row for row in rows if row.key.label in kept], " Only the first budget of each policy is drawn."
 
 
 def budget_of(row: Row) -> str:

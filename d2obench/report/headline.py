@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2obench.metric import METRICS, show
+from d2obench.record import CellRecord
 from d2obench.report.fields import NOTHING, SHORT, WORDS, axis, axis_column, column, field, fixed, varying
 from d2obench.report.quality import front, primary, tasks_of
-from d2obench.report.rows import Entry, Key, Row, grouped, join
+from d2obench.report.rows import Entry, Key, Row, grouped, join, largest
 from d2obench.report.view import Column, Table
 from d2obench.report.view import Entry as Field
 from d2obench.suite import SPEED
 
-MAX_TASKS, MAX_ROWS = 4, 240
+MAX_TASKS, MAX_ROWS, MAX_WHY = 4, 240, 140
 ELSEWHERE = ("mbu",)
 """Headline metrics that the roofline table shows instead."""
 Where = tuple[str, str]
@@ -33,7 +34,8 @@ def headline(found: Sequence[Entry], rows: Sequence[Row]) -> list[Table]:
     budget = [where for where in speed if METRICS[where[1]].group == "budget"]
     first = [*budget, *(stands if few else ()), *(where for where in speed if where not in budget)]
     known = [where for where in first if any(row.value(*where) for row in rows) or where[0] == SPEED]
-    tables = [_table("Quality, memory and speed" if few else "Memory and speed", rows, known)] if known else []
+    whole = few and any(where in known for where in stands)
+    tables = [_table("Quality, memory and speed" if whole else "Memory and speed", rows, known)] if known else []
     rest = [where for where in every if not few or where not in stands]
     if rest:
         quality = join(entry for entry in found if entry.record.axes.task != SPEED)
@@ -41,8 +43,9 @@ def headline(found: Sequence[Entry], rows: Sequence[Row]) -> list[Table]:
             [where for where in every if where[1] in {metric for _, metric in (stands if not few else rest)}]
         )
         tables.append(_table("Quality" if few else "Quality by task", quality, shown))
-    if not tables and rows:
-        tables.append(_table("Cells without figures", rows, []))
+    bare = [row for row in rows if not any(entry.record.status == "ok" for entry in row.cells)]
+    if not tables and bare:
+        tables.append(_table("Cells without figures", bare, []))
     return tables
 
 
@@ -66,8 +69,9 @@ def _table(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
     tasks = tasks_of(rows)
     best, stands = _best(rows, wheres), front(rows, tasks[0]) if tasks else set()
     body, groups = [], []
-    for number, row in enumerate(rows[:MAX_ROWS]):
-        if not number or row.key.group != rows[number - 1].key.group:
+    shown = largest(rows, MAX_ROWS)
+    for number, row in enumerate(shown):
+        if not number or row.key.group != shown[number - 1].key.group:
             groups.append(number)
         fields = [
             Field(f"{row.key.policy} ◆") if name == "policy" and row.key in stands else axis(row.key, name)
@@ -94,21 +98,29 @@ def _figure(row: Row, task: str, metric: str, best: bool) -> Field:
 
 
 def _remarks(row: Row) -> Field:
-    """Flags, and the tasks that gave no figures."""
+    """Flags, and the tasks that gave no figures; why, where that is not the rule of the game."""
     flags = list(dict.fromkeys(flag for entry in row.cells for flag in entry.record.flags))
-    bad = [
-        f"{entry.record.axes.task}: {WORDS[entry.record.status]}" for entry in row.cells if entry.record.status != "ok"
-    ]
+    ended = [entry.record for entry in row.cells if entry.record.status != "ok"]
+    bad = [f"{record.axes.task}: {WORDS[record.status]}{_why(record)}" for record in ended]
     return Field("; ".join([*flags, *bad]), mark="bad" if bad else "warn" if flags else "")
 
 
+def _why(record: CellRecord) -> str:
+    """The reason of a failure, cut short: the table of cells has all of it."""
+    if record.status in ("oom", "skipped") or not record.reason:
+        return ""
+    return f" ({record.reason if len(record.reason) <= MAX_WHY else record.reason[: MAX_WHY - 1] + '…'})"
+
+
 def _best(rows: Sequence[Row], wheres: Sequence[Where]) -> set[tuple[Key, str, str]]:
-    """The best figure of each column in each group; that full loses no quality is no news."""
+    """The best figure of each column in each group; that full loses no quality is no news, and only figures of one
+    engine and environment are held against each other."""
     found = set()
     for group in grouped(rows):
         for task, metric in wheres:
             direction = METRICS[metric].direction
-            judged = [row for row in group if METRICS[metric].group != "quality" or row.key.policy != "full"]
+            own = [row for row in group if not row.foreign]
+            judged = [row for row in own if METRICS[metric].group != "quality" or row.key.policy != "full"]
             values = {row.key: value.value for row in judged if (value := row.value(task, metric))}
             known = {key: value for key, value in values.items() if value is not None}
             if direction == "none" or len(known) < 2:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
-from d2obench.metric import METRICS
+from d2obench.metric import METRICS, show
 from d2obench.record import Run
 from d2obench.report.fields import axis, axis_column, column, field, varying
 from d2obench.report.headline import MAX_ROWS
@@ -38,6 +39,9 @@ CARD = (
     "torch",
     "transformers",
 )
+SAMPLING = "samplers of memory and power"
+MEASURED = ("started", SAMPLING)
+"""Facts that differ from run to run without making the runs unlike."""
 MAX_TEXT = 300
 
 
@@ -53,7 +57,21 @@ def _card(runs: Sequence[tuple[str, Run]]) -> list[Table]:
         for key in dict.fromkeys(key for facts in flat for key in facts)
         if any(word in key.lower() for word in CARD)
     ]
+    overheads = [_sampling(run) for _, run in runs]
+    if any(overheads):
+        flat = [facts | ({SAMPLING: text} if text else {}) for facts, text in zip(flat, overheads, strict=True)]
+        keys.append(SAMPLING)
     return [_facts("Machine", runs, flat, keys)] if keys else []
+
+
+def _sampling(run: Run) -> str:
+    """What following memory and power cost while it was measured: ``0.4 % of one core, at most 0.9``."""
+    found = [cell.values["sampler_overhead"] for cell in run.cells if "sampler_overhead" in cell.values]
+    known = [one.value for one in found if one.value is not None]
+    if not known:
+        return ""
+    middle, most = show("sampler_overhead", median(known), unit=True), show("sampler_overhead", max(known))
+    return middle if len(known) == 1 else f"{middle}, at most {most}"
 
 
 def environment(runs: Sequence[tuple[str, Run]]) -> tuple[Table, ...]:
@@ -146,7 +164,7 @@ def _facts(
     body = []
     for key in keys:
         values = [facts.get(key, "–") for facts in flat]
-        mark = "warn" if len(set(values)) > 1 and key not in ("started",) else ""
+        mark = "warn" if len(set(values)) > 1 and key not in MEASURED else ""
         body.append((Entry(key), *(Entry(value, mark=mark) for value in values)))  # type: ignore[arg-type]
     return Table(title, tuple(columns), tuple(body))
 
@@ -177,6 +195,9 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_name(key)} = {_toml(item)}" for key, item in value.items() if item is not None)
+        return "{ " + ", ".join(pairs) + " }"
     if isinstance(value, int | float):
         return repr(value)
     escaped = "".join(

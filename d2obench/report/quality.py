@@ -44,7 +44,7 @@ def held(row: Row) -> float | None:
 def front(rows: Sequence[Row], task: str) -> set[Key]:
     """Rows that no other row of their group beats in both quality (in ``task``) and KV bytes."""
     best: set[Key] = set()
-    for group in grouped(rows):
+    for group in grouped(row for row in rows if not row.foreign):
         metric = primary(group, task)
         points = [(loss(row, task, metric), held(row)) for row in group]
         stands = non_dominated(points, (METRICS[metric].direction, "lower"))

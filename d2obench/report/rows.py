@@ -6,7 +6,7 @@ other axes are equal; where there is none it stands in a row of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,6 +67,12 @@ class Row:
         return next((entry for entry in self.cells if entry.record.axes.task == task), None)
 
     @property
+    def foreign(self) -> bool:
+        """Whether another engine or environment made any of its figures: it is shown, but wins nothing."""
+        models = (entry.record.details.get("model") for entry in self.cells)
+        return any(isinstance(model, dict) and bool(model.get("flags")) for model in models)
+
+    @property
     def speed(self) -> Entry | None:
         """The speed cell, if there is one."""
         return self.of(SPEED)
@@ -112,6 +118,16 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(row.key.group, []).append(row)
     return list(groups.values())
+
+
+def largest(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most ``most`` rows, in their order: those of the largest settings where there are more."""
+    if len(rows) <= most:
+        return list(rows)
+    kept: list[int] = []
+    for group in sorted(grouped(rows), key=lambda group: -volume(group[0].key)):
+        kept += [id(row) for row in group][: most - len(kept)]
+    return [row for row in rows if id(row) in set(kept)]
 
 
 def yardstick(axes: Axes) -> tuple[Scalar, ...]:

@@ -129,7 +129,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """A whole page, in its order."""
+    """A whole page; ``targets`` and ``tables`` (ratios, costs of parts) stand between headline and machine."""
 
     title: str
     subtitle: str
@@ -146,3 +146,5 @@ class Report(msgspec.Struct, frozen=True):
     tidy: tuple[Tidy, ...]
     cases: tuple[Case, ...]
     schema: int = SCHEMA
+    targets: tuple[Table, ...] = ()
+    tables: tuple[Table, ...] = ()

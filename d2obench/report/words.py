@@ -16,7 +16,7 @@ from d2obench.report.quality import held, primary, tasks_of
 from d2obench.report.rows import Row, grouped, volume
 from d2obench.suite import SPEED
 
-MAX_SETTINGS, MAX_D2O = 4, 6
+MAX_SETTINGS, MAX_D2O = 4, 4
 RIVALS = {
     "kl": "kl_rival",
     "score_diff": "score_rival",
@@ -69,7 +69,8 @@ def _winners(rows: Sequence[Row]) -> list[str]:
 
 def _ranked(group: Sequence[Row], task: str, metric: str) -> list[Row]:
     """The rows that have the figure, best first; none where there is nothing to choose from."""
-    known = [row for row in group if (value := row.value(task, metric)) and value.value is not None]
+    own = [row for row in group if not row.foreign]
+    known = [row for row in own if (value := row.value(task, metric)) and value.value is not None]
     sign = 1 if METRICS[metric].direction == "lower" else -1
     return sorted(known, key=lambda row: sign * _bare(row, task, metric)) if len(known) > 1 else []
 
@@ -139,10 +140,11 @@ def _d2o(rows: Sequence[Row]) -> list[str]:
         home = (key.run, key.model, key.dtype, key.device)
         if home not in largest or _weight(group) > _weight(largest[home]):
             largest[home] = group
+    each = MAX_D2O if len(largest) == 1 else 1
     for home, group in list(largest.items())[:MAX_SETTINGS]:
         apart = [word for place, word in enumerate(home) if len({other[place] for other in largest}) > 1]
         where = ", ".join(word for word in (*apart, group[0].key.setting) if word)
-        for row in [row for row in group if row.key.policy.startswith("d2o")][:MAX_D2O]:
+        for row in [row for row in group if row.key.policy.startswith("d2o")][:each]:
             words += _against_full(row, group, where) + _against_rivals(row, group)
     return words
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2obench.errors import UsageError
+from d2obench.errors import RecordError, UsageError
 from d2obench.record import write_atomic
 from d2obench.report.build import build
+from d2obench.report.formats import DRAWN, FORMATS, RENDERERS, Renderer
 from d2obench.report.view import KINDS, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-FORMATS = ("md", "csv", "html", "json", "junit", "github")
 USUAL = ("csv", "md", "html")
+RECORDS = ("run.json", "cells.jsonl")
+"""What no renderer may write over."""
 
 
 def write_views(folder: Path, formats: Sequence[str] = USUAL) -> list[Path]:
@@ -23,7 +26,7 @@ def write_views(folder: Path, formats: Sequence[str] = USUAL) -> list[Path]:
 
     Args:
         folder: a finished or partial run.
-        formats: some of FORMATS.
+        formats: names of ``d2obench.report.formats``.
 
     Returns: the files, the most useful first.
     """
@@ -33,13 +36,12 @@ def write_views(folder: Path, formats: Sequence[str] = USUAL) -> list[Path]:
 def write_report(report: Report, folder: Path, formats: Sequence[str] = USUAL) -> list[Path]:
     """Writes a report's views into ``folder``; the figures are drawn once for all formats that show them."""
     check(formats)
-    drawn = _figures(report, folder) if {"md", "html"} & set(formats) else {}
+    drawn = _figures(report, folder) if DRAWN & set(formats) else {}
     written: list[Path] = []
-    for form in FORMATS:
-        if form in formats:
-            for name, text in _VIEWS[form](report, drawn):
-                write_atomic(folder / name, text.encode("utf-8", "replace"))
-                written.append(folder / name)
+    for form in [*(name for name in FORMATS if name in formats), *(name for name in formats if name not in FORMATS)]:
+        for name, text in _render(form, report, drawn):
+            write_atomic(folder / name, text.encode("utf-8", "replace"))
+            written.append(folder / name)
     return [*written, *(folder / "figures" / f"{name}.svg" for name in drawn)]
 
 
@@ -51,10 +53,31 @@ def print_tables(folder: Path, console: Console) -> None:
 
 
 def check(formats: Iterable[str]) -> None:
-    """An unknown format is a UsageError."""
+    """An unknown format, or a plugin that can't be imported, is a UsageError."""
     for form in formats:
-        if form not in FORMATS:
-            raise UsageError(f"unknown format '{form}'", remedy=f"use some of {','.join(FORMATS)}")
+        RENDERERS.get(form)
+
+
+def _render(form: str, report: Report, drawn: dict[str, str]) -> list[tuple[str, str]]:
+    """Files of one format; whatever goes wrong in another package's renderer is a UsageError that names it."""
+    renderer: Renderer = RENDERERS.get(form)
+    if form in FORMATS:
+        return list(renderer(report, drawn))
+    try:
+        files = [(str(name), str(text)) for name, text in renderer(report, drawn)]
+    except Exception as problem:
+        raise UsageError(
+            f"the format plugin '{form}' failed",
+            why=f"{type(problem).__name__}: {problem}",
+            remedy="update or remove its package, or leave the format out",
+        ) from problem
+    for name, _ in files:
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or name in RECORDS:
+            raise RecordError(
+                f"the format plugin '{form}' may not write '{name[:100]}'",
+                why="a view is a plain file of the run folder and no record",
+            )
+    return files
 
 
 def _figures(report: Report, folder: Path) -> dict[str, str]:
@@ -71,48 +94,3 @@ def _figures(report: Report, folder: Path) -> dict[str, str]:
         if old.suffix in (".svg", ".csv") and old.stem.split("-")[0] in KINDS and old.stem not in drawn:
             old.unlink()
     return drawn
-
-
-Drawn = dict[str, str]
-Files = list[tuple[str, str]]
-
-
-def _md(report: Report, drawn: Drawn) -> Files:
-    from d2obench.report.render.markdown import markdown
-
-    return [("report.md", markdown(report, drawn))]
-
-
-def _csv(report: Report, drawn: Drawn) -> Files:
-    from d2obench.report.render import csvs
-
-    return [("results.csv", csvs.tidy(report)), ("results-wide.csv", csvs.wide(report))]
-
-
-def _html(report: Report, drawn: Drawn) -> Files:
-    from d2obench.report.render.html import html
-
-    return [("report.html", html(report, drawn))]
-
-
-def _json(report: Report, drawn: Drawn) -> Files:
-    from d2obench.record import dump
-
-    return [("report.json", dump(report).decode("utf-8", "replace") + "\n")]
-
-
-def _junit(report: Report, drawn: Drawn) -> Files:
-    from d2obench.report.render.junit import junit
-
-    return [("junit.xml", junit(report))]
-
-
-def _github(report: Report, drawn: Drawn) -> Files:
-    from d2obench.report.render.github import summary
-
-    return [("summary.md", summary(report))]
-
-
-_VIEWS: dict[str, Callable[[Report, Drawn], Files]] = {
-    "md": _md, "csv": _csv, "html": _html, "json": _json, "junit": _junit, "github": _github,
-}  # fmt: skip

@@ -64,17 +64,15 @@ def extra_cat(count: float) -> None:
 
 def kept_reference(share: float) -> None:
     """``live_bytes``: something holds on to the full keys and values of the prompt."""
-    from d2obench.engine.cache import PolicyCache
+    from d2obench.engine.packing import Packing
 
-    compress = PolicyCache.compress
+    add = Packing.add
 
-    def leaking(self: PolicyCache) -> None:
-        held = [] if self.ready else [(layer.keys, layer.values) for layer in self.own]
-        compress(self)
-        if held:
-            self.leak = held
+    def leaking(self: Packing, layer: Any) -> None:
+        layer.leak = layer.keys, layer.values
+        add(self, layer)
 
-    PolicyCache.compress = leaking  # type: ignore[method-assign]
+    Packing.add = leaking  # type: ignore[method-assign]
 
 
 def merge_weight(factor: float) -> None:

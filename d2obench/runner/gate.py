@@ -1,37 +1,46 @@
 """``d2obench gate --suite … --base REV --head REV``: two checkouts measured against each other in one sitting.
 
-    base, head ──► worktrees ──► one worker each ──► quality cells once, speed cells in ABBA rounds (8 → 16 → 32)
+    base, head ──► worktrees ──► one worker each ──► counts and quality cells once, both sides at the same time
+                                                 ├─► speed cells in ABBA rounds (8 → 16 → 32), one side at a time
                                                  └─► a timed REGRESSED is measured once more by fresh processes
 
 The base is measured again rather than remembered, so timed figures are comparable, and nothing about the machine has
 to be stored. A regression must be found twice: if the second sitting does not say REGRESSED, it is INCONCLUSIVE.
+Where no timed figure is asked for, two rounds tell whether the exact ones are.
 Whatever happens, no worker and no worktree is left.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, SuiteError, WorkerError
+from d2obench.metric import METRICS
 from d2obench.record import Value
 from d2obench.runner.check import check
 from d2obench.runner.gate_arm import Arm
 from d2obench.runner.gate_baseline import differences, settings_of
+from d2obench.runner.gate_both import both
 from d2obench.runner.gate_rounds import RATIOS, Failure, Rounds, measure_group
 from d2obench.runner.gate_worktree import Repository, terminable, worktrees
+from d2obench.runner.placed import check_one
 from d2obench.runner.plan import group
 from d2obench.stats.facts import Facts, facts_of, judge_facts, judge_status
-from d2obench.stats.verdict import Row, Verdict, Verdicts, gather
+from d2obench.stats.rules import confirm
+from d2obench.stats.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
 from d2obench.suite import SPEED, Cell, Suite, load_suite
 
 Watch = Callable[[str], None]
 WORK_TREE = "work tree"
+SPEED_KINDS, QUALITY_KINDS = {"exact", "bounded", "timed", "ratio"}, {"exact", "sampled"}
+"""What the figures of speed cells and of quality cells can be."""
 
 
 class Side(NamedTuple):
@@ -42,7 +51,14 @@ class Side(NamedTuple):
 
 
 def gate(
-    suite_name: str, overrides: Mapping[str, str], base: Side, head: Side, *, folder: Path, watch: Watch
+    suite_name: str,
+    overrides: Mapping[str, str],
+    base: Side,
+    head: Side,
+    *,
+    folder: Path,
+    watch: Watch,
+    kinds: Collection[str] = KINDS,
 ) -> Verdicts:
     """Compares two revisions of the repository around ``folder``.
 
@@ -52,6 +68,7 @@ def gate(
         base: its revision; None means the merge base of the trunk and HEAD.
         head: its revision; None means the work tree.
         watch: is told what goes on.
+        kinds: of figures to compare; what only others need is not measured.
 
     Raises:
         UsageError: no repository or revision, or nothing to compare.
@@ -65,7 +82,7 @@ def gate(
     with terminable(), ExitStack() as stack:
         watch("checking out")
         places = {"head": repository.root, **stack.enter_context(worktrees(repository, commits))}
-        suites = {side: suite_in(place, suite_name, overrides) for side, place in places.items()}
+        suites = {side: asked(suite_in(place, suite_name, overrides), kinds) for side, place in places.items()}
         title = f"gate {suites['head'].name}"
         apart = differences(settings_of(suites["base"]), settings_of(suites["head"]))
         if apart:
@@ -76,7 +93,7 @@ def gate(
             side: stack.enter_context(Arm(side, places[side], suites["head"], pythons[side]))
             for side in ("base", "head")
         }
-        rows, notes = compare_arms(arms, suites["head"], watch)
+        rows, notes = compare_arms(arms, suites["head"], watch, kinds)
     if commits["base"] == repository.commit(head.revision or "HEAD") and (head.revision or not repository.dirty):
         notes.append("base and head are the same code: what differs is noise")
     return gather(title, names["base"], names["head"], rows, notes)
@@ -98,46 +115,64 @@ def suite_in(place: Path, name: str, overrides: Mapping[str, str]) -> Suite:
     return load_suite(str(file), overrides)
 
 
-def compare_arms(arms: Mapping[str, Arm], suite: Suite, watch: Watch) -> tuple[list[Row], list[str]]:
-    """Every row of two sides that are set up, and notes for the reader."""
-    for arm in arms.values():
-        watch(f"starting the {arm.name}")
-        arm.check()
-    facts = {name: arm.surroundings(suite.axes.device) for name, arm in arms.items()}
-    apart = differences(facts["base"], facts["head"])
+def asked(suite: Suite, kinds: Collection[str]) -> Suite:
+    """The suite with the timed figures of these kinds only."""
+    metrics = tuple(name for name in suite.gate.metrics if name not in METRICS or METRICS[name].kind in kinds)
+    gate_ = msgspec.structs.replace(suite.gate, metrics=metrics, looks=suite.gate.looks if metrics else (2,))
+    return msgspec.structs.replace(suite, gate=gate_)
+
+
+def compare_arms(
+    arms: Mapping[str, Arm], suite: Suite, watch: Watch, kinds: Collection[str] = KINDS
+) -> tuple[list[Row], list[str]]:
+    """Every row of two sides that are set up, of these kinds, and notes for the reader."""
+    watch("starting both sides")
+    both(arms, Arm.check)
+    facts = both(arms, lambda arm: arm.surroundings(suite.axes.device))
+    known = facts["base"].keys() & facts["head"].keys()
+    before, after = ({key: facts[name][key] for key in known} for name in ("base", "head"))
+    apart = differences(before, after)
     if apart:
         reason = f"other surroundings: {', '.join(apart)}"
         return [Row("*", "environment", Verdict.INCOMPARABLE, "exact", reason=reason)], []
+    check_one(suite, "d2obench gate")
     checked = check(suite, arms["head"].client)
     suite = checked.suite
+    at_once = set(suite.axes.device) == {"cpu"}
     rows: list[Row] = []
     repeated = 0
     for together in group(checked.cells):
-        if together[0].axes.task != SPEED:
-            watch(together[0].id)
-            rows += _quality(arms, together[0], suite)
+        timed_cells = together[0].axes.task == SPEED
+        if not set(kinds) & (SPEED_KINDS if timed_cells else QUALITY_KINDS):
             continue
-        rounds, timed = measure_group(arms, together, suite, watch)
+        if not timed_cells:
+            watch(together[0].id)
+            rows += _quality(arms, together[0], suite, at_once)
+            continue
+        watch(f"counting {len(together)} cells")
+        both(arms, partial(Arm.count, cells=together), at_once=at_once)
+        rounds, timed = measure_group(arms, together, suite, watch, renew=partial(both, arms, Arm.restart))
         repeated += rounds.repeated
         rows += [row for cell in together for row in _facts_rows(arms, rounds, cell, suite)]
         rows += _confirmed(arms, together, suite, watch, timed)
     notes = (
         [f"{repeated} pairs of rounds were measured again because the GPU's clocks were held back"] if repeated else []
     )
-    return rows, notes
+    return of_kinds(rows, kinds), notes
 
 
-def _quality(arms: Mapping[str, Arm], cell: Cell, suite: Suite) -> list[Row]:
-    facts: dict[str, Facts] = {}
-    failed: dict[str, Failure] = {}
-    for name, arm in arms.items():
+def _quality(arms: Mapping[str, Arm], cell: Cell, suite: Suite, at_once: bool) -> list[Row]:
+    def evaluate(arm: Arm) -> Facts | Failure:
         try:
             found = arm.evaluate(cell)
         except D2OBenchError as problem:
-            failed[name] = Failure("oom" if isinstance(problem, OutOfMemory) else "failed", str(problem))
-            continue
+            return Failure("oom" if isinstance(problem, OutOfMemory) else "failed", str(problem))
         values = msgspec.convert(found["values"], dict[str, Value])
-        facts[name] = facts_of(cell.id, "ok", values, {"items": found["items"]})
+        return facts_of(cell.id, "ok", values, {"items": found["items"]})
+
+    found = both(arms, evaluate, at_once=at_once)
+    failed = {name: one for name, one in found.items() if isinstance(one, Failure)}
+    facts = {name: one for name, one in found.items() if isinstance(one, Facts)}
     if failed:
         return [_failed(cell.id, failed)]
     return judge_facts(cell.id, facts["base"], facts["head"], suite.gate.tolerance)
@@ -172,27 +207,15 @@ def _confirmed(
     if not bad:
         return rows
     watch(f"confirming {len(bad)} regressions with fresh processes")
-    for arm in arms.values():
-        arm.restart()
-    again, second = measure_group(arms, _needed(together, bad), suite, watch, bad)
+    both(arms, Arm.restart)
+    renew = partial(both, arms, Arm.restart)
+    again, second = measure_group(arms, _needed(together, bad), suite, watch, bad, renew)
     seen = {(row.cell, row.metric): row for row in second}
     found = []
     for row in rows:
         key = (row.cell, row.metric)
         found.append(confirm(row, seen.get(key), again.failed.get(row.cell)) if key in bad else row)
     return found
-
-
-def confirm(first: Row, second: Row | None, failed: Mapping[str, Any] | None = None) -> Row:
-    """A regression that was found twice stays one; else it is INCONCLUSIVE and says what both sittings saw."""
-    if second is not None and second.verdict is Verdict.REGRESSED:
-        return msgspec.structs.replace(first, reason=f"confirmed by fresh processes: {second.change}")
-    seen = (
-        "the second sitting failed" if failed else f"then {second.change or 'nothing'}" if second else "not seen again"
-    )
-    return msgspec.structs.replace(
-        first, verdict=Verdict.INCONCLUSIVE, reason=f"not confirmed by fresh processes: first {first.change}, {seen}"
-    )
 
 
 def _needed(together: Sequence[Cell], bad: Mapping[tuple[str, str], Row]) -> list[Cell]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import msgspec
 from d2obench.errors import RecordError, UsageError
 from d2obench.record import RunInfo, finite, write_atomic
 from d2obench.stats.facts import Facts, judge_facts
-from d2obench.stats.verdict import Row, Verdict, Verdicts, gather
+from d2obench.stats.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
 from d2obench.suite import Suite
 
 SCHEMA = 1
 FOLDER = Path("reports/baselines")
-SETTINGS = ("axes", "timing", "worker", "quality")
+SETTINGS = ("axes", "exclude", "timing", "worker", "quality")
 """Tables of a suite that decide what is measured; its name, words and gate rules don't."""
 COMPARED = ("device", "torch", "transformers", "attention", "driver")
 """Facts of the environment that make a stored figure incomparable when they differ."""
@@ -76,7 +76,8 @@ def path_of(suite: str, device: str, folder: Path = FOLDER) -> Path:
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Writes sorted, indented JSON that ends in a line break."""
-    text = json.dumps(finite(msgspec.to_builtins(baseline)), indent=1, sort_keys=True, ensure_ascii=False)
+    table = _short(finite(msgspec.to_builtins(baseline)))
+    text = json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomic(path, text.encode() + b"\n")
 
 
@@ -103,13 +104,18 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def judge_run(
-    info: RunInfo, facts: Mapping[str, Facts], baseline: Baseline, source: str, tolerance: Mapping[str, float]
+    info: RunInfo,
+    facts: Mapping[str, Facts],
+    baseline: Baseline,
+    source: str,
+    tolerance: Mapping[str, float],
+    kinds: Collection[str] = KINDS,
 ) -> Verdicts:
     """A run against a baseline: first whether they can be compared at all, then every figure of every cell."""
     title = f"gate {info.name}"
     device = device_class(info.environment)
     update = f'd2obench baseline update --suite {info.name} --reason "…"'
-    apart = differences(baseline.settings, {key: info.suite.get(key) for key in SETTINGS})
+    apart = differences(_filled(baseline.settings), _filled(info.suite))
     rows = [
         Row("*", "suite", Verdict.INCOMPARABLE, "exact", reason=f"the suites differ: {', '.join(apart)}")
     ] if apart else []  # fmt: skip
@@ -128,6 +134,7 @@ def judge_run(
         return gather(title, base, head, rows, commands=[update])
     cells = dict.fromkeys([*baseline.cells, *facts])
     rows = [row for cell in cells for row in judge_facts(cell, baseline.cells.get(cell), facts.get(cell), tolerance)]
+    rows = of_kinds(rows, kinds)
     notes = []
     if other:
         rows = [row for row in rows if row.metric != "tokens_digest" and row.kind != "ratio"]
@@ -155,9 +162,24 @@ def settings_of(suite: Suite) -> dict[str, Any]:
     return {key: msgspec.to_builtins(getattr(suite, key)) for key in SETTINGS}
 
 
+def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings with the defaults of keys that came later; as they are where this version can't read them."""
+    stored = {key: table[key] for key in SETTINGS if table.get(key) is not None}
+    try:
+        return settings_of(msgspec.convert({"name": "", "about": "", **stored}, Suite))
+    except msgspec.ValidationError:
+        return {key: table.get(key) for key in SETTINGS}
+
+
 def compared(environment: Mapping[str, Any]) -> dict[str, str]:
-    """What stored figures depend on beside the suite."""
-    return {key: str(environment[key]) for key in (*COMPARED, *PROCESSOR) if environment.get(key) is not None}
+    """What stored figures depend on beside the suite.
+
+    On a CPU the builds of one torch version (``+cpu``, ``+cu130``) compute alike.
+    """
+    found = {key: str(environment[key]) for key in (*COMPARED, *PROCESSOR) if environment.get(key) is not None}
+    if found.get("device") == "cpu" and "torch" in found:
+        found["torch"] = found["torch"].partition("+")[0]
+    return found
 
 
 def device_class(environment: Mapping[str, Any]) -> str:
@@ -170,6 +192,15 @@ def _commit(environment: Mapping[str, Any]) -> str:
     """``805772cd87e9``, with ``+dirty`` where files differed from it; empty where it is not known."""
     commit = str(environment.get("commit") or "")[:12]
     return f"{commit}+dirty" if commit and environment.get("dirty") else commit
+
+
+def _short(value: Any) -> Any:
+    """Floats with ten digits, which is closer than any rule looks, all through dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(item) for item in value]
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def _slug(text: str) -> str:

@@ -2,8 +2,10 @@
 
 In a round every cell is measured by one arm and at once by the other; the next round has the arms in the opposite order
 and the cells backwards. One worker measures while the other waits. After ``looks[0]`` rounds every timed figure is
-judged; cells with an INCONCLUSIVE figure go on to the next look. A pair measured with the GPU's clocks held back is
-measured again, a fixed number of times, and counted; nothing is ever dropped for being slow.
+judged; cells with an INCONCLUSIVE figure go on to the next look, in fresh processes: where a process happens to lie in
+memory moves its times by percents (Mytkowicz et al., ASPLOS 2009; Kalibera and Jones, ISMM 2013), and more rounds of
+the same one would only make that look certain. A pair measured with the GPU's clocks held back is measured again, a
+fixed number of times, and counted; nothing is ever dropped for being slow.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ def measure_group(
     suite: Suite,
     watch: Callable[[str], None],
     only: Iterable[tuple[str, str]] | None = None,
+    renew: Callable[[], object] | None = None,
 ) -> tuple[Rounds, list[Row]]:
     """Measures a group until every timed figure is decided or the last look is over.
 
@@ -110,6 +113,7 @@ def measure_group(
         suite: its ``gate`` table has the looks, the level, the metrics and the tolerances.
         watch: is told what goes on.
         only: judge just these (cell id, metric).
+        renew: gives both arms fresh processes; called before every look but the first.
     """
     rounds, gate = Rounds(cells), suite.gate
     wanted = None if only is None else set(only)
@@ -118,6 +122,8 @@ def measure_group(
     rows: dict[tuple[str, str], Row] = {}
     for look in sorted(gate.looks):
         watch(f"rounds {number + 1} to {look} of {len(live)} cells")
+        if number and renew is not None:
+            renew()
         while number < look and live:
             for cell in abba(live, number):
                 _pair(arms, cell, rounds, ("base", "head") if (number + first) % 2 == 0 else ("head", "base"))

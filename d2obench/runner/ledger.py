@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, RecordError
 from d2obench.metric import METRICS, show
@@ -36,12 +39,23 @@ class Ledger:
         folder: the run folder, locked by the caller.
         watcher: is told of every row.
         records: rows that stand from an earlier part of this run, by cell id.
+        environment: hash of the fingerprint that its cells are measured under.
+
+    ``records`` keeps the heads of the rows only, so that a run of any length holds little memory. Cells may be ended
+    from several threads.
     """
 
-    def __init__(self, folder: Path, watcher: Watcher, records: Mapping[str, CellRecord] | None = None) -> None:
-        self.folder, self.watcher = folder, watcher
-        self.records: dict[str, CellRecord] = dict(records or {})
+    def __init__(
+        self,
+        folder: Path,
+        watcher: Watcher,
+        records: Mapping[str, CellRecord] | None = None,
+        environment: str = "",
+    ) -> None:
+        self.folder, self.watcher, self.environment = folder, watcher, environment
+        self.records: dict[str, CellRecord] = {name: _head(one) for name, one in (records or {}).items()}
         self._began: dict[str, tuple[str, float]] = {}
+        self._one_at_a_time = threading.RLock()
 
     def open(self, cell: Cell) -> bool:
         """Whether the cell still needs a row."""
@@ -54,12 +68,14 @@ class Ledger:
     def end(self, cell: Cell, status: str, **fields: Any) -> None:
         """Writes a cell's row; ``fields`` are those of :class:`d2obench.record.CellRecord`."""
         self.begin(cell)
-        started, since = self._began[cell.id]
+        started, since = self._began.pop(cell.id)
         fields.setdefault("seconds", round(time.monotonic() - since, 3))
+        fields["environment"] = self.environment
         record = CellRecord(cell.id, cell.hash, cell.axes, status, started=started, **fields)
-        append_cell(self.folder, record)
-        self.records[cell.id] = record
-        self.watcher.cell(cell.id, status, record.reason or headline(record))
+        with self._one_at_a_time:
+            append_cell(self.folder, record)
+            self.records[cell.id] = _head(record)
+            self.watcher.cell(cell.id, status, record.reason or headline(record))
 
     def fail(self, cell: Cell, problem: D2OBenchError, samples: Samples | None = None) -> None:
         """The row of a cell that an error ended. A run folder that can't be written ends the run instead."""
@@ -70,10 +86,15 @@ class Ledger:
 
     def skip_if_too_large(self, cell: Cell) -> None:
         """Ends a cell as ``skipped`` where one of the same kind and no larger ran out of memory."""
-        ended = (one for one in self.records.values() if one.status == "oom")
+        with self._one_at_a_time:
+            ended = [one for one in self.records.values() if one.status == "oom"]
         smaller = next((one for one in ended if larger(cell.axes, one.axes)), None)
         if smaller is not None and self.open(cell):
             self.end(cell, "skipped", reason=f"{smaller.id} ran out of memory and is no larger")
+
+
+def _head(record: CellRecord) -> CellRecord:
+    return msgspec.structs.replace(record, values={}, details={})
 
 
 def headline(record: CellRecord) -> str:

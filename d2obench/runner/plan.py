@@ -92,8 +92,9 @@ def predict(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device) 
     if not isinstance(axes.batch, int):
         return Prediction(None, None)
     prefill, step = _pass(axes, model, device, axes.batch, shape)
-    steps = shape.gen if timing.decode == "full" else min(shape.gen, timing.depths * timing.steps)
-    seconds = timing.rounds * (prefill + steps * step) + (1 + timing.warmup) * prefill
+    part = min(shape.gen, timing.depths * timing.steps)
+    requests = {"full": [shape.gen], "sampled": [part], "both": [shape.gen, part]}[timing.decode]
+    seconds = timing.rounds * sum(prefill + steps * step for steps in requests) + (1 + timing.warmup) * prefill
     return Prediction(memory_of(axes, model, axes.batch), seconds)
 
 

@@ -10,33 +10,24 @@ A crash, a kill and a hang are WorkerError; memory that ended, on the device or 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from d2obench import errors
-from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
+from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.memory import is_out_of_memory
+from d2obench.runner.client import Progress
+from d2obench.runner.process import DeadWorkerError, WorkerProcess
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], None]
 WORKER = ("-P", "-m", "d2obench.runner.worker")
-MAX_ANSWER = 256 * 2**20
-LOG_TAIL = 2000
-
-
-class DeadWorkerError(WorkerError):
-    """The process ended in the middle of an operation; the next call starts a new one."""
+UNKNOWN = "the worker knows no operation"
+"""How an error begins where a worker, perhaps of an older version, is asked what it can't do."""
 
 
 def describe(problem: BaseException) -> dict[str, str]:
@@ -81,20 +72,14 @@ class WorkerClient:
         self.env = {**os.environ, **own, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(env or {})}
         self.generation = 0
         """How many processes were started so far: a new number means a cold worker."""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: IO[bytes] | None = None
-        self._log_start = 0
-        self._to = self._from = -1
-        self._buffer = bytearray()
+        self._process: WorkerProcess | None = None
         self._id = 0
-        self._oom_kills = 0
 
     @property
     def pid(self) -> int | None:
         """The process id while one runs."""
-        if self._process is not None and self._process.poll() is not None:
-            self._close_pipes()
-            self._forget()
+        if self._process is not None and not self._process.alive:
+            self.close()
         return self._process.pid if self._process else None
 
     @property
@@ -114,14 +99,13 @@ class WorkerClient:
             WorkerError: it can't start, hung, or met an error of its own.
             D2OBenchError: whatever clear error the operation raised, of its own class.
         """
-        if self.pid is None:
-            self._start()
+        process = self._running()
         self._id += 1
-        self._log_start = self._logged()
+        process.listen()
         try:
-            self._send(msgspec.json.encode({"id": self._id, "op": op, "args": args or {}}) + b"\n")
+            process.send(msgspec.json.encode({"id": self._id, "op": op, "args": args or {}}) + b"\n")
             while True:
-                answer = self._receive(op, timeout_s or self.timeout_s)
+                answer = self._answer(process, op, timeout_s or self.timeout_s)
                 if answer.get("id") != self._id:
                     continue
                 if "progress" in answer:
@@ -136,23 +120,23 @@ class WorkerClient:
             self.kill()
             raise
 
+    def beside(self) -> WorkerClient:
+        """Another worker like this one; its process starts at its first call."""
+        other = WorkerClient(self.python, timeout_s=self.timeout_s, command=self.command)
+        other.env = self.env
+        return other
+
     def close(self) -> None:
         """Lets the worker end: closes its pipe, waits a moment, then kills it."""
-        if self._process is None:
-            return
-        self._close_pipes()
-        try:
-            self._process.wait(2)
-        except subprocess.TimeoutExpired:
-            self._kill_group()
-        self._forget()
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
 
     def kill(self) -> None:
         """Ends the worker at once."""
-        if self._process is not None:
-            self._kill_group()
-            self._close_pipes()
-            self._forget()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     def __enter__(self) -> WorkerClient:
         return self
@@ -160,110 +144,26 @@ class WorkerClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> None:
-        down_read, down_write = os.pipe()
-        up_read, up_write = os.pipe()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._oom_kills = _oom_kills()
-        try:
-            self._process = subprocess.Popen(
-                [self.python, *self.command, str(down_read), str(up_write)],
-                env=self.env,
-                pass_fds=(down_read, up_write),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
-            )
-        except OSError as problem:
-            os.close(down_write)
-            os.close(up_read)
+    def _running(self) -> WorkerProcess:
+        if self.pid is None or self._process is None:
+            self._process = WorkerProcess([self.python, *self.command], self.env)
+            self.generation += 1
+        return self._process
+
+    def _answer(self, process: WorkerProcess, op: str, timeout_s: float) -> dict[str, Any]:
+        line = process.line(op, timeout_s)
+        if line is None:
+            self.kill()
             raise WorkerError(
-                f"can't start a worker with {self.python}", why=problem.strerror or str(problem)
-            ) from None
-        finally:
-            os.close(down_read)
-            os.close(up_write)
-        self._to, self._from = down_write, up_read
-        self._buffer.clear()
-        self.generation += 1
-
-    def _send(self, line: bytes) -> None:
-        view = memoryview(line)
-        try:
-            while view:
-                view = view[os.write(self._to, view) :]
-        except BrokenPipeError:
-            raise self._died("before it could be asked anything") from None
-
-    def _receive(self, op: str, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
-        while (end := self._buffer.find(b"\n")) < 0:
-            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self.kill()
-                raise WorkerError(
-                    f"the worker gave no sign for {timeout_s:g} s during '{op}' and was ended",
-                    remedy="raise worker.timeout_s if the work may really take this long",
-                )
-            chunk = os.read(self._from, 2**16)
-            if not chunk or len(self._buffer) > MAX_ANSWER:
-                raise self._died(f"during '{op}'")
-            self._buffer += chunk
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
+                f"the worker gave no sign for {timeout_s:g} s during '{op}' and was ended",
+                remedy="raise worker.timeout_s if the work may really take this long",
+            )
         try:
             answer = msgspec.json.decode(line)
         except msgspec.DecodeError as problem:
             self.kill()
             raise WorkerError("the worker's answer can't be read", why=str(problem)) from None
         return answer if isinstance(answer, dict) else {}
-
-    def _died(self, when: str) -> D2OBenchError:
-        assert self._process is not None
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._kill_group()
-            code = -signal.SIGKILL
-        said = self._last_words()
-        self._close_pipes()
-        self._forget()
-        if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
-            return OutOfMemory("out of memory", why=f"the system ended the worker {when}")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return DeadWorkerError(f"the worker {how} {when}", why=said)
-
-    def _last_words(self) -> str:
-        """The last line the worker logged in this call: after a traceback, the exception's own line."""
-        if self._log is None:
-            return ""
-        start = max(self._log_start, self._logged() - LOG_TAIL)
-        text = os.pread(self._log.fileno(), LOG_TAIL, start).decode("utf-8", "replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1][:500] if lines else ""
-
-    def _logged(self) -> int:
-        """Bytes logged so far; asked by size, since the worker writes at the file's shared position."""
-        return os.fstat(self._log.fileno()).st_size if self._log else 0
-
-    def _kill_group(self) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # the worker leads its own session: its children end too
-        self._process.wait()
-
-    def _close_pipes(self) -> None:
-        for pipe in (self._to, self._from):
-            if pipe >= 0:
-                os.close(pipe)
-        self._to = self._from = -1
-
-    def _forget(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        self._process = self._log = None
-        self._buffer.clear()
 
 
 def again(work: Callable[[], T]) -> T:
@@ -279,17 +179,6 @@ def _own_code() -> dict[str, str]:
     root = str(Path(errors.__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": os.pathsep.join([root, known]) if known else root}
-
-
-def _oom_kills() -> int:
-    """How many processes the kernel has ended for memory since boot; 0 where it does not say."""
-    try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
 
 
 def _first_line(problem: BaseException) -> str:

@@ -6,13 +6,14 @@ import msgspec
 
 from d2obench.errors import D2OBenchError
 from d2obench.record import Value
+from d2obench.runner.client import Client
 from d2obench.runner.ledger import Ledger
-from d2obench.runner.protocol import WorkerClient, again
+from d2obench.runner.protocol import again
 from d2obench.runner.resume import Samples
 from d2obench.suite import Cell, Suite
 
 
-def evaluate(suite: Suite, cell: Cell, client: WorkerClient, ledger: Ledger) -> None:
+def evaluate(suite: Suite, cell: Cell, client: Client, ledger: Ledger) -> None:
     """Brings a quality cell to its row."""
     ledger.begin(cell)
     ledger.watcher.cell(cell.id, "running")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from d2obench.errors import D2OBenchError
+from d2obench.runner.client import Client
 from d2obench.runner.ledger import Watcher
-from d2obench.runner.protocol import WorkerClient, again
+from d2obench.runner.protocol import again
 
 _ASKED = {"bandwidth": ("bytes_per_s", "copy bandwidth"), "idle": ("idle_w", "idle power")}
 """Operation of the worker → the key of its answer, and what it is in words."""
@@ -13,7 +14,7 @@ _ASKED = {"bandwidth": ("bytes_per_s", "copy bandwidth"), "idle": ("idle_w", "id
 class Reference:
     """Asks the worker when a figure is first needed; None where it can't be told, with a note where that is a fault."""
 
-    def __init__(self, client: WorkerClient, watcher: Watcher) -> None:
+    def __init__(self, client: Client, watcher: Watcher) -> None:
         self._client, self._watcher = client, watcher
         self._known: dict[tuple[str, str], float | None] = {}
 

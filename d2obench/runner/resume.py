@@ -57,7 +57,7 @@ class Samples:
             whole: dict[str, Any] = msgspec.json.decode(self._path.read_bytes())
         except (OSError, msgspec.DecodeError, RecursionError):
             return None
-        complete = not found.rounds or (found.batch > 0 and found.model and found.counts)
+        complete = not found.rounds or (found.batch > 0 and found.model and found.counts is not None)
         return whole if complete else None
 
 
@@ -74,7 +74,22 @@ class _File(msgspec.Struct):
     rounds: list[_Round] = []
     batch: int = 0
     model: dict[str, Any] = {}
-    counts: dict[str, float] = {}
+    counts: dict[str, float] | None = None
+
+
+def forget_cut_round(folder: Path, cells: Iterable[Cell]) -> None:
+    """Takes the last round of a group back where only some of its cells have it.
+
+    The rest of it would be measured on another device, and rounds are paired: both times of a ratio must come from one.
+    """
+    group = [one for one in (Samples(folder, cell) for cell in cells) if "stopped" not in one.data]
+    last = max((part["round"] for one in group for part in one.rounds), default=0)
+    if all(one.has(last) for one in group):
+        return
+    for one in group:
+        if one.has(last):
+            one.rounds[:] = [part for part in one.rounds if part["round"] != last]
+            one.save()
 
 
 def finished(cells: Iterable[Cell], records: Iterable[CellRecord]) -> dict[str, CellRecord]:

@@ -13,8 +13,8 @@ import msgspec
 
 from d2obench.errors import OutOfMemory
 from d2obench.record import Axes
+from d2obench.runner.client import Client
 from d2obench.runner.plan import memory_of
-from d2obench.runner.protocol import WorkerClient
 from d2obench.spec import parse_memory
 from d2obench.suite import Cell
 
@@ -22,7 +22,7 @@ MOST = 4096
 RESOLUTION = 32
 
 
-def find_batch(cell: Cell, limit: str, client: WorkerClient) -> dict[str, Any]:
+def find_batch(cell: Cell, limit: str, client: Client) -> dict[str, Any]:
     """Searches the largest batch of a cell.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,24 +19,39 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.summarise import Machine, Summary, summarise, tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
+from d2obench.runner.client import Client
 from d2obench.runner.ledger import Ledger
 from d2obench.runner.live import so_far
 from d2obench.runner.plan import abba
-from d2obench.runner.protocol import WorkerClient, again
+from d2obench.runner.protocol import again
 from d2obench.runner.ratios import FULL, against_full
 from d2obench.runner.reference import Reference
 from d2obench.runner.resume import Samples
 from d2obench.runner.search import find_batch
+from d2obench.runner.warming import warm
+from d2obench.spec import parse_shape
 from d2obench.suite import Cell, Suite
 
 
 class SpeedGroup:
-    """Measures the cells of one group and ends each as a row."""
+    """Measures the cells of one group and ends each as a row.
+
+    ``worker_of`` says which worker measures a cell: one for all of them, or one for each.
+    """
+
+    client: Client
+    """The worker of the cell at hand."""
 
     def __init__(
-        self, suite: Suite, cells: Sequence[Cell], client: WorkerClient, ledger: Ledger, reference: Reference
+        self,
+        suite: Suite,
+        cells: Sequence[Cell],
+        worker_of: Callable[[Cell], Client],
+        ledger: Ledger,
+        reference: Reference,
     ) -> None:
-        self.timing, self.cells, self.client, self.ledger = suite.timing, list(cells), client, ledger
+        self.timing, self.cells, self.ledger = suite.timing, list(cells), ledger
+        self._worker_of = worker_of
         self._reference = reference
         self._samples = {cell.id: Samples(ledger.folder, cell) for cell in cells}
         self._warm: dict[str, int] = {}
@@ -82,6 +97,7 @@ class SpeedGroup:
         if "batch" in samples.data:
             return
         self.ledger.begin(cell)
+        self.client = self._worker_of(cell)
         if cell.axes.batch != "max":
             samples.data["batch"] = cell.axes.batch
             return
@@ -114,18 +130,20 @@ class SpeedGroup:
         """One request, warmed up first where this worker process has not seen the cell; its round or its row."""
         samples = self._samples[cell.id]
         self.ledger.begin(cell)
+        self.client = self._worker_of(cell)
         request = {
             "axes": msgspec.to_builtins(cell.axes),
             "round": number,
             "batch": samples.data["batch"],
-            "sampled": [self.timing.depths, self.timing.steps] if self.timing.decode == "sampled" else None,
+            "sampled": self._sampled if self.timing.decode == "sampled" else None,
         }
 
         def measured() -> tuple[dict[str, Any], float]:
             self._warm_up(cell, request)
             self.ledger.watcher.cell(cell.id, "running", *so_far(cell.id, samples.rounds, self.timing, number))
             since = time.monotonic()
-            return self.client.call("measure", request), time.monotonic() - since
+            found = self._both(request, order) if self.timing.decode == "both" else self.client.call("measure", request)
+            return found, time.monotonic() - since
 
         try:
             found, seconds = again(measured)
@@ -134,6 +152,20 @@ class SpeedGroup:
             return
         samples.data["model"] = found["model"]
         samples.add({**found["trace"], "round": number, "order": order, "seconds": round(seconds, 6)})
+
+    @property
+    def _sampled(self) -> list[int]:
+        return [self.timing.depths, self.timing.steps]
+
+    def _both(self, request: dict[str, Any], order: int) -> dict[str, Any]:
+        """The request in full and once more sampled, either of them first in turn."""
+        runs: dict[bool, dict[str, Any]] = {}
+        for sampled in (True, False) if (request["round"] + order) % 2 else (False, True):
+            runs[sampled] = self.client.call("measure", {**request, "sampled": self._sampled if sampled else None})
+        trace, other = runs[False]["trace"], runs[True]["trace"]
+        trace["sampled_s"] = other["decode_s"] if other.get("step_at") else None  # windows that cover all show nothing
+        trace["flags"] = [*trace["flags"], *other["flags"]]
+        return runs[False]
 
     def _warm_up(self, cell: Cell, request: dict[str, Any]) -> None:
         if self.client.pid is not None and self._warm.get(cell.id) == self.client.generation:
@@ -144,11 +176,7 @@ class SpeedGroup:
         data = self._samples[cell.id].data
         if "counts" not in data:
             data["counts"] = self.client.call("count", request)
-        data["warm_up"] = []
-        while len(data["warm_up"]) < self.timing.warmup:
-            data["warm_up"].append(self.client.call("warm_up", {**request, "within": self.timing.warm_within}))
-            if data["warm_up"][-1]["stable"]:
-                break
+        data["warm_up"] = warm(self.client, request, self.timing)
         self._warm[cell.id] = self.client.generation
 
     def _finish(self, cell: Cell) -> None:
@@ -165,7 +193,12 @@ class SpeedGroup:
             details=summary.details
             | {key: samples.data.get(key) for key in ("stopped", "warm_up", "model")}
             | {"device": self._reference.known(cell.axes.device)},
-            flags=(*summary.flags, *self._apart(cell, values)),
+            flags=(
+                *summary.flags,
+                *self._apart(cell, values),
+                *self._beyond(cell),
+                *samples.data["model"].get("flags", ()),
+            ),
             samples=samples.name,
             seconds=round(sum(part["seconds"] for part in samples.rounds), 3),
         )
@@ -194,6 +227,12 @@ class SpeedGroup:
         if step and step_full:
             found["speedup_bound"] = Value(step_full / step)
         return found
+
+    def _beyond(self, cell: Cell) -> list[str]:
+        """A flag where the text is longer than the model was made for: it still takes its time, but says nothing."""
+        (shape,), context = parse_shape(cell.axes.shape or ""), self._samples[cell.id].data["model"].get("context")
+        past = context is not None and shape.prompt + shape.gen > context
+        return [f"beyond the model's context of {context:,}: speed only"] if past else []
 
     def _apart(self, cell: Cell, values: dict[str, Value]) -> list[str]:
         """A flag where full was measured too, but in no round of this cell: see :meth:`_unfinished`."""

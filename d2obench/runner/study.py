@@ -1,145 +1,124 @@
 """What the gate's timed rule does on this machine: false alarms of equal code, and its power on real slowdowns.
 
-Equal code is measured against itself in long interleaved sittings of two workers. Every 32 rounds of them are one
-live gate; further gates are replayed from windows of the same recording, drift and spikes included, with the head made
-slower by a factor where power is asked. Live slowdowns put a real delay into the decode loop of the head's worker. Each
-gate is judged as ``d2obench gate`` does: looks, 98 % intervals, and a second sitting that must agree.
+Every trial is a whole gate of one decode cell, from fresh processes: looks, 98 % intervals, and a second sitting that
+must agree. Slowdowns are a real delay in the decode loop of the head's worker. Trials of equal code are measured to the
+last look even where an earlier one decides, so that further gates can be replayed from what was recorded.
 """
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from d2obench import errors
 from d2obench.errors import WorkerError
 from d2obench.runner import faults
-from d2obench.runner.check import check
-from d2obench.runner.gate import confirm
 from d2obench.runner.gate_arm import Arm
+from d2obench.runner.gate_both import both
 from d2obench.runner.gate_rounds import Rounds, measure_group
-from d2obench.stats.rules import judge_timed, tolerance
+from d2obench.runner.protocol import WORKER
+from d2obench.stats.rules import confirm, tolerance
+from d2obench.stats.trials import Pairs, Rule, Study, Trial, live_outcomes, replay
 from d2obench.stats.verdict import Row, Verdict
-from d2obench.suite import Cell, GateTable, Suite, load_suite
+from d2obench.suite import Cell, Suite, cells, load_suite
 
-SUITE = {
-    "axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "axes.shape": "128+32", "axes.batch": "2",
-    "axes.device": "cpu", "worker.threads": "1", "gate.metrics": '["tpot_s"]',
-}  # fmt: skip
+SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}
 METRIC = "tpot_s"
 CHANGES = (0.0, 0.1, 0.2)
-
-
-class Pairs(NamedTuple):
-    """A recording: times of both arms, one of each a round, in the order they were measured."""
-
-    base: list[float]
-    head: list[float]
-
-
-class Outcome(NamedTuple):
-    """How often gates of one kind gave each verdict.
-
-    Args:
-        what: in words.
-        change: how much slower the head truly was.
-        counts: gates by verdict.
-    """
-
-    what: str
-    change: float
-    counts: Counter[Verdict]
-
-    def __str__(self) -> str:
-        found = ", ".join(f"{count} {verdict.value}" for verdict, count in sorted(self.counts.items(), key=_severity))
-        return f"{self.what}, head {self.change:+.0%}: {found} of {self.counts.total()}"
+FACTS = ("cpu", "cores", "logical_cores", "threads", "torch", "transformers", "python", "commit", "dirty")
 
 
 def study(
-    *, live: int = 20, replays: int = 200, trials: int = 10, burn: bool = False, watch: Callable[[str], None] = print
-) -> list[Outcome]:
-    """Records, replays and injects; minutes.
+    *,
+    gates: Mapping[float, int] | None = None,
+    replays: int = 200,
+    burn: bool = False,
+    watch: Callable[[str], None] = print,
+    keep: Callable[[Study], None] = lambda found: None,
+) -> Study:
+    """Measures, then replays; some 20 s a gate on a quiet machine.
 
     Args:
-        live: gates of equal code measured in full.
+        gates: live gates by change of the head; 20 each where it is left out.
         replays: gates replayed for each change.
-        trials: live gates for each real slowdown.
         burn: keep one core busy with another process all the while.
         watch: is told what goes on.
+        keep: is given what there is after each gate, so that a stop loses nothing.
     """
     suite = load_suite("ci", SUITE)
-    found: list[Outcome] = []
+    (cell,) = cells(suite)
+    gates = gates or dict.fromkeys(CHANGES, 20)
+    rule = Rule(METRIC, tolerance(METRIC, suite.gate.tolerance), suite.gate)
+    about = {
+        "cell": cell.id, "metric": METRIC, "limit": rule.limit, "looks": list(suite.gate.looks),
+        "level": suite.gate.level,
+    }  # fmt: skip
+    trials: list[Trial] = []
+    facts: dict[str, object] = {}
     with burning(burn):
-        watch(f"{live} sittings of equal code")
-        pairs = record(suite, live, watch)
-        gates = Counter(sitting(_window(pairs, i * _most(suite), suite), suite.gate).verdict for i in range(live))
-        found.append(Outcome("live sittings", 0.0, gates))
-        found += [Outcome("replayed gates", change, replay(pairs, suite, replays, change)) for change in CHANGES]
-        for change in CHANGES[1:] if trials else ():
-            watch(f"{trials} gates of a head that is {change:.0%} slower")
-            found.append(Outcome("live gates", change, inject(suite, change, trials, watch)))
+        for change, count in gates.items():
+            for number in range(count):
+                trials.append(trial(suite, cell, rule, change, facts))
+                last = trials[-1]
+                watch(f"{change:+.0%}, gate {number + 1} of {count}: {last.verdict.value} {last.found}")
+                keep(Study(about, facts, burn, tuple(trials), tuple(live_outcomes(trials))))
+    recorded = [part for one in trials for part in one.parts]
+    replayed = [replay(recorded, rule, replays, change) for change in CHANGES] if recorded and replays else []
+    found = Study(about, facts, burn, tuple(trials), (*live_outcomes(trials), *replayed))
+    keep(found)
     return found
 
 
-def record(suite: Suite, sittings: int, watch: Callable[[str], None]) -> Pairs:
-    """Equal code against itself: ``sittings`` times the last look's rounds, none left out."""
-    whole = msgspec.structs.replace(suite.gate, looks=(_most(suite) * sittings,))
-    suite = msgspec.structs.replace(suite, gate=whole)
-    with Arm("base", root(), suite) as base, Arm("head", root(), suite) as head:
-        cell = _only(suite, base)
-        rounds, _ = measure_group({"base": base, "head": head}, [cell], suite, watch)
-        _raise_failures(rounds)
-        return Pairs(*rounds.series(cell, METRIC))
+def trial(suite: Suite, cell: Cell, rule: Rule, change: float, facts: dict[str, object]) -> Trial:
+    """One live gate; ``facts`` is filled with those of the machine."""
+    since = time.monotonic()
+    command = faults.command("slow", change) if change else WORKER
+    with Arm("base", root(), suite) as base, Arm("head", root(), suite, command=command) as head:
+        arms = {"base": base, "head": head}
+        both(arms, partial(Arm.count, cells=[cell]))
+        known = base.client.call("environment", {"device": "cpu"})
+        facts |= {key: known[key] for key in FACTS if key in known}
+        parts: list[Pairs] = []
+        if change:
+            row = _sitting(arms, cell, suite)
+        else:
+            parts = _parts(arms, cell, suite, rule)
+            row = rule.sitting(parts)
+        if row.verdict is Verdict.REGRESSED:
+            both(arms, Arm.restart)
+            row = confirm(row, _sitting(arms, cell, suite))
+    took = round(time.monotonic() - since, 1)
+    return Trial(
+        change=change, verdict=row.verdict, found=row.change, reason=row.reason, parts=tuple(parts), seconds=took
+    )
 
 
-def replay(pairs: Pairs, suite: Suite, gates: int, change: float, seed: int = 0) -> Counter[Verdict]:
-    """Gates over windows of a recording that start anywhere; the second sitting is another window."""
-    rng, counts = random.Random(seed), Counter[Verdict]()
-    starts = len(pairs.base) - _most(suite)
-    for _ in range(gates):
-        first, second = (sitting(_window(pairs, rng.randint(0, starts), suite, change), suite.gate) for _ in range(2))
-        counts[(confirm(first, second) if first.verdict is Verdict.REGRESSED else first).verdict] += 1
-    return counts
-
-
-def inject(suite: Suite, change: float, trials: int, watch: Callable[[str], None]) -> Counter[Verdict]:
-    """Live gates against a worker whose decode steps really take ``change`` longer."""
-    counts = Counter[Verdict]()
-    delayed = faults.command("slow", change)
-    for _ in range(trials):
-        with Arm("base", root(), suite) as base, Arm("head", root(), suite, command=delayed) as head:
-            arms, cell = {"base": base, "head": head}, _only(suite, base)
-            row = _live(arms, cell, suite, watch)
-            if row.verdict is Verdict.REGRESSED:
-                base.restart()
-                head.restart()
-                row = confirm(row, _live(arms, cell, suite, watch))
-            counts[row.verdict] += 1
-    return counts
-
-
-def sitting(pairs: Pairs, gate: GateTable) -> Row:
-    """The adaptive rule on rounds that are there already."""
-    for look in sorted(gate.looks):
-        limit = tolerance(METRIC, gate.tolerance)
-        row = judge_timed("study", METRIC, pairs.base[:look], pairs.head[:look], limit, gate.level)
-        if row.verdict is not Verdict.INCONCLUSIVE:
-            break
-    return row
-
-
-def _live(arms: Mapping[str, Arm], cell: Cell, suite: Suite, watch: Callable[[str], None]) -> Row:
-    rounds, rows = measure_group(arms, [cell], suite, watch)
+def _sitting(arms: Mapping[str, Arm], cell: Cell, suite: Suite) -> Row:
+    """As the gate measures it."""
+    rounds, rows = measure_group(arms, [cell], suite, lambda words: None, renew=lambda: both(arms, Arm.restart))
     _raise_failures(rounds)
     return rows[0]
+
+
+def _parts(arms: Mapping[str, Arm], cell: Cell, suite: Suite, rule: Rule) -> list[Pairs]:
+    """The rounds of every look, by fresh processes each, and as many as the longest look has."""
+    longest = msgspec.structs.replace(suite.gate, looks=(max(rule.lengths),))
+    found = []
+    for number in range(len(rule.lengths)):
+        if number:
+            both(arms, Arm.restart)
+        rounds, _ = measure_group(arms, [cell], msgspec.structs.replace(suite, gate=longest), lambda words: None)
+        _raise_failures(rounds)
+        base, head = rounds.series(cell, METRIC)
+        found.append(Pairs([round(time, 8) for time in base], [round(time, 8) for time in head]))
+    return found
 
 
 def _raise_failures(rounds: Rounds) -> None:
@@ -163,21 +142,3 @@ def burning(wanted: bool) -> Iterator[None]:
 def root() -> Path:
     """Where this d2obench is imported from."""
     return Path(errors.__file__).resolve().parents[1]
-
-
-def _only(suite: Suite, arm: Arm) -> Cell:
-    (cell,) = check(suite, arm.client).cells
-    return cell
-
-
-def _window(pairs: Pairs, start: int, suite: Suite, change: float = 0.0) -> Pairs:
-    end = start + _most(suite)
-    return Pairs(pairs.base[start:end], [time * (1 + change) for time in pairs.head[start:end]])
-
-
-def _most(suite: Suite) -> int:
-    return max(suite.gate.looks)
-
-
-def _severity(item: tuple[Verdict, int]) -> int:
-    return item[0].severity

@@ -1,8 +1,8 @@
 """The worker process: answers one request at a time with an operation of ``d2obench.runner.operations``.
 
-``python -m d2obench.runner.worker REQUESTS ANSWERS`` with the numbers of two inherited pipes; the protocol is
-``d2obench.runner.protocol``. Requests are read by a thread of their own, which ends the process the moment the parent
-is gone, even in the middle of a long operation.
+``python -m d2obench.runner.worker [PLACEMENT] REQUESTS ANSWERS`` with ``[models]`` of the suite as JSON and the numbers
+of two inherited pipes; the protocol is ``d2obench.runner.protocol``. Requests are read by a thread of their own, which
+ends the process the moment the parent is gone, even in the middle of a long operation.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import traceback
 import msgspec
 
 from d2obench.errors import WorkerError
-from d2obench.runner.operations import Args, Worker
-from d2obench.runner.protocol import describe
+from d2obench.placement import Placement
+from d2obench.runner.operations import Worker
+from d2obench.runner.operations_machine import Args
+from d2obench.runner.protocol import UNKNOWN, describe
 
 OPS = (
     "hello",
     "describe",
+    "prepare",
     "environment",
     "refuse_busy",
     "bandwidth",
@@ -39,9 +42,10 @@ OPS = (
 
 def main(worker: Worker | None = None) -> None:
     """Answers requests until told to exit or the parent is gone; ``worker`` does the work."""
-    worker = worker or Worker()
-    requests = _listen(int(sys.argv[1]))
-    answers = os.fdopen(int(sys.argv[2]), "wb")
+    *placement, down, up = sys.argv[1:]
+    worker = worker or Worker(*(msgspec.json.decode(words, type=Placement) for words in placement))
+    requests = _listen(int(down))
+    answers = os.fdopen(int(up), "wb")
 
     def send(message: Args) -> None:
         answers.write(msgspec.json.encode(message) + b"\n")
@@ -56,7 +60,7 @@ def main(worker: Worker | None = None) -> None:
 
         try:
             if op not in OPS:
-                raise WorkerError(f"the worker knows no operation '{op}'")
+                raise WorkerError(f"{UNKNOWN} '{op}'")
             send({"id": number, "ok": getattr(worker, op)(request["args"], report)})
         except SystemExit:
             send({"id": number, "ok": {}})

@@ -44,7 +44,7 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
         bounded: value by metric.
         ratio: paired ratio with its interval by metric.
         sampled: metric → item id → value.
-        clusters: item id → document.
+        clusters: item id → document, of items that are not documents themselves.
         unstable: rows on exact figures that differed between repeats; never stored.
     """
 
@@ -85,7 +85,10 @@ def facts_of(cell: str, status: str, values: Mapping[str, Value], samples: Mappi
 
 
 def items_of(items: Any) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Per-item figures by metric, and each item's document; a list (one number a position) counts by its mean."""
+    """Per-item figures by metric, and the documents of items that are parts of one.
+
+    A list (one number a position) counts by its mean.
+    """
     sampled: dict[str, dict[str, float]] = {}
     clusters: dict[str, str] = {}
     for item in items:
@@ -99,7 +102,8 @@ def items_of(items: Any) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
             numbers = value if isinstance(value, list) else [value]
             if numbers and all(map(_number, numbers)):
                 sampled.setdefault(key, {})[name] = math.fsum(numbers) / len(numbers)
-                clusters[name] = str(item.get("document", name))
+                if str(item.get("document", name)) != name:
+                    clusters[name] = str(item["document"])
     return sampled, clusters
 
 

@@ -135,6 +135,18 @@ def judge_sampled(
     return Row(cell, metric, verdict, "sampled", *means, *found, limit, len(ids), reason)
 
 
+def confirm(first: Row, second: Row | None, failed: Mapping[str, Any] | None = None) -> Row:
+    """A regression that was found twice stays one; else it is INCONCLUSIVE and says what both sittings saw."""
+    if second is not None and second.verdict is Verdict.REGRESSED:
+        return msgspec.structs.replace(first, reason=f"confirmed by fresh processes: {second.change}")
+    seen = (
+        "the second sitting failed" if failed else f"then {second.change or 'nothing'}" if second else "not seen again"
+    )
+    return msgspec.structs.replace(
+        first, verdict=Verdict.INCONCLUSIVE, reason=f"not confirmed by fresh processes: first {first.change}, {seen}"
+    )
+
+
 def missing(cell: str, metric: str, kind: str, base: Figure, head: Figure) -> Row:
     """INCOMPARABLE for want of a side."""
     side = "neither side has it" if base is None and head is None else "the base has none" if base is None else ""

@@ -7,7 +7,7 @@ never passes because it compared nothing. The rules that make a row stand in ``d
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -15,6 +15,8 @@ from d2obench.errors import UsageError
 from d2obench.metric import METRICS, show
 
 Figure = float | str | tuple[float, ...] | None
+KINDS = ("exact", "bounded", "timed", "ratio", "sampled")
+"""The statistical kinds that are judged."""
 
 
 class Verdict(enum.Enum):
@@ -142,6 +144,11 @@ class Verdicts(msgspec.Struct, frozen=True):
         if self.of(Verdict.INCOMPARABLE):
             return 2
         return 3 if strict and self.of(Verdict.INCONCLUSIVE) else 0
+
+
+def of_kinds(rows: Iterable[Row], kinds: Collection[str]) -> list[Row]:
+    """The rows of these kinds, and those that say how a cell ended or that nothing can be compared."""
+    return [row for row in rows if row.kind in kinds or row.cell == "*" or row.metric == "status"]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from d2obench.errors import ModelError, UsageError
+from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.plugin import Registry
 from d2obench.record import Value
 from d2obench.spec import parse_spec
@@ -37,6 +37,7 @@ REGISTRY = Registry(
         "coqa": "d2obench.tasks.coqa:Coqa",
         "truthfulqa": "d2obench.tasks.truthfulqa:TruthfulQA",
         "lambada": "d2obench.tasks.lambada:Lambada",
+        "kernels": "d2obench.tasks.kernels:Kernels",
         **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in LONGBENCH},
     },
     UsageError,
@@ -83,30 +84,40 @@ def uses_shape(text: str) -> bool:
 def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
     """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`."""
     task = parse_task(cell.axes.task)
-    if not loaded.has_sense or loaded.tokenizer is None:
+    if task.sense and (not loaded.has_sense or loaded.tokenizer is None):
         raise ModelError(
             f"the task '{task.name}' can't use {loaded.name}",
             why="its weights are random or it has no tokenizer",
             remedy="use a model with real weights, for example --model embedded",
         )
+    _same_data(task.name, quality)
     found = task.evaluate(loaded, cell, quality, report)
     if _keeps_more(cell, found):
         found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
     return found
 
 
+def _same_data(name: str, quality: Quality) -> None:
+    """A file that is edited while the run goes on must not enter under the digest it had at the start."""
+    from d2obench.tasks.data import digest_of
+
+    path, known = quality.data.get(name), quality.digests.get(name)
+    if path and known and digest_of(path) != known:
+        raise DataError(f"the data for '{name}' changed while the run went on", why=path, remedy="start a new run")
+
+
 def _keeps_more(cell: Cell, found: Evaluation) -> bool:
     """Whether a policy held more than its budget: it grows while decoding, or it kept more of the prompts."""
-    from d2obench.policies import YARDSTICKS, parse_policy
+    from d2obench.policies import other, parse_policy
     from d2obench.spec import parse_budget
 
     axes = cell.axes
-    if axes.budget is None or axes.policy in YARDSTICKS:
+    if axes.budget is None:
         return False
     budget, kept = parse_budget(axes.budget), found.values.get("budget_effective")
     if budget.ratio == 1.0:
         return False
-    if parse_policy(axes.policy).grows:
+    if other(axes.policy) is not None or parse_policy(axes.policy).grows:
         return True
     lengths = [item["prompt_tokens"] for item in found.items if item.get("prompt_tokens")]
     if kept is None or kept.value is None or not lengths:

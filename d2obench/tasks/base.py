@@ -41,6 +41,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     shaped: ClassVar[bool] = False
     """Whether the shapes of a suite multiply it; its cells then carry ``prompt+gen``."""
+    sense: ClassVar[bool] = True
+    """Whether what the model says matters: such a task needs real weights and a tokenizer."""
 
     name: str = ""
 

@@ -7,6 +7,7 @@ is checked once, here, against the fields a task needs; a bad one is a DataError
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -92,6 +93,16 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as problem:
+        raise _unreadable(path, problem) from None
+
+
+def digest_of(path: str) -> str:
+    """sha256 of a local file's bytes; a DataError where it can't be read."""
+    path = str(Path(path).expanduser())
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
         raise _unreadable(path, problem) from None
 
 

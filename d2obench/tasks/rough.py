@@ -44,6 +44,8 @@ def work(task: Task, quality: Quality, shape: Shape | None, context: int) -> Wor
     new = limits().max_new if limits else 0
     if task.name == "fidelity" and shape is not None:
         return Work(_most(getattr(task, "documents"), quality), shape.prompt, shape.gen)  # noqa: B009 - full is run once for all
+    if task.name == "kernels" and shape is not None:  # one more request warms up
+        return Work((getattr(task, "requests") + 1) * quality.batch, shape.prompt, shape.gen)  # noqa: B009
     if task.name == "recall" and shape is not None:
         return Work(_most(getattr(task, "items"), quality), shape.prompt, 2 * new)  # noqa: B009 - the gold too
     if task.name == "needle":

@@ -14,8 +14,10 @@ STYLES = {"": "", "best": "bold green", "warn": "yellow", "bad": "red", "quiet":
 
 def show_report(report: Report, console: Console) -> None:
     """Prints what a reader wants first; the files hold the rest."""
-    for table in report.headline[:1]:
+    for table in report.headline[:1] or report.tables:
         show_table(table, console)
+    for table in report.targets:
+        show_whole(table, console)
     for line in report.reading:
         console.print(Text(_clean(line), style="dim"))
     for line in report.warnings:
@@ -29,11 +31,18 @@ def show_table(table: Table, console: Console) -> None:
     first = sum(not column.numeric for column in table.columns[: _axes(table)])
     blocks = _blocks(table, first, console)
     for number, places in enumerate(blocks):
-        made = _rich(table, places)
+        made = _rich(table, places, first if number else 0)
         made.title = Text(_clean(table.title) + (" (continued)" if number else ""), style="bold")
         console.print(made)
     if table.left_out:
         console.print(Text(f"{table.left_out} more rows are in results.csv", style="dim"))
+
+
+def show_whole(table: Table, console: Console) -> None:
+    """A table of few columns in one piece; what is too wide for the terminal is broken inside its fields."""
+    made = _rich(table, list(range(len(table.columns))))
+    made.title = Text(_clean(table.title), style="bold")
+    console.print(made)
 
 
 def _axes(table: Table) -> int:
@@ -57,14 +66,19 @@ def _width(table: Table, places: list[int], console: Console) -> int:
     return Measurement.get(console, console.options.update_width(10_000), _rich(table, places)).maximum
 
 
-def _rich(table: Table, places: list[int]) -> RichTable:
+def _rich(table: Table, places: list[int], first: int = 0) -> RichTable:
+    """The columns at ``places``; where all from ``first`` on are words, only rows that have any."""
+    words = [place for place in places if place >= first] if first else []
+    only = bool(words) and not any(table.columns[place].numeric for place in words)
     made = RichTable(title_justify="left", header_style="bold", pad_edge=False)
     for place in places:
         column = table.columns[place]
         head = Text(_clean(column.title).replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
         made.add_column(head, justify="right" if column.numeric else "left", overflow="fold")
     for number, row in enumerate(table.rows):
-        if number in table.groups and number:
+        if only and not any(row[place].text for place in words):
+            continue
+        if number in table.groups and made.row_count:
             made.add_section()
         made.add_row(*(_text(row[place]) for place in places))
     return made

@@ -32,6 +32,22 @@ def wide(report: Report) -> str:
     return _text([*HEAD, *columns, "flags"], rows)
 
 
+def targets(report: Report) -> str:
+    """The suite's targets as every view shows them; a figure with an interval has its bounds beside it."""
+    (shown,) = report.targets
+    bounds = ("measured", "measured_lo", "measured_hi")
+    head = [name for column in shown.columns for name in (bounds if column.key == "measured" else (column.key,))]
+    rows = (
+        [
+            word
+            for column, entry in zip(shown.columns, row, strict=True)
+            for word in ((entry.text, entry.lo, entry.hi) if column.key == "measured" else (entry.text,))
+        ]
+        for row in shown.rows
+    )
+    return _text(head, rows)
+
+
 def figure(shown: Figure) -> str:
     """The points of a figure."""
     return _text(shown.columns, shown.rows)

@@ -22,7 +22,7 @@ def summary(report: Report) -> str:
             + "\n".join(lines + more)
             + "\n\n</details>"
         )
-    for shown in report.headline:
+    for shown in (*report.headline, *report.targets):
         parts += [f"### {escape(shown.title)}", table(shown)]
     parts += ["\n".join(f"- {escape(line, None)}" for line in report.reading)]
     kept: list[str] = []

@@ -23,7 +23,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
         parts += [f"## {escape(shown.title)}", table(shown)]
     if report.headline:
         parts += ["\n".join(f"- {escape(line, None)}" for line in report.reading)]
-    for shown in report.machine:
+    for shown in (*report.targets, *report.tables, *report.machine):
         parts += [f"## {escape(shown.title)}", table(shown)]
     if drawn:
         parts.append("## Figures")

@@ -1,0 +1,159 @@
+"""The compiled loops of ``d2obench.engine.native``; importing this imports numba.
+
+Arrays are the storage of the tensors of the same name in ``Carry`` and ``DecodeState``; everything is done in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+logging.getLogger("numba").setLevel(logging.WARNING)
+compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"})
+"""``nnan`` lets LLVM vectorise a maximum; infinities stay exact, since ``ninf`` is not assumed."""
+TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
+"""As in ``Carry`` and ``DecodeState``."""
+
+
+@compiled
+def first_extreme(row: Any, largest: bool) -> int:
+    """Index of the first largest or smallest number of a float32 row, which must be contiguous.
+
+    Floats are compared as integers of the same order: LLVM vectorises that, and a minimum of floats it does not.
+    """
+    bits, flip = row.view(np.int32), np.int32(-1 if largest else 0)
+    low = np.int32(0x7FFFFFFF)
+    for c in range(row.shape[0]):
+        i = bits[c]
+        low = min(low, i ^ ((i >> 31) & np.int32(0x7FFFFFFF)) ^ flip)
+    low ^= flip
+    low ^= (low >> 31) & np.int32(0x7FFFFFFF)
+    j = 0
+    while bits[j] != low:
+        j += 1
+    return j
+
+
+@compiled
+def merge(
+    logits: Any, inverse: Any, hosts: Any, cosine: Any, bar: Any, base: Any, queries: Any, key: Any, value: Any,
+    values: Any, best: Any, host: Any, weight: Any, scale: float, merges_keys: bool,
+) -> None:  # fmt: skip
+    """Merges the pending evictee of every row of a layer into its host: the value in place, the logit by linearity."""
+    rows, lanes, width = logits.shape
+    unscaled = np.float32(1 / scale)
+    for r in range(rows):
+        row, product, norm, may = cosine[r], logits[r, lanes - 1], inverse[r], hosts[r]
+        for c in range(width):
+            row[c] = product[c] * norm[c] * unscaled + may[c]
+        j = first_extreme(row, True)
+        best[r], host[r], weight[r] = row[j], j, 0
+        if row[j] >= bar[r]:
+            w = 1 / (1 + math.exp(-row[j]))
+            weight[r] = w
+            at = base[r] + j
+            for i in range(values.shape[1]):
+                values[at, i] += w * (value[r, i] - values[at, i])
+            if merges_keys:
+                for q in range(lanes - 1):
+                    dot = np.float32(0)
+                    for i in range(key.shape[1]):
+                        dot += queries[r, q, i] * key[r, i]
+                    logits[r, q, j] += w * (dot * scale - logits[r, q, j])
+
+
+@compiled
+def settle(
+    best: Any, weight: Any, host: Any, pending: Any, tau: Any, merged: Any, base: Any, slot: Any, key: Any, keys: Any,
+    inverse: Any, hosts: Any, gained: Any, score: Any, beta: float, merges_keys: bool, inherits: bool,
+) -> None:  # fmt: skip
+    """Thresholds, counts and merged keys of all layers; the norm of the key that took the freed slot."""
+    layers, rows = best.shape
+    for layer in range(layers):
+        for r in range(rows):
+            if pending[layer, r]:
+                u = best[layer, r] + 1
+                old = tau[layer, r]
+                tau[layer, r] = u if math.isinf(old) else old + beta * (u - old)
+            w = weight[layer, r]
+            if w > 0:
+                merged[layer] += 1
+                j = host[layer, r]
+                if merges_keys:
+                    at = base[layer, r] + j
+                    for i in range(key.shape[2]):
+                        keys[at, i] += w * (key[layer, r, i] - keys[at, i])
+                    inverse[layer, r, j] = inverse_norm(keys[at])
+                if inherits:
+                    score[layer, r, j] += gained[layer, r]
+            new = slot[layer, r]
+            inverse[layer, r, new] = inverse_norm(keys[base[layer, r] + new])
+            hosts[layer, r, new] = HOST
+
+
+@compiled
+def inverse_norm(row: Any) -> np.float32:
+    total = row[0] * row[0]
+    for i in range(1, row.shape[0]):
+        total += row[i] * row[i]
+    return 1 / max(np.float32(math.sqrt(total)), TINY)
+
+
+@compiled
+def least(score: Any, position: Any, now: Any, recent: Any, shown: Any, slot: Any) -> None:
+    """The lowest score of every row outside its last ``recent`` tokens."""
+    layers, rows, width = score.shape
+    for layer in range(layers):
+        for r in range(rows):
+            limit = np.int32(max(now[r] - recent[layer, r], -1))
+            own, at = score[layer, r], position[layer, r]
+            for c in range(width):
+                seen = own[c]
+                shown[c] = PROTECTED if at[c] > limit else seen
+            slot[layer, r] = first_extreme(shown, False)
+
+
+@compiled
+def take(
+    victim: Any, base: Any, keys: Any, values: Any, position: Any, score: Any, tau: Any, inverse: Any, key: Any,
+    value: Any, queries: Any, gained: Any, pending: Any, hosts: Any, bar: Any, always: bool,
+) -> None:  # fmt: skip
+    """Holds the evicted entries of all layers aside."""
+    layers, rows = victim.shape
+    lane = queries.shape[2] - 1
+    for layer in range(layers):
+        for r in range(rows):
+            j = victim[layer, r]
+            at = base[layer, r] + j
+            for i in range(key.shape[2]):
+                key[layer, r, i] = keys[at, i]
+                queries[layer, r, lane, i] = keys[at, i] * inverse[layer, r, j]
+            for i in range(value.shape[2]):
+                value[layer, r, i] = values[at, i]
+            gained[layer, r] = score[layer, r, j]
+            pending[layer, r] = position[layer, r, j] >= 0
+            hosts[layer, r, j] = -math.inf
+            if not pending[layer, r]:
+                bar[layer, r] = math.inf
+            else:
+                bar[layer, r] = -math.inf if always else tau[layer, r] - 1
+
+
+@compiled
+def place(slot: Any, base: Any, target: Any, position: Any, now: Any, evicted: Any, score: Any, bias: Any) -> None:
+    """Books the freed slots for the token to come; an empty ``score`` or ``bias`` is one that isn't kept."""
+    layers, rows = slot.shape
+    for layer in range(layers):
+        for r in range(rows):
+            j = slot[layer, r]
+            evicted[layer] += position[layer, r, j] >= 0
+            position[layer, r, j] = now[r] + 1
+            target[layer, r] = base[layer, r] + j
+            if score.size:
+                score[layer, r, j] = 0
+            if bias.size:
+                bias[layer, r, j] = 0

@@ -1,0 +1,168 @@
+"""What stands in for a policy of ours on an axis: another library's cache or method, another engine.
+
+An :class:`Other` is a dataclass of its parameters, as a policy is, and is named in the same registry. It has no rule
+for our cache; it names the session that runs it instead (``d2obench.engine.session.Session`` opens it by itself).
+Nothing of the other library is imported until that session is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from d2obench.errors import PolicyError, UsageError
+from d2obench.spec import show_value
+
+
+@dataclass(frozen=True)
+class Other:
+    """Base of all that is measured like a policy and isn't one of ours."""
+
+    name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+    takes_budget: ClassVar[bool] = False
+    session: ClassVar[str] = ""
+    """``module:class`` of its :class:`d2obench.engine.session.Session`; empty where that class itself runs it."""
+    methods: ClassVar[bool] = False
+    """Whether the name goes on behind a colon, as in ``kvpress:SnapKVPress``; ``method`` is that word then."""
+    loads: ClassVar[str] = ""
+    """``module:function`` that loads its models, called as ``d2obench.models.load``; empty for that one."""
+    apart: ClassVar[bool] = False
+    """Whether its cells run in a worker process of their own, which the other cells' weights don't share."""
+    environment: ClassVar[str] = ""
+    """The name of the Python environment it needs, where it can't be imported into ours."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose versions belong into a cell's record."""
+    imports: ClassVar[tuple[str, str]] = ("", "")
+    """A module that must be found in our environment, and the extra that brings it."""
+    speed_only: ClassVar[bool] = False
+    """Whether it gives no distributions, so that no task that scores text can use it."""
+    method: str = field(default="", kw_only=True)
+    """``SnapKVPress`` of ``kvpress:SnapKVPress``; empty without one."""
+
+    @classmethod
+    def opens(cls) -> Any:
+        """The class of its session."""
+        module, _, name = cls.session.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def check(self) -> None:
+        """Raises a PolicyError for a parameter out of its range."""
+
+    def installed(self) -> None:
+        """Raises a UsageError where the extra it needs in our environment is missing."""
+        module, extra = self.imports
+        if module and not _found(module):
+            raise UsageError(
+                f"{self.name} needs {module}", why="it isn't installed", remedy=f"pip install 'd2obench[{extra}]'"
+            )
+
+    def flags(self, versions: Mapping[str, str | None]) -> list[str]:
+        """Words every view must show of its cells; ``versions`` are those of ``packages`` where it ran."""
+        return []
+
+
+@dataclass(frozen=True)
+class HfDynamic(Other):
+    """Everything, in transformers' own dynamic cache; a yardstick for full."""
+
+    name: ClassVar[str] = "hf-dynamic"
+
+
+@dataclass(frozen=True)
+class HfStatic(Other):
+    """Everything, in transformers' own static cache; a yardstick for full."""
+
+    name: ClassVar[str] = "hf-static"
+
+
+@dataclass(frozen=True)
+class SdpaStatic(Other):
+    """Everything, with torch's SDPA on a preallocated cache; a yardstick for full."""
+
+    name: ClassVar[str] = "sdpa-static"
+
+
+@dataclass(frozen=True)
+class HfQuantized(Other):
+    """Everything, in transformers' own quantised cache (optimum-quanto); a yardstick for quant.
+
+    Args:
+        bits: of a stored number.
+        group: numbers that share a scale.
+        residual: newest tokens kept in full.
+    """
+
+    bits: Literal[2, 4] = 4
+    group: int = 64
+    residual: int = 128
+    name: ClassVar[str] = "hf-quantized"
+    session: ClassVar[str] = "d2obench.engine.library_quantised:QuantisedSession"
+    packages: ClassVar[tuple[str, ...]] = ("optimum-quanto",)
+    imports: ClassVar[tuple[str, str]] = ("optimum.quanto", "hf-quantized")
+
+    def check(self) -> None:
+        """Sizes are positive."""
+        if self.group < 1 or self.residual < 1:
+            raise PolicyError("hf-quantized needs group and residual of 1 or more")
+
+
+@dataclass(frozen=True)
+class Kvpress(Other):
+    """A method of NVIDIA's kvpress, as kvpress:SnapKVPress(window_size=64), in an environment of its own."""
+
+    params: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    name: ClassVar[str] = "kvpress"
+    takes_budget: ClassVar[bool] = True
+    methods: ClassVar[bool] = True
+    session: ClassVar[str] = "d2obench.engine.kvpress:KvpressSession"
+    apart: ClassVar[bool] = True
+    environment: ClassVar[str] = "kvpress"
+    packages: ClassVar[tuple[str, ...]] = ("kvpress", "transformers", "torch")
+
+    def check(self) -> None:
+        """The press is named, and its compression comes from the budget."""
+        if not self.method.isidentifier() or self.method.startswith("_"):
+            raise PolicyError("kvpress needs the name of a press", remedy="write kvpress:SnapKVPress")
+        if "compression_ratio" in self.params:
+            given = show_value(self.params["compression_ratio"])
+            raise PolicyError(
+                f"kvpress:{self.method}: the budget sets compression_ratio, not {given}",
+                remedy="leave it out and give --budget; the ratio is 1 − budget",
+            )
+
+    def flags(self, versions: Mapping[str, str | None]) -> list[str]:
+        """It ran with another transformers than ours."""
+        return [f"other environment: transformers {versions.get('transformers')}, kvpress {versions.get('kvpress')}"]
+
+
+@dataclass(frozen=True)
+class LlamaCpp(Other):
+    """Another engine: llama.cpp on the CPU with the same GGUF; speed only.
+
+    Args:
+        cache: type of its keys and values.
+    """
+
+    cache: Literal["f16", "q8_0", "q4_0"] = "f16"
+    name: ClassVar[str] = "llama.cpp"
+    session: ClassVar[str] = "d2obench.engine.llama_cpp:LlamaCppSession"
+    loads: ClassVar[str] = "d2obench.engine.llama_cpp:load"
+    apart: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("xllamacpp",)
+    imports: ClassVar[tuple[str, str]] = ("xllamacpp", "llama-cpp")
+    speed_only: ClassVar[bool] = True
+
+    def flags(self, versions: Mapping[str, str | None]) -> list[str]:
+        """It is no implementation of ours at all."""
+        return [f"another engine: llama.cpp (xllamacpp {versions.get('xllamacpp')}), weights as in the GGUF"]
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent package
+        return False

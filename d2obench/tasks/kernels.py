@@ -1,0 +1,131 @@
+"""Kernels: what each part of the engine costs, as a share of prefill and of a decode step.
+
+Attention, scores, allocation, similarity, eviction, merging, the model's projections, MLP and head, the rest of the
+model, and the loop around it; see :mod:`d2obench.measure.parts` for how, and for what the measurement itself costs.
+Shares of a cell add up to 1. ``quality.batch`` sequences are decoded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from d2obench.errors import UsageError
+from d2obench.policies import other
+from d2obench.record import Value
+from d2obench.spec import parse_shape
+from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
+
+if TYPE_CHECKING:
+    from d2obench.measure.parts import Block, Costs
+    from d2obench.models import LoadedModel
+    from d2obench.suite import Cell, Quality
+
+
+class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The share of each part (attention, scores, eviction, merge, …) in prefill and in a decode step."""
+
+    shaped: ClassVar[bool] = True
+    sense: ClassVar[bool] = False
+
+    requests: Count = 3
+    steps: Count = 8
+
+    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
+        """See :meth:`Task.evaluate`; one item a request, after one that warms up."""
+        from d2obench.engine import Session
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.parts import WARM, cost_of_parts
+        from d2obench.tasks.timed import prompts
+
+        axes = cell.axes
+        assert axes.shape
+        if other(axes.policy) is not None:
+            raise UsageError(
+                f"kernels can't look into {axes.policy}", why="it has no ranges", remedy="use the engine's own policies"
+            )
+        (shape,) = parse_shape(axes.shape)
+        blocks = 2 * ((shape.gen - WARM) // (2 * self.steps))
+        if blocks < 2:
+            raise UsageError(
+                f"the shape {shape} is too short for kernels",
+                why=f"it takes {WARM + 2 * self.steps} generated tokens",
+                remedy="use a longer shape, or kernels(steps=2)",
+            )
+        texts = prompts(loaded, shape.prompt, quality.batch, axes.seed)
+        items: list[Item] = []
+        for number in range(self.requests + 1):
+            costs = cost_of_parts(
+                lambda mark: Session(
+                    loaded, axes.policy, axes.budget, max_new=shape.gen, seed=axes.seed, mark=mark, beyond=True
+                ),
+                loaded.model,
+                texts,
+                steps=self.steps,
+                blocks=blocks,
+                clock=clock_for(loaded.device),
+            )
+            if number:
+                items.append(_item(number, costs))
+            report(number + 1, self.requests + 1)
+        return Evaluation(self.rescore(items), items, {"batch": quality.batch, "steps": self.steps, "blocks": blocks})
+
+    def rescore(self, items: list[Item]) -> dict[str, Value]:
+        """Shares and times with their intervals; requests are the clusters, decode blocks lie nested in them."""
+        prompts = [[item["prefill"]] for item in items]
+        marked, bare = ([item[key] for item in items] for key in ("marked", "bare"))
+        found = {
+            **_shares("prefill_share", prompts),
+            **_shares("step_share", marked),
+            "ttft_s": _over(prompts, "ttft_s", lambda block: float(block["seconds"])),
+            "tpot_s": _over(bare, "tpot_s", lambda block: block["seconds"] / block["steps"]),
+        }
+        if loop := found.get("step_share:loop"):
+            found["loop_overhead"] = loop
+        from d2obench.stats.bootstrap import paired_ratio
+
+        on, off = ([block["seconds"] for request in several for block in request] for several in (marked, bare))
+        ratio = paired_ratio(off, on, seed="ranges_overhead")
+        less = [None if end is None else end - 1 for end in ratio]
+        return {**found, "ranges_overhead": Value(less[0], less[1], less[2], len(on))}
+
+
+Blocks = Sequence[Sequence[Item]]
+
+
+def _item(number: int, costs: Costs) -> Item:
+    """What is recorded of a request: seconds of prefill and of each block, whole and by part."""
+
+    def plain(block: Block, steps: int) -> Item:
+        return {"seconds": block.whole, "steps": steps, "parts": block.parts}
+
+    name = f"request {number}"
+    blocks = [plain(block, costs.steps) for block in costs.decode]
+    return {
+        "id": name,
+        "document": name,
+        "prefill": plain(costs.prompt, 1),
+        "marked": [block for block in blocks if block["parts"]],
+        "bare": [block for block in blocks if not block["parts"]],
+    }
+
+
+def _shares(metric: str, requests: Blocks) -> dict[str, Value]:
+    """``step_share:attention`` and the like, the largest first."""
+    every = [block for request in requests for block in request]
+    whole = {name: sum(block["parts"].get(name, 0.0) for block in every) for block in every for name in block["parts"]}
+
+    def share(name: str) -> Callable[[Item], float]:
+        return lambda block: block["parts"].get(name, 0.0) / block["seconds"]
+
+    return {
+        f"{metric}:{name}": _over(requests, f"{metric}:{name}", share(name))
+        for name in sorted(whole, key=lambda name: -whole[name])
+    }
+
+
+def _over(requests: Blocks, name: str, take: Callable[[Item], float]) -> Value:
+    from d2obench.stats.bootstrap import interval
+
+    samples = [[take(block) for block in request] for request in requests]
+    return Value(*interval(samples, seed=name), n=sum(map(len, samples)))

@@ -1,0 +1,108 @@
+"""Full caches that are not ours: the same tokens, true sizes after a jump, and texts beyond the context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2obench.engine import Session
+from d2obench.errors import ModelError, UsageError
+from d2obench.models import LoadedModel, load
+from d2obench.models.base import bound_of
+from d2obench.policies import YARDSTICKS
+
+PROMPTS = [[5, 9, 2, 7, 1, 8, 3], [4, 4, 6]]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    return load("shape:tiny", "float32", "cpu")
+
+
+def logits_of(loaded: LoadedModel, policy: str, steps: int = 5) -> list[torch.Tensor]:
+    session = Session(loaded, policy, None, max_new=steps)
+    found = [session.prefill(PROMPTS)]
+    session.compress()
+    for _ in range(steps):
+        found.append(session.step(found[-1].argmax(-1)))
+    session.close()
+    return found
+
+
+@pytest.mark.parametrize("name", YARDSTICKS)
+def test_a_yardstick_says_what_full_says(tiny: LoadedModel, name: str) -> None:
+    for ours, theirs in zip(logits_of(tiny, "full"), logits_of(tiny, name), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", YARDSTICKS)
+def test_a_jump_leaves_a_yardstick_as_long_as_the_real_thing(tiny: LoadedModel, name: str) -> None:
+    jumped, whole = (Session(tiny, name, None, max_new=24) for _ in range(2))
+    for session in (jumped, whole):
+        session.prefill(PROMPTS)
+        session.compress()
+    token = torch.tensor([1, 2])
+    jumped.skip_to(20)
+    for _ in range(20):
+        whole.step(token)
+    for session in (jumped, whole):
+        session.step(token)
+    assert jumped.footprint().held == whole.footprint().held == [[28.0, 28.0]] * 4
+    assert jumped.footprint().kv_bytes == whole.footprint().kv_bytes
+
+
+def test_a_preallocated_cache_hands_out_what_is_filled_only(tiny: LoadedModel) -> None:
+    session = Session(tiny, "sdpa-static", None, max_new=8)
+    session.prefill(PROMPTS)
+    layer = session.cache.layers[0]
+    assert layer.keys.shape[2] == 15
+    with torch.inference_mode():
+        assert layer.update(layer.keys[:, :, :1], layer.values[:, :, :1])[0].shape[2] == 8
+
+
+def test_beyond_the_context_only_where_it_was_asked_for(tiny: LoadedModel) -> None:
+    long = [[1] * 4090]
+    with pytest.raises(UsageError, match="its context is 4096 tokens"):
+        Session(tiny, "streaming", "32", max_new=10).prefill(long)
+    session = Session(tiny, "streaming", "32", max_new=10, beyond=True)
+    session.prefill(long)
+    session.compress()
+    for _ in range(10):
+        assert torch.isfinite(session.step(torch.tensor([1]))).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {}, ""),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, ""),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ("gemma3_text", {}, ""),
+        ("falcon", {"alibi": True}, "not rotary"),
+        ("gpt2", {}, "not rotary"),
+        ("mistral", {"sliding_window": 4096}, "window of 4,096 tokens"),
+    ],
+)
+def test_which_positions_go_on(family: str, changes: dict[str, object], said: str) -> None:
+    from transformers import AutoConfig
+
+    found = bound_of(AutoConfig.for_model(family, **changes))
+    assert said in found if said else not found
+
+
+def test_a_model_that_can_not_go_on_says_why(tiny: LoadedModel) -> None:
+    from copy import copy
+
+    other = copy(tiny.model.config)
+    other.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4}
+    assert "longrope" in bound_of(other)
+
+
+def test_a_sliding_window_is_not_jumped_over() -> None:
+    from transformers import Gemma3TextConfig
+    from transformers.cache_utils import DynamicCache
+
+    from d2obench.engine.library import skip
+
+    with pytest.raises(ModelError, match="can't be moved on"):
+        skip(DynamicCache(config=Gemma3TextConfig(num_hidden_layers=2)), 4)

@@ -1,0 +1,75 @@
+"""How a side of a gate is warmed up before it is timed, on a scripted worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2obench.errors import OutOfMemory, WorkerError
+from d2obench.runner.gate_arm import Arm
+from d2obench.runner.protocol import UNKNOWN
+from d2obench.suite import Cell, Suite, cells, load_suite
+
+
+class Scripted:
+    """A client that settles at warm-up number ``settles``; None: it is of a version without stable warm-ups."""
+
+    generation = 1
+
+    def __init__(self, settles: int | None) -> None:
+        self.settles, self.asked = settles, []
+
+    def call(self, op: str, args: Any = None) -> Any:
+        self.asked.append("short measure" if op == "measure" and args.get("warm_up") else op)
+        if op == "warm_up":
+            if self.settles is None:
+                raise WorkerError(f"{UNKNOWN} 'warm_up'")
+            if self.settles < 0:
+                raise OutOfMemory("out of memory in prefill")
+            assert args["within"] == 0.05
+            return {"decode_s": [0.1, 0.1], "stable": self.asked.count("warm_up") >= self.settles}
+        return {"trace": {"step_s": [0.1]}, "model": {}} if op == "measure" else {"ops_step": 1}
+
+
+def arm_of(settles: int | None, warmup: int = 3) -> tuple[Arm, Cell, Scripted]:
+    given = {"axes.task": "speed", "axes.model": "shape:tiny", "timing.warmup": str(warmup)}
+    suite: Suite = load_suite("ci", given | {"timing.warm_within": "0.05"})
+    arm, client = Arm("base", Path(), suite), Scripted(settles)
+    arm.client = client  # type: ignore[assignment]
+    return arm, cells(suite)[0], client
+
+
+@pytest.mark.parametrize(
+    ("settles", "warmup", "before"),
+    [
+        (1, 3, ["warm_up"]),
+        (2, 3, ["warm_up"] * 2),
+        (99, 3, ["warm_up"] * 3),  # never settles: bounded
+        (1, 0, ["warm_up"]),  # a gate never times a cold process
+        (None, 2, ["warm_up", "short measure", "short measure"]),
+    ],
+)
+def test_an_arm_is_warmed_up_until_its_steps_settle(settles: int | None, warmup: int, before: list[str]) -> None:
+    arm, cell, client = arm_of(settles, warmup)
+    arm.measure(cell)
+    assert client.asked == ["count", *before, "measure"]
+    arm.measure(cell)
+    assert client.asked[-1:] == ["measure"]
+    assert client.asked.count("measure") == 2  # the same process is warm
+
+
+def test_a_new_process_is_warmed_up_again_and_counted_once() -> None:
+    arm, cell, client = arm_of(1)
+    arm.measure(cell)
+    client.generation = 2
+    arm.measure(cell)
+    assert client.asked == ["count", "warm_up", "measure", "warm_up", "measure"]
+
+
+def test_what_goes_wrong_in_a_warm_up_is_the_cells_end() -> None:
+    arm, cell, client = arm_of(-1)
+    with pytest.raises(OutOfMemory, match="in prefill"):
+        arm.measure(cell)
+    assert "measure" not in client.asked

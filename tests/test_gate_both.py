@@ -1,0 +1,70 @@
+"""Work of both sides at once: results by name, the first failure, and Ctrl-C that leaves no process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from d2obench.errors import WorkerError
+from d2obench.runner.gate_arm import Arm
+from d2obench.runner.gate_both import both
+from d2obench.suite import load_suite
+
+SLEEPER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(120)"
+
+
+def arms_of(folder: Path) -> dict[str, Arm]:
+    suite = load_suite("ci")
+    return {name: Arm(name, folder, suite, command=("-c", SLEEPER, str(folder / name))) for name in ("base", "head")}
+
+
+def test_both_work_at_the_same_time_or_one_after_the_other(tmp_path):
+    arms, met = arms_of(tmp_path), threading.Barrier(2, timeout=20)
+    assert both(arms, lambda arm: (met.wait(), arm.name)[1]) == {"base": "base", "head": "head"}
+    threads = both(arms, lambda arm: threading.current_thread().name, at_once=False)
+    assert set(threads.values()) == {"MainThread"}
+
+
+def test_a_failure_of_one_is_the_callers(tmp_path):
+    def fail(arm: Arm) -> str:
+        if arm.name == "head":
+            raise WorkerError("it fell")
+        return arm.name
+
+    with pytest.raises(WorkerError, match="it fell"):
+        both(arms_of(tmp_path), fail)
+
+
+def test_ctrl_c_ends_both_processes(tmp_path):
+    arms = arms_of(tmp_path)
+
+    def stop() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell without one ignores it
+    try:
+        threading.Thread(target=stop, daemon=True).start()
+        since = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            both(arms, lambda arm: arm.client.call("hello"))
+        assert time.monotonic() - since < 110  # the sleepers would take longer
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for name in arms:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_an_arm_that_was_ended_does_not_say_that_it_does_not_build(tmp_path):
+    arm = arms_of(tmp_path)["base"]
+    arm.end()
+    with pytest.raises(WorkerError, match="was stopped"):
+        arm.check()

@@ -1,0 +1,499 @@
+"""The fused decode path in Triton's interpreter: against the PyTorch path, a float64 reference, and in generation."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import prompts, tiny_model
+
+from d2obench.engine import Session, kernels
+from d2obench.engine.carry import Carry
+from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
+from d2obench.engine.state import DecodeState
+from d2obench.policies import parse_policy
+from d2obench.policies.base import Policy
+from d2obench.policies.d2o import D2O
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the GPU: pytest -m cuda"),
+    # rows that pad a group to 16 and lanes that are masked compute with −inf; nothing of them is kept
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Kernels made for the interpreter; tests say when it is used (:func:`fused`)."""
+    names = [f"d2obench.engine.kernels.{name}" for name in ("attend", "merge", "turn", "path")]
+    before = {name: sys.modules.pop(name, None) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in names:
+            importlib.import_module(name)
+    yield
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Turns the fused path on."""
+    return lambda: monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+# --- one step of one layer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A state of random entries. ``taken`` are the slots in use of each layer and row, of ``capacities``; what the
+    rest is, EMPTY and CLOSED take turns."""
+
+    heads: int = 2
+    batch: int = 1
+    group: int = 4
+    widths: tuple[int, int] = (64, 64)
+    dtype: torch.dtype = torch.float32
+    capacities: tuple[int, ...] = (21, 38)
+    holes: bool = False
+    policy: str = "d2o"
+    splits: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.batch
+
+
+def state_of(case: Case, seed: int = 0) -> DecodeState:
+    generator = torch.Generator().manual_seed(seed)
+    policy, width, rows = parse_policy(case.policy), max(case.capacities), case.rows
+    store = DenseStore(case.capacities, rows, case.widths, case.dtype, torch.device("cpu"))
+    position = torch.full((len(case.capacities), rows, width), CLOSED, dtype=torch.int32)
+    grows = policy.grows
+    prompts_of = [capacity - 9 for capacity in case.capacities]
+    for layer, capacity in enumerate(case.capacities):
+        count = prompts_of[layer] if grows else capacity - 1
+        # alike, so that merges pass: one direction, with noise
+        common = torch.randn(case.widths[0], generator=generator)
+        keys = (common + torch.randn(rows, count, case.widths[0], generator=generator)).to(case.dtype)
+        values = torch.randn(rows, count, case.widths[1], generator=generator).to(case.dtype)
+        store.fill(layer, keys, values)
+        position[layer, :, :count] = torch.arange(count)
+        position[layer, :, count:capacity] = EMPTY
+        if case.holes:
+            position[layer, 0, 3:7] = CLOSED if grows else EMPTY
+            position[layer, -1, count // 2 : count] = CLOSED
+    now = torch.full((rows,), width - 2, dtype=torch.int32)
+    state = DecodeState(store, position, now, policy, case.heads, case.group, prompts_of, grows)
+    if not grows:
+        sums = [torch.rand(case.batch, case.heads, c, generator=generator) for c in case.capacities]
+        remembered = [{"tau": torch.full((case.batch, case.heads), 0.3)} for _ in case.capacities]
+        policy.begin(state, remembered, [{"sum": sum_, "square": sum_ * sum_} for sum_ in sums])
+        if policy.carries is not None:
+            state.carry = Carry(state, policy.carries)
+    state.start()
+    return state
+
+
+def pair(case: Case, fused: Any, seed: int = 0) -> tuple[DecodeState, DecodeState]:
+    """The same state on the PyTorch path and on the fused one."""
+    plain = state_of(case, seed)
+    assert plain.path is None and plain.fallback == ""
+    fused()
+    other = state_of(case, seed)
+    assert other.path is not None, other.fallback
+    if case.splits:
+        other.path = type(other.path)(other, 4, True, splits=case.splits)
+    return plain, other
+
+
+def fresh(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A query, a key and a value as models leave them: views with heads behind each other."""
+    made = torch.randn(case.batch, 1, case.heads * (case.group + 2) + 1, max(case.widths), generator=generator)
+    made = made.to(case.dtype)
+    query, key, value, _ = made.transpose(1, 2).split([case.heads * case.group, case.heads, case.heads, 1], 1)
+    return query[..., : case.widths[0]], key[..., : case.widths[0]], value[..., : case.widths[1]]
+
+
+def step(state: DecodeState, layer: int, new: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    query, key, value = new
+    state.write(layer, key, value)
+    query = query if state.path else query.contiguous()
+    return state.attend(layer, query, query.shape[-1] ** -0.5)
+
+
+def float64(state: DecodeState, layer: int, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``[rows, G, d_v]`` and row of attention ``[rows, C]`` from what stands in the slots, in float64: the
+    pending merge carried out first, then plain attention over what is filled."""
+    query, key, value = new
+    rows, capacity, carry = state.store.rows, state.store.capacities[layer], state.carry
+    keys, values = (held(layer).double().clone() for held in (state.store.keys, state.store.values))
+    slot = state.target[layer] - state.store.base[layer]
+    filled = state.position[layer, :, :capacity] >= 0
+    if state.grows:
+        filled |= torch.arange(capacity) < slot[:, None]
+        filled &= state.position[layer, :, :capacity] != CLOSED if state.bias is not None else True
+    line = torch.arange(rows)
+    if carry is not None:
+        hosts = filled.clone() if carry.plan.hosts == "all" else carry.host_bias[layer, :, :capacity] > -torch.inf
+        hosts[line, slot] = False
+        lost, kind = carry.key[layer].double(), state.store.dtype
+        cosine = torch.cosine_similarity(lost[:, None], keys, dim=-1, eps=1e-6).masked_fill(~hosts, -torch.inf)
+        best, host = cosine.max(-1)
+        passed = (best - 1 >= carry.bar[layer].double() - 1e-6) & (best > -torch.inf)
+        w = (torch.sigmoid(best - 1) * passed).to(kind).double()[:, None]
+        values[line, host] = (values[line, host] * (1 - w) + carry.value[layer].double() * w).to(kind).double()
+        if carry.plan.keys:
+            keys[line, host] = keys[line, host] * (1 - w) + lost * w
+    keys[line, slot], values[line, slot] = key.reshape(rows, -1).double(), value.reshape(rows, -1).double()
+    filled[line, slot] = True
+    queries = query.reshape(rows, state.group, -1).double() / math.sqrt(query.shape[-1])
+    logits = torch.einsum("rgd,rcd->rgc", queries, keys)
+    weights = logits.masked_fill(~filled[:, None], -torch.inf).softmax(-1)
+    return weights @ values, weights.sum(1)
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+CASES = [
+    Case(),
+    Case(splits=3),
+    Case(group=1, heads=3, widths=(80, 80), capacities=(33, 40), splits=2),
+    Case(group=8, batch=2, widths=(128, 128), holes=True, capacities=(50, 33)),
+    Case(group=8, batch=2, heads=1, widths=(128, 64), holes=True, capacities=(100,), splits=3),
+    Case(group=2, dtype=torch.bfloat16, widths=(64, 80), capacities=(70, 131), splits=2),
+    Case(group=3, dtype=torch.float16, holes=True, batch=2),
+    Case(policy="d2o(merge=values)", splits=2, holes=True, batch=2),
+    Case(policy="d2o(merge=values)", dtype=torch.bfloat16, widths=(128, 128)),
+    Case(policy="d2o(inherit=true)", splits=2),
+    Case(policy="d2o(beta=1.0)", capacities=(20,)),
+    Case(policy="d2o(hosts=important)", capacities=(40,)),
+    Case(policy="h2o", holes=True, batch=2, splits=2),
+    Case(policy="h2o(sinks=2)", dtype=torch.bfloat16, group=5, capacities=(45, 70)),
+    Case(policy="streaming", holes=True, batch=2, widths=(80, 80)),
+    Case(policy="local", group=1, dtype=torch.float16, splits=3, capacities=(100,)),
+    Case(policy="full", capacities=(40, 73), splits=3, group=2),
+    Case(policy="full", holes=True, batch=2, dtype=torch.bfloat16, widths=(128, 128)),
+    Case(policy="tova", batch=2, splits=2),
+    Case(policy="roco"),
+]
+
+
+def named(case: Case) -> str:
+    kind = str(case.dtype).removeprefix("torch.")
+    width, value_width = case.widths
+    return f"{case.policy}-g{case.group}-d{width}x{value_width}-{kind}-s{case.splits}{'-holes' * case.holes}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_steps_equal_both_references(case: Case, fused: Any) -> None:
+    plain, other = pair(case, fused)
+    generator, near = torch.Generator().manual_seed(1), TOLERANCE[case.dtype]
+    exact = case.dtype == torch.float32
+    for _ in range(3):
+        for layer in range(len(case.capacities)):
+            new = fresh(case, generator)
+            expected, row = float64(other, layer, new)
+            want, got = step(plain, layer, new), step(other, layer, new)
+            assert got.shape == want.shape and got.dtype == want.dtype
+            assert torch.allclose(got.double().view_as(expected), expected, atol=near, rtol=near)
+            if exact:
+                assert torch.allclose(got, want, atol=1e-5)
+            if other.tracks:
+                capacity = case.capacities[layer]
+                assert torch.allclose(other.attention[layer, :, :capacity].double(), row, atol=near, rtol=near)
+        plain.advance()
+        other.advance()
+        if exact:
+            agree(plain, other)
+        else:
+            consistent(other)
+
+
+def agree(plain: DecodeState, other: DecodeState) -> None:
+    """Both paths left the same behind: bookkeeping exactly, numbers to rounding."""
+    for name in ("position", "target", "slot", "evicted", "now"):
+        assert torch.equal(getattr(plain, name), getattr(other, name)), name
+    for name in ("key_rows", "value_rows"):
+        assert torch.allclose(getattr(plain.store, name), getattr(other.store, name), atol=1e-5), name
+    assert torch.allclose(plain.score, other.score, atol=1e-5)
+    if plain.carry is not None:
+        carries = plain.carry, other.carry
+        for name in ("pending", "host"):
+            assert torch.equal(*(getattr(carry, name) for carry in carries)), name
+        for name in ("key", "value", "similarity", "weight", "inverse_norm", "host_bias", "bar", "score"):
+            assert torch.allclose(*(getattr(carry, name) for carry in carries), atol=1e-5, equal_nan=True), name
+        assert torch.allclose(*(carry.queries[:, :, -1] for carry in carries), atol=1e-5)
+    for name, tensor in plain.extra.items():
+        assert torch.allclose(tensor.double(), other.extra[name].double(), atol=1e-5, equal_nan=True), name
+
+
+def consistent(state: DecodeState) -> None:
+    """What D2O keeps of keys is what the keys say."""
+    if state.carry is None:
+        return
+    for layer, capacity in enumerate(state.store.capacities):
+        slot = state.slot[layer, :, None]
+        norm = 1 / state.store.keys(layer).float().norm(dim=-1).clamp_min(1e-6)
+        known = state.carry.inverse_norm[layer, :, :capacity]
+        held = (state.position[layer, :, :capacity] >= 0).scatter(1, slot, False)
+        assert torch.allclose(norm[held], known[held], rtol=1e-4)
+
+
+def test_merges_are_taken_and_refused(fused: Any) -> None:
+    case = Case(heads=3, capacities=(40,))
+    plain, other = pair(case, fused)
+    generator, weights = torch.Generator().manual_seed(5), []
+    for _ in range(8):
+        for layer in range(1):
+            new = fresh(case, generator)
+            step(plain, layer, new), step(other, layer, new)
+        weights.append(other.carry.weight.clone())
+        plain.advance(), other.advance()
+        agree(plain, other)
+    taken = torch.stack(weights) > 0
+    assert taken.any() and not taken[1:].all()
+    assert other.extra["merged"].tolist() == taken.sum((0, 2)).tolist()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_first_of_equal_hosts_and_of_equal_scores_wins(splits: int, fused: Any) -> None:
+    case = Case(heads=1, group=2, capacities=(100,), splits=splits)
+    plain, other = pair(case, fused)
+    for state in (plain, other):
+        state.store.keys(0)[:] = state.store.keys(0)[:, :1]
+        state.carry.inverse_norm[:] = 1 / state.store.keys(0)[0, 0].norm()
+        state.carry.key[:] = state.store.keys(0)[:, 0]
+        state.carry.queries[:, :, -1] = state.carry.key * state.carry.inverse_norm[..., :1]
+        state.carry.pending[:] = True
+        state.carry.bar[:] = -1.0
+        state.score[:, :, 4:] = 1.0
+    query, key, value = fresh(case, torch.Generator().manual_seed(2))
+    for state in (plain, other):
+        step(state, 0, (torch.zeros_like(query), key, value))
+        assert state.carry.host.item() == 0
+    other.attention[:] = plain.attention[:] = 1.0
+    plain.advance(), other.advance()
+    assert plain.slot.tolist() == other.slot.tolist() == [[4]]
+
+
+def test_a_host_that_leaves_takes_the_merge_along(fused: Any) -> None:
+    """The victim of a step is the host of the same step: what is held aside is the merged entry."""
+    case = Case(heads=1, group=2, capacities=(20,))
+    plain, other = pair(case, fused)
+    for state in (plain, other):
+        carry = state.carry
+        carry.key[:] = state.store.keys(0)[:, 5] + 0.5
+        carry.queries[:, :, -1] = carry.key / carry.key.norm(dim=-1, keepdim=True)
+        carry.pending[:], carry.bar[:] = True, -torch.inf
+        state.score[:, :, 5] = -9.0
+    new = fresh(case, torch.Generator().manual_seed(4))
+    step(plain, 0, new), step(other, 0, new)
+    before = other.carry.key.clone()
+    plain.advance(), other.advance()
+    assert other.slot.item() == other.carry.host.item() == 5
+    agree(plain, other)
+    assert not torch.equal(other.carry.key, before)
+    merged = other.store.keys(0)[:, 5]
+    assert torch.allclose(other.carry.key[0], merged) and other.carry.queries[0, 0, -1].norm() == pytest.approx(1.0)
+
+
+def test_nothing_to_host_and_a_first_eviction(fused: Any) -> None:
+    """A row whose only entry is the newest merges nothing; a row without a threshold merges its first evictee."""
+    case = Case(heads=2, capacities=(8,))
+    plain, other = pair(case, fused)
+    for state in (plain, other):
+        state.carry.host_bias[0, 0] = -torch.inf
+        state.extra["tau"][0, 1] = -torch.inf
+        state.carry.bar[0] = -torch.inf
+        state.carry.pending[:] = True
+    new = fresh(case, torch.Generator().manual_seed(3))
+    assert torch.allclose(step(plain, 0, new), step(other, 0, new), atol=1e-6)
+    assert other.carry.weight[0, 0] == 0 and other.carry.weight[0, 1] > 0
+    plain.advance(), other.advance()
+    agree(plain, other)
+
+
+def test_a_growing_cache_reads_its_length_from_the_device(fused: Any) -> None:
+    """Nothing that a launch is given but tensors changes from step to step."""
+    case = Case(policy="full", capacities=(40,), splits=2)
+    _, other = pair(case, fused)
+    given: list[list[Any]] = []
+    module = sys.modules["d2obench.engine.kernels.path"]
+    real = module.launch
+
+    def noting(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        kept = [arg if not isinstance(arg, torch.Tensor) else arg.shape for arg in args]
+        given.append([grid, *kept, *meta.items()])
+        real(kernel, grid, *args, **meta)
+
+    generator = torch.Generator().manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "launch", noting)
+        for _ in range(9):
+            step(other, 0, fresh(case, generator))
+            other.advance()
+    assert all(one == given[index % 2] for index, one in enumerate(given))
+    assert other.held().tolist() == [[40, 40]]
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+def generated(family: str, policy: str, steps: int, **kind: Any) -> tuple[torch.Tensor, torch.Tensor, Session]:
+    loaded = tiny_model(family, **kind)
+    budget = None if policy == "full" else "0.4"
+    session = Session(loaded, policy, budget, max_new=steps)
+    logits = session.prefill(prompts(24, 19))
+    session.compress()
+    tokens = []
+    for _ in range(steps):
+        tokens.append(logits.argmax(-1))
+        logits = session.step(tokens[-1])
+    return torch.stack(tokens, 1), logits, session
+
+
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("llama-gqa4", "full"),
+        ("llama-mha", "h2o"),
+        ("qwen3", "streaming"),
+        ("llama-gqa2", "d2o"),
+        ("phi3", "d2o(merge=values)"),
+        ("gpt-neox", "snapkv"),
+        ("falcon", "d2o"),
+        ("llama-gqa2", "h2o(normalised=true)"),
+        ("gemma3", "d2o"),
+    ],
+)
+def test_generation_equals_the_plain_path(family: str, policy: str, fused: Any) -> None:
+    expected, logits, plain = generated(family, policy, 5)
+    fused()
+    tokens, got, session = generated(family, policy, 5)
+    assert plain.cache.state.path is None and session.cache.state.path is not None
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(got, logits, atol=1e-4)
+    ours, theirs = session.footprint(), plain.footprint()
+    assert (ours.merged, ours.evicted, ours.held) == (theirs.merged, theirs.evicted, theirs.held)
+
+
+def test_a_fork_keeps_to_the_path(fused: Any) -> None:
+    fused()
+    session = Session(tiny_model("llama-gqa2"), "full", None, max_new=9)
+    session.prefill(prompts(24, 19))
+    session.compress()
+    session.step(torch.tensor([3, 4]))
+    saved, tokens = session.snapshot(), torch.tensor([5, 6])
+    first = [session.step(tokens), session.step(tokens)]
+    session.restore(saved)
+    assert all(torch.equal(session.step(tokens), one) for one in first)
+    session.restore(saved)
+    session.skip_to(3)
+    assert session.footprint().held == [[28.0, 23.0]] * 2
+    assert torch.isfinite(session.step(tokens)).all()
+
+
+def test_a_growing_cache_outgrows_its_slots(fused: Any) -> None:
+    """Without ``max_new`` slots are added on the way: the path follows the new store."""
+    from d2obench.engine import build
+    from d2obench.engine import cache as cache_module
+
+    def run() -> torch.Tensor:
+        loaded = tiny_model("llama-gqa2")
+        cache = build.cache("full", model=loaded.model)
+        out = loaded.model.generate(
+            torch.tensor(prompts(12)), past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None
+        )
+        assert cache.state.store.capacities[0] > 12 + 3
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SPARE", 3)
+        from d2obench.engine import packing
+
+        if hasattr(packing, "SPARE"):
+            patch.setattr(packing, "SPARE", 3)
+        plain = run()
+        fused()
+        assert torch.equal(run(), plain)
+
+
+# --- what goes the other way ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [("d2o(threshold=layer)", "a threshold per layer"), ("h2o+quant(bits=4)", "quantised")],
+)
+def test_what_is_not_served_says_why(policy: str, reason: str, fused: Any) -> None:
+    fused()
+    _, _, session = generated("llama-gqa2", policy, 3)
+    assert session.cache.state.path is None
+    assert reason in session.cache.state.fallback
+
+
+def test_a_wide_head_is_not_served(fused: Any) -> None:
+    fused()
+    state = state_of(Case(widths=(288, 288), capacities=(9,), policy="h2o"))
+    assert state.path is None and "288" in state.fallback
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
+    fused()
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("ptxas fatal: unknown target\nand a page of assembly")
+
+    monkeypatch.setattr(sys.modules["d2obench.engine.kernels.path"], "FusedDecode", broken)
+    state = state_of(Case(policy="h2o"))
+    assert state.path is None
+    assert state.fallback == "the kernels did not compile (RuntimeError: ptxas fatal: unknown target)"
+
+
+def test_a_probe_launches_nothing(fused: Any) -> None:
+    fused()
+    state = state_of(Case(splits=None))
+    before = [tensor.clone() for tensor in (state.store.key_rows, state.score, state.position, state.free)]
+    state.path.probe()
+    for tensor, old in zip((state.store.key_rows, state.score, state.position, state.free), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+@dataclass(frozen=True)
+class Own(D2O):
+    """A policy derived from one with a kernel, with a rule of its own."""
+
+    def victims(self, state: DecodeState) -> torch.Tensor:
+        return state.oldest(0)
+
+
+@dataclass(frozen=True)
+class Merging(Policy):
+    def absorb_step(self, state: DecodeState, victims: torch.Tensor) -> None:
+        raise AssertionError
+
+
+def test_a_derived_policy_goes_its_own_way() -> None:
+    rule_of = sys.modules["d2obench.engine.kernels.path"].rule_of
+    state = state_of(Case(capacities=(9,)))
+    assert rule_of(state) == "lowest"
+    for policy in (Own(), Merging(), parse_policy("h2o(normalised=true)"), parse_policy("cam")):
+        state.policy = policy
+        assert rule_of(state) is None
+    state.policy, state.carry = parse_policy("streaming"), None
+    assert rule_of(state) == "ring"
+
+
+def test_a_device_without_kernels_says_so() -> None:
+    assert kernels.missing(torch.device("mps")) == "there are no kernels for mps"
