@@ -83,3 +83,14 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy:"
     assert len(done.stdout) > 10
+
+
+def test_a_run_imports_no_engine_or_library_that_was_not_asked_for(tmp_path: Path) -> None:
+    code = (
+        "import sys; from d2obench.runner.worker import main; import d2obench.cli, d2obench.runner.engines\n"
+        "import d2obench.engine, d2obench.models, d2obench.policies\n"
+        "d2obench.policies.parse_policy('d2o'); d2obench.policies.other('full')\n"
+        "print(sorted({'ray', 'kvpress', 'xllamacpp', 'optimum', 'accelerate'} & {*sys.modules}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
