@@ -20,7 +20,7 @@ from d2obench.placement import Placement
 from d2obench.record import Axes
 from d2obench.runner.check import check
 from d2obench.runner.divide import combined, share
-from d2obench.runner.placed import check_one
+from d2obench.runner.placed import check_one, check_placement
 from d2obench.runner.process import DeadWorkerError
 from d2obench.runner.protocol import WorkerClient
 from d2obench.runner.ranks import RankedClient, client_for
@@ -167,7 +167,6 @@ class Facts:
             {},
             "can't split shape:tiny",
         ),
-        ({"models.tensor_parallel": "2", "axes.policy": "hf-quantized"}, {}, "hf-quantized runs on one device"),
         ({"models.device_map": "auto"}, {}, "several GPUs: the device is cpu; leave it out"),
         ({"models.device_map": "auto"}, {"device": "cuda:0", "gpus": 1}, "several GPUs: torch sees 1 GPU"),
         (
@@ -181,6 +180,12 @@ class Facts:
 def test_what_can_not_be_placed_is_one_clear_line(words: dict[str, str], facts: dict[str, Any], said: str) -> None:
     with pytest.raises(D2OBenchError, match=said):
         check(load_suite("quick", words), Facts(**facts))  # type: ignore[arg-type]
+
+
+def test_another_library_s_cache_runs_on_one_device() -> None:
+    suite = load_suite("quick", {"models.tensor_parallel": "2", "axes.policy": "hf-quantized"})  # type: ignore[arg-type]
+    with pytest.raises(D2OBenchError, match="hf-quantized runs on one device"):
+        check_placement(suite, {"devices": {"auto": "cpu"}, "models": {}})
 
 
 def test_every_gpu_that_is_taken_must_be_free() -> None:

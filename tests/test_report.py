@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import random
 import re
 import shutil
@@ -205,6 +206,19 @@ def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path
         publish(usual, tmp_path / "reports", "first")
     publish(usual, tmp_path / "reports", "first", replace=True)
     assert views(kept) == before
+
+
+def test_a_published_run_names_no_folder_of_the_machine_it_was_made_on(usual: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(usual, folder)
+    record = json.loads((folder / "run.json").read_bytes())
+    record["command"] = ["d2obench", "run", "quick", "--data", "coqa=/home/somebody/coqa.jsonl"]
+    record["suite"]["quality"]["data"] = {"coqa": "/home/somebody/coqa.jsonl"}
+    (folder / "run.json").write_text(json.dumps(record), "utf-8")
+    publish(folder, tmp_path / "reports", "mine")
+    published = {path.name: path.read_bytes() for path in (tmp_path / "reports" / "mine").rglob("*") if path.is_file()}
+    assert not [name for name, held in published.items() if b"somebody" in held]
+    assert b"coqa=coqa.jsonl" in published["run.json"]
 
 
 @pytest.mark.parametrize("name", ["../x", "baselines", "a/b", ".hidden"])

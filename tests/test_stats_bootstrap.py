@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2obench.stats.bootstrap import interval, mean_interval, paired_ratio, percentile, seed_of
+from d2obench.stats.bootstrap import interval, mean_interval, paired_ratio, percentile, seed_of, unanimous_interval
 
 values = st.lists(st.floats(0.01, 1e6), min_size=2, max_size=30)
 
@@ -114,3 +114,11 @@ def test_rounds_may_differ_in_length():
     found = interval([[1.0, 1.0], [2.0], [3.0, 3.0, 3.0]])
     assert found.value == 2.5
     assert (found.lo, found.hi) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("trials", [2, 20, 817])
+def test_an_outcome_that_never_varied_is_doubted_as_the_binomial_law_has_it(trials: int) -> None:
+    failed, held = unanimous_interval(0.0, trials), unanimous_interval(1.0, trials)
+    assert failed.lo == failed.value == 0
+    assert (1 - failed.hi) ** trials == pytest.approx(0.025)  # so rare would nothing but failures be
+    assert (held.lo, held.value, held.hi) == (pytest.approx(1 - failed.hi), 1, 1)

@@ -91,3 +91,11 @@ def test_an_item_without_a_figure_is_left_out_of_that_figure_only() -> None:
     found = values_of([{"document": "a", "score": 1.0, "mc1": None}, {"document": "b", "score": 0.0, "mc1": 1.0}])
     assert (found["score"].n, found["mc1"].n) == (2, 1)
     assert values_of([]) == {}
+
+
+def test_answers_that_are_all_wrong_leave_room_for_doubt_and_a_distance_of_zero_does_not() -> None:
+    items = [{"document": str(i), "score": 0.0, "kl": [0.0, 0.0]} for i in range(20)]
+    found = values_of(items)
+    assert (found["score"].lo, found["score"].value) == (0, 0)
+    assert found["score"].hi == pytest.approx(0.1684, abs=1e-4)  # Clopper and Pearson's bound for 0 of 20
+    assert (found["kl"].lo, found["kl"].hi) == (0, 0)

@@ -6,6 +6,7 @@ the same bytes. Files of the gate's baselines beside the runs are left alone.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from d2obench.report.view import Report
 from d2obench.report.write import write_report
 
 RECORDS = ("run.json", "cells.jsonl")
+RAW = "samples"
 FORMATS = ("json", "csv", "md", "html")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 RESERVED = ("baselines",)
@@ -50,7 +52,6 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
         raise UsageError(f"{folder} is published already", remedy="render it with d2obench report")
     if target.exists() and not replace:
         raise RecordError(f"{target} exists", remedy="choose another --name, or --replace it on purpose")
-    report = build([folder])
     try:
         if target.exists():
             read_run(target)  # only a run is ever removed
@@ -59,10 +60,30 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
         for record in RECORDS:
             if (folder / record).is_file():
                 shutil.copyfile(folder / record, target / record)
+        write_atomic(target / "run.json", _at_home(folder / "run.json"))
+        if (folder / RAW).is_dir():
+            shutil.copytree(folder / RAW, target / RAW)
+        report = build([target])
+        shutil.rmtree(target / RAW, ignore_errors=True)
     except OSError as problem:
         raise cannot_write(target, problem) from problem
     written = write_report(report, target, FORMATS)
     return [*(target / record for record in RECORDS), *written, index(reports)]
+
+
+def _at_home(record: Path) -> bytes:
+    """``run.json`` without the folders of the machine it was made on: files of data go by their names."""
+    run = json.loads(record.read_bytes())
+    run["command"] = [_named(word) for word in run.get("command", [])]
+    quality = run.get("suite", {}).get("quality", {})
+    if data := quality.get("data"):
+        quality["data"] = {task: _named(path) for task, path in data.items()}
+    return json.dumps(run, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode() + b"\n"
+
+
+def _named(word: str) -> str:
+    option, equals, path = word.rpartition("=")
+    return f"{option}{equals}{Path(path).name}" if path.startswith("/") else word
 
 
 def index(reports: Path) -> Path:

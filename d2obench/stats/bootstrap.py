@@ -61,6 +61,15 @@ def interval(
     return Interval(value, *_bounds(_by_round(rounds, take, seed), level))
 
 
+def unanimous_interval(outcome: float, trials: int, level: float = 0.95) -> Interval:
+    """Share of successes after ``trials`` that all failed (0) or all succeeded (1), with its exact interval.
+
+    Resampling can't doubt what never varied: it would give no width at all. Clopper and Pearson (1934).
+    """
+    nearest = ((1 - level) / 2) ** (1 / trials)
+    return Interval(outcome, 0.0, 1 - nearest) if outcome == 0 else Interval(outcome, nearest, 1.0)
+
+
 def mean_interval(
     values: Sequence[float], clusters: Sequence[object] | None = None, level: float = 0.95, seed: int | str = 0
 ) -> Interval:

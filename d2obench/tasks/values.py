@@ -19,7 +19,7 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
 
     An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts what went in. Perplexity
     is made from ``nll``, ``budget_effective`` from ``kept``, the share of its prompt an item's cache kept. One
-    document alone carries no interval.
+    document alone carries no interval; items that all failed, or all succeeded, have the exact binomial one.
     """
     found = {}
     for key, metric in METRICS.items():
@@ -28,7 +28,11 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
         pairs = [(value, item["document"]) for item in items for value in _flat(item.get(key))]
         if not pairs:
             continue
-        found[key] = mean([value for value, _ in pairs], [document for _, document in pairs])
+        values, documents = [value for value, _ in pairs], [document for _, document in pairs]
+        if metric.unit == "%" and len(set(documents)) == len(values) > 1 and {*values} in ({0.0}, {1.0}):
+            found[key] = _unanimous(values)
+        else:
+            found[key] = mean(values, documents)
         if key == "nll":
             found["ppl"] = _exp(found[key])
     shares = [item["kept"] for item in items if item.get("kept") is not None]
@@ -52,6 +56,12 @@ def mean(values: Sequence[float], clusters: Sequence[str]) -> Value:
 
     middle, lo, hi = mean_interval(values, clusters)
     return Value(middle, lo, hi, len(values))
+
+
+def _unanimous(values: Sequence[float]) -> Value:
+    from d2obench.stats.bootstrap import unanimous_interval
+
+    return Value(*unanimous_interval(values[0], len(values)), len(values))
 
 
 def _exp(value: Value) -> Value:
