@@ -213,7 +213,7 @@ def test_a_published_run_names_no_folder_of_the_machine_it_was_made_on(usual: Pa
     shutil.copytree(usual, folder)
     record = json.loads((folder / "run.json").read_bytes())
     record["command"] = ["d2obench", "run", "quick", "--data", "coqa=/home/somebody/coqa.jsonl"]
-    record["suite"]["quality"]["data"] = {"coqa": "/home/somebody/coqa.jsonl"}
+    record["suite"].setdefault("quality", {})["data"] = {"coqa": "/home/somebody/coqa.jsonl"}
     (folder / "run.json").write_text(json.dumps(record), "utf-8")
     publish(folder, tmp_path / "reports", "mine")
     published = {path.name: path.read_bytes() for path in (tmp_path / "reports" / "mine").rglob("*") if path.is_file()}
