@@ -66,20 +66,12 @@ class Carry:
         self._lanes = [self._lane(layer) for layer in range(layers)]
         self._views: dict[int, tuple[Any, ...]] = {}
 
-    def _arrays(self, layer: int, logits: Tensor) -> tuple[Any, ...]:
+    def _arrays(self, logits: Tensor) -> tuple[Any, ...]:
         """What the compiled merge of a layer works on."""
-        width = logits.shape[2]
-        lane = (self.bar, self.state.store.base, self.queries, self.key, self.value)
-        found = (self.similarity, self.host, self.weight)
         return native.arrays(
-            logits,
-            self.inverse_norm[layer, :, :width],
-            self.host_bias[layer, :, :width],
-            self._cosine[:, :width],
-            *(tensor[layer] for tensor in lane),
-            self.state.store.value_rows,
-            *(tensor[layer] for tensor in found),
-        )
+            logits, self.inverse_norm, self.host_bias, self._cosine, self.bar, self.state.store.base, self.queries,
+            self.key, self.value, self.state.store.value_rows, self.similarity, self.host, self.weight,
+        )  # fmt: skip
 
     def _lane(self, layer: int) -> tuple[Tensor, ...]:
         rows, group = self.queries.shape[1], self.queries.shape[2] - 1
@@ -124,8 +116,8 @@ class Carry:
         if self._loops is not None:
             with span("similarity"):  # the value's merge too: one loop finds the host and merges
                 if layer not in self._views:
-                    self._views[layer] = self._arrays(layer, every)
-                self._loops.merge(*self._views[layer], scale, self.plan.keys)
+                    self._views[layer] = self._arrays(every)
+                self._loops.merge(layer, *self._views[layer], scale, self.plan.keys)
             return every
         with span("similarity"):
             cosine = self._cosine[:, :width]

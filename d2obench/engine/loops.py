@@ -10,24 +10,40 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import boolean, float32, float64, int32, int64, njit
 
 logging.getLogger("numba").setLevel(logging.WARNING)
-compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "nnan"})
-"""``nnan`` lets LLVM vectorise a maximum; infinities stay exact, since ``ninf`` is not assumed."""
+I4, I8, F4, F8 = int32, int64, float32, float64
 TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
 """As in ``Carry`` and ``DecodeState``."""
 
 
-@compiled
-def first_extreme(row: Any, largest: bool) -> int:
-    """Index of the first largest or smallest number of a float32 row, which must be contiguous.
+def compiled(*takes: Any) -> Any:
+    """Compiles for these types when this module is imported, so that no step pays for it.
+
+    Every array is contiguous, or LLVM would vectorise nothing. ``nnan`` lets it vectorise a maximum; infinities stay
+    exact, since ``ninf`` is not assumed. Where no folder takes numba's cache, every process compiles for itself.
+    """
+
+    def decorate(loop: Any) -> Any:
+        options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
+        try:
+            return njit([takes], cache=True, **options)(loop)
+        except RuntimeError:  # "no locator available"
+            return njit([takes], **options)(loop)
+
+    return decorate
+
+
+@compiled(F4[::1], I8, boolean)
+def first_extreme(row: Any, width: int, largest: bool) -> int:
+    """Index of the first largest or smallest of a row's first ``width`` numbers.
 
     Floats are compared as integers of the same order: LLVM vectorises that, and a minimum of floats it does not.
     """
     bits, flip = row.view(np.int32), np.int32(-1 if largest else 0)
     low = np.int32(0x7FFFFFFF)
-    for c in range(row.shape[0]):
+    for c in range(width):
         i = bits[c]
         low = min(low, i ^ ((i >> 31) & np.int32(0x7FFFFFFF)) ^ flip)
     low ^= flip
@@ -38,35 +54,52 @@ def first_extreme(row: Any, largest: bool) -> int:
     return j
 
 
-@compiled
+@compiled(
+    I8, F4[:, :, ::1], F4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, ::1], I8[:, ::1], F4[:, :, :, ::1],
+    F4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, ::1], I8[:, ::1], F4[:, ::1], F8, boolean,
+)  # fmt: skip
 def merge(
-    logits: Any, inverse: Any, hosts: Any, cosine: Any, bar: Any, base: Any, queries: Any, key: Any, value: Any,
-    values: Any, best: Any, host: Any, weight: Any, scale: float, merges_keys: bool,
+    layer: int, logits: Any, inverse: Any, hosts: Any, cosine: Any, bar: Any, base: Any, queries: Any, key: Any,
+    value: Any, values: Any, best: Any, host: Any, weight: Any, scale: float, merges_keys: bool,
 ) -> None:  # fmt: skip
-    """Merges the pending evictee of every row of a layer into its host: the value in place, the logit by linearity."""
+    """Merges the pending evictee of every row of a layer into its host: the value in place, the logit by linearity.
+
+    ``logits`` are the layer's own; the other arrays hold every layer.
+    """
     rows, lanes, width = logits.shape
     unscaled = np.float32(1 / scale)
     for r in range(rows):
-        row, product, norm, may = cosine[r], logits[r, lanes - 1], inverse[r], hosts[r]
+        row, product, norm, may = cosine[r], logits[r, lanes - 1], inverse[layer, r], hosts[layer, r]
         for c in range(width):
             row[c] = product[c] * norm[c] * unscaled + may[c]
-        j = first_extreme(row, True)
-        best[r], host[r], weight[r] = row[j], j, 0
-        if row[j] >= bar[r]:
-            w = 1 / (1 + math.exp(-row[j]))
-            weight[r] = w
-            at = base[r] + j
+        j = first_extreme(row, width, True)
+        best[layer, r], host[layer, r], weight[layer, r] = row[j], j, 0
+        if row[j] >= bar[layer, r]:
+            w = np.float32(1 / (1 + math.exp(-row[j])))
+            weight[layer, r] = w
+            at = base[layer, r] + j
             for i in range(values.shape[1]):
-                values[at, i] += w * (value[r, i] - values[at, i])
+                values[at, i] += w * (value[layer, r, i] - values[at, i])
             if merges_keys:
                 for q in range(lanes - 1):
                     dot = np.float32(0)
-                    for i in range(key.shape[1]):
-                        dot += queries[r, q, i] * key[r, i]
-                    logits[r, q, j] += w * (dot * scale - logits[r, q, j])
+                    for i in range(key.shape[2]):
+                        dot += queries[layer, r, q, i] * key[layer, r, i]
+                    logits[r, q, j] += w * (dot * np.float32(scale) - logits[r, q, j])
 
 
-@compiled
+@compiled(F4[::1])
+def inverse_norm(row: Any) -> np.float32:
+    total = row[0] * row[0]
+    for i in range(1, row.shape[0]):
+        total += row[i] * row[i]
+    return 1 / max(np.float32(math.sqrt(total)), TINY)
+
+
+@compiled(
+    F4[:, ::1], F4[:, ::1], I8[:, ::1], boolean[:, ::1], F4[:, ::1], I8[::1], I8[:, ::1], I8[:, ::1], F4[:, :, ::1],
+    F4[:, ::1], F4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, :, ::1], F8, boolean, boolean,
+)  # fmt: skip
 def settle(
     best: Any, weight: Any, host: Any, pending: Any, tau: Any, merged: Any, base: Any, slot: Any, key: Any, keys: Any,
     inverse: Any, hosts: Any, gained: Any, score: Any, beta: float, merges_keys: bool, inherits: bool,
@@ -95,15 +128,7 @@ def settle(
             hosts[layer, r, new] = HOST
 
 
-@compiled
-def inverse_norm(row: Any) -> np.float32:
-    total = row[0] * row[0]
-    for i in range(1, row.shape[0]):
-        total += row[i] * row[i]
-    return 1 / max(np.float32(math.sqrt(total)), TINY)
-
-
-@compiled
+@compiled(F4[:, :, ::1], I4[:, :, ::1], I4[::1], I4[:, ::1], F4[::1], I8[:, ::1])
 def least(score: Any, position: Any, now: Any, recent: Any, shown: Any, slot: Any) -> None:
     """The lowest score of every row outside its last ``recent`` tokens."""
     layers, rows, width = score.shape
@@ -114,10 +139,13 @@ def least(score: Any, position: Any, now: Any, recent: Any, shown: Any, slot: An
             for c in range(width):
                 seen = own[c]
                 shown[c] = PROTECTED if at[c] > limit else seen
-            slot[layer, r] = first_extreme(shown, False)
+            slot[layer, r] = first_extreme(shown, width, False)
 
 
-@compiled
+@compiled(
+    I8[:, ::1], I8[:, ::1], F4[:, ::1], F4[:, ::1], I4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, :, ::1],
+    F4[:, :, ::1], F4[:, :, ::1], F4[:, :, :, ::1], F4[:, ::1], boolean[:, ::1], F4[:, :, ::1], F4[:, ::1], boolean,
+)  # fmt: skip
 def take(
     victim: Any, base: Any, keys: Any, values: Any, position: Any, score: Any, tau: Any, inverse: Any, key: Any,
     value: Any, queries: Any, gained: Any, pending: Any, hosts: Any, bar: Any, always: bool,
@@ -143,7 +171,7 @@ def take(
                 bar[layer, r] = -math.inf if always else tau[layer, r] - 1
 
 
-@compiled
+@compiled(I8[:, ::1], I8[:, ::1], I8[:, ::1], I4[:, :, ::1], I4[::1], I8[::1], F4[:, :, ::1], F4[:, :, ::1])
 def place(slot: Any, base: Any, target: Any, position: Any, now: Any, evicted: Any, score: Any, bias: Any) -> None:
     """Books the freed slots for the token to come; an empty ``score`` or ``bias`` is one that isn't kept."""
     layers, rows = slot.shape

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 def serves(store: DenseStore) -> bool:
     """Whether the kernels can work on this storage."""
-    plain = type(store) is DenseStore and store.dtype == torch.float32 and store.device.type == "cpu"
-    return plain and importlib.util.find_spec("numba") is not None
+    return type(store) is DenseStore and suits(store.dtype, store.device)
+
+
+def suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for keys and values of this kind."""
+    return dtype == torch.float32 and device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
 def arrays(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
@@ -37,7 +41,10 @@ def arrays(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def loops() -> Any:
-    """The compiled loops; the first call in an environment compiles them, later ones read numba's own cache."""
+    """The compiled loops; the first call in an environment compiles them, later ones read numba's own cache.
+
+    A session calls this when it is made, before anything of it is timed.
+    """
     import d2obench.engine.loops
 
     return d2obench.engine.loops

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2obench.engine import build, families, library
+from d2obench.engine import build, families, library, native
 from d2obench.engine.cache import PolicyCache
 from d2obench.engine.graph import Steps
 from d2obench.engine.sharding import shard_of
@@ -112,6 +112,8 @@ class Session:
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
         self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
         self._device = loaded.device
+        if native.suits(loaded.dtype, loaded.device):
+            native.loops()
         self._positions = torch.zeros(0, dtype=torch.long)
         self._lengths: list[int] = []
         self._mask: Tensor | None = None

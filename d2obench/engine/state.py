@@ -196,7 +196,7 @@ class DecodeState:
         if self._loops is not None:
             window = self._window(recent)
             slot = torch.empty_like(self.slot)
-            tensors = (score, self.position, self.now, window, self._shown, slot)
+            tensors = (score.contiguous(), self.position, self.now, window, self._shown, slot)
             self._loops.least(*native.arrays(*tensors))
             return slot[..., None]
         limit = (self.now[None, :, None] - recent).clamp_min(EMPTY)
@@ -206,10 +206,10 @@ class DecodeState:
         return shown.topk(self.policy.interval, -1, largest=False, sorted=True).indices
 
     def _window(self, recent: Tensor | int) -> Tensor:
-        shape = self.slot.shape
+        kind = self.position.dtype
         if isinstance(recent, int):
-            return torch.full((), recent, dtype=self.position.dtype).expand(shape)
-        return recent[..., 0].to(self.position.dtype).expand(shape)
+            return torch.full(self.slot.shape, recent, dtype=kind)
+        return recent[..., 0].to(kind).expand(self.slot.shape).contiguous()
 
     def oldest(self, start: Tensor | int) -> Tensor:
         """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones

@@ -36,11 +36,12 @@ COMPARED = (
     "torch",
     "transformers",
     "triton",
+    "numba",
     "attention",
 )
 """What must be equal for timed or bounded figures of two runs to be compared. The code's own commit is not among
 them, since comparing commits is what a comparison is for."""
-_PACKAGES = ("torch", "transformers", "triton", "accelerate", "numpy", "d2obench")
+_PACKAGES = ("torch", "transformers", "triton", "numba", "accelerate", "numpy", "d2obench")
 
 
 def fingerprint(device: str = "cpu", *, attention: str = "", gpu: Nvml | None = None) -> dict[str, Any]:
