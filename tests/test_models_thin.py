@@ -1,0 +1,47 @@
+"""Thin products against plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from d2obench.models.base import loaded
+from d2obench.models.thin import ROWS, ThinLinear, adapt, block_of
+
+
+@pytest.mark.parametrize("features", [384, 576, 1536, 4096, 11008, 14336, 49152, 128256])
+def test_usual_sizes_are_cut_evenly(features):
+    assert features % block_of(features) == 0
+
+
+@pytest.mark.parametrize("features", [1, 192, 383, 1009])
+def test_small_and_odd_ones_are_left_alone(features):
+    assert block_of(features) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, *ROWS, 13, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_thin_product_is_the_product(rows, bias):
+    torch.manual_seed(rows)
+    plain = nn.Linear(40, 480, bias=bias)
+    holder = nn.Sequential(nn.Linear(40, 480, bias=bias))
+    holder.load_state_dict({f"0.{name}": tensor for name, tensor in plain.state_dict().items()})
+    holder.device, holder.dtype = torch.device("cpu"), torch.float32
+    adapt(holder)
+    assert type(holder[0]) is ThinLinear
+    given = torch.randn(1, rows, 40).expand(2, -1, -1)[1:] if rows % 2 else torch.randn(rows, 1, 40)
+    expected = given.double() @ plain.weight.double().T + (plain.bias.double() if bias else 0)
+    torch.testing.assert_close(holder(given).double(), expected, rtol=1e-4, atol=1e-5)
+    assert holder(given).shape == plain(given).shape
+
+
+@pytest.mark.parametrize(("dtype", "thin"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_described_model_has_them_where_they_serve(dtype, thin):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=480
+    )
+    described = loaded("x", LlamaForCausalLM(config).to(dtype), None, digest="", has_sense=False)
+    assert isinstance(described.model.lm_head, ThinLinear) is thin
+    assert type(described.model.model.layers[0].mlp.up_proj) is nn.Linear
