@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from d2obench.models import thin
 from d2obench.models.base import loaded
 from d2obench.models.thin import ROWS, ThinLinear, adapt, block_of
 
@@ -37,11 +38,28 @@ def test_a_thin_product_is_the_product(rows, bias):
     assert holder(given).shape == plain(given).shape
 
 
-@pytest.mark.parametrize(("dtype", "thin"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_a_described_model_has_them_where_they_serve(dtype, thin):
+@pytest.mark.parametrize(("dtype", "serves"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_described_model_has_them_where_they_serve(dtype, serves):
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=480
     )
     described = loaded("x", LlamaForCausalLM(config).to(dtype), None, digest="", has_sense=False)
-    assert isinstance(described.model.lm_head, ThinLinear) is thin
+    assert isinstance(described.model.lm_head, ThinLinear) is serves
     assert type(described.model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=90
+    )
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 90, (3, 17))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        adapt(model)
+        monkeypatch.setattr(thin, "PIECE", 7)
+        sizes = []
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[1]))
+        torch.testing.assert_close(model(tokens).logits, expected)
+    assert sizes == [7] * 7 + [2]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from d2obench.engine.attention import real_tokens
+from d2obench.engine.host_memory import lasting
 from d2obench.engine.layer import PolicyLayer
 from d2obench.engine.packing import Layout, Packing, bounded
 from d2obench.engine.prefill import prompt_attention
@@ -108,6 +110,7 @@ class PolicyCache(Cache):
         self.kept: Tensor | None = None
         self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
+        self._rooms: dict[tuple[Any, ...], list[Tensor]] = {}
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
         self.ready = False
@@ -139,6 +142,21 @@ class PolicyCache(Cache):
         handed.slot_layer = layer  # type: ignore[attr-defined]
         return handed, values
 
+    def set_aside(self, layer: PolicyLayer, held: Tensor) -> Tensor:
+        """A layer's keys or values ``[B, H, n, d]`` for as long as other layers read the prompt: copied where they are
+        part of something larger (a fused projection), and on a CPU to a room of their own."""
+        if held.device.type != "cpu":
+            return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
+        return self._room(layer, held.shape, held.dtype, held.device).copy_(held)
+
+    def _room(self, layer: PolicyLayer, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros that last until all layers have read the prompt. Each one the first layer asks for is made for every
+        layer: what lives on is then made before what doesn't, and never stands in the midst of it."""
+        rooms = self._rooms.setdefault((*shape, dtype), [])
+        if not rooms or layer.index == 0:
+            rooms += [lasting(shape, dtype, device) for _ in self.own[layer.index :]]
+        return rooms.pop()
+
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
         last, new = layer.index == len(self.own) - 1, query.shape[2]
@@ -157,7 +175,8 @@ class PolicyCache(Cache):
             layer.starts = self.starts
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
-            out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs)
+            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._room, layer)
+            out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs, zeros)
         layer.stats = add(layer.stats, stats, new)
         if self._early:
             self._compress_early(layer, new)
@@ -240,6 +259,7 @@ class PolicyCache(Cache):
         self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
         self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
         self.state, self.ready, self.packing = state, True, None
+        self._rooms.clear()
         self.kept = self.held()
         self.prompt_kv_bytes = state.store.bytes
 

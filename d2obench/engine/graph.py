@@ -25,7 +25,8 @@ from torch import Tensor
 from d2obench import ranges
 from d2obench.engine.cache import PolicyCache
 from d2obench.engine.layer import PolicyLayer
-from d2obench.engine.slots import DenseStore
+from d2obench.engine.quantised import QuantStore
+from d2obench.engine.state import DecodeState
 
 if TYPE_CHECKING:
     from d2obench.engine.session import Session
@@ -47,8 +48,8 @@ def obstacle(session: Session) -> str:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or (getattr(model, "tp_size", 1) or 1) > 1:
         return "the model is shared out over devices"
     state = cache.state
-    assert state is not None
-    if type(state.store) is not DenseStore:
+    assert isinstance(state, DecodeState)
+    if isinstance(state.store, QuantStore):
         return "a quantised cache counts its groups on the host"
     if state.policy.interval > 1:
         return "steps differ where several tokens are evicted together"

@@ -45,7 +45,9 @@ class PolicyLayer(CacheLayerMixin):
             brief: the entries are gone before the next layer runs, so that it doesn't matter what they keep alive.
         """
         if self.keys is None:
-            self.keys, self.values = (keys, values) if brief else (_alone(keys), _alone(values))
+            self.keys, self.values = (
+                (keys, values) if brief else (self.cache.set_aside(self, held) for held in (keys, values))
+            )
             return
         assert self.values is not None and before is not None
         self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
@@ -95,8 +97,3 @@ class PolicyLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         """The same, as transformers before 5.3 asks for it."""
         return -1
-
-
-def _alone(held: Tensor) -> Tensor:
-    """``held``, copied where it is part of something larger (a fused projection) that it would keep alive."""
-    return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()

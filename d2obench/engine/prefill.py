@@ -15,12 +15,14 @@ what single sequences give.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2obench.engine.host_memory import lasting
 from d2obench.engine.kernels import prompt
 from d2obench.policies.base import Needs, Stats
 from d2obench.ranges import span
@@ -31,7 +33,13 @@ CPU_CACHE = 2**20
 
 
 def prompt_attention(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, starts: list[int], needs: Needs
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    starts: list[int],
+    needs: Needs,
+    zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = lasting,
 ) -> tuple[Tensor, Stats]:
     """Causal attention and the statistics asked for.
 
@@ -42,6 +50,7 @@ def prompt_attention(
         scale: factor of the logits.
         starts: the first real position of each sequence (left padding).
         needs: which statistics; those of padding are 0.
+        zeros: where they are put.
 
     Returns:
         The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
@@ -58,7 +67,7 @@ def prompt_attention(
         )
         if wanted
     ]
-    stats = {name: torch.zeros(batch, rows, length, device=keys.device) for name in names}
+    stats = {name: zeros((batch, rows, length), torch.float32, keys.device) for name in names}
     groups = (
         [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
     )

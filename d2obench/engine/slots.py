@@ -12,11 +12,13 @@ ragged layer or of a shorter sequence). The order of slots means nothing to atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from d2obench.engine.host_memory import lasting
 
 EMPTY, CLOSED = -1, -2
 NEVER = float("inf")
@@ -53,18 +55,19 @@ class DenseStore:
         self._allocate()
 
     def _allocate(self) -> None:
-        self.key_rows, self.value_rows = (self._rows(*of) for of in zip(self.widths, self._parts, strict=True))
+        self.key_rows = self._rows(self.widths[0], self._parts[0], self._key_view)
+        self.value_rows = self._rows(self.widths[1], self._parts[1], self._view)
 
-    def _rows(self, width: int, parts: list[Tensor]) -> Tensor:
-        flat = torch.zeros(self.offsets[-1], width, dtype=self.dtype, device=self.device)
+    def _rows(self, width: int, parts: list[Tensor], view: Callable[[Tensor, int], Tensor]) -> Tensor:
+        flat = lasting((self.offsets[-1], width), self.dtype, self.device, huge=True)
         for layer in range(len(parts)):
             part = parts.pop(0)
-            self._view(flat, layer)[:, : part.shape[1]] = part
+            view(flat, layer)[:, : part.shape[1]] = part
         return flat
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, a view."""
-        return self._view(self.key_rows, layer)
+        return self._key_view(self.key_rows, layer)
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, ``[rows, C_ℓ, d_v]``, a view."""
@@ -117,7 +120,7 @@ class DenseStore:
 
     def extended(self, slots: int) -> DenseStore:
         """A store with ``slots`` more in every layer and the same contents."""
-        larger = DenseStore([c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device)
+        larger = type(self)([c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device)
         for layer in range(len(self.capacities)):
             larger.fill(layer, self.keys(layer), self.values(layer))
         return larger
@@ -130,6 +133,9 @@ class DenseStore:
         """Brings back what :meth:`snapshot` saved, in place."""
         self.key_rows.copy_(saved[0])
         self.value_rows.copy_(saved[1])
+
+    def _key_view(self, flat: Tensor, layer: int) -> Tensor:
+        return self._view(flat, layer)
 
     def _view(self, flat: Tensor, layer: int) -> Tensor:
         run = flat[self.offsets[layer] : self.offsets[layer + 1]]

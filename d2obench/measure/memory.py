@@ -7,8 +7,6 @@ through ``/proc/self/clear_refs`` at every phase) and the CUDA allocator's own p
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import mmap
 import time
@@ -172,9 +170,10 @@ def probe_for(
 
 def settle(device: torch.device | None = None, beside: Sequence[torch.device] = ()) -> None:
     """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before."""
+    from d2obench.engine import host_memory
+
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
+    host_memory.release()
     if device is not None and device.type == "cuda":
         import torch
 

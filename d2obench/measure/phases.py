@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from d2obench.engine import host_memory
 from d2obench.errors import OutOfMemory
 from d2obench.measure import collector
 from d2obench.measure.clock import Clock
@@ -126,6 +127,8 @@ def _run(
     if logits.device.type == "cuda" and hasattr(session, "prepare"):
         line.mark("capture")  # a server does that once when it starts: it is in no figure
         session.prepare()
+    elif logits.device.type == "cpu":
+        host_memory.release()  # before decoding begins: it is in no figure
     starts = windows(gen - 1, sampled) if sampled else []
     width = sampled.steps if sampled and starts else gen - 1
     steps, last = _decode(session, line, ids, force, starts or [0], width, logits)

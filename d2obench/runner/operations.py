@@ -164,6 +164,7 @@ class Worker(MachineOperations):
             torch.cuda.empty_cache()
 
     def _model(self, axes: Axes, report: Report) -> Any:
+        from d2obench.engine import host_memory
         from d2obench.engine.others import loader
         from d2obench.measure import collector
 
@@ -176,6 +177,8 @@ class Worker(MachineOperations):
             self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
             self._key = key
             collector.keep()
+            if self._loaded.device.type == "cpu":
+                host_memory.retain()
         return self._loaded
 
     @staticmethod

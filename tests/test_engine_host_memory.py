@@ -1,0 +1,50 @@
+"""Tensors with pages of their own."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import psutil
+import pytest
+import torch
+
+from d2obench.engine import Session, host_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape", [(3, 5), (300, 7, 500)])
+def test_they_are_zeros_that_can_be_written(dtype, shape):
+    tensor = host_memory.lasting(shape, dtype, CPU, huge=True)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert not tensor.any()
+    tensor[1] = 1
+    assert tensor.float().sum() == tensor[1].numel()
+
+
+def test_their_pages_go_with_them():
+    process, size = psutil.Process(), 2**28
+    before = process.memory_info().rss
+    tensor = host_memory.lasting((size // 4,), torch.float32, CPU)
+    assert process.memory_info().rss < before + size // 8
+    tensor.fill_(1)
+    assert process.memory_info().rss > before + size * 7 // 8
+    seen = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert seen() is None
+    assert process.memory_info().rss < before + size // 8
+
+
+def test_what_waits_for_all_layers_is_gone_once_they_are_compressed(tiny):
+    session = Session(tiny, "d2o", "0.25", max_new=2)
+    session.prefill([[1 + i % 200 for i in range(300)]])
+    assert session.cache._rooms
+    rooms = [weakref.ref(layer.keys) for layer in session.cache.own]
+    session.compress()
+    assert not session.cache._rooms
+    gc.collect()
+    assert not any(room() is not None for room in rooms)
