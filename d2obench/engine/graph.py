@@ -48,7 +48,8 @@ def obstacle(session: Session) -> str:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or (getattr(model, "tp_size", 1) or 1) > 1:
         return "the model is shared out over devices"
     state = cache.state
-    assert isinstance(state, DecodeState)
+    if not isinstance(state, DecodeState):
+        return "the model is shared out over devices"
     if isinstance(state.store, QuantStore):
         return "a quantised cache counts its groups on the host"
     if state.policy.interval > 1:

@@ -34,6 +34,8 @@ class Worker(MachineOperations):
     def __init__(self, placement: Placement | None = None) -> None:
         super().__init__()
         self._placement = placement or Placement()
+        self.alone = False
+        """Whether the process is this worker's own, so that it may say how memory is allocated in it."""
         self._loaded: Any = None
         self._key: tuple[str, str, str] | None = None
         self._prompts: tuple[Any, list[list[int]]] = (None, [])
@@ -177,7 +179,7 @@ class Worker(MachineOperations):
             self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
             self._key = key
             collector.keep()
-            if self._loaded.device.type == "cpu":
+            if self.alone and self._loaded.device.type == "cpu":
                 host_memory.retain()
         return self._loaded
 

@@ -43,7 +43,9 @@ OPS = (
 def main(worker: Worker | None = None) -> None:
     """Answers requests until told to exit or the parent is gone; ``worker`` does the work."""
     *placement, down, up = sys.argv[1:]
-    worker = worker or Worker(*(msgspec.json.decode(words, type=Placement) for words in placement))
+    if worker is None:
+        worker = Worker(*(msgspec.json.decode(words, type=Placement) for words in placement))
+        worker.alone = True
     requests = _listen(int(down))
     answers = os.fdopen(int(up), "wb")
 
