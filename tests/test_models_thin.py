@@ -63,3 +63,22 @@ def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):
         model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[1]))
         torch.testing.assert_close(model(tokens).logits, expected)
     assert sizes == [7] * 7 + [2]
+
+
+class Feed(nn.Module):
+    """A feed-forward layer that takes ``count`` tensors, with or without experts."""
+
+    def __init__(self, count: int, experts: bool):
+        super().__init__()
+        if experts:
+            self.experts = nn.Identity()
+        self.forward = (lambda hidden: hidden) if count == 1 else (lambda hidden, residual: hidden)
+
+
+@pytest.mark.parametrize(("count", "experts", "cut"), [(1, False, True), (2, False, False), (1, True, False)])
+def test_only_a_layer_that_looks_at_each_token_alone_is_cut(count, experts, cut):
+    holder = nn.Module()
+    holder.mlp, holder.device, holder.dtype = Feed(count, experts), torch.device("cpu"), torch.float32
+    before = holder.mlp.forward
+    adapt(holder)
+    assert (holder.mlp.forward is not before) is cut

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from d2obench.engine.attention import real_tokens
-from d2obench.engine.host_memory import lasting
+from d2obench.engine.host_memory import Rooms, lasting
 from d2obench.engine.layer import PolicyLayer
 from d2obench.engine.packing import Layout, Packing, bounded
 from d2obench.engine.prefill import prompt_attention
@@ -110,7 +110,7 @@ class PolicyCache(Cache):
         self.kept: Tensor | None = None
         self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
-        self._rooms: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._rooms = Rooms(len(self.own))
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
         self.ready = False
@@ -147,15 +147,7 @@ class PolicyCache(Cache):
         part of something larger (a fused projection), and on a CPU to a room of their own."""
         if held.device.type != "cpu":
             return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
-        return self._room(layer, held.shape, held.dtype, held.device).copy_(held)
-
-    def _room(self, layer: PolicyLayer, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Zeros that last until all layers have read the prompt. Each one the first layer asks for is made for every
-        layer: what lives on is then made before what doesn't, and never stands in the midst of it."""
-        rooms = self._rooms.setdefault((*shape, dtype), [])
-        if not rooms or layer.index == 0:
-            rooms += [lasting(shape, dtype, device) for _ in self.own[layer.index :]]
-        return rooms.pop()
+        return self._rooms.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
@@ -175,7 +167,7 @@ class PolicyCache(Cache):
             layer.starts = self.starts
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
-            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._room, layer)
+            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._rooms.zeros, layer.index)
             out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs, zeros)
         layer.stats = add(layer.stats, stats, new)
         if self._early:
@@ -259,7 +251,7 @@ class PolicyCache(Cache):
         self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
         self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
         self.state, self.ready, self.packing = state, True, None
-        self._rooms.clear()
+        self._rooms = Rooms(len(self.own))
         self.kept = self.held()
         self.prompt_kv_bytes = state.store.bytes
 

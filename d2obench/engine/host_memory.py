@@ -16,6 +16,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,25 @@ def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, h
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+class Rooms:
+    """Zeros for what each layer puts aside until all have read the prompt.
+
+    Whatever the first layer asks for is made for every layer at once, so that what lives on is made before what doesn't
+    and never stands in the midst of it.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def zeros(self, layer: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As :func:`lasting`, each time another tensor."""
+        free = self._free.setdefault((*shape, dtype), [])
+        if layer == 0 or not free:
+            free += [lasting(shape, dtype, device) for _ in range(layer, self._layers)]
+        return free.pop()
 
 
 def retain() -> None:
