@@ -2,50 +2,106 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from d2obench import team
 from d2obench.models import thin
 from d2obench.models.base import loaded
-from d2obench.models.thin import ROWS, ThinLinear, adapt, block_of
+from d2obench.models.thin import NORMS, ROWS, QuickNorm, ThinLinear, adapt, share_of
+
+lent = pytest.mark.skipif(not team.here(), reason="PyTorch has no team to lend here")
 
 
-@pytest.mark.parametrize("features", [384, 576, 1536, 4096, 11008, 14336, 49152, 128256])
-def test_usual_sizes_are_cut_evenly(features):
-    assert features % block_of(features) == 0
+@pytest.mark.parametrize("outputs", [1, 12, 192, 576, 4096, 128256])
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_pieces_are_whole_tiles_and_enough_of_them(outputs, threads):
+    share = share_of(outputs, threads)
+    assert share % 3 == 0 and 12 <= share <= 96
+    assert share == 12 or -(-outputs // share) >= min(threads, outputs // 12)
 
 
-@pytest.mark.parametrize("features", [1, 192, 383, 1009])
-def test_small_and_odd_ones_are_left_alone(features):
-    assert block_of(features) == 0
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, 3, *ROWS, 13, 40])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_thin_product_is_the_product(rows, bias):
-    torch.manual_seed(rows)
-    plain = nn.Linear(40, 480, bias=bias)
-    holder = nn.Sequential(nn.Linear(40, 480, bias=bias))
-    holder.load_state_dict({f"0.{name}": tensor for name, tensor in plain.state_dict().items()})
+def adapted(module):
+    holder = nn.Sequential(copy.deepcopy(module))
     holder.device, holder.dtype = torch.device("cpu"), torch.float32
     adapt(holder)
-    assert type(holder[0]) is ThinLinear
-    given = torch.randn(1, rows, 40).expand(2, -1, -1)[1:] if rows % 2 else torch.randn(rows, 1, 40)
+    return holder[0]
+
+
+@lent
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, ROWS, ROWS + 1])
+@pytest.mark.parametrize("features", [2, 13, 480])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.usefixtures("threads")
+def test_a_thin_product_is_the_product(rows, features, bias):
+    torch.manual_seed(rows)
+    plain = nn.Linear(40, features, bias=bias)
+    thin = adapted(plain)
+    assert type(thin) is ThinLinear
+    given = torch.randn(1, rows, 40).expand(2, -1, -1)[1:] if rows % 2 else torch.randn(rows, 80, 1)[:, ::2].mT
     expected = given.double() @ plain.weight.double().T + (plain.bias.double() if bias else 0)
-    torch.testing.assert_close(holder(given).double(), expected, rtol=1e-4, atol=1e-5)
-    assert holder(given).shape == plain(given).shape
+    torch.testing.assert_close(thin(given).double(), expected, rtol=1e-5, atol=1e-5)
+    assert thin(given).shape == plain(given).shape
 
 
+@lent
+@pytest.mark.parametrize("shape", [(3, 24), (2, 130, 24), (1, 2, 5, 24)])
+@pytest.mark.usefixtures("threads")
+def test_a_quick_norm_is_the_norm(shape):
+    plain = LlamaRMSNorm(24, eps=1e-3)
+    nn.init.normal_(plain.weight)
+    quick = adapted(plain)
+    assert type(quick) is QuickNorm
+    given = torch.randn(shape).mul(2).transpose(0, -2)
+    wide = given.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * plain.weight.double()
+    torch.testing.assert_close(quick(given).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@lent
+def test_every_norm_that_is_taken_over_is_that_norm():
+    """By transformers' own classes of those names."""
+    found = 0
+    for family in ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name, kind in vars(module).items():
+            if name.endswith("RMSNorm") and (plain := kind(16)) is not None:
+                nn.init.normal_(plain.weight)
+                given, quick = torch.randn(3, 16), adapted(plain)
+                torch.testing.assert_close(quick(given), plain(given))
+                found += type(quick) is QuickNorm
+                assert (type(quick) is QuickNorm) is (name in NORMS)
+    assert found == len(NORMS)
+
+
+@lent
 @pytest.mark.parametrize(("dtype", "serves"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_a_described_model_has_them_where_they_serve(dtype, serves):
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=480
+        hidden_size=16, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2, vocab_size=480
     )
-    described = loaded("x", LlamaForCausalLM(config).to(dtype), None, digest="", has_sense=False)
-    assert isinstance(described.model.lm_head, ThinLinear) is serves
-    assert type(described.model.model.layers[0].mlp.up_proj) is nn.Linear
+    model = loaded("x", LlamaForCausalLM(config).to(dtype), None, digest="", has_sense=False).model
+    assert isinstance(model.lm_head, ThinLinear) is isinstance(model.model.norm, QuickNorm) is serves
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear, "36 inputs are no whole vectors"
+
+
+def test_without_a_team_a_model_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(team, "here", lambda: False)
+    assert type(adapted(nn.Linear(40, 480))) is nn.Linear
 
 
 def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):

@@ -12,7 +12,7 @@ which took the evictee's slot, is kept out of the hosts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -64,14 +64,6 @@ class Carry:
         self._loops = native.loops() if native.serves(store) and not plan.per_layer and plan.hosts == "all" else None
         # views made once: a step has no time to spare for slicing
         self._lanes = [self._lane(layer) for layer in range(layers)]
-        self._views: dict[int, tuple[Any, ...]] = {}
-
-    def _arrays(self, logits: Tensor) -> tuple[Any, ...]:
-        """What the compiled merge of a layer works on."""
-        return native.arrays(
-            logits, self.inverse_norm, self.host_bias, self._cosine, self.bar, self.state.store.base, self.queries,
-            self.key, self.value, self.state.store.value_rows, self.similarity, self.host, self.weight,
-        )  # fmt: skip
 
     def _lane(self, layer: int) -> tuple[Tensor, ...]:
         rows, group = self.queries.shape[1], self.queries.shape[2] - 1
@@ -113,12 +105,6 @@ class Carry:
         every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
         given, beta = (every, 0) if bias is None else (bias, 1)
         torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
-        if self._loops is not None:
-            with span("similarity"):  # the value's merge too: one loop finds the host and merges
-                if layer not in self._views:
-                    self._views[layer] = self._arrays(every)
-                self._loops.merge(layer, *self._views[layer], scale, self.plan.keys)
-            return every
         with span("similarity"):
             cosine = self._cosine[:, :width]
             hosts, inverse = self.host_bias[layer, :, :width], self.inverse_norm[layer, :, :width]

@@ -34,7 +34,7 @@ def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, h
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

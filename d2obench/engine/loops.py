@@ -5,34 +5,17 @@ Arrays are the storage of the tensors of the same name in ``Carry`` and ``Decode
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
 import numpy as np
-from numba import boolean, float32, float64, int32, int64, njit
+from numba import boolean, float32, float64, int32, int64
 
-logging.getLogger("numba").setLevel(logging.WARNING)
+from d2obench.team.language import compiled
+
 I4, I8, F4, F8 = int32, int64, float32, float64
 TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
 """As in ``Carry`` and ``DecodeState``."""
-
-
-def compiled(*takes: Any) -> Any:
-    """Compiles for these types when this module is imported, so that no step pays for it.
-
-    Every array is contiguous, or LLVM would vectorise nothing. ``nnan`` lets it vectorise a maximum; infinities stay
-    exact, since ``ninf`` is not assumed. Where no folder takes numba's cache, every process compiles for itself.
-    """
-
-    def decorate(loop: Any) -> Any:
-        options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "nnan"}}
-        try:
-            return njit([takes], cache=True, **options)(loop)
-        except RuntimeError:  # "no locator available"
-            return njit([takes], **options)(loop)
-
-    return decorate
 
 
 @compiled(F4[::1], I8, boolean)
@@ -52,40 +35,6 @@ def first_extreme(row: Any, width: int, largest: bool) -> int:
     while bits[j] != low:
         j += 1
     return j
-
-
-@compiled(
-    I8, F4[:, :, ::1], F4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, ::1], I8[:, ::1], F4[:, :, :, ::1],
-    F4[:, :, ::1], F4[:, :, ::1], F4[:, ::1], F4[:, ::1], I8[:, ::1], F4[:, ::1], F8, boolean,
-)  # fmt: skip
-def merge(
-    layer: int, logits: Any, inverse: Any, hosts: Any, cosine: Any, bar: Any, base: Any, queries: Any, key: Any,
-    value: Any, values: Any, best: Any, host: Any, weight: Any, scale: float, merges_keys: bool,
-) -> None:  # fmt: skip
-    """Merges the pending evictee of every row of a layer into its host: the value in place, the logit by linearity.
-
-    ``logits`` are the layer's own; the other arrays hold every layer.
-    """
-    rows, lanes, width = logits.shape
-    unscaled = np.float32(1 / scale)
-    for r in range(rows):
-        row, product, norm, may = cosine[r], logits[r, lanes - 1], inverse[layer, r], hosts[layer, r]
-        for c in range(width):
-            row[c] = product[c] * norm[c] * unscaled + may[c]
-        j = first_extreme(row, width, True)
-        best[layer, r], host[layer, r], weight[layer, r] = row[j], j, 0
-        if row[j] >= bar[layer, r]:
-            w = np.float32(1 / (1 + math.exp(-row[j])))
-            weight[layer, r] = w
-            at = base[layer, r] + j
-            for i in range(values.shape[1]):
-                values[at, i] += w * (value[layer, r, i] - values[at, i])
-            if merges_keys:
-                for q in range(lanes - 1):
-                    dot = np.float32(0)
-                    for i in range(key.shape[2]):
-                        dot += queries[layer, r, q, i] * key[layer, r, i]
-                    logits[r, q, j] += w * (dot * np.float32(scale) - logits[r, q, j])
 
 
 @compiled(F4[::1])

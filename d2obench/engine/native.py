@@ -13,11 +13,9 @@ PyTorch's.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from d2obench import team
 from d2obench.engine.slots import DenseStore
 
 if TYPE_CHECKING:
@@ -27,12 +25,7 @@ if TYPE_CHECKING:
 
 def serves(store: DenseStore) -> bool:
     """Whether the kernels can work on this storage."""
-    return type(store) is DenseStore and suits(store.dtype, store.device)
-
-
-def suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are kernels for keys and values of this kind."""
-    return dtype == torch.float32 and device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    return type(store) is DenseStore and team.suits(store.dtype, store.device)
 
 
 def arrays(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
@@ -45,6 +38,7 @@ def loops() -> Any:
 
     A session calls this when it is made, before anything of it is timed.
     """
-    import d2obench.engine.loops
+    from d2obench.engine import host_loops, loops
 
-    return d2obench.engine.loops
+    assert host_loops.attend
+    return loops

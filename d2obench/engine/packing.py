@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from d2obench.engine.carry import Carry
-from d2obench.engine.kernels import interpreted, prompt
+from d2obench.engine.kernels import prompt
 from d2obench.engine.layer import PolicyLayer
 from d2obench.engine.prefill import kept_stats
 from d2obench.engine.quantised import QuantStore
 from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
 from d2obench.engine.state import DecodeState, capacities
-from d2obench.engine.transposed import TransposedStore
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Kept, Policy, Stats, pick, select
 from d2obench.ranges import span
@@ -165,9 +164,7 @@ class Packing:
         layout, bits = self.layout, self.policy.bits
         rows = layout.batch * layout.heads
         if bits in (None, 16):
-            across = self.grows and layout.device.type == "cpu" and not interpreted()  # the Triton kernels read rows
-            kind = TransposedStore if across else DenseStore
-            return kind(self.sizes, rows, layout.widths, layout.dtype, layout.device, parts and parts[:2])
+            return DenseStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, parts and parts[:2])
         store = QuantStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, bits, self.grows)
         for layer in range(len(self.sizes) if parts else 0):
             store.fill(layer, *(column.pop(0) for column in parts or ()))

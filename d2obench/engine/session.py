@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2obench import team
 from d2obench.engine import build, families, library, native
 from d2obench.engine.cache import PolicyCache
 from d2obench.engine.graph import Steps
@@ -112,7 +113,7 @@ class Session:
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
         self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
         self._device = loaded.device
-        if native.suits(loaded.dtype, loaded.device):
+        if team.suits(loaded.dtype, loaded.device):
             native.loops()
         self._positions = torch.zeros(0, dtype=torch.long)
         self._lengths: list[int] = []

@@ -12,7 +12,7 @@ ragged layer or of a shorter sequence). The order of slots means nothing to atte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,19 +55,18 @@ class DenseStore:
         self._allocate()
 
     def _allocate(self) -> None:
-        self.key_rows = self._rows(self.widths[0], self._parts[0], self._key_view)
-        self.value_rows = self._rows(self.widths[1], self._parts[1], self._view)
+        self.key_rows, self.value_rows = map(self._rows, self.widths, self._parts)
 
-    def _rows(self, width: int, parts: list[Tensor], view: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def _rows(self, width: int, parts: list[Tensor]) -> Tensor:
         flat = lasting((self.offsets[-1], width), self.dtype, self.device, huge=True)
         for layer in range(len(parts)):
             part = parts.pop(0)
-            view(flat, layer)[:, : part.shape[1]] = part
+            self._view(flat, layer)[:, : part.shape[1]] = part
         return flat
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, a view."""
-        return self._key_view(self.key_rows, layer)
+        return self._view(self.key_rows, layer)
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, ``[rows, C_ℓ, d_v]``, a view."""
@@ -133,9 +132,6 @@ class DenseStore:
         """Brings back what :meth:`snapshot` saved, in place."""
         self.key_rows.copy_(saved[0])
         self.value_rows.copy_(saved[1])
-
-    def _key_view(self, flat: Tensor, layer: int) -> Tensor:
-        return self._view(flat, layer)
 
     def _view(self, flat: Tensor, layer: int) -> Tensor:
         run = flat[self.offsets[layer] : self.offsets[layer + 1]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2obench.engine import kernels, native
+from d2obench.engine import host, kernels, native
 from d2obench.engine.slots import CLOSED, EMPTY, NEVER, DenseStore
 from d2obench.ranges import span
 
@@ -77,7 +77,7 @@ class DecodeState:
         self.extra: dict[str, Tensor] = {}
         self.carry: Any = None
         self.path: Any = None
-        """The fused decode path (``d2obench.engine.kernels``), if it serves this state."""
+        """The fused decode path, if one serves this state: ``d2obench.engine.host`` or ``.kernels``."""
         self.fallback = ""
         """Why not, where one could have been expected."""
         self._loops = native.loops() if native.serves(store) and not grows and policy.interval == 1 else None
@@ -292,8 +292,8 @@ class DecodeState:
         self._shown, self._none = torch.empty(width if self._loops else 0), torch.empty(0, 0, 0)
 
     def _choose(self) -> None:
-        """Takes the fused path where it serves; the buffers of the other one then go."""
-        chosen = kernels.fused(self)
+        """Takes a fused path where one serves; the buffers of the other one then go."""
+        chosen = host.HostDecode(self) if host.serves(self) else kernels.fused(self)
         self.path, self.fallback = (None, chosen) if isinstance(chosen, str) else (chosen, "")
         if self.path is not None:
             self._logits, self._weights = self._logits[:0].clone(), self._weights[:0].clone()

@@ -1,0 +1,70 @@
+"""PyTorch's own threads, lent to loops of ours (CPU).
+
+Design. A decode step on a CPU is a few hundred short loops that read memory. As operators they don't read it at the
+speed it has, and a second pool of threads would fight with PyTorch's over the cores. So a loop is compiled by numba to
+a C function (``d2obench.team.language``) and handed to the OpenMP runtime that PyTorch has loaded: its
+``GOMP_parallel`` runs a function on the team that PyTorch's operators run on, which is awake between them. A launch
+costs some two microseconds. Pieces of the work are handed out one by one, so that a core that is held up takes fewer
+of them.
+
+Where there is no such runtime (another system, a PyTorch with other threads, no numba), :func:`here` says so and
+callers go their PyTorch way, which gives the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import struct
+import sys
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _parallel() -> Any:
+    """The runtime's entry point, or None."""
+    if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        entry = ctypes.CDLL("libgomp.so.1", mode=_LOADED).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    entry.restype = None
+    return entry
+
+
+_LOADED = 4
+"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another team."""
+
+
+def here() -> bool:
+    """Whether there is a team to lend."""
+    return _parallel() is not None
+
+
+def suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are loops for tensors of this kind here."""
+    return dtype == torch.float32 and device.type == "cpu" and here()
+
+
+class Words(ctypes.c_int64 * 64):
+    """What a loop is given: a counter, the number of pieces, then addresses and sizes. Once filled, it can be given
+    again and again."""
+
+
+def launch(loop: int, words: Words) -> None:
+    """Runs the pieces of a loop, given by its address, on the team, and waits for them."""
+    words[0] = 0
+    _parallel()(loop, words, min(words[1], torch.get_num_threads()), 0)
+
+
+def bits(number: float) -> int:
+    """A float64 as a word."""
+    found: int = struct.unpack("q", struct.pack("d", number))[0]
+    return found
