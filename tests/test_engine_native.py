@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2obench.engine import Session, native
+from d2obench.team import language
 
 loops = native.loops()
 numbers = st.floats(width=32, allow_nan=False)
@@ -23,13 +24,13 @@ def test_the_first_extreme_is_numpys(row, largest):
     array[array == 0] = 0  # −0 and 0 are one number to NumPy
     beyond = np.concatenate([array, np.array([np.inf if largest else -np.inf], np.float32)])
     expected = array.argmax() if largest else array.argmin()
-    assert loops.first_extreme(beyond, len(array), largest) == expected
+    assert language.first_extreme(beyond, len(array), largest) == expected
 
 
 def test_they_compile_where_nothing_can_be_cached(monkeypatch):
     """As in a container whose file system is read-only."""
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    loop = loops.compiled(loops.I8)(lambda number: number + 1)
+    loop = language.compiled(loops.I8)(lambda number: number + 1)
     assert loop(2) == 3
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from d2obench.engine.loops import first_extreme
-from d2obench.team.language import FAST, LANES, blend, dots, exp, floats, integers, loop, take, words_at
+from d2obench.team.language import (
+    FAST, LANES, blend, dots, exp, first_extreme, floats, integers, loop, take, words_at,
+)  # fmt: skip
 
 KEYS, VALUES = 48, 64
 """Slots whose keys, or values, stay in a core's first cache while all query heads of the group see them."""

@@ -11,30 +11,11 @@ from typing import Any
 import numpy as np
 from numba import boolean, float32, float64, int32, int64
 
-from d2obench.team.language import compiled
+from d2obench.team.language import compiled, first_extreme
 
 I4, I8, F4, F8 = int32, int64, float32, float64
 TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
 """As in ``Carry`` and ``DecodeState``."""
-
-
-@compiled(F4[::1], I8, boolean)
-def first_extreme(row: Any, width: int, largest: bool) -> int:
-    """Index of the first largest or smallest of a row's first ``width`` numbers.
-
-    Floats are compared as integers of the same order: LLVM vectorises that, and a minimum of floats it does not.
-    """
-    bits, flip = row.view(np.int32), np.int32(-1 if largest else 0)
-    low = np.int32(0x7FFFFFFF)
-    for c in range(width):
-        i = bits[c]
-        low = min(low, i ^ ((i >> 31) & np.int32(0x7FFFFFFF)) ^ flip)
-    low ^= flip
-    low ^= (low >> 31) & np.int32(0x7FFFFFFF)
-    j = 0
-    while bits[j] != low:
-        j += 1
-    return j
 
 
 @compiled(F4[::1])

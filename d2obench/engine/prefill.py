@@ -100,7 +100,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
     ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
-    grouped = q.reshape(rows, group, new, -1)
+    grouped = q.unflatten(1, (heads, group))
     flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
     mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
     cores = torch.get_num_threads()
@@ -110,7 +110,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
     for first in range(0, new, CPU_BLOCK):
         last = min(new, first + CPU_BLOCK)
         size, end = last - first, length - new + last
-        block = (grouped[:, :, first:last] * scale).reshape(rows, group * size, -1)
+        block = (grouped[:, :, :, first:last] * scale).reshape(rows, group * size, -1)
         some = cores * max(1, CPU_CACHE // (group * size * end * 4))
         for low in range(0, rows, some):
             part = slice(low, min(rows, low + some))

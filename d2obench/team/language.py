@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, float32, int32, int64, njit, types
+from numba import boolean, carray, cfunc, float32, int32, int64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -149,6 +149,25 @@ def exp(x: Any) -> Any:
     sum = ((((C7 * rest + C6) * rest + C5) * rest + C4) * rest + C3) * rest + C2
     scale = as_float((int32(power) + int32(127)) << int32(23))
     return (sum * rest * rest + rest + ONE) * scale if x > LOWEST else np.float32(0)
+
+
+@compiled(float32[::1], int64, boolean)
+def first_extreme(row: Any, width: int, largest: bool) -> int:
+    """Index of the first largest or smallest of a row's first ``width`` numbers.
+
+    Floats are compared as integers of the same order: LLVM vectorises that, and a minimum of floats it does not.
+    """
+    bits, flip = row.view(np.int32), int32(-1 if largest else 0)
+    low = int32(0x7FFFFFFF)
+    for c in range(width):
+        i = bits[c]
+        low = min(low, i ^ ((i >> 31) & int32(0x7FFFFFFF)) ^ flip)
+    low ^= flip
+    low ^= (low >> 31) & int32(0x7FFFFFFF)
+    j = 0
+    while bits[j] != low:
+        j += 1
+    return j
 
 
 def _at(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
