@@ -16,7 +16,7 @@ class BasePress:
         raise AssertionError("a press of its own compresses")
 
     def forward_hook(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = (kwargs.get("cache") or kwargs["past_key_values"]).layers[module.layer_idx]
         layer.keys, layer.values = self.compress(layer.keys, layer.values)
         return output
 

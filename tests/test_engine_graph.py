@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import prompts, tiny_model
+from tiny_families import CONFIGS, prompts, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from d2obench.engine import Session, graph, kernels, native
+from d2obench import team
+from d2obench.engine import Session, graph, kernels
 from d2obench.models import load
+from d2obench.models.thin import QuickNorm, ThinLinear
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive",
          "lift_fresh")  # fmt: skip
@@ -95,7 +98,16 @@ def eagerly(policy: str) -> tuple[list[torch.Tensor], Session]:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps by PyTorch's operators alone, as on a GPU without kernels."""
-    monkeypatch.setattr(native, "serves", lambda store: False)
+    plainly(monkeypatch)
+
+
+def plainly(patch: pytest.MonkeyPatch) -> None:
+    """A step's loops for CPUs, which are no operators, by PyTorch's."""
+    for family in CONFIGS:  # made once for all tests: with their loops
+        tiny_model(family)
+    patch.setattr(team, "here", lambda: False)
+    patch.setattr(ThinLinear, "forward", torch.nn.Linear.forward)
+    patch.setattr(QuickNorm, "forward", LlamaRMSNorm.forward)
 
 
 def check_replays(policy: str) -> Session:
@@ -144,6 +156,7 @@ def test_every_family_can_be_replayed(family: str, operators: None, monkeypatch:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the GPU: pytest -m cuda")
 def test_a_fused_step_can_be_replayed(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
+    plainly(monkeypatch)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert check_replays(policy).cache.state.path is not None
 
@@ -159,14 +172,14 @@ def test_a_fused_step_can_be_replayed(policy: str, monkeypatch: pytest.MonkeyPat
         ("h2o", "falcon", "copies from the host"),
     ],
 )
-def test_what_cannot_be_captured_says_why(policy: str, family: str, reason: str) -> None:
+def test_what_cannot_be_captured_says_why(policy: str, family: str, reason: str, operators: None) -> None:
     session, logits = opened(policy, family)
     assert reason in graph.obstacle(session)
     assert torch.isfinite(session.step(logits.argmax(-1))).all()
     assert session.remarks == []  # nothing else was to be expected of a CPU
 
 
-def test_remarks_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remarks_are_for_gpus(monkeypatch: pytest.MonkeyPatch, operators: None) -> None:
     monkeypatch.setattr(kernels, "fused", lambda state: "heads have 288 channels, more than 256")
     session, logits = opened("full")
     session.step(logits.argmax(-1))

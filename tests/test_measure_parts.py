@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2obench.engine import Session
+from d2obench.engine import Session, host
 from d2obench.errors import UsageError
 from d2obench.measure.clock import HostClock, clock_for
 from d2obench.measure.parts import Book, cost_of_parts, parts_named
@@ -66,7 +66,11 @@ def test_ranges_are_there_inside_the_block_only(tiny: LoadedModel) -> None:
         ("d2o", "0.5", {"attention", "scores", "eviction", "similarity"}),
     ],
 )
-def test_a_request_by_parts(tiny: LoadedModel, policy: str, budget: str | None, expected: set[str]) -> None:
+def test_a_request_by_parts(
+    tiny: LoadedModel, policy: str, budget: str | None, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "serves", lambda state: False)  # one loop there is one part: attention
+
     def session(mark: Any) -> Session:
         return Session(tiny, policy, budget, max_new=20, mark=mark)
 

@@ -6,6 +6,8 @@ Falcon's does), be causal softmax attention without soft-capping, and keep one k
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +35,16 @@ def prepare(model: PreTrainedModel) -> None:
     if getattr(config, "alibi", False):
         raise ModelError(f"this {family} model adds ALiBi to attention", remedy="use one with rotary positions")
     model.set_attn_implementation("sdpa" if family in BRIDGED else IMPLEMENTATION)
+
+
+def keyword(model: PreTrainedModel) -> str:
+    """The name under which a model's ``forward`` takes a cache: transformers 5.24 gave it another one."""
+    return _keyword(type(model))
+
+
+@functools.cache
+def _keyword(kind: type[PreTrainedModel]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def restore(model: PreTrainedModel) -> None:

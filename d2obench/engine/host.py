@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from d2obench import team
-from d2obench.engine import kernels, native
+from d2obench.compiler import interpreted
+from d2obench.engine import native
 from d2obench.ranges import span
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def serves(state: DecodeState) -> bool:
     """Whether the loop can attend for a state."""
     store, carry = state.store, state.carry
     whole = store.widths[0] % 8 == 0 and store.widths[1] % 16 == 0
-    return native.serves(store) and whole and not kernels.interpreted() and (carry is None or not carry.plan.per_layer)
+    return native.serves(store) and whole and not interpreted() and (carry is None or not carry.plan.per_layer)
 
 
 class HostDecode:

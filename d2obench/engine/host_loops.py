@@ -11,8 +11,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from d2obench.team import Words
 from d2obench.team.language import (
-    FAST, LANES, blend, dots, exp, first_extreme, floats, integers, loop, take, words_at,
+    FAST,
+    LANES,
+    blend,
+    dots,
+    exp,
+    first_extreme,
+    floats,
+    integers,
+    loop,
+    take,
+    words_at,
 )  # fmt: skip
 
 KEYS, VALUES = 48, 64
@@ -122,7 +133,13 @@ def _product(a: int, b: int, count: int) -> float:
     return total
 
 
-@loop
+def _flops(words: Words) -> int:
+    """Of the products with keys, an evictee's among them, and with values."""
+    group, width, value_width = words[12:15]
+    return 2 * words[1] * words[9] * ((group + bool(words[21])) * width + group * value_width)
+
+
+@loop(_flops)
 def attend(given: Any) -> None:
     """A piece is a row: its new token is written, its pending evictee merged, its queries attend.
 

@@ -268,9 +268,9 @@ class Session:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{families.keyword(self.loaded.model): self.cache},
         )
         logits: Tensor = out.logits[:, -1]
         return logits

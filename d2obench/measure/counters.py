@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from d2obench import team
 from d2obench.measure.phases import Request
 
 _CONCATENATE = ("aten.cat", "aten.stack", "aten.concat", "aten.repeat_interleave")
@@ -33,7 +34,7 @@ class StepCounts(NamedTuple):
     """One decode step.
 
     Args:
-        ops: aten operators dispatched.
+        ops: aten operators dispatched, and loops of ours launched (``team.NAME``).
         flops: floating-point operations of matrix products and attention.
         by_op: operator → times.
         concatenations: operator → times, of those that build a new tensor out of others.
@@ -71,7 +72,8 @@ def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
 
 def count(work: Callable[[], object]) -> StepCounts:
     """Runs ``work`` once and counts its operators."""
-    with _Counting() as seen:
+    seen = _Counting()
+    with team.watched(seen.launched), seen:
         work()
     return StepCounts(
         ops=sum(seen.ops.values()),
@@ -104,6 +106,11 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
         self.flops = self.allocated = 0
         self.largest = (0, "")
+
+    def launched(self, loop: team.Loop, words: team.Words) -> None:
+        """Counts a loop of ours, which is no operator to PyTorch; its results are allocated by one."""
+        self.ops[f"team.{loop.name}"] += 1
+        self.flops += loop.flops(words)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -134,10 +134,11 @@ def loaded(
     name: str, model: Any, tokenizer: Any, *, digest: str, context: int | None = None, **rest: Any
 ) -> LoadedModel:
     """Freezes ``model`` and describes it; ``rest`` are fields of :class:`LoadedModel`."""
-    from d2obench.models.thin import adapt
+    from d2obench.models import rotary, thin
 
     model.eval().requires_grad_(False)
-    adapt(model)
+    thin.adapt(model)
+    rotary.adapt(model)
     dimensions = dimensions_of(model.config, parameters=0, context=context)
     return LoadedModel(
         name=name,

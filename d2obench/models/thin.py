@@ -47,16 +47,19 @@ class ThinLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[…, in]`` to ``[…, out]``."""
-        rows = input.numel() // self.in_features
+        inputs, outputs = self.in_features, self.out_features
+        rows = input.numel() // inputs
+        parameters = self._parameters  # modules look attributes up slowly, and a step does so two hundred times
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
         if not 0 < rows <= ROWS:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
         held = input.contiguous()
-        out = torch.empty(*input.shape[:-1], self.out_features)
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        share = share_of(self.out_features, torch.get_num_threads())
+        out = torch.empty(*input.shape[:-1], outputs)
+        share = share_of(outputs, torch.get_num_threads())
         words = team.Words(
-            0, -(-self.out_features // share), held.data_ptr(), self.weight.data_ptr(), bias, out.data_ptr(),
-            rows, self.in_features, self.out_features, share,
+            0, -(-outputs // share), held.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            out.data_ptr(), rows, inputs, outputs, share,
         )  # fmt: skip
         team.launch(_loops().product, words)
         return out

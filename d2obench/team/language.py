@@ -25,6 +25,8 @@ from numba import boolean, carray, cfunc, float32, int32, int64, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from d2obench.team import Loop, Words
+
 logging.getLogger("numba").setLevel(logging.WARNING)
 FAST = {"reassoc", "contract", "nsz", "nnan"}
 """Sums in any order, so that they vectorise; infinities stay exact, since ``ninf`` is not among them."""
@@ -55,16 +57,20 @@ def compiled(*takes: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def loop(function: Any) -> int:
-    """Compiles a loop of the team; its address. The compiled function lives as long as the process."""
-    kind = types.void(types.voidptr)
-    function.__qualname__ += f"_{VERSION}"
-    try:
-        made = cfunc(kind, cache=True, fastmath=FAST)(function)
-    except RuntimeError:
-        made = cfunc(kind, fastmath=FAST)(function)
-    _alive.append(made)
-    return int(made.address)
+def loop(flops: Callable[[Words], int]) -> Callable[[Any], Loop]:
+    """Compiles a loop of the team; ``flops`` as :class:`Loop` has it. What is compiled lives as long as the process."""
+
+    def decorate(function: Any) -> Loop:
+        name, kind = function.__name__, types.void(types.voidptr)
+        function.__qualname__ += f"_{VERSION}"
+        try:
+            made = cfunc(kind, cache=True, fastmath=FAST)(function)
+        except RuntimeError:
+            made = cfunc(kind, fastmath=FAST)(function)
+        _alive.append(made)
+        return Loop(name, int(made.address), flops)
+
+    return decorate
 
 
 _alive: list[Any] = []

@@ -17,7 +17,7 @@ COLUMNS = 2 * LANES
 _tile, _single = blend(SIDE), blend(1)
 
 
-@loop
+@loop(lambda words: 2 * words[1] * BLOCK * words[8] * words[9])
 def nearest(given: Any) -> None:
     """Highest ``e·u + b`` of every evicted key, and where; the first of equals wins. A piece is a block of a row's.
 

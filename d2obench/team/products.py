@@ -14,7 +14,7 @@ OUTPUTS, ROWS = 3, 4
 _tile, _single, _last = dots(OUTPUTS, ROWS), dots(OUTPUTS, 1), dots(1, 1)
 
 
-@loop
+@loop(lambda words: 2 * words[6] * words[7] * words[8])
 def product(given: Any) -> None:
     """``out = x·Wᵀ + b``; a piece is a run of outputs.
 
@@ -53,7 +53,7 @@ def product(given: Any) -> None:
                     found[o] += added[o]
 
 
-@loop
+@loop(lambda words: 0)
 def norm(given: Any) -> None:
     """``out = w·x ÷ √(mean x² + ε)``, row by row; a piece is a run of rows.
 
@@ -75,3 +75,34 @@ def norm(given: Any) -> None:
             factor = np.float32(1 / math.sqrt(total / width + small))
             for i in range(width):
                 found[i] = scale[i] * (row[i] * factor)
+
+
+@loop(lambda words: 0)
+def rotate(given: Any) -> None:
+    """Rotary positions: ``x·cos + (−x₂, x₁)·sin`` of queries and keys; a piece is a run of tokens.
+
+    Words: queries ``[T, Hq, d]``, keys ``[T, Hk, d]``, cos and sin ``[P, d]`` (token t has line t mod P), where the
+    results go; T, Hq, Hk, d, P, tokens of a piece.
+    """
+    words = words_at(given)
+    queries, keys, cosines, sines, out_queries, out_keys, tokens, query_heads, key_heads, width, lines, share = words[
+        2:14
+    ]
+    half = width // 2
+    while True:
+        piece = take(given)
+        if piece < 0:
+            return
+        for t in range(piece * share, min(tokens, piece * share + share)):
+            cos = floats(cosines + 4 * (t % lines) * width, width)
+            sin = floats(sines + 4 * (t % lines) * width, width)
+            for h in range(query_heads + key_heads):
+                if h < query_heads:
+                    at, source, to = t * query_heads + h, queries, out_queries
+                else:
+                    at, source, to = t * key_heads + h - query_heads, keys, out_keys
+                x, out = floats(source + 4 * at * width, width), floats(to + 4 * at * width, width)
+                for i in range(half):
+                    out[i] = x[i] * cos[i] - x[half + i] * sin[i]
+                for i in range(half):
+                    out[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i]

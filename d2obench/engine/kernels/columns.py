@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2obench.engine.kernels import interpreted
+from d2obench.compiler import interpreted
 from d2obench.engine.kernels.attend import product
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)

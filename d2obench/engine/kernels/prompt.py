@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2obench.engine.kernels import WIDEST, missing
+from d2obench.compiler import missing
+from d2obench.engine.kernels import WIDEST
 from d2obench.policies.base import Needs, Stats
 from d2obench.ranges import span
 

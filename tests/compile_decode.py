@@ -1,0 +1,90 @@
+"""Compiles every kernel of the fused decode path for Hopper, to machine code, for the dimensions of Llama-3-8B: from
+the very launches that a step makes.
+
+Run by ``test_kernels_decode.py``; needs Triton, but no GPU. Prints a line a kernel: name, policy, splits, registers of
+a thread, bytes it spills, bytes of shared memory of a program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import Any
+
+import torch
+import triton
+from decode_cases import Case, fresh, state_of
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from d2obench.engine.kernels import path
+
+LIMIT = 99 * 1024
+"""Bytes of shared memory that a program may have on the smallest supported GPUs."""
+KINDS = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def kind_of(given: Any) -> str:
+    """The type of an argument, as Triton's launcher sees it."""
+    if isinstance(given, torch.Tensor):
+        return KINDS[given.dtype]
+    return "fp32" if isinstance(given, float) else "i32"
+
+
+def build(kernel: Any, given: tuple[Any, ...], meta: dict[str, Any]) -> tuple[Any, str]:
+    """The compiled kernel of a launch, and what the assembler said."""
+    stages = meta.pop("num_stages", 3)
+    names, fixed = kernel.arg_names, set(kernel.do_not_specialize)
+    kinds = dict(zip(names, map(kind_of, given), strict=False)) | dict.fromkeys(meta, "constexpr")
+    known = dict(zip(names, given, strict=False))
+    aligned = [
+        name
+        for name, value in known.items()
+        if kinds[name].startswith("*") or (isinstance(value, int) and name not in fixed and value % 16 == 0)
+    ]
+    source = ASTSource(
+        fn=kernel,
+        signature=kinds,
+        constexprs=meta,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": stages})
+    return built, said.getvalue()
+
+
+knobs.nvidia.dump_ptxas_log = True
+seen = set()
+launches: list[Any] = []
+path.launch = lambda kernel, grid, *given, **meta: launches.append((kernel, given, meta))
+for policy in ("d2o", "h2o", "streaming", "full"):
+    for splits in (1, 5):
+        case = Case(
+            heads=8, group=4, widths=(128, 128), dtype=torch.bfloat16, capacities=(409,), policy=policy, splits=splits
+        )
+        state = state_of(case)
+        state.path = path.FusedDecode(state, 132, interpreted=False, splits=splits)
+        launches.clear()
+        query, key, value = fresh(case, torch.Generator().manual_seed(1))
+        state.path.write(key, value)
+        state.path.attend(0, query, 0.088)
+        if not state.grows:
+            assert state.path.turn()
+        for kernel, given, meta in list(launches):
+            mark = kernel.fn.__name__, tuple(meta.items())
+            if mark in seen:
+                continue
+            seen.add(mark)
+            products = kernel.fn.__name__ in ("attend", "weigh", "mix")
+            built, said = build(kernel, given, dict(meta))
+            registers, spilt = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+            assert registers and spilt, said
+            assert not products or "mma" in built.asm["ptx"], "no tensor cores"
+            assert built.metadata.shared <= LIMIT, built.metadata.shared
+            assert int(spilt[1]) == 0, said
+            print(kernel.fn.__name__, policy, splits, registers[1], spilt[1], built.metadata.shared)
