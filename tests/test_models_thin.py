@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from d2obench import team
 from d2obench.models import thin
 from d2obench.models.base import loaded
-from d2obench.models.thin import NORMS, ROWS, QuickNorm, ThinLinear, adapt, share_of
+from d2obench.models.thin import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, share_of
 
 lent = pytest.mark.skipif(not team.here(), reason="PyTorch has no team to lend here")
 
@@ -70,6 +70,30 @@ def test_a_quick_norm_is_the_norm(shape):
     wide = given.double()
     expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * plain.weight.double()
     torch.testing.assert_close(quick(given).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_a_fused_norm_is_the_norm(dtype, near):
+    plain = LlamaRMSNorm(24, eps=1e-3).to(dtype)
+    nn.init.normal_(plain.weight)
+    fused = copy.deepcopy(plain)
+    fused.__class__ = FusedNorm
+    given = torch.randn(2, 3, 24).mul(2).to(dtype)
+    wide = given.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-3) * plain.weight.double()
+    torch.testing.assert_close(fused(given).double(), expected, rtol=near, atol=near)
+    assert fused(given).dtype == dtype
+
+
+def test_on_another_device_norms_alone_are_taken_over():
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=48
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    adapt(model)
+    assert type(model.model.norm) is type(model.model.layers[0].input_layernorm) is FusedNorm
+    assert type(model.lm_head) is nn.Linear and "forward" not in vars(model.model.layers[0].mlp)
 
 
 @lent

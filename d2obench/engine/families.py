@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,11 +40,11 @@ def prepare(model: PreTrainedModel) -> None:
 
 def keyword(model: PreTrainedModel) -> str:
     """The name under which a model's ``forward`` takes a cache: transformers 5.24 gave it another one."""
-    return _keyword(type(model))
+    return _keyword(cast(Hashable, type(model)))
 
 
 @functools.cache
-def _keyword(kind: type[PreTrainedModel]) -> str:
+def _keyword(kind: Any) -> str:
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 

@@ -10,9 +10,11 @@ server would when it starts.
 What can't be captured goes step by step, and says so once (:func:`obstacle`). So does a step that a dispatch mode or
 the profiler's ranges look into, and whatever fails in capturing.
 
-``torch.compile`` is not used. A graph takes away the same launches; what would be left to gain is the fusion of norms,
-rotary embeddings and activations, a few vectors of the hidden size a layer, for minutes of compilation per shape and
-for arithmetic that differs from prefill's.
+``torch.compile`` is not used. A graph takes away the same launches from the host; what is left on the device are short
+kernels, each of a microsecond or two whatever it does. Norms and rotary positions, sixteen of a layer's launches in
+transformers' own code, are one each for norm and one for queries and keys together (``d2obench.models.thin``,
+``.rotary``); a compiler would fuse activations and residual sums, too, four more of a layer, for minutes of compilation
+per shape and for arithmetic that differs from prefill's.
 """
 
 from __future__ import annotations

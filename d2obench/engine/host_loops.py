@@ -94,7 +94,7 @@ def _host(product: Any, inverse: Any, hosts: Any, cosine: Any, width: int) -> in
 
 
 @njit(fastmath=FAST)
-def _softmax(logits: Any, bias: Any, scale: float, count: int) -> float:
+def _softmax(logits: Any, bias: Any, scale: Any, count: int) -> Any:
     """Logits become weights in place, with the highest at 1; the inverse of their sum."""
     high = np.float32(-np.inf)
     if len(bias):
@@ -126,7 +126,7 @@ def _toward(held: int, other: int, count: int, share: float) -> None:
 
 
 @njit(fastmath=FAST)
-def _product(a: int, b: int, count: int) -> float:
+def _product(a: int, b: int, count: int) -> Any:
     one, other, total = floats(a, count), floats(b, count), np.float32(0)
     for i in range(count):
         total += one[i] * other[i]

@@ -100,7 +100,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
     ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
-    grouped = q.unflatten(1, (heads, group))
+    grouped = q.view(batch, heads, group, new, -1)
     flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
     mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
     cores = torch.get_num_threads()

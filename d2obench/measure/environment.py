@@ -105,6 +105,7 @@ def _threads() -> int | None:
 
 
 OURS = "; column sums: blocks of queries; decode: products over slots"
+TEAM = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
 KERNELS = "; column sums and decode: Triton kernels"
 """Where they serve: a cell that they don't serve says so by itself."""
 
@@ -115,7 +116,9 @@ def _attention(device: str) -> str | None:
     if torch is None:
         return None
     if not device.startswith("cuda"):
-        return f"sdpa: flash (CPU){OURS}"
+        from d2obench import team
+
+        return f"sdpa: flash (CPU){TEAM if team.here() else OURS}"
     on = torch.backends.cuda
     kinds = {
         "flash": on.flash_sdp_enabled(),
@@ -123,7 +126,7 @@ def _attention(device: str) -> str | None:
         "cudnn": on.cudnn_sdp_enabled(),
         "math": on.math_sdp_enabled(),
     }
-    from d2obench.engine.kernels import missing
+    from d2obench.compiler import missing
 
     ours = OURS if missing(torch.device(device)) else KERNELS
     return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{ours}"

@@ -1,11 +1,11 @@
-"""A model's own work on a CPU: products of the few rows of a decode step, norms, and a prompt's feed-forward layers.
+"""A model's own work beside attention: products of a decode step's few rows, norms, a prompt's feed-forward layers.
 
-A product of 8 rows with a weight matrix should cost one reading of the weights. MKL reads them at a fifth to two thirds
-of the speed that memory has; :class:`ThinLinear` and :class:`QuickNorm` hand the work to loops of ours
+On a CPU: a product of 8 rows with a weight matrix should cost one reading of the weights. MKL reads them at a fifth to
+two thirds of the speed that memory has; :class:`ThinLinear` and :class:`QuickNorm` hand the work to loops of ours
 (``d2obench.team``), which read at 80 % of it and up.
 
 A prompt's feed-forward layers make four tensors of ``[tokens, 1536]``. Taken in pieces of tokens they are small, and
-the peak of memory is lower for it; time is the same.
+the peak of memory is lower for it; time is the same. On a GPU norms alone are taken over (:class:`FusedNorm`).
 
 Weights stay as and where they are. All caches measured on a model share this, the library's own too. Where there is no
 team of threads to lend, and for other dtypes, all is PyTorch's.
@@ -72,6 +72,18 @@ def share_of(outputs: int, threads: int) -> int:
     return -(-max(FEWEST, min(SHARE, wanted)) // 3) * 3
 
 
+class FusedNorm(nn.Module):
+    """The root-mean-square norm of :data:`NORMS` by PyTorch's own kernel, which on a GPU is one launch instead of six;
+    it takes the place of their class."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[…, width]`` to the same."""
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
+
+
 class QuickNorm(nn.Module):
     """The root-mean-square norm of :data:`NORMS` in one loop; it takes the place of their class."""
 
@@ -114,11 +126,16 @@ def piecewise(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def adapt(model: Any) -> None:
-    """Lets a model on a CPU compute this way: its linear layers and norms if it is float32, and its feed-forward layers
-    unless they look at more than one tensor or route tokens to experts."""
-    if model.device.type != "cpu" or (getattr(model, "tp_size", 1) or 1) > 1:
+    """Lets a model compute this way. On a CPU its linear layers and norms, if it is float32, and its feed-forward
+    layers, unless they look at more than one tensor or route tokens to experts; elsewhere its norms."""
+    if (getattr(model, "tp_size", 1) or 1) > 1:
         return
     lent = team.suits(model.dtype, model.device)
+    if model.device.type != "cpu":
+        for module in model.modules():
+            if type(module).__name__ in NORMS and "forward" not in vars(module):
+                module.__class__ = FusedNorm
+        return
     for module in list(model.modules()):
         plain = lent and getattr(module, "weight", None) is not None and module.weight.is_contiguous()
         if plain and type(module) is nn.Linear and module.in_features % 8 == 0:

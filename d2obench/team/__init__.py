@@ -55,7 +55,7 @@ def suits(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 and device.type == "cpu" and here()
 
 
-class Words(ctypes.c_int64 * 64):
+class Words(ctypes.c_int64 * 64):  # type: ignore[misc]
     """What a loop is given: a counter, the number of pieces, then addresses and sizes. Once filled, it can be given
     again and again."""
 
