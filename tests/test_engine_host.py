@@ -169,4 +169,4 @@ def test_what_is_not_served_goes_the_plain_path(case: Case, serves: bool) -> Non
 def test_without_a_team_all_is_pytorchs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "here", lambda: False)
     state = state_of(Case())
-    assert state.path is None and state._loops is None and state.carry._loops is None
+    assert state.path is None and state._loops is None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2obench.engine import native
 from d2obench.policies.base import Carries
 from d2obench.ranges import span
 
@@ -61,7 +60,6 @@ class Carry:
         self.host_bias.masked_fill_(state.position < 0, -torch.inf)
         self.bar = torch.full((layers, rows), torch.inf, device=device)
         self._cosine = torch.empty(rows, width, device=device)
-        self._loops = native.loops() if native.serves(store) and not plan.per_layer and plan.hosts == "all" else None
         # views made once: a step has no time to spare for slicing
         self._lanes = [self._lane(layer) for layer in range(layers)]
 
@@ -126,14 +124,6 @@ class Carry:
     def settle(self) -> None:
         """After the last layer: thresholds, counts, the merged keys, and the norms of what changed."""
         state, store = self.state, self.state.store
-        if self._loops is not None:
-            tensors = (
-                self.similarity, self.weight, self.host, self.pending, state.extra["tau"], state.extra["merged"],
-                store.base, state.slot, self.key, store.key_rows, self.inverse_norm, self.host_bias, self.score,
-                state.score,
-            )  # fmt: skip
-            self._loops.settle(*native.arrays(*tensors), self.plan.beta, self.plan.keys, self.plan.inherit)
-            return
         similarity = self.similarity + 1
         newest = self._mean(similarity) if self.plan.per_layer else similarity
         tau = state.extra["tau"]
@@ -154,14 +144,6 @@ class Carry:
     def take(self, victim: Tensor) -> None:
         """Holds the evicted entries aside; called with the freed slots before they are booked for the next token."""
         state, store = self.state, self.state.store
-        if self._loops is not None:
-            tensors = (
-                victim, store.base, store.key_rows, store.value_rows, state.position, state.score, state.extra["tau"],
-                self.inverse_norm, self.key, self.value, self.queries, self.score, self.pending, self.host_bias,
-                self.bar,
-            )  # fmt: skip
-            self._loops.take(*native.arrays(*tensors), self.plan.beta >= 1)
-            return
         index = store.base + victim
         self.key.copy_(store.read_keys(index))
         self.value.copy_(store.read_values(index))

@@ -18,6 +18,7 @@ from torch import Tensor
 from d2obench import team
 from d2obench.compiler import interpreted
 from d2obench.engine import native
+from d2obench.engine.victims import rule_of
 from d2obench.ranges import span
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ class HostDecode:
     """
 
     def __init__(self, state: DecodeState) -> None:
-        from d2obench.engine import host_loops
+        from d2obench.engine import host_loops, host_turn
 
-        self.state, self._loop = state, host_loops.attend
+        self.state, self._loop, self._turn = state, host_loops.attend, host_turn.turn
         rows, group, width = state.store.rows, state.group, state.position.shape[-1]
         self.share = (group + 2 if state.carry is not None else group + 1) * max(width, group)
         self.room = torch.empty(rows * self.share)
         self._new: tuple[Tensor, Tensor] | None = None
         self._words = [self._layer(layer) for layer in range(len(state.store.capacities))]
+        self._capacities = torch.tensor(state.store.capacities)
+        self._all = self._between() if rule_of(state) == "lowest" else None
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Takes the new token's key and value ``[B, H, 1, d]``; attention, which follows, writes them."""
@@ -68,12 +71,17 @@ class HostDecode:
         return out
 
     def turn(self) -> bool:
-        """What follows attention is not this path's."""
-        return False
+        """Does the rest of ``DecodeState.advance`` for a bounded cache, after its counters; False where the policy's
+        rule has no loop."""
+        if self._all is None:
+            return False
+        with span("evict"):
+            team.launch(self._turn, self._all)
+        return True
 
     def tensors(self) -> list[Tensor]:
         """The work buffers."""
-        return [self.room]
+        return [self.room, self._capacities]
 
     def _layer(self, layer: int) -> team.Words:
         """What doesn't change from step to step: none of these tensors is replaced while the state decodes."""
@@ -94,4 +102,30 @@ class HostDecode:
             0 if state.bias is None else state.bias[layer].data_ptr(),
             state.attention[layer].data_ptr() if state.tracks else 0,
             state.position.shape[-1], self.room.data_ptr(), self.share, *carried,
+        )  # fmt: skip
+
+    def _between(self) -> team.Words:
+        """What the loop between two steps works on, all layers."""
+        state, store, carry, extra = self.state, self.state.store, self.state.carry, self.state.extra
+        layers, rows, width = state.position.shape
+        carried: tuple[Any, ...] = (0,) * 20
+        if carry is not None:
+            held = (
+                carry.queries, carry.key, carry.value, carry.similarity, carry.weight, carry.host, carry.pending,
+                extra["tau"], extra["merged"], carry.score, carry.inverse_norm, carry.host_bias, carry.bar,
+            )  # fmt: skip
+            plan = carry.plan
+            carried = (
+                store.key_rows.data_ptr(), store.value_rows.data_ptr(), *store.widths,
+                *(tensor.data_ptr() for tensor in held), team.bits(plan.beta), int(plan.keys), int(plan.inherit),
+            )  # fmt: skip
+        tensors = (
+            self._capacities, store.base, state.free, state.target, state.now, state.position, state.evicted,
+        )  # fmt: skip
+        scored = (state.score, state.attention, extra["recent"])
+        assert all(tensor.is_contiguous() for tensor in (*tensors, *scored))
+        return team.Words(
+            0, layers, rows, width, *(tensor.data_ptr() for tensor in tensors),
+            0 if state.bias is None else state.bias.data_ptr(), *(tensor.data_ptr() for tensor in scored),
+            state.group, *carried,
         )  # fmt: skip

@@ -38,7 +38,7 @@ def loops() -> Any:
 
     A session calls this when it is made, before anything of it is timed.
     """
-    from d2obench.engine import host_loops, loops
+    from d2obench.engine import host_loops, host_turn, loops
 
-    assert host_loops.attend
+    assert host_loops.attend and host_turn.turn
     return loops

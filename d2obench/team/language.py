@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import boolean, carray, cfunc, float32, int32, int64, njit, types
+from numba import boolean, carray, cfunc, float32, int32, int64, njit, types, uint8
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -137,6 +137,18 @@ def floats(address: int, count: int) -> Any:
 def integers(address: int, count: int) -> Any:
     """Int64 numbers in memory."""
     return carray(_pointer(address), (count,), int64)
+
+
+@njit(inline="always")
+def shorts(address: int, count: int) -> Any:
+    """Int32 numbers in memory."""
+    return carray(_pointer(address), (count,), int32)
+
+
+@njit(inline="always")
+def flags(address: int, count: int) -> Any:
+    """Truth values in memory, as bytes."""
+    return carray(_pointer(address), (count,), uint8)
 
 
 LOG2E, HALF, ONE, LOWEST = np.float32(1.44269504), np.float32(0.5), np.float32(1), np.float32(-87)

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from d2obench.engine.kernels import attend as attention_kernels
 from d2obench.engine.kernels import merge, turn
-from d2obench.policies.base import Policy
-from d2obench.policies.d2o import D2O
-from d2obench.policies.h2o import H2O
-from d2obench.policies.streaming import Streaming
+from d2obench.engine.victims import rule_of
 from d2obench.ranges import span
 
 if TYPE_CHECKING:
@@ -188,25 +185,6 @@ class FusedDecode:
                 launch(kernel, grid, *given, **meta)
         else:
             launch(kernel, grid, *given, **meta)
-
-
-def rule_of(state: DecodeState) -> str | None:
-    """How the turn kernel picks a policy's victims: "lowest" score, "ring" of slots, or not at all.
-
-    Methods are compared, so that a policy derived from one of these goes its own way as soon as it changes one.
-    """
-    policy, kind = state.policy, type(state.policy)
-    if state.grows or policy.interval > 1:
-        return None
-    merges = kind.absorb_step is not Policy.absorb_step and state.carry is None
-    if merges and not (kind.absorb_step is D2O.absorb_step and getattr(policy, "merge", "") == "none"):
-        return None
-    if kind.observe is H2O.observe and kind.victims is H2O.victims:
-        important = state.carry is not None and state.carry.plan.hosts != "all"
-        return None if important or getattr(policy, "normalised", False) else "lowest"
-    if kind.observe is Policy.observe and kind.victims is Streaming.victims and state.carry is None:
-        return None if "read" in state.extra else "ring"
-    return None
 
 
 def _dense(tensor: Tensor) -> Tensor:
