@@ -1,4 +1,4 @@
-"""The decode path of a CPU: a layer's attention as one compiled loop on PyTorch's own threads.
+"""The decode path of a CPU: compiled loops on PyTorch's own threads, one a layer and one between steps.
 
 Design. The new token's key and value are written, the queries of a KV head multiplied with its keys, D2O's pending
 evictee merged on the way (``d2obench.engine.carry``), softmax taken, scores noted and values mixed, row by row: a row's

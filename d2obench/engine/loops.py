@@ -1,6 +1,6 @@
 """The compiled loops of ``d2obench.engine.native``; importing this imports numba.
 
-Arrays are the storage of the tensors of the same name in ``Carry`` and ``DecodeState``; everything is done in place.
+Arrays are the storage of the tensors of the same name in ``DecodeState``; everything is done in place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
 
 @compiled(F4[::1])
 def inverse_norm(row: Any) -> np.float32:
+    """As ``Carry`` keeps it."""
     total = row[0] * row[0]
     for i in range(1, row.shape[0]):
         total += row[i] * row[i]

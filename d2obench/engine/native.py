@@ -1,14 +1,11 @@
-"""The small work of a decode step on a CPU, compiled (numba): no temporaries, one call instead of a dozen operators.
+"""The small work between decode steps on a CPU, compiled (numba): no temporaries, one call instead of a dozen operators.
 
-Design. Attention itself is four large operators a layer and stays PyTorch's. What surrounds it is small: D2O's nearest
-host, threshold and merge touch a few rows per KV head, and so do the scores and the choice of a victim at the end of a
-step. There an operator's dispatch costs more than its arithmetic. Each kernel here is the plain loop over rows, works
-in place on the very storage of the tensors, and has a PyTorch twin beside its caller that does the same and serves
-every other case (other dtypes and devices, quantised stores, numba missing): ``d2obench.engine.carry`` and
-``d2obench.engine.state``. Results agree to rounding; ties of a cosine or a score go to the lowest slot in both.
-
-The kernels run on one thread: their work is a few hundred kilobytes, and a second pool of threads would fight with
-PyTorch's.
+Design. What policies do at the end of a step touches a few rows per KV head: there an operator's dispatch costs more
+than its arithmetic. Where ``d2obench.engine.host`` serves a state and a policy goes by the lowest score, all of it is
+one loop on PyTorch's threads; what is here serves every other policy: the choice of a victim, the booking of its slot.
+Each loop is the plain one over rows, works in place on the very storage of the tensors, and has a PyTorch twin beside
+its caller in ``d2obench.engine.state`` that does the same and serves every other case (other dtypes and devices,
+quantised stores, no threads to lend). Results agree to rounding; ties go to the lowest slot in both.
 """
 
 from __future__ import annotations
@@ -34,7 +31,8 @@ def arrays(*tensors: Tensor) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def loops() -> Any:
-    """The compiled loops; the first call in an environment compiles them, later ones read numba's own cache.
+    """The compiled loops, those of ``d2obench.engine.host`` with them; the first call in an environment compiles, later
+    ones read numba's own cache.
 
     A session calls this when it is made, before anything of it is timed.
     """
