@@ -1,5 +1,5 @@
-"""Compiles every kernel of the fused decode path for Hopper, to machine code, for the dimensions of Llama-3-8B: from
-the very launches that a step makes.
+"""Compiles every kernel of a decode step for Hopper, to machine code, for the dimensions of Llama-3-8B: from the very
+launches that a step makes.
 
 Run by ``test_kernels_decode.py``; needs Triton, but no GPU. Prints a line a kernel: name, policy, splits, registers of
 a thread, bytes it spills, bytes of shared memory of a program.
@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from d2obench.engine.kernels import path
+from d2obench.models import rotary_kernel
 
 LIMIT = 99 * 1024
 """Bytes of shared memory that a program may have on the smallest supported GPUs."""
@@ -58,6 +59,31 @@ def build(kernel: Any, given: tuple[Any, ...], meta: dict[str, Any]) -> tuple[An
     return built, said.getvalue()
 
 
+def compile_once(kernel: Any, given: tuple[Any, ...], meta: dict[str, Any], policy: str, splits: int) -> None:
+    """Compiles a launch unlike those before, and prints its line."""
+    name = kernel.fn.__name__
+    if (mark := (policy == "rotary", name, tuple(meta.items()))) in seen:
+        return
+    seen.add(mark)
+    built, said = build(kernel, given, dict(meta))
+    registers, spilt = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    assert registers and spilt, said
+    assert name not in ("attend", "weigh", "mix") or "mma" in built.asm["ptx"], "no tensor cores"
+    assert built.metadata.shared <= LIMIT, built.metadata.shared
+    assert int(spilt[1]) == 0, said
+    print(name, policy, splits, registers[1], spilt[1], built.metadata.shared)
+
+
+class Noting:
+    """A kernel whose launches are noted and not made."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given, **meta: launches.append((self.kernel, given, meta))
+
+
 knobs.nvidia.dump_ptxas_log = True
 seen = set()
 launches: list[Any] = []
@@ -75,16 +101,11 @@ for policy in ("d2o", "h2o", "streaming", "full"):
         state.path.attend(0, query, 0.088)
         if not state.grows:
             assert state.path.turn()
-        for kernel, given, meta in list(launches):
-            mark = kernel.fn.__name__, tuple(meta.items())
-            if mark in seen:
-                continue
-            seen.add(mark)
-            products = kernel.fn.__name__ in ("attend", "weigh", "mix")
-            built, said = build(kernel, given, dict(meta))
-            registers, spilt = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
-            assert registers and spilt, said
-            assert not products or "mma" in built.asm["ptx"], "no tensor cores"
-            assert built.metadata.shared <= LIMIT, built.metadata.shared
-            assert int(spilt[1]) == 0, said
-            print(kernel.fn.__name__, policy, splits, registers[1], spilt[1], built.metadata.shared)
+        for launch in list(launches):
+            compile_once(*launch, policy, splits)
+
+launches.clear()
+rotary_kernel.turn = Noting(rotary_kernel.turn)
+query, key = (torch.zeros(4, 1, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8))
+rotary_kernel.rotated(query, key, *torch.zeros(2, 4, 1, 128, dtype=torch.bfloat16))
+compile_once(*launches[0], "rotary", 1)

@@ -391,3 +391,4 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     built = {line.split()[0] for line in done.stdout.splitlines()}
     assert built == {"attend", "join", "weigh", "mix", "turn"}
+    assert "turn rotary" in done.stdout

@@ -1,4 +1,4 @@
-"""The small work between decode steps on a CPU, compiled (numba): no temporaries, one call instead of a dozen operators.
+"""The small work between decode steps on a CPU, compiled (numba): no temporaries, one call for a dozen operators.
 
 Design. What policies do at the end of a step touches a few rows per KV head: there an operator's dispatch costs more
 than its arithmetic. Where ``d2obench.engine.host`` serves a state and a policy goes by the lowest score, all of it is
