@@ -162,3 +162,22 @@ def test_only_a_layer_that_looks_at_each_token_alone_is_cut(count, experts, cut)
     before = holder.mlp.forward
     adapt(holder)
     assert (holder.mlp.forward is not before) is cut
+
+
+@lent
+def test_a_model_that_became_another_dtype_is_pytorchs():
+    thin, quick = adapted(nn.Linear(16, 40)).to(torch.bfloat16), adapted(LlamaRMSNorm(16)).to(torch.bfloat16)
+    given = torch.randn(3, 16, dtype=torch.bfloat16)
+    assert torch.equal(thin(given), nn.functional.linear(given, thin.weight, thin.bias))
+    assert quick(given).dtype == torch.bfloat16 and quick(given).isfinite().all()
+
+
+def test_the_runtime_is_the_one_pytorch_brings():
+    lines = [
+        "7f00-7f01 r-xp 00000000 08:01 11  /usr/lib/libgomp.so.1.0.0",
+        "7f01-7f02 r-xp 00000000 08:01 12  /a b/site-packages/torch/lib/libgomp-a34b3233.so.1",
+        "7f03-7f04 rw-p 00000000 00:00 0",
+    ]
+    assert team._runtime("\n".join(lines)) == "/a b/site-packages/torch/lib/libgomp-a34b3233.so.1"
+    assert team._runtime(lines[0]) == "/usr/lib/libgomp.so.1.0.0"
+    assert team._runtime("") == "libgomp.so.1"

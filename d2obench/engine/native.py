@@ -37,6 +37,7 @@ def loops() -> Any:
     A session calls this when it is made, before anything of it is timed.
     """
     from d2obench.engine import host_loops, host_turn, loops
+    from d2obench.team import nearest
 
-    assert host_loops.attend and host_turn.turn
+    assert host_loops.attend and host_turn.turn and nearest.nearest
     return loops

@@ -52,7 +52,7 @@ class ThinLinear(nn.Linear):
         parameters = self._parameters  # modules look attributes up slowly, and a step does so two hundred times
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
-        if not 0 < rows <= ROWS:
+        if not 0 < rows <= ROWS or not input.dtype == weight.dtype == torch.float32:
             return F.linear(input, weight, bias)
         held = input.contiguous()
         out = torch.empty(*input.shape[:-1], outputs)
@@ -92,6 +92,8 @@ class QuickNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[…, width]`` to the same."""
+        if not hidden_states.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
         held = hidden_states.contiguous()
         out = torch.empty_like(held)
         width = held.shape[-1]

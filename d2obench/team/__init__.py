@@ -20,9 +20,19 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+_LOADED = 4
+"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another team."""
+
+
+def _runtime(maps: str) -> str:
+    """The runtime's file among those a process has mapped: PyTorch's own, whatever a wheel calls it, or the system's."""
+    found = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libgomp" in line}
+    return min(found, key=lambda path: ("torch" not in path, path), default="libgomp.so.1")
 
 
 @functools.cache
@@ -33,16 +43,12 @@ def _parallel() -> Any:
     if importlib.util.find_spec("numba") is None:
         return None
     try:
-        entry = ctypes.CDLL("libgomp.so.1", mode=_LOADED).GOMP_parallel
+        entry = ctypes.CDLL(_runtime(Path("/proc/self/maps").read_text()), mode=_LOADED).GOMP_parallel
     except (OSError, AttributeError):
         return None
     entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     entry.restype = None
     return entry
-
-
-_LOADED = 4
-"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another team."""
 
 
 def here() -> bool:
