@@ -30,7 +30,8 @@ _LOADED = 4
 
 
 def _runtime(maps: str) -> str:
-    """The runtime's file among those a process has mapped: PyTorch's own, whatever a wheel calls it, or the system's."""
+    """The runtime's file among those a process has mapped: PyTorch's own, whatever its wheel calls it, or else the
+    system's."""
     found = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libgomp" in line}
     return min(found, key=lambda path: ("torch" not in path, path), default="libgomp.so.1")
 
