@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +98,22 @@ def test_a_wrapped_forward_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(vars(module), "forward", mine)
     rotary.adapt(model)
     assert module.forward is mine
+
+
+def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def broken(*given: Any) -> Any:
+        asked.append(given)
+        raise RuntimeError("no ptxas\nmore words")
+
+    tensors = given(1, 1, 16, True)
+    monkeypatch.setattr(rotary, "_refused", {})
+    monkeypatch.setitem(sys.modules, "d2obench.models.rotary_kernel", SimpleNamespace(rotated=broken))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert rotary._on_gpu(*tensors) is rotary._on_gpu(*tensors) is None
+    assert len(asked) == 1
+    assert rotary.fallback(tensors[0].device) == "the kernel did not compile (RuntimeError: no ptxas)"
 
 
 @pytest.fixture

@@ -87,8 +87,7 @@ class HostDecode:
         """What doesn't change from step to step: none of these tensors is replaced while the state decodes."""
         state, store, carry = self.state, self.state.store, self.state.carry
         capacity = store.capacities[layer]
-        none = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
-        carried: tuple[Any, ...] = none
+        carried: tuple[Any, ...] = (0,) * 10
         if carry is not None:
             held = (
                 carry.queries, carry.key, carry.value, carry.inverse_norm, carry.host_bias, carry.bar,

@@ -13,8 +13,18 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from d2obench.engine.loops import HOST, PROTECTED, inverse_norm
 from d2obench.team.language import FAST, first_extreme, flags, floats, integers, loop, shorts, take, words_at
+
+TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
+"""As in ``Carry`` and ``DecodeState``."""
+
+
+@njit(fastmath=FAST)
+def _inverse_norm(row: Any) -> Any:
+    total = row[0] * row[0]
+    for i in range(1, row.shape[0]):
+        total += row[i] * row[i]
+    return 1 / max(np.float32(math.sqrt(total)), TINY)
 
 
 @njit(fastmath=FAST)
@@ -86,10 +96,10 @@ def turn(given: Any) -> None:
                 if share > 0:
                     absorbed[layer] += 1
                     if merges:
-                        norms[j] = inverse_norm(hosting)
+                        norms[j] = _inverse_norm(hosting)
                     if inherits:
                         scores[j] += gained[lane]
-                norms[slot] = inverse_norm(floats(keys + 4 * (first + slot) * width, width))
+                norms[slot] = _inverse_norm(floats(keys + 4 * (first + slot) * width, width))
                 may[slot] = HOST
             limit = max(nows[row] - windows[lane], -1)
             seen = floats(attention + line, stride)

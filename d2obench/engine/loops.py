@@ -5,7 +5,6 @@ Arrays are the storage of the tensors of the same name in ``DecodeState``; every
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,8 @@ from numba import float32, int32, int64
 from d2obench.team.language import compiled, first_extreme
 
 I4, I8, F4 = int32, int64, float32
-TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
-"""As in ``Carry`` and ``DecodeState``."""
-
-
-@compiled(F4[::1])
-def inverse_norm(row: Any) -> np.float32:
-    """As ``Carry`` keeps it."""
-    total = row[0] * row[0]
-    for i in range(1, row.shape[0]):
-        total += row[i] * row[i]
-    return 1 / max(np.float32(math.sqrt(total)), TINY)
+PROTECTED = np.float32(3e38)
+"""As in ``DecodeState``."""
 
 
 @compiled(F4[:, :, ::1], I4[:, :, ::1], I4[::1], I4[:, ::1], F4[::1], I8[:, ::1])

@@ -19,7 +19,7 @@ from d2obench.engine.cache import PolicyCache
 from d2obench.engine.graph import Steps
 from d2obench.engine.sharding import shard_of
 from d2obench.errors import ModelError, UsageError
-from d2obench.models import LoadedModel
+from d2obench.models import LoadedModel, rotary
 from d2obench.models.base import bound_of
 from d2obench.policies import other, parse_policy
 from d2obench.policies.base import Policy
@@ -191,6 +191,7 @@ class Session:
             return []
         state = self.cache.state if isinstance(self.cache, PolicyCache) else None
         slow = [f"decodes by PyTorch's operators: {state.fallback}"] if state is not None and state.fallback else []
+        slow += [f"rotary positions by PyTorch's operators: {why}" for why in [rotary.fallback(self._device)] if why]
         return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])
 
     @torch.inference_mode()

@@ -29,7 +29,12 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt_neox", 
 SHARE = 16
 """Tokens of one piece on a CPU."""
 Pair = tuple[Tensor, Tensor]
-_refused: set[torch.device] = set()
+_refused: dict[torch.device, str] = {}
+
+
+def fallback(device: torch.device) -> str:
+    """Why rotary positions go by the library's operators on a GPU, in words; empty where they don't."""
+    return _refused.get(device, "")
 
 
 def adapt(model: Any) -> None:
@@ -118,6 +123,7 @@ def _on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
             return rotated(q, k, cos, sin)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception:  # whatever a compiler may throw: the library's function is there
-        _refused.add(q.device)
+    except Exception as problem:  # whatever a compiler may throw: the library's function is there
+        first = str(problem).strip().partition("\n")[0][:120]
+        _refused[q.device] = f"the kernel did not compile ({type(problem).__name__}: {first})"
         return None

@@ -49,6 +49,7 @@ def compiled(*takes: Any) -> Callable[[Any], Any]:
     """
 
     def decorate(function: Any) -> Any:
+        function.__qualname__ += f"_{VERSION}"
         try:
             return njit([takes], cache=True, nogil=True, fastmath=FAST)(function)
         except RuntimeError:  # "no locator available"
