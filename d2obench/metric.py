@@ -4,7 +4,7 @@ Every view (console, markdown, CSV, HTML, gate) takes headers, units, directions
 nowhere else. Values are recorded in base units (seconds, bytes, tokens per second, nats, ratios); ``scale`` turns
 one into the unit shown.
 
-Kinds, after the assumption each carries (see ``d2obench.stats.verdict``):
+Kinds, after the assumption each carries (see ``d2obench.gate.verdict``):
 
 * ``exact``: the same on every repeat; any worse value is a regression.
 * ``bounded``: nearly the same; worse than ``tolerance`` is a regression.

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from d2obench.engine.kernels import columns
+from d2obench.attention import triton_columns as columns
 
 POINTERS = {"query": "*bf16", "keys": "*bf16", "lse": "*fp32", "out": "*fp32", "out_square": "*fp32"}
 LIMIT = 99 * 1024

@@ -19,8 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from d2obench.engine.kernels import path
-from d2obench.models import rotary_kernel
+from d2obench.decode.triton import backend as path
+from d2obench.models import rotary_triton as rotary_kernel
 
 LIMIT = 99 * 1024
 """Bytes of shared memory that a program may have on the smallest supported GPUs."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from d2obench.engine.carry import Carry
-from d2obench.engine.slots import CLOSED, EMPTY, DenseStore
-from d2obench.engine.state import DecodeState
+from d2obench.decode.pending_merge import PendingMerge
+from d2obench.decode.state import DecodeState
 from d2obench.policies import parse_policy
+from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def state_of(case: Case, seed: int = 0) -> DecodeState:
         sums = [torch.rand(case.batch, case.heads, c, generator=generator) for c in case.capacities]
         remembered = [{"tau": torch.full((case.batch, case.heads), 0.3)} for _ in case.capacities]
         policy.begin(state, remembered, [{"sum": sum_, "square": sum_ * sum_} for sum_ in sums])
-        if policy.carries is not None:
-            state.carry = Carry(state, policy.carries)
+        if policy.merge_spec is not None:
+            state.pending_merge = PendingMerge(state, policy.merge_spec)
     state.start()
     return state
 
@@ -83,7 +83,7 @@ def float64(state: DecodeState, layer: int, new: tuple[torch.Tensor, ...]) -> tu
     """Output ``[rows, G, d_v]`` and row of attention ``[rows, C]`` from what stands in the slots, in float64: the
     pending merge carried out first, then plain attention over what is filled."""
     query, key, value = new
-    rows, capacity, carry = state.store.rows, state.store.capacities[layer], state.carry
+    rows, capacity, carry = state.store.rows, state.store.capacities[layer], state.pending_merge
     keys, values = (held(layer).double().clone() for held in (state.store.keys, state.store.values))
     slot = state.target[layer] - state.store.base[layer]
     filled = state.position[layer, :, :capacity] >= 0
@@ -92,7 +92,7 @@ def float64(state: DecodeState, layer: int, new: tuple[torch.Tensor, ...]) -> tu
         filled &= state.position[layer, :, :capacity] != CLOSED if state.bias is not None else True
     line = torch.arange(rows)
     if carry is not None:
-        hosts = filled.clone() if carry.plan.hosts == "all" else carry.host_bias[layer, :, :capacity] > -torch.inf
+        hosts = filled.clone() if carry.spec.hosts == "all" else carry.host_bias[layer, :, :capacity] > -torch.inf
         hosts[line, slot] = False
         lost, kind = carry.key[layer].double(), state.store.dtype
         cosine = torch.cosine_similarity(lost[:, None], keys, dim=-1, eps=1e-6).masked_fill(~hosts, -torch.inf)
@@ -100,7 +100,7 @@ def float64(state: DecodeState, layer: int, new: tuple[torch.Tensor, ...]) -> tu
         passed = (best - 1 >= carry.bar[layer].double() - 1e-6) & (best > -torch.inf)
         w = (torch.sigmoid(best - 1) * passed).to(kind).double()[:, None]
         values[line, host] = (values[line, host] * (1 - w) + carry.value[layer].double() * w).to(kind).double()
-        if carry.plan.keys:
+        if carry.spec.keys:
             keys[line, host] = keys[line, host] * (1 - w) + lost * w
     keys[line, slot], values[line, slot] = key.reshape(rows, -1).double(), value.reshape(rows, -1).double()
     filled[line, slot] = True
@@ -120,8 +120,8 @@ def agree(plain: DecodeState, other: DecodeState) -> None:
     for name in ("key_rows", "value_rows"):
         assert torch.allclose(getattr(plain.store, name), getattr(other.store, name), atol=1e-5), name
     assert torch.allclose(plain.score, other.score, atol=1e-5)
-    if plain.carry is not None:
-        carries = plain.carry, other.carry
+    if plain.pending_merge is not None:
+        carries = plain.pending_merge, other.pending_merge
         for name in ("pending", "host"):
             assert torch.equal(*(getattr(carry, name) for carry in carries)), name
         for name in ("key", "value", "similarity", "weight", "inverse_norm", "host_bias", "bar", "score"):

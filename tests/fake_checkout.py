@@ -98,7 +98,7 @@ class Checkout:
             folder = root / "d2obench" / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "__init__.py").write_text("")
-        (root / "d2obench/runner/worker.py").write_text(WORKER)
+        (root / "d2obench/run/worker.py").write_text(WORKER)
         (root / "suites").mkdir()
         self.suite(SUITE)
         self.git("init", "-q", "-b", "main")

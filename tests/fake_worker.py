@@ -20,8 +20,8 @@ import zlib
 from typing import Any
 
 from d2obench.errors import OutOfMemory
-from d2obench.runner.operations import Worker
-from d2obench.runner.worker import main
+from d2obench.run.operations import Worker
+from d2obench.run.worker import main
 
 FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
 MODEL = {

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from d2obench.cache import Session
 from d2obench.cli import main
-from d2obench.engine import Session
-from d2obench.engine.llama_cpp import GgufModel, load
 from d2obench.errors import ModelError, PolicyError, UsageError, WorkerError
+from d2obench.external.llama_cpp import GgufModel, load
 from d2obench.models.base import LoadedModel
 from d2obench.policies import other, takes_budget
 
@@ -143,7 +143,7 @@ def test_what_it_can_not_do_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     monkeypatch.setattr("d2obench.policies.others._found", lambda module: True)
-    monkeypatch.setattr("d2obench.engine.others._versions", lambda asked: {})
+    monkeypatch.setattr("d2obench.external.setup._versions", lambda asked: {})
     with pytest.raises(SystemExit) as done:
         main(["run", "quick", "--policy", "llama.cpp", *words])
     assert done.value.code == 2

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from d2obench.cache import Session
 from d2obench.cli import COMMANDS
-from d2obench.engine import Session
 from d2obench.models import LoadedModel
-from d2obench.suite import shipped
+from d2obench.suite.definition import shipped
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""

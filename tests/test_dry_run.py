@@ -10,8 +10,8 @@ from runs import cell, checked
 
 from d2obench.cli.dry_run import show_plan
 from d2obench.report.display import spell
-from d2obench.runner.plan import Device, predict
-from d2obench.suite import Timing
+from d2obench.run.plan import Device, predict
+from d2obench.suite.definition import Timing
 
 DIMENSIONS = {
     "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16, "parameters": 10**6, "context": 4096,

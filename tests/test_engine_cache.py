@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2obench.engine import Session
-from d2obench.engine.prefill import prompt_attention
+from d2obench.attention.prompt import prompt_attention
+from d2obench.cache import Session
 from d2obench.errors import D2OBenchError, ModelError, UsageError
 from d2obench.models import load
 from d2obench.policies.base import Needs

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import d2o as reference
 
-from d2obench.engine import Session, native
-from d2obench.engine.cache import PolicyCache, PolicyLayer
+from d2obench.cache import Session
+from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
+from d2obench.decode.cpu import native
 from d2obench.policies import parse_policy
 from d2obench.policies.allocation import density, shares, water_fill
-from d2obench.policies.base import Carries
+from d2obench.policies.base import MergeSpec
 from d2obench.policies.d2o import D2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
-from d2obench.spec import parse_budget
+from d2obench.suite.grammar import parse_budget
 from d2obench.tasks.text import token_ids
 
 KEPT_KEYS = [(2.0, 0.0), (0.0, 1.0)]
@@ -258,7 +259,7 @@ class Immediate(D2O):
     """D2O that merges right after the step that evicted, instead of at the next."""
 
     @property
-    def carries(self) -> Carries | None:
+    def merge_spec(self) -> MergeSpec | None:
         return None
 
 

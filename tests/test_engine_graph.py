@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from d2obench import team
-from d2obench.engine import Session, graph, kernels
+from d2obench import cpu
+from d2obench.cache import Session
+from d2obench.cache import cuda_graph as graph
+from d2obench.decode import triton as kernels
 from d2obench.models import load
-from d2obench.models.thin import QuickNorm, ThinLinear
+from d2obench.models.linear import QuickNorm, ThinLinear
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive",
          "lift_fresh")  # fmt: skip
@@ -60,7 +62,7 @@ class Tape(TorchDispatchMode):
 @contextmanager
 def launches_on(tape: Tape) -> Iterator[None]:
     """Notes the launches of the fused path, too."""
-    path = sys.modules.get("d2obench.engine.kernels.path")
+    path = sys.modules.get("d2obench.decode.triton.backend")
     if path is None:
         yield
         return
@@ -105,7 +107,7 @@ def plainly(patch: pytest.MonkeyPatch) -> None:
     """A step's loops for CPUs, which are no operators, by PyTorch's."""
     for family in CONFIGS:  # made once for all tests: with their loops
         tiny_model(family)
-    patch.setattr(team, "here", lambda: False)
+    patch.setattr(cpu, "here", lambda: False)
     patch.setattr(ThinLinear, "forward", torch.nn.Linear.forward)
     patch.setattr(QuickNorm, "forward", LlamaRMSNorm.forward)
 
@@ -132,7 +134,7 @@ def check_replays(policy: str) -> Session:
     assert torch.equal(session._positions, plain._positions)
     ours, theirs = session.cache.state, plain.cache.state
     for mine, other in zip(ours._living(), theirs._living(), strict=True):
-        if ours.carry is not None and mine is ours.carry._cosine:
+        if ours.pending_merge is not None and mine is ours.pending_merge._cosine:
             continue  # work space
         assert torch.allclose(mine.float(), other.float(), atol=1e-5, equal_nan=True)
     assert session.footprint().evicted == plain.footprint().evicted

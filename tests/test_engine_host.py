@@ -9,12 +9,13 @@ import torch
 from decode_cases import Case, agree, float64, fresh, named, state_of, step
 from tiny_families import prompts, tiny_model
 
-from d2obench import team
-from d2obench.engine import Session, host
-from d2obench.engine.host import HostDecode
-from d2obench.engine.state import DecodeState
+from d2obench import cpu
+from d2obench.cache import Session
+from d2obench.decode.cpu import backend as host
+from d2obench.decode.cpu.backend import HostDecode
+from d2obench.decode.state import DecodeState
 
-pytestmark = pytest.mark.skipif(not team.here(), reason="PyTorch has no team to lend here")
+pytestmark = pytest.mark.skipif(not cpu.here(), reason="PyTorch has no team to lend here")
 
 
 @pytest.fixture(params=[1, 3], ids=["alone", "three"])
@@ -83,26 +84,26 @@ def test_the_first_of_equal_hosts_wins() -> None:
     plain, other = pair(case)
     for state in (plain, other):
         state.store.keys(0)[:] = state.store.keys(0)[:, :1]
-        state.carry.inverse_norm[:] = 1 / state.store.keys(0)[0, 0].norm()
-        state.carry.key[:] = state.store.keys(0)[:, 0]
-        state.carry.queries[:, :, -1] = state.carry.key * state.carry.inverse_norm[..., :1]
-        state.carry.pending[:], state.carry.bar[:] = True, -1.0
+        state.pending_merge.inverse_norm[:] = 1 / state.store.keys(0)[0, 0].norm()
+        state.pending_merge.key[:] = state.store.keys(0)[:, 0]
+        state.pending_merge.queries[:, :, -1] = state.pending_merge.key * state.pending_merge.inverse_norm[..., :1]
+        state.pending_merge.pending[:], state.pending_merge.bar[:] = True, -1.0
     new = fresh(case, torch.Generator().manual_seed(2))
     for state in (plain, other):
         step(state, 0, new)
-        assert state.carry.host.item() == 0
+        assert state.pending_merge.host.item() == 0
 
 
 def test_nothing_to_host_and_a_first_eviction() -> None:
     case = Case(heads=2, capacities=(8,))
     plain, other = pair(case)
     for state in (plain, other):
-        state.carry.host_bias[0, 0] = -torch.inf
+        state.pending_merge.host_bias[0, 0] = -torch.inf
         state.extra["tau"][0, 1] = -torch.inf
-        state.carry.bar[0], state.carry.pending[:] = -torch.inf, True
+        state.pending_merge.bar[0], state.pending_merge.pending[:] = -torch.inf, True
     new = fresh(case, torch.Generator().manual_seed(3))
     assert torch.allclose(step(plain, 0, new), step(other, 0, new), atol=1e-6)
-    assert other.carry.weight[0, 0] == 0 and other.carry.weight[0, 1] > 0
+    assert other.pending_merge.weight[0, 0] == 0 and other.pending_merge.weight[0, 1] > 0
     plain.advance(), other.advance()
     agree(plain, other)
 
@@ -139,7 +140,7 @@ def test_generation_equals_the_plain_path(family: str, policy: str, monkeypatch:
 
 
 def test_a_growing_cache_outgrows_its_slots(tiny: Any) -> None:
-    from d2obench.engine import build
+    from d2obench.cache import build
 
     model = tiny.model
     outputs = []
@@ -167,6 +168,6 @@ def test_what_is_not_served_goes_the_plain_path(case: Case, serves: bool) -> Non
 
 
 def test_without_a_team_all_is_pytorchs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "here", lambda: False)
+    monkeypatch.setattr(cpu, "here", lambda: False)
     state = state_of(Case())
     assert state.path is None and state._loops is None

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from d2obench.engine import Session, host_memory
+from d2obench.cache import Session
+from d2obench.cpu import memory as host_memory
 
 CPU = torch.device("cpu")
 

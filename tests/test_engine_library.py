@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2obench.engine import Session
+from d2obench.cache import Session
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, load
 from d2obench.models.base import bound_of
@@ -102,7 +102,7 @@ def test_a_sliding_window_is_not_jumped_over() -> None:
     from transformers import Gemma3TextConfig
     from transformers.cache_utils import DynamicCache
 
-    from d2obench.engine.library import skip
+    from d2obench.external.library import skip
 
     with pytest.raises(ModelError, match="can't be moved on"):
         skip(DynamicCache(config=Gemma3TextConfig(num_hidden_layers=2)), 4)

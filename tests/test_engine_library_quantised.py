@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from d2obench.engine import Session
+from d2obench.cache import Session
 from d2obench.errors import PolicyError
 from d2obench.models import load
 from d2obench.policies import other

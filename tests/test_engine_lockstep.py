@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import prompts, tiny_model
 
-from d2obench.engine import Session
+from d2obench.cache import Session
 
 
 def alone(policy: str) -> list[torch.Tensor]:

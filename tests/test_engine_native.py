@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2obench.engine import Session, native
-from d2obench.team import language
+from d2obench.cache import Session
+from d2obench.cpu import language
+from d2obench.decode.cpu import native
 
 loops = native.loops()
 numbers = st.floats(width=32, allow_nan=False)

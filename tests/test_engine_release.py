@@ -12,11 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2obench.engine import PolicyCache, Session, build, prefill
+from d2obench.attention import prompt as prefill
+from d2obench.cache import PolicyCache, Session, build
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_policy, takes_budget
 from d2obench.policies.h2o import H2O
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 EARLY = [
     "local", "streaming", "h2o", "roco", "tova", "cam", "random", "snapkv(window=4)", "pyramidkv(window=4)",
@@ -102,7 +103,7 @@ def test_a_prompt_in_several_blocks_waits_for_the_last() -> None:
 @pytest.mark.parametrize("policy", [policy for policy in EARLY if takes_budget(policy)])
 def test_a_policy_that_does_not_wait_needs_lengths_only(policy: str) -> None:
     built = parse_policy(policy)
-    assert not built.waits
+    assert not built.budgets_need_stats
     length = torch.tensor([50, 70])
     none: list[Any] = [{}] * 4
     stats = [{"sum": torch.rand(2, 3, 70), "square": torch.rand(2, 3, 70)} for _ in range(4)]
@@ -117,8 +118,8 @@ def test_budgets_of_ones_own_are_waited_for() -> None:
         def layer_budgets(self, stats: Any, length: Any, budget: Any) -> Any:
             return super().layer_budgets(stats, length, budget)
 
-    assert Own().waits
-    assert all(parse_policy(policy).waits for policy in LATE)
+    assert Own().budgets_need_stats
+    assert all(parse_policy(policy).budgets_need_stats for policy in LATE)
 
 
 # --- what is alive --------------------------------------------------------------------------------------------------

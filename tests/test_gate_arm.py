@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from d2obench.errors import OutOfMemory, WorkerError
-from d2obench.runner.gate_arm import Arm
-from d2obench.runner.protocol import UNKNOWN
-from d2obench.suite import Cell, Suite, cells, load_suite
+from d2obench.gate.arm import Arm
+from d2obench.run.protocol import UNKNOWN
+from d2obench.suite.definition import Cell, Suite, cells, load_suite
 
 
 class Scripted:

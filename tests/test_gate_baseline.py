@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from d2obench.cli import app
 from d2obench.errors import RecordError, UsageError
+from d2obench.gate.baseline import baseline_of, device_class, judge_run, read_baseline, write_baseline
+from d2obench.gate.collect import facts_of_run
+from d2obench.gate.compare import compare_runs
+from d2obench.gate.verdict import Row, Verdict, Verdicts
 from d2obench.record import Axes, CellRecord, RunInfo, Value, append_cell, dump, read_run, write_atomic
-from d2obench.runner.compare import compare_runs
-from d2obench.runner.gate_baseline import baseline_of, device_class, judge_run, read_baseline, write_baseline
-from d2obench.runner.gate_facts import facts_of_run
-from d2obench.stats.verdict import Row, Verdict, Verdicts
-from d2obench.suite import load_suite
+from d2obench.suite.definition import load_suite
 
 ENVIRONMENT = {
     "machine": "x86_64", "cpu": "AMD EPYC", "threads": 2, "torch": "2.13", "transformers": "5.23", "device": "cpu",

@@ -9,20 +9,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from d2obench.engine.cache import PolicyCache
-from d2obench.engine.packing import Packing
-from d2obench.engine.session import Session
+from d2obench.cache.compress import Packing
+from d2obench.cache.policy_cache import PolicyCache
+from d2obench.cache.session import Session
+from d2obench.gate.facts import Facts, facts_of, judge_facts
+from d2obench.gate.study import faults
+from d2obench.gate.study.faults import FAULTS, command
+from d2obench.gate.verdict import Row, Verdict
 from d2obench.measure.summarise import Machine, summarise
 from d2obench.measure.trace import RequestTrace
 from d2obench.policies import d2o
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value
-from d2obench.runner import faults
-from d2obench.runner.faults import FAULTS, command
-from d2obench.runner.operations import Worker
-from d2obench.stats.facts import Facts, facts_of, judge_facts
-from d2obench.stats.verdict import Row, Verdict
-from d2obench.suite import Cell, Quality, cells, load_suite
+from d2obench.run.operations import Worker
+from d2obench.suite.definition import Cell, Quality, cells, load_suite
 
 SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.policy == "d2o")
 
@@ -120,7 +120,7 @@ def test_a_wrong_merge_is_caught_by_fidelity(worker):
 
 
 def test_every_fault_can_be_asked_of_a_worker_process():
-    from d2obench.runner.protocol import WorkerClient
+    from d2obench.run.protocol import WorkerClient
 
     with WorkerClient(command=command("extra-cat", 1)) as client:
         assert client.call("hello")["torch"]

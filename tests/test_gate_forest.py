@@ -10,11 +10,11 @@ import pytest
 
 from d2obench.cli.verdicts import show
 from d2obench.errors import UsageError
+from d2obench.gate.rules import judge_bounded, judge_exact, judge_sampled, judge_timed
+from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.report.charts import spec, svg
 from d2obench.report.forest import MAX_ROWS, forest
 from d2obench.report.verdicts import render
-from d2obench.stats.rules import judge_bounded, judge_exact, judge_sampled, judge_timed
-from d2obench.stats.verdict import Row, Verdict, Verdicts, gather
 
 BASE = [0.0100 + 0.0001 * (i % 3) for i in range(24)]
 

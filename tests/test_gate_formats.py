@@ -8,10 +8,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from d2obench.errors import UsageError
+from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.report.verdicts import FORMATS, render
 from d2obench.report.verdicts_markdown import COMMENT_BYTES, SUMMARY_BYTES, comment, markdown
 from d2obench.report.verdicts_text import text
-from d2obench.stats.verdict import Row, Verdict, Verdicts, gather
 
 ROWS = [
     Row("speed/d2o@0.2/b2", "tpot_s", Verdict.REGRESSED, "timed", 0.010, 0.012, 0.2, 0.15, 0.25, 0.05, 16,

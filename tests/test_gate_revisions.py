@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from d2obench.cli import app
 from d2obench.errors import SuiteError, UsageError, WorkerError
-from d2obench.runner.gate import Side, gate
-from d2obench.runner.gate_worktree import Repository
-from d2obench.stats.verdict import KINDS, Row, Verdict, Verdicts
+from d2obench.gate.gate import Side, gate
+from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts
+from d2obench.gate.worktree import Repository
 from tests.fake_checkout import SUITE, Checkout
 
 
@@ -118,7 +118,7 @@ def test_a_cell_that_fails_is_shown_whatever_kinds_are_asked_for(repo):
 
 def test_a_fact_that_only_one_side_can_tell_does_not_part_them(repo):
     """A commit may teach the fingerprint something new."""
-    worker = repo.root / "d2obench/runner/worker.py"
+    worker = repo.root / "d2obench/run/worker.py"
     worker.write_text(worker.read_text().replace('"environment": lambda args: {}', '"environment": lambda args: NEW'))
     worker.write_text('NEW = {"triton": "3"}\n' + worker.read_text())
     assert run(repo).worst is Verdict.OK
@@ -184,7 +184,7 @@ def test_other_libraries_are_incomparable(repo):
 
 
 def test_a_base_that_does_not_build_is_said_with_its_log(repo, capsys):
-    worker = repo.root / "d2obench/runner/worker.py"
+    worker = repo.root / "d2obench/run/worker.py"
     good = worker.read_text()
     worker.write_text("def broken(:\n")
     bad = repo.commit()

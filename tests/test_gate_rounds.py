@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from d2obench.errors import OutOfMemory
-from d2obench.runner.gate_rounds import REPEATS, measure_group
-from d2obench.stats.verdict import Verdict
-from d2obench.suite import Cell, Suite, cells, load_suite
+from d2obench.gate.rounds import REPEATS, measure_group
+from d2obench.gate.verdict import Verdict
+from d2obench.suite.definition import Cell, Suite, cells, load_suite
 
 Log = list[tuple[str, str]]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2obench.gate.rules import tolerance
+from d2obench.gate.study import run as study
+from d2obench.gate.study.trials import Outcome, Pairs, Rule, Study, Trial, replay, wilson
+from d2obench.gate.verdict import Verdict
 from d2obench.report.study import markdown, write_study
-from d2obench.runner import study
-from d2obench.stats.rules import tolerance
-from d2obench.stats.trials import Outcome, Pairs, Rule, Study, Trial, replay, wilson
-from d2obench.stats.verdict import Verdict
-from d2obench.suite import load_suite
+from d2obench.suite.definition import load_suite
 from tests.fake_checkout import Checkout
 from tests.machine import rounds
 

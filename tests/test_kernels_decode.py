@@ -16,8 +16,10 @@ import torch
 from decode_cases import TOLERANCE, Case, agree, float64, fresh, named, state_of, step
 from tiny_families import prompts, tiny_model
 
-from d2obench.engine import Session, host, kernels
-from d2obench.engine.state import DecodeState
+from d2obench.cache import Session
+from d2obench.decode import triton as kernels
+from d2obench.decode.cpu import backend as host
+from d2obench.decode.state import DecodeState
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
 from d2obench.policies.d2o import D2O
@@ -33,7 +35,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def interpreter() -> Iterator[None]:
     """Kernels made for the interpreter; tests say when it is used (:func:`fused`)."""
-    names = [f"d2obench.engine.kernels.{name}" for name in ("attend", "merge", "turn", "path")]
+    names = [f"d2obench.decode.triton.{name}" for name in ("attend", "merge", "turn", "path")]
     before = {name: sys.modules.pop(name, None) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -120,12 +122,12 @@ def test_steps_equal_both_references(case: Case, fused: Any) -> None:
 
 def consistent(state: DecodeState) -> None:
     """What D2O keeps of keys is what the keys say."""
-    if state.carry is None:
+    if state.pending_merge is None:
         return
     for layer, capacity in enumerate(state.store.capacities):
         slot = state.slot[layer, :, None]
         norm = 1 / state.store.keys(layer).float().norm(dim=-1).clamp_min(1e-6)
-        known = state.carry.inverse_norm[layer, :, :capacity]
+        known = state.pending_merge.inverse_norm[layer, :, :capacity]
         held = (state.position[layer, :, :capacity] >= 0).scatter(1, slot, False)
         assert torch.allclose(norm[held], known[held], rtol=1e-4)
 
@@ -138,7 +140,7 @@ def test_merges_are_taken_and_refused(fused: Any) -> None:
         for layer in range(1):
             new = fresh(case, generator)
             step(plain, layer, new), step(other, layer, new)
-        weights.append(other.carry.weight.clone())
+        weights.append(other.pending_merge.weight.clone())
         plain.advance(), other.advance()
         agree(plain, other)
     taken = torch.stack(weights) > 0
@@ -152,16 +154,16 @@ def test_the_first_of_equal_hosts_and_of_equal_scores_wins(splits: int, fused: A
     plain, other = pair(case, fused)
     for state in (plain, other):
         state.store.keys(0)[:] = state.store.keys(0)[:, :1]
-        state.carry.inverse_norm[:] = 1 / state.store.keys(0)[0, 0].norm()
-        state.carry.key[:] = state.store.keys(0)[:, 0]
-        state.carry.queries[:, :, -1] = state.carry.key * state.carry.inverse_norm[..., :1]
-        state.carry.pending[:] = True
-        state.carry.bar[:] = -1.0
+        state.pending_merge.inverse_norm[:] = 1 / state.store.keys(0)[0, 0].norm()
+        state.pending_merge.key[:] = state.store.keys(0)[:, 0]
+        state.pending_merge.queries[:, :, -1] = state.pending_merge.key * state.pending_merge.inverse_norm[..., :1]
+        state.pending_merge.pending[:] = True
+        state.pending_merge.bar[:] = -1.0
         state.score[:, :, 4:] = 1.0
     query, key, value = fresh(case, torch.Generator().manual_seed(2))
     for state in (plain, other):
         step(state, 0, (torch.zeros_like(query), key, value))
-        assert state.carry.host.item() == 0
+        assert state.pending_merge.host.item() == 0
     other.attention[:] = plain.attention[:] = 1.0
     plain.advance(), other.advance()
     assert plain.slot.tolist() == other.slot.tolist() == [[4]]
@@ -172,20 +174,22 @@ def test_a_host_that_leaves_takes_the_merge_along(fused: Any) -> None:
     case = Case(heads=1, group=2, capacities=(20,))
     plain, other = pair(case, fused)
     for state in (plain, other):
-        carry = state.carry
+        carry = state.pending_merge
         carry.key[:] = state.store.keys(0)[:, 5] + 0.5
         carry.queries[:, :, -1] = carry.key / carry.key.norm(dim=-1, keepdim=True)
         carry.pending[:], carry.bar[:] = True, -torch.inf
         state.score[:, :, 5] = -9.0
     new = fresh(case, torch.Generator().manual_seed(4))
     step(plain, 0, new), step(other, 0, new)
-    before = other.carry.key.clone()
+    before = other.pending_merge.key.clone()
     plain.advance(), other.advance()
-    assert other.slot.item() == other.carry.host.item() == 5
+    assert other.slot.item() == other.pending_merge.host.item() == 5
     agree(plain, other)
-    assert not torch.equal(other.carry.key, before)
+    assert not torch.equal(other.pending_merge.key, before)
     merged = other.store.keys(0)[:, 5]
-    assert torch.allclose(other.carry.key[0], merged) and other.carry.queries[0, 0, -1].norm() == pytest.approx(1.0)
+    assert torch.allclose(other.pending_merge.key[0], merged) and other.pending_merge.queries[
+        0, 0, -1
+    ].norm() == pytest.approx(1.0)
 
 
 def test_nothing_to_host_and_a_first_eviction(fused: Any) -> None:
@@ -193,13 +197,13 @@ def test_nothing_to_host_and_a_first_eviction(fused: Any) -> None:
     case = Case(heads=2, capacities=(8,))
     plain, other = pair(case, fused)
     for state in (plain, other):
-        state.carry.host_bias[0, 0] = -torch.inf
+        state.pending_merge.host_bias[0, 0] = -torch.inf
         state.extra["tau"][0, 1] = -torch.inf
-        state.carry.bar[0] = -torch.inf
-        state.carry.pending[:] = True
+        state.pending_merge.bar[0] = -torch.inf
+        state.pending_merge.pending[:] = True
     new = fresh(case, torch.Generator().manual_seed(3))
     assert torch.allclose(step(plain, 0, new), step(other, 0, new), atol=1e-6)
-    assert other.carry.weight[0, 0] == 0 and other.carry.weight[0, 1] > 0
+    assert other.pending_merge.weight[0, 0] == 0 and other.pending_merge.weight[0, 1] > 0
     plain.advance(), other.advance()
     agree(plain, other)
 
@@ -209,7 +213,7 @@ def test_a_growing_cache_reads_its_length_from_the_device(fused: Any) -> None:
     case = Case(policy="full", capacities=(40,), splits=2)
     _, other = pair(case, fused)
     given: list[list[Any]] = []
-    module = sys.modules["d2obench.engine.kernels.path"]
+    module = sys.modules["d2obench.decode.triton.backend"]
     real = module.launch
 
     def noting(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
@@ -288,8 +292,8 @@ def test_a_fork_keeps_to_the_path(fused: Any) -> None:
 
 def test_a_growing_cache_outgrows_its_slots(fused: Any) -> None:
     """Without ``max_new`` slots are added on the way: the path follows the new store."""
-    from d2obench.engine import build
-    from d2obench.engine import cache as cache_module
+    from d2obench.cache import build
+    from d2obench.cache import policy_cache as cache_module
 
     def run() -> torch.Tensor:
         loaded = tiny_model("llama-gqa2")
@@ -302,7 +306,7 @@ def test_a_growing_cache_outgrows_its_slots(fused: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_module, "SPARE", 3)
-        from d2obench.engine import packing
+        from d2obench.cache import compress as packing
 
         if hasattr(packing, "SPARE"):
             patch.setattr(packing, "SPARE", 3)
@@ -337,7 +341,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, fuse
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("ptxas fatal: unknown target\nand a page of assembly")
 
-    monkeypatch.setattr(sys.modules["d2obench.engine.kernels.path"], "FusedDecode", broken)
+    monkeypatch.setattr(sys.modules["d2obench.decode.triton.backend"], "FusedDecode", broken)
     state = state_of(Case(policy="h2o"))
     assert state.path is None
     assert state.fallback == "the kernels did not compile (RuntimeError: ptxas fatal: unknown target)"
@@ -367,13 +371,13 @@ class Merging(Policy):
 
 
 def test_a_derived_policy_goes_its_own_way() -> None:
-    rule_of = sys.modules["d2obench.engine.kernels.path"].rule_of
+    rule_of = sys.modules["d2obench.decode.triton.backend"].rule_of
     state = state_of(Case(capacities=(9,)))
     assert rule_of(state) == "lowest"
     for policy in (Own(), Merging(), parse_policy("h2o(normalised=true)"), parse_policy("cam")):
         state.policy = policy
         assert rule_of(state) is None
-    state.policy, state.carry = parse_policy("streaming"), None
+    state.policy, state.pending_merge = parse_policy("streaming"), None
     assert rule_of(state) == "ring"
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2obench.engine import prefill
-from d2obench.engine.kernels import prompt
+from d2obench.attention import prompt as prefill
+from d2obench.attention import triton_prompt as prompt
 from d2obench.policies.base import Needs
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.fixture(scope="module")
 def columns() -> Iterator[Any]:
     """The kernels, made for the interpreter."""
-    names = [f"d2obench.engine.kernels.{name}" for name in ("attend", "columns")]
+    names = [f"d2obench.decode.triton.{name}" for name in ("attend", "columns")]
     before = {name: sys.modules.pop(name, None) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

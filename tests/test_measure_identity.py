@@ -17,7 +17,7 @@ from d2obench.errors import MeasureError
 from d2obench.measure import checkup, identity
 from d2obench.measure.identity import BLOCK, own_pids, recognise
 from d2obench.measure.nvml import COLUMNS, Nvml, refuse_busy, strangers
-from d2obench.runner.operations import Worker
+from d2obench.run.operations import Worker
 
 OURS, THEIRS, LATE = 2**22 + 11, 2**22 + 12, 2**22 + 13
 GIB = 2**30

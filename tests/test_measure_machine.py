@@ -128,7 +128,7 @@ def test_work_in_place_allocates_nothing() -> None:
 
 @pytest.mark.parametrize("policy", ["streaming", "h2o", "d2o"])
 def test_a_decode_step_of_a_policy_never_waits_and_adds_no_concatenation(tiny: Any, policy: str) -> None:
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
     def counted(name: str, budget: str | None) -> Any:
         return count_step(Session(tiny, name, budget, max_new=8), PROMPTS)
@@ -141,7 +141,7 @@ def test_a_decode_step_of_a_policy_never_waits_and_adds_no_concatenation(tiny: A
 
 
 def test_a_library_cache_that_concatenates_is_caught(tiny: Any) -> None:
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
     ours = count_step(Session(tiny, "full", None, max_new=8), PROMPTS)
     theirs = count_step(Session(tiny, "hf-dynamic", None, max_new=8), PROMPTS)
@@ -149,7 +149,8 @@ def test_a_library_cache_that_concatenates_is_caught(tiny: Any) -> None:
 
 
 def test_ranges_and_operators_of_a_phase_both_add_up_to_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from d2obench.engine import Session, host
+    from d2obench.cache import Session
+    from d2obench.decode.cpu import backend as host
 
     monkeypatch.setattr(host, "serves", lambda state: False)  # one loop there is one range: attention
     found = profile_request(
@@ -172,7 +173,7 @@ def test_ranges_and_operators_of_a_phase_both_add_up_to_it(tiny: Any, monkeypatc
 
 
 def test_a_trace_and_folded_stacks_are_written(tiny: Any, tmp_path: Path, capfd: Any) -> None:
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
     files = Files(tmp_path / "trace.json.gz", tmp_path / "stacks.txt")
     profile_request(lambda mark: Session(tiny, "full", None, max_new=4), tiny.model, [[1, 2, 3]], steps=1, files=files)

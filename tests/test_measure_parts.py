@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from d2obench.engine import Session, host
+from d2obench.cache import Session
+from d2obench.decode.cpu import backend as host
 from d2obench.errors import UsageError
 from d2obench.measure.clock import HostClock, clock_for
 from d2obench.measure.parts import Book, cost_of_parts, parts_named
 from d2obench.models import LoadedModel
 from d2obench.ranges import into, span, wanted
 from d2obench.record import Axes, Value
-from d2obench.suite import Cell, Quality, cells, load_suite
+from d2obench.suite.definition import Cell, Quality, cells, load_suite
 from d2obench.tasks import evaluate, parse_task
 
 PROMPTS = [[5, 9, 2, 7] * 8, [4, 6] * 16]
@@ -132,7 +133,7 @@ def test_what_can_not_be_taken_apart_is_one_line(tiny: LoadedModel, cell: Cell, 
 
 
 def test_random_weights_will_do_for_what_is_only_timed() -> None:
-    from d2obench.runner.check import check_words
+    from d2obench.run.check import check_words
 
     words = {"axes.model": "shape:tiny", "axes.shape": "64+40"}
     check_words(load_suite("kernels", words))

@@ -254,7 +254,7 @@ def test_peaks_belong_to_the_phase_they_were_reached_in() -> None:
 
 @pytest.mark.parametrize(("policy", "budget"), [("full", None), ("d2o", "0.3"), ("hf-dynamic", None)])
 def test_the_engine_gives_the_tokens_of_a_plain_greedy_loop(tiny: Any, policy: str, budget: str | None) -> None:
-    from d2obench.engine import Session as Engine
+    from d2obench.cache import Session as Engine
 
     prompts = [[3 + i for i in range(40)], [9 + i for i in range(25)]]
 

@@ -14,11 +14,11 @@ import torch
 from tiny_families import CONFIGS, prompts, tiny_model
 from torch import Tensor
 
-from d2obench import team
+from d2obench import cpu
 from d2obench.models import rotary
 from d2obench.models.rotary import FAMILIES, turning
 
-lent = pytest.mark.skipif(not team.here(), reason="PyTorch has no team to lend here")
+lent = pytest.mark.skipif(not cpu.here(), reason="PyTorch has no team to lend here")
 
 
 def library(family: str) -> Any:
@@ -109,7 +109,7 @@ def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.Mon
 
     tensors = given(1, 1, 16, True)
     monkeypatch.setattr(rotary, "_refused", {})
-    monkeypatch.setitem(sys.modules, "d2obench.models.rotary_kernel", SimpleNamespace(rotated=broken))
+    monkeypatch.setitem(sys.modules, "d2obench.models.rotary_triton", SimpleNamespace(rotated=broken))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert rotary._on_gpu(*tensors) is rotary._on_gpu(*tensors) is None
     assert len(asked) == 1
@@ -120,7 +120,7 @@ def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.Mon
 def kernel() -> Iterator[Any]:
     """The Triton kernel in its interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    name = "d2obench.models.rotary_kernel"
+    name = "d2obench.models.rotary_triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield importlib.import_module(name).rotated

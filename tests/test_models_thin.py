@@ -11,12 +11,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from d2obench import team
-from d2obench.models import thin
+from d2obench import cpu
+from d2obench.models import linear as thin
 from d2obench.models.base import loaded
-from d2obench.models.thin import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, share_of
+from d2obench.models.linear import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, share_of
 
-lent = pytest.mark.skipif(not team.here(), reason="PyTorch has no team to lend here")
+lent = pytest.mark.skipif(not cpu.here(), reason="PyTorch has no team to lend here")
 
 
 @pytest.mark.parametrize("outputs", [1, 12, 192, 576, 4096, 128256])
@@ -124,7 +124,7 @@ def test_a_described_model_has_them_where_they_serve(dtype, serves):
 
 
 def test_without_a_team_a_model_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(team, "here", lambda: False)
+    monkeypatch.setattr(cpu, "here", lambda: False)
     assert type(adapted(nn.Linear(40, 480))) is nn.Linear
 
 
@@ -178,6 +178,6 @@ def test_the_runtime_is_the_one_pytorch_brings():
         "7f01-7f02 r-xp 00000000 08:01 12  /a b/site-packages/torch/lib/libgomp-a34b3233.so.1",
         "7f03-7f04 rw-p 00000000 00:00 0",
     ]
-    assert team._runtime("\n".join(lines)) == "/a b/site-packages/torch/lib/libgomp-a34b3233.so.1"
-    assert team._runtime(lines[0]) == "/usr/lib/libgomp.so.1.0.0"
-    assert team._runtime("") == "libgomp.so.1"
+    assert cpu._runtime("\n".join(lines)) == "/a b/site-packages/torch/lib/libgomp-a34b3233.so.1"
+    assert cpu._runtime(lines[0]) == "/usr/lib/libgomp.so.1.0.0"
+    assert cpu._runtime("") == "libgomp.so.1"

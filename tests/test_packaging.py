@@ -64,7 +64,10 @@ def test_every_package_is_listed() -> None:
 
 
 def test_suites_are_found_from_any_folder(tmp_path: Path) -> None:
-    code = "from d2obench.suite import shipped, load_suite; print(*(load_suite(name).name for name in shipped()))"
+    code = (
+        "from d2obench.suite.definition import shipped, load_suite; "
+        "print(*(load_suite(name).name for name in shipped()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == sorted(path.stem for path in (ROOT / "suites").glob("*.toml"))
 
@@ -87,8 +90,8 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 def test_a_run_imports_no_engine_or_library_that_was_not_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys; from d2obench.runner.worker import main; import d2obench.cli, d2obench.runner.engines\n"
-        "import d2obench.engine, d2obench.models, d2obench.policies\n"
+        "import sys; from d2obench.run.worker import main; import d2obench.cli, d2obench.run.engines\n"
+        "import d2obench.cache, d2obench.models, d2obench.policies\n"
         "d2obench.policies.parse_policy('d2o'); d2obench.policies.other('full')\n"
         "print(sorted({'ray', 'kvpress', 'xllamacpp', 'optimum', 'accelerate'} & {*sys.modules}))"
     )

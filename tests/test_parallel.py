@@ -16,15 +16,15 @@ import torch
 from tiny_families import tiny_model
 
 from d2obench.errors import D2OBenchError, PolicyError, SuiteError, UsageError
-from d2obench.placement import Placement
 from d2obench.record import Axes
-from d2obench.runner.check import check
-from d2obench.runner.divide import combined, share
-from d2obench.runner.placed import check_one, check_placement
-from d2obench.runner.process import DeadWorkerError
-from d2obench.runner.protocol import WorkerClient
-from d2obench.runner.ranks import RankedClient, client_for
-from d2obench.suite import Cell, Quality, Suite, cells, load_suite
+from d2obench.run.check import check
+from d2obench.run.divide import combined, share
+from d2obench.run.placed import check_one, check_placement
+from d2obench.run.process import DeadWorkerError
+from d2obench.run.protocol import WorkerClient
+from d2obench.run.ranks import RankedClient, client_for
+from d2obench.suite.definition import Cell, Quality, Suite, cells, load_suite
+from d2obench.suite.placement import Placement
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
 OTHERS = [("random", "0.3"), ("cam", "0.3"), ("snapkv(window=8)", "0.5"), ("d2o(interval=2)", "0.3"),

@@ -12,13 +12,13 @@ from tiny_families import prompts, tiny_model
 from torch import Tensor
 
 import d2obench
-from d2obench.engine import Session
-from d2obench.engine import cache as cache_module
-from d2obench.engine.turns import reopen, rescale
+from d2obench.cache import Session
+from d2obench.cache import policy_cache as cache_module
+from d2obench.cache.conversation import reopen, rescale
 from d2obench.errors import D2OBenchError
 from d2obench.models import LoadedModel
 from d2obench.policies import takes_budget
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 POLICIES = [
     "full", "local", "streaming", "streaming(positions=cache)",

@@ -15,8 +15,8 @@ import torch
 from tiny_families import CONFIGS, VOCAB, prompts, tiny_model
 from torch import Tensor
 
-from d2obench.engine import Footprint, Session
-from d2obench.engine.build import cache
+from d2obench.cache import Footprint, Session
+from d2obench.cache.build import cache
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_policy, rules, takes_budget
 
@@ -61,7 +61,7 @@ def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str)
     for text, row in zip(texts[:2], together, strict=False):
         assert (drive(model, policy, "0.4", [text])[0][0] - row).abs().max() < rounding(policy)
     rule = parse_policy(policy)
-    if rule.takes_budget and not rule.defers and "exempt" not in policy:
+    if rule.takes_budget and not rule.compresses_after_first_step and "exempt" not in policy:
         assert footprint.requested is not None
         asked = [round(0.4 * len(text)) for text in texts]
         for sequence, most in enumerate(asked):
@@ -80,7 +80,7 @@ def test_a_budget_of_everything_is_the_full_cache(policy: str, family: str) -> N
     same = policy.partition("+")[2] or "full"
     full, _ = drive(model, same, None, texts)
     whole = drive(model, policy, "1.0", texts)[0]
-    if parse_policy(policy).expands:
+    if parse_policy(policy).caches_query_heads:
         assert (whole - full).abs().max() < 1e-4, "one query head at a time: rounded elsewhere"
     else:
         assert torch.equal(whole, full)

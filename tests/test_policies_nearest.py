@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2obench import team
+from d2obench import cpu
 from d2obench.policies.merging import nearest
 
 
 @pytest.fixture(params=["loop", "products"])
 def way(request, monkeypatch):
     if request.param == "products":
-        monkeypatch.setattr(team, "here", lambda: False)
-    elif not team.here():
+        monkeypatch.setattr(cpu, "here", lambda: False)
+    elif not cpu.here():
         pytest.skip("PyTorch has no team to lend here")
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_families import prompts, tiny_model
 
-from d2obench.engine import Session
+from d2obench.cache import Session
 from d2obench.errors import PolicyError
 from d2obench.policies import REGISTRY, parse_policy, takes_budget
 

@@ -8,8 +8,8 @@ import torch
 from tiny_families import prompts, tiny_model
 from torch import Tensor
 
-from d2obench.engine import Session
-from d2obench.engine.quantised import GROUP, QuantStore
+from d2obench.cache import Session
+from d2obench.slots.quantised import GROUP, QuantStore
 
 ROWS, DIM = 3, 64
 

@@ -11,15 +11,15 @@ import torch
 from reference import released, rules
 from tiny_families import prompts, tiny_model
 
-from d2obench.engine import Session
-from d2obench.engine.cache import PolicyCache, PolicyLayer
+from d2obench.cache import Session
+from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_policy, takes_budget
 from d2obench.policies.base import Entries
 from d2obench.policies.drawing import uniform
 from d2obench.policies.pyramidkv import PyramidKV
 from d2obench.policies.roco import RoCo
-from d2obench.spec import Budget, parse_budget
+from d2obench.suite.grammar import Budget, parse_budget
 
 LENGTH, STEPS, SEED = 70, 40, 5
 

@@ -11,8 +11,8 @@ from fake_worker import DIMENSIONS
 from runs import Silent, cell, checked, run
 
 from d2obench.record import read_samples
-from d2obench.runner.check import Checked
-from d2obench.suite import Cell, Timing
+from d2obench.run.check import Checked
+from d2obench.suite.definition import Cell, Timing
 
 
 def log(path: Path) -> list[tuple[str, str, str]]:

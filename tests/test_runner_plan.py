@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from runs import cell, checked
 
 from d2obench.record import Axes
-from d2obench.runner.plan import Device, abba, group, larger, memory_of, predict
-from d2obench.runner.search import MOST, RESOLUTION, largest_batch
-from d2obench.suite import Cell, Quality
+from d2obench.run.plan import Device, abba, group, larger, memory_of, predict
+from d2obench.run.search import MOST, RESOLUTION, largest_batch
+from d2obench.suite.definition import Cell, Quality
 from d2obench.tasks import REGISTRY, parse_task, uses_shape
 from d2obench.tasks.rough import Work, work
 

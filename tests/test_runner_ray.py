@@ -25,11 +25,11 @@ from runs import CELLS, FAKE, Silent, cell, checked, run  # noqa: E402
 from d2obench import record  # noqa: E402
 from d2obench.errors import UsageError, WorkerError  # noqa: E402
 from d2obench.record import Run  # noqa: E402
-from d2obench.runner.engines.ray_cluster import connect, spots  # noqa: E402
-from d2obench.runner.engines.ray_place import Place  # noqa: E402
-from d2obench.runner.resume import Samples, forget_cut_round  # noqa: E402
-from d2obench.runner.run import run_suite  # noqa: E402
-from d2obench.suite import Timing  # noqa: E402
+from d2obench.run.engines.ray_cluster import connect, spots  # noqa: E402
+from d2obench.run.engines.ray_place import Place  # noqa: E402
+from d2obench.run.resume import Samples, forget_cut_round  # noqa: E402
+from d2obench.run.suite_run import run_suite  # noqa: E402
+from d2obench.suite.definition import Timing  # noqa: E402
 
 SWEEP = (*CELLS, *(cell(policy, "0.2", shape="16+8") for policy in ("h2o", "d2o")))
 
@@ -154,7 +154,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from ray_cluster import run_on
 from runs import cell, checked
-from d2obench.suite import Timing
+from d2obench.suite.definition import Timing
 work = checked([cell("full", shape=f"{n}+8") for n in (8, 9, 10)], Timing(rounds=2, max_rounds=2))
 run_on(sys.argv[2], Path(sys.argv[4]), work, spans=sys.argv[3], delay=0.1)
 """
@@ -207,7 +207,7 @@ run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), delay=0.15)
 
 def test_nothing_of_a_sweep_stays_in_the_driver(tmp_path: Path, nodes: Nodes) -> None:
     """Sixty cells, each asked of the cluster once; the book keeps heads of rows only."""
-    from d2obench.runner.ledger import Ledger
+    from d2obench.run.ledger import Ledger
 
     cells = [cell("full", f"0.{n:02}", task="recall") for n in range(1, 61)]
     found = run_on(nodes.address, tmp_path / "run", checked(cells), log=str(tmp_path / "log"))
@@ -294,7 +294,7 @@ def test_a_round_that_was_cut_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_group_comes_back_a_few_times_only() -> None:
-    from d2obench.runner.engines.work import LOSSES, Work, model_of
+    from d2obench.run.engines.work import LOSSES, Work, model_of
 
     cells = [[cell("full")], [cell("h2o")]]
     work = Work(cells)

@@ -19,14 +19,14 @@ from runs import run as run_whole
 from d2obench import record
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
-from d2obench.runner.check import Checked
-from d2obench.runner.engines import slurm
-from d2obench.runner.engines.local import LocalEngine
-from d2obench.runner.merge import merge
-from d2obench.runner.plan import group
-from d2obench.runner.run import run_suite
-from d2obench.runner.shards import parse_shard, part, shard
-from d2obench.suite import cells, load_suite
+from d2obench.run.check import Checked
+from d2obench.run.engines import slurm
+from d2obench.run.engines.local import LocalEngine
+from d2obench.run.merge import merge
+from d2obench.run.plan import group
+from d2obench.run.shards import parse_shard, part, shard
+from d2obench.run.suite_run import run_suite
+from d2obench.suite.definition import cells, load_suite
 
 WORDS = ["quick", "--set=axes.policy=full,d2o", "--set=quality.data.fidelity=/a b/c'd.txt"]
 

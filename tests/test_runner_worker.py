@@ -13,16 +13,16 @@ import pytest
 import torch
 from fake_nvml import FakeNvml
 
-import d2obench.engine.session as session
+import d2obench.cache.session as session
 from d2obench.errors import MeasureError, ModelError, OutOfMemory, UsageError
 from d2obench.measure.nvml import Nvml
 from d2obench.measure.trace import RequestTrace
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
-from d2obench.runner.check import check
-from d2obench.runner.operations import Worker
-from d2obench.runner.protocol import DeadWorkerError, describe
-from d2obench.suite import load_suite
+from d2obench.run.check import check
+from d2obench.run.operations import Worker
+from d2obench.run.protocol import DeadWorkerError, describe
+from d2obench.suite.definition import load_suite
 from d2obench.tasks.timed import prompts
 
 

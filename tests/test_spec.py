@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2obench.errors import UsageError
-from d2obench.spec import (
+from d2obench.suite.grammar import (
     Budget,
     Part,
     Shape,

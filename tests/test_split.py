@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_families import prompts, tiny_model
 
-from d2obench.engine import Session, split
-from d2obench.engine.split import Run, SplitState, runs_of
+from d2obench.cache import Session
+from d2obench.cache import devices as split
+from d2obench.cache.devices import Run, SplitState, runs_of
 from d2obench.errors import ModelError, OutOfMemory
 from d2obench.models import LoadedModel, load, shapes
-from d2obench.models.spread import beside, check_whole
-from d2obench.placement import Placement
+from d2obench.models.devices import beside, check_whole
+from d2obench.suite.placement import Placement
 
 POLICIES = [
     ("full", None), ("streaming", "0.3"), ("streaming(positions=cache)", "0.3"), ("h2o", "0.3"), ("d2o", "0.3"),
@@ -89,7 +90,7 @@ def test_other_families_can_be_split(apart: Callable[[int], None], family: str) 
 @pytest.mark.parametrize("policy", ["h2o", "d2o", "snapkv(window=8)"])
 def test_a_conversation_goes_on_over_several_runs(apart: Callable[[int], None], policy: str) -> None:
     """Blocks after decoding reopen the slots of every run; an unknown length makes room in all of them."""
-    from d2obench.engine import build
+    from d2obench.cache import build
 
     model = tiny_model("llama-deep").model
 

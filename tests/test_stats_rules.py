@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from d2obench.errors import UsageError
-from d2obench.record import Value
-from d2obench.stats.facts import Facts, facts_of, judge_facts, judge_status
-from d2obench.stats.rules import (
+from d2obench.gate.facts import Facts, facts_of, judge_facts, judge_status
+from d2obench.gate.rules import (
     judge_bounded,
     judge_exact,
     judge_ratio,
@@ -21,7 +20,8 @@ from d2obench.stats.rules import (
     judge_unpaired,
     tolerance,
 )
-from d2obench.stats.verdict import Row, Verdict, gather
+from d2obench.gate.verdict import Row, Verdict, gather
+from d2obench.record import Value
 from tests.machine import rounds
 
 OK, IMPROVED, REGRESSED = Verdict.OK, Verdict.IMPROVED, Verdict.REGRESSED

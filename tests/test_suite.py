@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from d2obench.errors import D2OBenchError, SuiteError, UsageError
-from d2obench.runner.check import check_words
-from d2obench.suite import Suite, cells, load_suite, shipped
+from d2obench.run.check import check_words
+from d2obench.suite.definition import Suite, cells, load_suite, shipped
 
 GOOD = """
 name = "t"

@@ -14,7 +14,7 @@ import pytest
 from d2obench.errors import D2OBenchError, DataError, UsageError
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
-from d2obench.suite import Cell, Quality
+from d2obench.suite.definition import Cell, Quality
 from d2obench.tasks import parse_task
 from d2obench.tasks.coqa import Story
 from d2obench.tasks.data import Source, read_text, records

@@ -13,7 +13,7 @@ import torch
 from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.models import LoadedModel
 from d2obench.record import Axes, dump
-from d2obench.suite import Cell, Quality
+from d2obench.suite.definition import Cell, Quality
 from d2obench.tasks import evaluate, fidelity, rescore
 from d2obench.tasks.generate import end_tokens, generate
 from d2obench.tasks.prompts import Example, Limits, encode

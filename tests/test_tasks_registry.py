@@ -10,7 +10,7 @@ import pytest
 
 from d2obench.errors import UsageError
 from d2obench.metric import METRICS
-from d2obench.suite import load_suite
+from d2obench.suite.definition import load_suite
 from d2obench.tasks import LONGBENCH, REGISTRY, parse_task, uses_shape
 from d2obench.tasks.base import first_line, parameters
 from d2obench.tasks.longbench_rules import RULES

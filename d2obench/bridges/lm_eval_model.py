@@ -26,12 +26,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from d2obench.attention import families
 from d2obench.bridges.windows import Window, batches, window
-from d2obench.engine import families
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, load
 from d2obench.policies import other, parse_policy, takes_budget
-from d2obench.spec import parse_budget
+from d2obench.suite.grammar import parse_budget
 from d2obench.tasks.generate import compressed, end_tokens, forced, greedy
 from d2obench.tasks.prompts import Limits, has_chat
 

@@ -25,9 +25,9 @@ def update(
     folder: Annotated[Path, typer.Option(help="Where baselines live.")] = Path("reports/baselines"),
 ) -> None:
     """Rewrite a baseline on purpose: reports/baselines/SUITE/DEVICE.json. The diff is the review."""
+    from d2obench.gate.baseline import baseline_of, path_of, write_baseline
+    from d2obench.gate.collect import facts_of_run
     from d2obench.record import read_run
-    from d2obench.runner.gate_baseline import baseline_of, path_of, write_baseline
-    from d2obench.runner.gate_facts import facts_of_run
 
     if not reason.strip():
         raise UsageError("a baseline needs a reason", remedy='say why it changes: --reason "fewer operators in decode"')
@@ -44,10 +44,10 @@ def _measured(suite: str) -> Path:
     """The folder of a new run of the suite."""
     from d2obench.cli.run import execute
     from d2obench.report.display import display
-    from d2obench.runner.check import check
-    from d2obench.runner.engines import open_engine
-    from d2obench.runner.folder import new_folder
-    from d2obench.suite import load_suite
+    from d2obench.run.check import check
+    from d2obench.run.engines import open_engine
+    from d2obench.run.folder import new_folder
+    from d2obench.suite.definition import load_suite
 
     chosen = load_suite(suite)
     with open_engine("local", chosen) as place:

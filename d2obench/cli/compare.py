@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """Compare two runs: effect, interval and verdict of every figure. Informs and never fails."""
     from d2obench.cli.verdicts import show
+    from d2obench.gate.compare import compare_runs
     from d2obench.record import read_run
-    from d2obench.runner.compare import compare_runs
 
     show(compare_runs(read_run(base), read_run(head)), formats or ["text"], output, every=every)

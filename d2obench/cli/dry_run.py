@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2obench.runner.check import Checked
-    from d2obench.runner.client import Client
-    from d2obench.runner.plan import Device
+    from d2obench.run.check import Checked
+    from d2obench.run.client import Client
+    from d2obench.run.plan import Device
 
 
 def show_plan(checked: Checked, client: Client) -> None:
@@ -18,8 +18,8 @@ def show_plan(checked: Checked, client: Client) -> None:
     from rich.table import Table
 
     from d2obench.report.display import spell
-    from d2obench.runner.plan import group, predict
-    from d2obench.suite import SPEED
+    from d2obench.run.plan import group, predict
+    from d2obench.suite.definition import SPEED
 
     devices = _rates(checked, client)
     table = Table("cell", "memory", "time", box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
@@ -68,7 +68,7 @@ def show_plan(checked: Checked, client: Client) -> None:
 
 
 def _rates(checked: Checked, client: Client) -> dict[tuple[str, str], Device]:
-    from d2obench.runner.plan import Device
+    from d2obench.run.plan import Device
 
     kinds = dict.fromkeys((cell.axes.device, cell.axes.dtype) for cell in checked.cells)
     return {

@@ -12,7 +12,7 @@ import typer
 from d2obench.errors import UsageError
 
 if TYPE_CHECKING:
-    from d2obench.stats.verdict import Verdicts
+    from d2obench.gate.verdict import Verdicts
 
 
 def command(
@@ -53,7 +53,7 @@ def command(
     Two revisions, measured now in interleaved rounds:  d2obench gate --suite ci --base main
     """
     from d2obench.cli.verdicts import show
-    from d2obench.stats.verdict import KINDS
+    from d2obench.gate.verdict import KINDS
 
     wrong = [kind for kind in kinds or () if kind not in KINDS]
     if wrong:
@@ -76,9 +76,9 @@ def command(
 
 
 def _stored(folder: Path, baseline: Path | None, kinds: Collection[str]) -> Verdicts:
-    from d2obench.runner.folder import suite_of
-    from d2obench.runner.gate_baseline import device_class, judge_run, path_of, read_baseline
-    from d2obench.runner.gate_facts import facts_of_run
+    from d2obench.gate.baseline import device_class, judge_run, path_of, read_baseline
+    from d2obench.gate.collect import facts_of_run
+    from d2obench.run.folder import suite_of
 
     run, suite = suite_of(folder)
     path = baseline or path_of(run.info.name, device_class(run.info.environment))
@@ -93,7 +93,7 @@ def _revisions(
     kinds: Collection[str],
 ) -> Verdicts:
     from d2obench.cli.run import overrides
-    from d2obench.runner.gate import Side, gate
+    from d2obench.gate.gate import Side, gate
 
     def watch(words: str) -> None:
         print(words, file=sys.stderr, flush=True)

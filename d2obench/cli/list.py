@@ -42,7 +42,7 @@ def command(
 
 
 def _suites(plugins: bool) -> tuple[Row, Iterable[Row]]:
-    from d2obench.suite import load_suite, shipped
+    from d2obench.suite.definition import load_suite, shipped
 
     names = [] if plugins else shipped()
     return ("suite", "tasks", "what it is for"), [
@@ -151,6 +151,6 @@ def _first_line(cls: Any) -> str:
 
 
 def _word(value: object) -> str:
-    from d2obench.spec import show_value
+    from d2obench.suite.grammar import show_value
 
     return show_value(value)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from d2obench.measure.booking import Cost
     from d2obench.measure.profiler import Profile
-    from d2obench.suite import Cell
+    from d2obench.suite.definition import Cell
 
 
 def command(
@@ -43,10 +43,10 @@ def command(
 
     from d2obench.cli.run import overrides
     from d2obench.record import dump, write_atomic
-    from d2obench.runner.check import check_words
-    from d2obench.runner.folder import new_folder
-    from d2obench.runner.placed import check_one
-    from d2obench.suite import cells, load_suite
+    from d2obench.run.check import check_words
+    from d2obench.run.folder import new_folder
+    from d2obench.run.placed import check_one
+    from d2obench.suite.definition import cells, load_suite
 
     axes = {
         "policy": policy, "budget": budget, "model": model, "dtype": dtype,
@@ -74,8 +74,8 @@ def command(
 
 def pick(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
     """Speed cells whose id holds one of ``wanted``, or the first group that is timed together where none is named."""
-    from d2obench.runner.plan import group
-    from d2obench.suite import SPEED
+    from d2obench.run.plan import group
+    from d2obench.suite.definition import SPEED
 
     timed = [cell for cell in cells if cell.axes.task == SPEED and isinstance(cell.axes.batch, int)]
     if not timed:
@@ -215,9 +215,9 @@ def _to_nsys(cells: Sequence[Cell], steps: int) -> None:
 
 def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
-    from d2obench.engine import Session
+    from d2obench.cache import Session
     from d2obench.models import load
-    from d2obench.spec import parse_shape
+    from d2obench.suite.grammar import parse_shape
     from d2obench.tasks.timed import prompts
 
     axes = cell.axes

@@ -49,7 +49,7 @@ def render(runs: Runs, formats: Formats = "csv,md,html", out: Out = None, rescor
     from d2obench.report import build, check, write_report
     from d2obench.report.render.console import show_report
     from d2obench.report.rescore import rescore as score_again
-    from d2obench.spec import split_list
+    from d2obench.suite.grammar import split_list
 
     asked = split_list(formats)
     check(asked)

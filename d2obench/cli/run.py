@@ -15,8 +15,8 @@ from d2obench.errors import UsageError
 if TYPE_CHECKING:
     from d2obench.record import Run
     from d2obench.report.display import Display
-    from d2obench.runner.check import Checked
-    from d2obench.runner.engines import Engine
+    from d2obench.run.check import Checked
+    from d2obench.run.engines import Engine
 
 AXES, REPEATS, WHERE, OUTPUT = "Axes of the suite", "Repeats and data", "Where it runs", "Output"
 
@@ -83,12 +83,12 @@ def command(
     """Run a suite: every cell ends as a row; the table and the files written stand at the end."""
     from d2obench.cli.dry_run import show_plan
     from d2obench.report.display import display
-    from d2obench.runner.check import check
-    from d2obench.runner.engines import open_engine
-    from d2obench.runner.folder import new_folder, suite_of
-    from d2obench.runner.shards import parse_shard, part
-    from d2obench.runner.shards import shard as shard_of
-    from d2obench.suite import load_suite
+    from d2obench.run.check import check
+    from d2obench.run.engines import open_engine
+    from d2obench.run.folder import new_folder, suite_of
+    from d2obench.run.shards import parse_shard, part
+    from d2obench.run.shards import shard as shard_of
+    from d2obench.suite.definition import load_suite
 
     axes = {
         "policy": policy, "budget": budget, "model": model, "dtype": dtype, "device": device,
@@ -151,7 +151,7 @@ def command(
 
 def execute(checked: Checked, folder: Path, engine: Engine, earlier: Run | None, shown: Display) -> bool:
     """Runs all cells; true when the user stopped it."""
-    from d2obench.runner.run import run_suite
+    from d2obench.run.suite_run import run_suite
 
     shown.start([cell.id for cell in checked.cells])
     for cell in earlier.cells if earlier else ():
@@ -220,7 +220,7 @@ def _check_engine(
 
 def _named(suite: str) -> str:
     if not suite:
-        from d2obench.suite import shipped
+        from d2obench.suite.definition import shipped
 
         raise UsageError("which suite?", remedy=f"name a .toml or one of {', '.join(shipped())}")
     return suite

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from d2obench.suite import Suite
+    from d2obench.suite.definition import Suite
 
 MOST_SHARDS = 8
 
@@ -38,11 +38,11 @@ def sweep(
         allow_busy: passed on.
     """
     from d2obench.errors import UsageError
-    from d2obench.runner.check import check_words
-    from d2obench.runner.engines import slurm
-    from d2obench.runner.folder import new_folder
-    from d2obench.runner.plan import group
-    from d2obench.suite import cells
+    from d2obench.run.check import check_words
+    from d2obench.run.engines import slurm
+    from d2obench.run.folder import new_folder
+    from d2obench.run.plan import group
+    from d2obench.suite.definition import cells
 
     check_words(suite)
     groups = len(group(cells(suite)))

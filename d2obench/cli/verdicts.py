@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from d2obench.gate.verdict import Verdicts
 from d2obench.record import cannot_write
-from d2obench.stats.verdict import Verdicts
 
 FILES = {
     "json": "verdicts.json",

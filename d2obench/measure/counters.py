@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from d2obench import team
+from d2obench import cpu
 from d2obench.measure.phases import Request
 
 _CONCATENATE = ("aten.cat", "aten.stack", "aten.concat", "aten.repeat_interleave")
@@ -73,7 +73,7 @@ def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
 def count(work: Callable[[], object]) -> StepCounts:
     """Runs ``work`` once and counts its operators."""
     seen = _Counting()
-    with team.watched(seen.launched), seen:
+    with cpu.watched(seen.launched), seen:
         work()
     return StepCounts(
         ops=sum(seen.ops.values()),
@@ -107,7 +107,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.allocated = 0
         self.largest = (0, "")
 
-    def launched(self, loop: team.Loop, words: team.Words) -> None:
+    def launched(self, loop: cpu.Loop, words: cpu.Arguments) -> None:
         """Counts a loop of ours, which is no operator to PyTorch; its results are allocated by one."""
         self.ops[f"team.{loop.name}"] += 1
         self.flops += loop.flops(words)

@@ -116,9 +116,9 @@ def _attention(device: str) -> str | None:
     if torch is None:
         return None
     if not device.startswith("cuda"):
-        from d2obench import team
+        from d2obench import cpu
 
-        return f"sdpa: flash (CPU){TEAM if team.here() else OURS}"
+        return f"sdpa: flash (CPU){TEAM if cpu.here() else OURS}"
     on = torch.backends.cuda
     kinds = {
         "flash": on.flash_sdp_enabled(),

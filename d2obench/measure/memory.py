@@ -170,7 +170,7 @@ def probe_for(
 
 def settle(device: torch.device | None = None, beside: Sequence[torch.device] = ()) -> None:
     """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before."""
-    from d2obench.engine import host_memory
+    from d2obench.cpu import memory as host_memory
 
     gc.collect()
     host_memory.release()

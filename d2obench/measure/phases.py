@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from d2obench.engine import host_memory
+from d2obench.cpu import memory as host_memory
 from d2obench.errors import OutOfMemory
 from d2obench.measure import collector
 from d2obench.measure.clock import Clock
@@ -30,7 +30,7 @@ Mark = Callable[[str], None]
 
 
 class Request(Protocol):
-    """What a measurement needs of :class:`d2obench.engine.Session`."""
+    """What a measurement needs of :class:`d2obench.cache.Session`."""
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor: ...
     def compress(self) -> None: ...

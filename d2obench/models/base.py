@@ -134,7 +134,8 @@ def loaded(
     name: str, model: Any, tokenizer: Any, *, digest: str, context: int | None = None, **rest: Any
 ) -> LoadedModel:
     """Freezes ``model`` and describes it; ``rest`` are fields of :class:`LoadedModel`."""
-    from d2obench.models import rotary, thin
+    from d2obench.models import linear as thin
+    from d2obench.models import rotary
 
     model.eval().requires_grad_(False)
     thin.adapt(model)

@@ -30,7 +30,7 @@ from d2obench.errors import ModelError
 from d2obench.models import wheel
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
 from d2obench.models.reading import read_folder, silent
-from d2obench.placement import Placement
+from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.local import weight_files
 from d2obench.models.reading import read_config, read_folder, silent
-from d2obench.placement import Placement
+from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.reading import fingerprint, read_config, read_folder
-from d2obench.placement import Placement
+from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:
     import torch

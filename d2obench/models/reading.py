@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
+from d2obench.models.devices import check_whole, options
 from d2obench.models.ranks import no_gguf, own_share
-from d2obench.models.spread import check_whole, options
-from d2obench.placement import Placement
+from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2obench import team
+from d2obench import cpu
 from d2obench.compiler import missing
 
 NAME = "apply_rotary_pos_emb"
@@ -40,7 +40,7 @@ def fallback(device: torch.device) -> str:
 def adapt(model: Any) -> None:
     """Lets the attention modules of a model use the kernels, where there are any for its device."""
     on_cpu = model.device.type == "cpu"
-    if not (team.suits(model.dtype, model.device) if on_cpu else not missing(model.device)):
+    if not (cpu.suits(model.dtype, model.device) if on_cpu else not missing(model.device)):
         return
     for module in model.modules():
         family = type(module).__module__.split(".")[-2:-1]
@@ -89,7 +89,7 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 def _by_token(q: Tensor, k: Tensor) -> Pair | None:
     """Both as ``[B, L, H, d]``, if that is how they lie in memory and loops serve them."""
     queries, keys = q.transpose(1, 2), k.transpose(1, 2)
-    whole = queries.is_contiguous() and keys.is_contiguous() and team.suits(q.dtype, q.device)
+    whole = queries.is_contiguous() and keys.is_contiguous() and cpu.suits(q.dtype, q.device)
     return (queries, keys) if whole else None
 
 
@@ -97,17 +97,17 @@ def _on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Pair:
     batch, length, heads, width = queries.shape
     out, out_keys = torch.empty_like(queries), torch.empty_like(keys)
     tokens = batch * length
-    words = team.Words(
+    words = cpu.Arguments(
         0, -(-tokens // SHARE), queries.data_ptr(), keys.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
         out_keys.data_ptr(), tokens, heads, keys.shape[2], width, cos.numel() // width, SHARE,
     )  # fmt: skip
-    team.launch(_loop(), words)
+    cpu.launch(_loop(), words)
     return out.transpose(1, 2), out_keys.transpose(1, 2)
 
 
 @functools.cache
-def _loop() -> team.Loop:
-    from d2obench.team import products
+def _loop() -> cpu.Loop:
+    from d2obench.cpu import products
 
     return products.rotate
 
@@ -117,7 +117,7 @@ def _on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
     if q.device in _refused:
         return None
     try:
-        from d2obench.models.rotary_kernel import rotated
+        from d2obench.models.rotary_triton import rotated
 
         with torch.cuda.device(q.device):
             return rotated(q, k, cos, sin)

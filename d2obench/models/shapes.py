@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
-from d2obench.models.spread import hand_out
-from d2obench.placement import Placement
+from d2obench.models.devices import hand_out
+from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:
     import torch

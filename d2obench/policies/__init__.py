@@ -11,7 +11,7 @@ import msgspec
 
 from d2obench.errors import PolicyError
 from d2obench.plugin import Registry
-from d2obench.spec import Part, Spec, parse_spec
+from d2obench.suite.grammar import Part, Spec, parse_spec
 
 if TYPE_CHECKING:
     from d2obench.policies.base import Policy

@@ -2,7 +2,7 @@
 
 A policy is a frozen dataclass of its parameters; it holds no tensors. The engine calls it at these points:
 
-1. ``needs``: which statistics of the prompt's attention map to gather (``d2obench.engine.prefill``).
+1. ``needs``: which statistics of the prompt's attention map to gather (``d2obench.attention.prompt``).
 2. ``layer_budgets``: how many entries each layer keeps (uniform unless a policy allocates).
 3. ``rank``: a score per entry of the prompt; the highest are kept.
 4. ``absorb``: what happens to the evicted entries of a layer (nothing, or a merge into the kept ones).
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 Stats = dict[str, Tensor]
 """Statistics of the prompt's attention map by name, see :class:`Needs`."""
@@ -51,8 +51,8 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Carries:
-    """How the engine merges what a decode step evicts, at the next step (``d2obench.engine.carry``).
+class MergeSpec:
+    """How the engine merges what a decode step evicts, at the next step (``d2obench.decode.pending_merge``).
 
     Args:
         beta: weight of the newest similarity in the threshold's EMA.
@@ -134,7 +134,7 @@ class Policy:
     takes_budget: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Parameters that a value of ``preset`` stands for; what is given beside it goes first."""
-    watches: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
     """Whether ``observe`` and ``victims`` need the attention of each decode step."""
     bits: int | None = field(default=None, kw_only=True)
     """Bits of a stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
@@ -155,28 +155,28 @@ class Policy:
         return False
 
     @property
-    def defers(self) -> bool:
+    def compresses_after_first_step(self) -> bool:
         """Whether the prompt is compressed after the first decode step instead of before it."""
         return False
 
     @property
-    def waits(self) -> bool:
+    def budgets_need_stats(self) -> bool:
         """Whether ``layer_budgets`` needs the statistics, so that no layer can be compressed before all of them have
         read the prompt. A policy with budgets of its own that only need lengths says so here."""
         return type(self).layer_budgets is not Policy.layer_budgets
 
     @property
-    def carries(self) -> Carries | None:
+    def merge_spec(self) -> MergeSpec | None:
         """How the engine merges what a decode step evicts; None for not at all."""
         return None
 
     @property
-    def expands(self) -> bool:
+    def caches_query_heads(self) -> bool:
         """Whether keys are cached once per query head instead of once per KV head."""
         return False
 
     @property
-    def couples(self) -> bool:
+    def judges_heads_together(self) -> bool:
         """Whether a step judges the KV heads of a layer together: such a policy can't share them out over ranks."""
         return False
 

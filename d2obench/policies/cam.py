@@ -13,7 +13,7 @@ from d2obench.policies.base import Entries, Policy, Stats, window_rank
 from d2obench.policies.drawing import uniform
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CaM(Policy):
     name: ClassVar[str] = "cam"
     about: ClassVar[str] = "start and recent window, with a random merge of values"
     paper: ClassVar[str] = "CaM, ICML 2024"
-    watches: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     def check(self) -> None:
         if not 0 <= self.start < 1:

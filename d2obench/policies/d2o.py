@@ -11,15 +11,15 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Carries, Entries, Kept, Policy, Stats, pick
+from d2obench.policies.base import Entries, Kept, MergeSpec, Policy, Stats, pick
 from d2obench.policies.h2o import H2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
 from d2obench.policies.released import Released
 from d2obench.ranges import span
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 FLOOR = 0.01
 """Least share of the prompt a layer keeps."""
@@ -69,18 +69,18 @@ class D2O(H2O):
     paper: ClassVar[str] = "D2O, arXiv 2406.13035"
 
     @property
-    def waits(self) -> bool:
+    def budgets_need_stats(self) -> bool:
         return self.allocate != "uniform" or bool(self.exempt)
 
     @property
-    def couples(self) -> bool:
+    def judges_heads_together(self) -> bool:
         return self.threshold == "layer" and self.merge != "none"
 
     @property
-    def carries(self) -> Carries | None:
+    def merge_spec(self) -> MergeSpec | None:
         if self.merge == "none" or self.interval > 1:
             return None
-        return Carries(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts, self.inherit)
+        return MergeSpec(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts, self.inherit)
 
     def resolved(self) -> Policy:
         if self.preset != "released":

@@ -12,7 +12,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class H2O(Policy):
     name: ClassVar[str] = "h2o"
     about: ClassVar[str] = "heavy hitters by accumulated attention and a recent window"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
-    watches: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:

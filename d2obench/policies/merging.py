@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from d2obench import team
+from d2obench import cpu
 
 TINY = 1e-6
 CACHED, CHUNK = 2**18, 2**25
@@ -35,7 +35,7 @@ def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tenso
     """
     (rows, count, _), slots = evicted.shape, kept.shape[1]
     device = kept.device
-    if evicted.dtype == torch.float32 and team.suits(kept.dtype, device):
+    if evicted.dtype == torch.float32 and cpu.suits(kept.dtype, device):
         return _nearest_by_team(evicted.contiguous(), kept, hosts)
     unit = _divided(kept.float(), kept)
     # every slot may host, as a rule: then there is no bias to add (elsewhere than on a CPU, asking would wait)
@@ -61,7 +61,7 @@ def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tenso
 
 def _nearest_by_team(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`nearest`, by one compiled loop: products never leave a core's cache."""
-    from d2obench.team import nearest as loops
+    from d2obench.cpu import nearest as loops
 
     (rows, count, width), slots = evicted.shape, kept.shape[1]
     room = -(-slots // loops.COLUMNS) * loops.COLUMNS
@@ -70,11 +70,11 @@ def _nearest_by_team(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tens
     barred[:, :slots].masked_fill_(hosts, 0.0)
     found, host = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.long)
     if found.numel() and slots:
-        words = team.Words(
+        words = cpu.Arguments(
             0, rows * -(-count // loops.BLOCK), evicted.data_ptr(), unit.data_ptr(), barred.data_ptr(),
             found.data_ptr(), host.data_ptr(), count, room, width,
         )  # fmt: skip
-        team.launch(loops.nearest, words)
+        cpu.launch(loops.nearest, words)
     return _divided(found[..., None], evicted)[..., 0], host
 
 

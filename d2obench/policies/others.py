@@ -1,7 +1,7 @@
 """What stands in for a policy of ours on an axis: another library's cache or method, another engine.
 
 An :class:`Other` is a dataclass of its parameters, as a policy is, and is named in the same registry. It has no rule
-for our cache; it names the session that runs it instead (``d2obench.engine.session.Session`` opens it by itself).
+for our cache; it names the session that runs it instead (``d2obench.cache.session.Session`` opens it by itself).
 Nothing of the other library is imported until that session is.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from d2obench.errors import PolicyError, UsageError
-from d2obench.spec import show_value
+from d2obench.suite.grammar import show_value
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Other:
     about: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = False
     session: ClassVar[str] = ""
-    """``module:class`` of its :class:`d2obench.engine.session.Session`; empty where that class itself runs it."""
+    """``module:class`` of its :class:`d2obench.cache.session.Session`; empty where that class itself runs it."""
     methods: ClassVar[bool] = False
     """Whether the name goes on behind a colon, as in ``kvpress:SnapKVPress``; ``method`` is that word then."""
     loads: ClassVar[str] = ""
@@ -61,7 +61,7 @@ class Other:
             )
 
     def flags(self, versions: Mapping[str, str | None]) -> list[str]:
-        """Words every view must show of its cells; ``versions`` are those of ``packages`` where it ran."""
+        """Arguments every view must show of its cells; ``versions`` are those of ``packages`` where it ran."""
         return []
 
 
@@ -100,7 +100,7 @@ class HfQuantized(Other):
     group: int = 64
     residual: int = 128
     name: ClassVar[str] = "hf-quantized"
-    session: ClassVar[str] = "d2obench.engine.library_quantised:QuantisedSession"
+    session: ClassVar[str] = "d2obench.external.library_quantised:QuantisedSession"
     packages: ClassVar[tuple[str, ...]] = ("optimum-quanto",)
     imports: ClassVar[tuple[str, str]] = ("optimum.quanto", "hf-quantized")
 
@@ -118,7 +118,7 @@ class Kvpress(Other):
     name: ClassVar[str] = "kvpress"
     takes_budget: ClassVar[bool] = True
     methods: ClassVar[bool] = True
-    session: ClassVar[str] = "d2obench.engine.kvpress:KvpressSession"
+    session: ClassVar[str] = "d2obench.external.kvpress:KvpressSession"
     apart: ClassVar[bool] = True
     environment: ClassVar[str] = "kvpress"
     packages: ClassVar[tuple[str, ...]] = ("kvpress", "transformers", "torch")
@@ -149,8 +149,8 @@ class LlamaCpp(Other):
 
     cache: Literal["f16", "q8_0", "q4_0"] = "f16"
     name: ClassVar[str] = "llama.cpp"
-    session: ClassVar[str] = "d2obench.engine.llama_cpp:LlamaCppSession"
-    loads: ClassVar[str] = "d2obench.engine.llama_cpp:load"
+    session: ClassVar[str] = "d2obench.external.llama_cpp:LlamaCppSession"
+    loads: ClassVar[str] = "d2obench.external.llama_cpp:load"
     apart: ClassVar[bool] = True
     packages: ClassVar[tuple[str, ...]] = ("xllamacpp",)
     imports: ClassVar[tuple[str, str]] = ("xllamacpp", "llama-cpp")

@@ -12,7 +12,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies.allocation import water_fill
 from d2obench.policies.base import Stats
 from d2obench.policies.snapkv import SnapKV
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PyramidKV(SnapKV):
     paper: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
 
     @property
-    def waits(self) -> bool:
+    def budgets_need_stats(self) -> bool:
         return False
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from d2obench.policies.full import Full
 @dataclass(frozen=True)
 class Quant(Full):
     """Keys quantised per channel in groups of tokens, values per token, as KIVI does; see
-    ``d2obench.engine.quantised``. Behind another policy, ``d2o+quant(bits=4)``, it stores what that one keeps.
+    ``d2obench.slots.quantised``. Behind another policy, ``d2o+quant(bits=4)``, it stores what that one keeps.
 
     Args:
         bits: of a stored number; 16 leaves the model's dtype alone.

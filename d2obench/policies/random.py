@@ -12,7 +12,7 @@ from d2obench.policies.base import Entries, Policy, Stats
 from d2obench.policies.drawing import uniform
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 from d2obench.policies.allocation import density
 from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, window_rank
 from d2obench.policies.merging import nearest
-from d2obench.spec import Budget
+from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 SINKS = 4
 BETA = 0.5
@@ -39,22 +39,22 @@ class Released(Policy):
     name: ClassVar[str] = "d2o"
     about: ClassVar[str] = "D2O as released"
     paper: ClassVar[str] = "D2O, arXiv 2406.13035; github.com/AIoT-MLSys-Lab/D2O"
-    watches: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:
         return Needs(columns=True)
 
     @property
-    def expands(self) -> bool:
+    def caches_query_heads(self) -> bool:
         return True
 
     @property
-    def couples(self) -> bool:
+    def judges_heads_together(self) -> bool:
         return True
 
     @property
-    def defers(self) -> bool:
+    def compresses_after_first_step(self) -> bool:
         return True
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:

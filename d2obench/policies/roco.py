@@ -12,7 +12,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Policy, Stats
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 NEWEST = 10
 """Tokens whose few observations say nothing yet: their deviation counts as infinite."""
@@ -35,7 +35,7 @@ class RoCo(Policy):
     name: ClassVar[str] = "roco"
     about: ClassVar[str] = "lowest mean attention among those of low deviation"
     paper: ClassVar[str] = "RoCo, arXiv 2402.06262"
-    watches: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:

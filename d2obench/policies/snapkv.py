@@ -12,7 +12,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 
 @dataclass(frozen=True)

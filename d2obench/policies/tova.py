@@ -10,7 +10,7 @@ from torch import Tensor
 from d2obench.policies.base import Entries, Needs, Policy
 
 if TYPE_CHECKING:
-    from d2obench.engine.state import DecodeState
+    from d2obench.decode.state import DecodeState
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class TOVA(Policy):
     name: ClassVar[str] = "tova"
     about: ClassVar[str] = "what the newest query attends to, one choice per layer"
     paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
-    watches: ClassVar[bool] = True
+    needs_attention: ClassVar[bool] = True
 
     @property
-    def couples(self) -> bool:
+    def judges_heads_together(self) -> bool:
         return True
 
     @property

@@ -18,7 +18,7 @@ from d2obench.report.needle import needles
 from d2obench.report.quality import front, held, loss, primary, tasks_of
 from d2obench.report.rows import Entry, Row, grouped, volume
 from d2obench.report.view import Figure
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
 
 MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 3, 6, 64, 12, 24
 

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from d2obench.gate.verdict import Row, Verdicts, short_names
 from d2obench.metric import METRICS
 from d2obench.report.view import Figure
-from d2obench.stats.verdict import Row, Verdicts, short_names
 
 MAX_ROWS, MAX_NAME, LONGEST = 40, 48, 90
 COLUMNS = ("label", "cell", "metric", "verdict", "value", "lo", "hi", "least", "most")

@@ -16,7 +16,7 @@ from d2obench.report.quality import front, primary, tasks_of
 from d2obench.report.rows import Entry, Key, Row, grouped, join, largest
 from d2obench.report.view import Column, Table
 from d2obench.report.view import Entry as Field
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
 
 MAX_TASKS, MAX_ROWS, MAX_WHY = 4, 240, 140
 ELSEWHERE = ("mbu",)

@@ -13,7 +13,7 @@ from d2obench.report.fields import axis, axis_column, column, field, varying
 from d2obench.report.headline import MAX_ROWS
 from d2obench.report.rows import Row
 from d2obench.report.view import Column, Entry, Table
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
 
 ROOFLINE = (
     "weights_bytes",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from d2obench.metric import METRICS
 from d2obench.report.rows import Key, Row, grouped
 from d2obench.stats.pareto import non_dominated
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
 
 STANDS = ("kl", "score_diff", "score", "gold_bpb_diff", "ppl", "nll")
 """Which quality figure stands for a task, best first: a difference to full before a bare value."""

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from d2obench.errors import UsageError
 from d2obench.record import Axes, CellRecord, Run, Value
-from d2obench.spec import parse_shape
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
+from d2obench.suite.grammar import parse_shape
 
 Scalar = str | int | None
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
+from d2obench.gate.study.trials import Outcome, Study
+from d2obench.gate.verdict import Verdict
 from d2obench.record import finite, write_atomic
-from d2obench.stats.trials import Outcome, Study
-from d2obench.stats.verdict import Verdict
 
 _HEAD = "| head | gates | n | REGRESSED | INCONCLUSIVE | OK | share REGRESSED (95 %) |\n|---|---|--:|--:|--:|--:|--:|\n"
 

@@ -18,8 +18,8 @@ from d2obench.report.headline import MAX_ROWS
 from d2obench.report.rows import Entry, Key, Row, largest
 from d2obench.report.view import Column, Mark, Table
 from d2obench.report.view import Entry as Field
-from d2obench.suite import SPEED
-from d2obench.target import Target
+from d2obench.suite.definition import SPEED
+from d2obench.suite.target import Target
 
 RATIOS = (
     "speedup", "speedup_e2e", "speedup_memory", "to_streaming", "to_library", "prefill_cost", "prefill_peak_cost",

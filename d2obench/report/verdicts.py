@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from d2obench.errors import UsageError
+from d2obench.gate.verdict import Verdicts
 from d2obench.report.verdicts_github import workflow_commands
 from d2obench.report.verdicts_html import draw, page
 from d2obench.report.verdicts_json import to_json
 from d2obench.report.verdicts_junit import junit
 from d2obench.report.verdicts_markdown import markdown
 from d2obench.report.verdicts_text import text
-from d2obench.stats.verdict import Verdicts
 
 FORMATS: dict[str, Callable[[Verdicts, Mapping[str, str] | None], str]] = {
     "text": lambda verdicts, drawn: text(verdicts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from d2obench.stats.verdict import Row, Verdict, Verdicts
+from d2obench.gate.verdict import Row, Verdict, Verdicts
 
 MOST = 9
 _LEVEL = {Verdict.REGRESSED: "error", Verdict.INCOMPARABLE: "error", Verdict.INCONCLUSIVE: "warning"}

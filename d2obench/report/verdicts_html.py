@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from d2obench.gate.verdict import Row, Verdict, Verdicts, short_names
 from d2obench.report.forest import forest
 from d2obench.report.view import Column, Entry, Mark, Report, Table
-from d2obench.stats.verdict import Row, Verdict, Verdicts, short_names
 
 MAX_ROWS = 2500
 MARKS: dict[Verdict, Mark] = {

@@ -6,8 +6,8 @@ import json
 
 import msgspec
 
+from d2obench.gate.verdict import Verdicts
 from d2obench.record import finite
-from d2obench.stats.verdict import Verdicts
 
 SCHEMA = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from d2obench.stats.verdict import Row, Verdict, Verdicts
+from d2obench.gate.verdict import Row, Verdict, Verdicts
 
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -9,7 +9,7 @@ import html
 import re
 from collections.abc import Iterable
 
-from d2obench.stats.verdict import Row, Verdict, Verdicts
+from d2obench.gate.verdict import Row, Verdict, Verdicts
 
 SUMMARY_BYTES = 900_000
 COMMENT_BYTES = 64_000

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from d2obench.stats.verdict import Row, Verdict, Verdicts, short_names
+from d2obench.gate.verdict import Row, Verdict, Verdicts, short_names
 
 STYLE = {
     Verdict.REGRESSED: "bold red",

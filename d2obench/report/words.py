@@ -14,7 +14,7 @@ from d2obench.record import Run, Value
 from d2obench.report.fields import WORDS, signed
 from d2obench.report.quality import held, primary, tasks_of
 from d2obench.report.rows import Row, grouped, volume
-from d2obench.suite import SPEED
+from d2obench.suite.definition import SPEED
 
 MAX_SETTINGS, MAX_D2O = 4, 4
 RIVALS = {

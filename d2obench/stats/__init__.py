@@ -1,0 +1,1 @@
+"""Statistics of samples: bootstrap intervals, paired tests, Pareto fronts. Imports no torch."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.plugin import Registry
 from d2obench.record import Value
-from d2obench.spec import parse_spec
+from d2obench.suite.grammar import parse_spec
 from d2obench.tasks.base import Evaluation, Item, Report, Task
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 __all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "rescore", "uses_shape"]
 
@@ -109,7 +109,7 @@ def _same_data(name: str, quality: Quality) -> None:
 def _keeps_more(cell: Cell, found: Evaluation) -> bool:
     """Whether a policy held more than its budget: it grows while decoding, or it kept more of the prompts."""
     from d2obench.policies import other, parse_policy
-    from d2obench.spec import parse_budget
+    from d2obench.suite.grammar import parse_budget
 
     axes = cell.axes
     if axes.budget is None:

@@ -12,7 +12,7 @@ from d2obench.record import Value
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 Report = Callable[[int, int], None]
 """``report(done, total)``, in items."""

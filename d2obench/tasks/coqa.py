@@ -20,7 +20,7 @@ from d2obench.tasks.prompts import Example, Limits
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("stanfordnlp/coqa", "main", "validation")
 

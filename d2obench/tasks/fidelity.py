@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.errors import DataError, UsageError
-from d2obench.spec import parse_shape
+from d2obench.suite.grammar import parse_shape
 from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
 from d2obench.tasks.values import kept_shares
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 MEMORY = 2**30
 _FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
@@ -127,7 +127,7 @@ def _steps(
     """
     import torch
 
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
     gen, axes = len(texts[0]) - prompt - 1, cell.axes
     asked = (policy, None) if policy else (axes.policy, axes.budget)

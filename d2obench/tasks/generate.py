@@ -25,9 +25,9 @@ from d2obench.tasks.values import kept_shares
 if TYPE_CHECKING:
     import torch
 
-    from d2obench.engine import Session
+    from d2obench.cache import Session
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 
 class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -130,7 +130,7 @@ def compressed(
     """
     import torch
 
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
     held = min(map(len, prompts)) > 1
     session = Session(loaded, policy, budget, max_new=max_new, seed=seed)

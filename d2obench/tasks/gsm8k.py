@@ -19,7 +19,7 @@ from d2obench.tasks.prompts import Example, Limits
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("openai/gsm8k", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "test", "main")
 

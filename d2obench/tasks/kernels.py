@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 from d2obench.errors import UsageError
 from d2obench.policies import other
 from d2obench.record import Value
-from d2obench.spec import parse_shape
+from d2obench.suite.grammar import parse_shape
 from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
 
 if TYPE_CHECKING:
     from d2obench.measure.parts import Block, Costs
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 
 class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -33,7 +33,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
         """See :meth:`Task.evaluate`; one item a request, after one that warms up."""
-        from d2obench.engine import Session
+        from d2obench.cache import Session
         from d2obench.measure.clock import clock_for
         from d2obench.measure.parts import WARM, cost_of_parts
         from d2obench.tasks.timed import prompts

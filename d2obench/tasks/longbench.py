@@ -17,7 +17,7 @@ from d2obench.tasks.prompts import Example, Limits
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 HUB, REVISION = "THUDM/LongBench", "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 

@@ -24,7 +24,7 @@ from d2obench.tasks.text import document
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 Depth = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Contexts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]

@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, ClassVar
 
 from d2obench.errors import UsageError
-from d2obench.spec import parse_shape
+from d2obench.suite.grammar import parse_shape
 from d2obench.tasks.base import Count, Item
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits, fitted, size_by
@@ -20,7 +20,7 @@ from d2obench.tasks.text import document
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 ASK = "Read the following chronicle and answer the question at its end.\n\n{text}\n\nQuestion: {question}\nAnswer:"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import NamedTuple
 
-from d2obench.spec import Shape
-from d2obench.suite import Quality
+from d2obench.suite.definition import Quality
+from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Task
 
 

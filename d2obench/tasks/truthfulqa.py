@@ -22,7 +22,7 @@ from d2obench.tasks.prompts import Example, Limits, has_chat
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite import Cell, Quality
+    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490", "validation", "generation")
 PACKAGES = ("sacrebleu", "rouge_score.rouge_scorer")

@@ -11,7 +11,7 @@ from d2obench.record import Value
 from d2obench.tasks.base import Item
 
 if TYPE_CHECKING:
-    from d2obench.engine import Session
+    from d2obench.cache import Session
 
 
 def values_of(items: Sequence[Item]) -> dict[str, Value]:

@@ -1,0 +1,180 @@
+"""Causal attention over a prompt, with the statistics of its map that policies rank tokens by.
+
+The L×L map never exists. Without statistics this is the device's own flash/SDPA kernel. With them, on a CPU one pass
+over blocks of queries gives the output and the column sums together: a block's probabilities live in cache, are
+multiplied with the values, summed over the queries and forgotten. (The flash kernel with its log-sum-exp and a second
+pass of ``exp(q·k − lse)`` takes 1.25 times as long there: the products are the most of it, and there would be three.)
+On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton kernel adds up the columns
+(``d2obench.attention.triton_columns``); where there is none, a second pass over blocks of queries. Memory is O(L)
+either
+way.
+
+Sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch gives
+what single sequences give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2obench.attention import triton_prompt as prompt
+from d2obench.cpu.memory import lasting
+from d2obench.policies.base import Needs, Stats
+from d2obench.ranges import span
+
+CPU_BLOCK, GPU_BLOCK = 64, 512
+CPU_CACHE = 2**20
+"""Bytes of probabilities that a core works on at once, so that they are still in its cache when they are summed."""
+
+
+def prompt_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    starts: list[int],
+    needs: Needs,
+    zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = lasting,
+) -> tuple[Tensor, Stats]:
+    """Causal attention and the statistics asked for.
+
+    Args:
+        query: ``[B, Hq, Q, d]``, the last Q positions of the sequence.
+        keys: ``[B, H, L, d]`` with L ≥ Q and Hq a multiple of H (GQA, unexpanded).
+        values: ``[B, H, L, d_v]``.
+        scale: factor of the logits.
+        starts: the first real position of each sequence (left padding).
+        needs: which statistics; those of padding are 0.
+        zeros: where they are put.
+
+    Returns:
+        The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
+    """
+    batch, heads, length = keys.shape[:3]
+    out = query.new_zeros(batch, query.shape[2], query.shape[1], values.shape[-1])
+    rows = query.shape[1] if needs.heads else heads
+    names = [
+        name
+        for name, wanted in (
+            ("sum", needs.columns or needs.squares),
+            ("square", needs.squares),
+            ("window", needs.window),
+        )
+        if wanted
+    ]
+    stats = {name: zeros((batch, rows, length), torch.float32, keys.device) for name in names}
+    groups = (
+        [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+    )
+    for part, start in groups:
+        skip = max(0, start - (length - query.shape[2]))
+        q, k, v = query[part, :, skip:], keys[part, :, start:], values[part, :, start:]
+        seen = {name: stat[part, :, start:] for name, stat in stats.items()}
+        if needs.columns or needs.squares:
+            block = _blocks if query.device.type == "cpu" else _flash_then_columns
+            block(q, k, v, scale, out[part, skip:], seen, needs)
+        else:
+            out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
+        if needs.window:
+            with span("scores"):
+                seen["window"].copy_(_window(q, k, scale, needs))
+    return out, stats
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    new, length = q.shape[2], k.shape[2]
+    if new == length:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
+    """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
+    the block's probabilities (``G·64·L`` floats) stay in the core's cache. Logits become probabilities in place."""
+    batch, heads, length, _ = k.shape
+    new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
+    ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
+    grouped = q.view(batch, heads, group, new, -1)
+    flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
+    mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
+    cores = torch.get_num_threads()
+    most = max(group * CPU_BLOCK * length * cores, min(cores * CPU_CACHE // 4, rows * group * CPU_BLOCK * length))
+    logits_of = q.new_empty(most)
+    weights_of = logits_of if q.dtype == torch.float32 else torch.empty(most)
+    for first in range(0, new, CPU_BLOCK):
+        last = min(new, first + CPU_BLOCK)
+        size, end = last - first, length - new + last
+        block = (grouped[:, :, :, first:last] * scale).reshape(rows, group * size, -1)
+        some = cores * max(1, CPU_CACHE // (group * size * end * 4))
+        for low in range(0, rows, some):
+            part = slice(low, min(rows, low + some))
+            shape = (part.stop - low, group * size, end)
+            logits, weights = (held[: math.prod(shape)].view(shape) for held in (logits_of, weights_of))
+            torch.bmm(block[part], flat_k[part, :, :end], out=logits)
+            logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
+            torch.softmax(logits, -1, dtype=torch.float32, out=weights)
+            found = torch.bmm(weights.to(v.dtype), flat_v[part, :end]).view(-1, group, size, v.shape[-1])
+            for row, one in enumerate(found, low):
+                mixed[row // heads, row % heads, :, first:last] = one
+            with span("scores"):
+                _tally(weights.view(-1, group, size, end), part, stats, needs)
+
+
+def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
+    """The flash kernel for the output; then the columns, by the kernel or block by block."""
+    if not prompt.attend_with_columns(q, k, v, scale, out, stats, needs):
+        out.copy_(_flash(q, k, v, scale).transpose(1, 2))
+        _column_blocks(q, k, scale, stats, needs)
+
+
+def _column_blocks(q: Tensor, k: Tensor, scale: float, stats: Stats, needs: Needs) -> None:
+    """The probabilities once more, in blocks of queries, for the columns."""
+    batch, heads, length, _ = k.shape
+    new, group = q.shape[2], q.shape[1] // heads
+    for first in range(0, new, GPU_BLOCK):
+        last = min(new, first + GPU_BLOCK)
+        size, end = last - first, length - new + last
+        block = (q[:, :, first:last] * scale).reshape(batch, heads, group * size, -1)
+        logits = (block @ k[:, :, :end].transpose(2, 3)).float().view(batch, heads, group, size, end)
+        ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., end - size :].masked_fill_(ahead, -math.inf)
+        with span("scores"):
+            _tally(torch.softmax(logits, -1).flatten(0, 1), slice(None), stats, needs)
+
+
+def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
+    """Adds a block ``[R, G, Q, L']`` of probabilities to the running column statistics of the rows ``part`` of
+    ``B·H``."""
+    end, group = weights.shape[-1], weights.shape[1]
+    if needs.heads:
+        seen = stats["sum"]
+        seen.view(seen.shape[0], -1, group, seen.shape[2]).flatten(0, 1)[part, :, :end] += weights.sum(2)
+        return
+    if "sum" in stats:
+        stats["sum"].flatten(0, 1)[part, :end].add_(weights.flatten(1, 2).sum(1), alpha=1 / group)
+    if needs.squares:
+        stats["square"].flatten(0, 1)[part, :end].add_(weights.mean(1).square_().sum(1))
+
+
+def _window(q: Tensor, k: Tensor, scale: float, needs: Needs) -> Tensor:
+    """Column sums over the last ``window`` queries, ``[B, H, L]``."""
+    batch, heads, length, _ = k.shape
+    size = min(needs.window, q.shape[2])
+    group = q.shape[1] // heads
+    last = (q[:, :, -size:] * scale).reshape(batch, heads, group * size, -1)
+    logits = (last @ k.transpose(2, 3)).float().view(batch, heads, group, size, length)
+    ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    logits[..., length - size :].masked_fill_(ahead, -math.inf)
+    return torch.softmax(logits, -1).sum(3).mean(2)
+
+
+def kept_stats(stats: Stats, index: Tensor) -> dict[str, Any]:
+    """Statistics of the kept entries: each ``[B, H, L]`` gathered at ``index`` ``[B, H, C]``."""
+    return {name: stat.gather(2, index) for name, stat in stats.items() if stat.shape[1] == index.shape[1]}

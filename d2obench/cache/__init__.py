@@ -1,0 +1,23 @@
+"""The policy cache: keys and values of a prompt, their compression, and the decoding that follows.
+
+``PolicyCache`` is what transformers sees; ``Session`` runs one batch through prefill, compression and decoding, and
+``build.cache`` makes a cache for ``model.generate``. Imported by ``external`` and above; imports ``decode``,
+``attention`` and ``policies``. The names below are imported when they are asked for: transformers loads slowly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2obench.cache.policy_cache import PolicyCache
+    from d2obench.cache.session import Footprint, Session
+
+__all__ = ["Footprint", "PolicyCache", "Session"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'policy_cache' if name == 'PolicyCache' else 'session'}"), name)

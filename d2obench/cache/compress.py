@@ -1,0 +1,231 @@
+"""From entries to slots, layer by layer: selection, merging, and what is booked of every slot.
+
+Peak memory. Where no layer's budget depends on another layer, the cache packs each layer right after its attention
+over the prompt and its full keys and values are gone before the next layer runs: beside the slots, one layer's prompt
+is alive. Where budgets need the statistics of all layers first (D2O's Eq. 5), every layer's full keys and values exist
+when the prompt ends, and with them column sums of O(L) a layer; that is the peak, and it is ``full``'s own. From there
+on memory only falls: a layer's kept entries are set aside in tensors of their own size, its full ones freed, and the
+slots of all layers are allocated only when the last full layer is gone, keys first, then values, each set free while
+it is copied. So the peak is ``max(1, 1.5·ρ)`` of the prompt's keys and values, and the kept entries of one layer, for
+a budget of ρ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2obench.attention import triton_prompt as prompt
+from d2obench.attention.prompt import kept_stats
+from d2obench.cache.layer import PolicyLayer
+from d2obench.decode.pending_merge import PendingMerge
+from d2obench.decode.state import DecodeState, capacities
+from d2obench.errors import PolicyError
+from d2obench.policies.base import Entries, Kept, Policy, Stats, pick, select
+from d2obench.ranges import span
+from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
+from d2obench.slots.quantised import QuantStore
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all layers' entries have in common.
+
+    Args:
+        batch: sequences.
+        heads: KV heads.
+        widths: head dim of keys and of values.
+        first_head: the model's index of the first KV head.
+    """
+
+    batch: int
+    heads: int
+    widths: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    first_head: int = 0
+
+
+class Packing:
+    """The slots of all layers while they are filled, first layer first.
+
+    Args:
+        policy: the rule.
+        layout: of the entries.
+        lengths: int64 ``[B]``, tokens of each sequence so far.
+        budgets: int64 ``[layers, B]``, entries each layer keeps.
+        counts: entries of each layer, padding included.
+        spare: slots beside them, for tokens to come.
+        everything: keep all entries whatever the policy says.
+        grows: decoding appends.
+        early: layers come one by one while the prompt is read: the slots are allocated now.
+        seed: for policies that draw.
+        first: index of the first of these layers among all ``layers``, where they lie on several devices.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layout: Layout,
+        lengths: Tensor,
+        budgets: Tensor,
+        counts: Sequence[int],
+        spare: int,
+        *,
+        everything: bool,
+        grows: bool,
+        early: bool,
+        seed: int,
+        first: int = 0,
+        layers: int = 0,
+    ) -> None:
+        self.policy, self.layout, self.lengths, self.budgets, self.spare = policy, layout, lengths, budgets, spare
+        self.everything, self.grows, self.seed = everything, grows, seed
+        self.first, self.layers = first, layers or len(counts)
+        self.most = [min(int(row.max()), count) for row, count in zip(budgets, counts, strict=True)]
+        """Slots of each layer that the entries take."""
+        self.sizes = [count + spare for count in self.most] if grows else list(capacities(budgets, spare))
+        shape = (len(counts), layout.batch * layout.heads, max(self.sizes))
+        self.position = torch.full(shape, CLOSED, dtype=torch.int32, device=layout.device)
+        self.memory: list[dict[str, Tensor]] = []
+        self.scores: list[Stats] = []
+        self._merged: list[Tensor | int] = []
+        self._evicted: list[Tensor | int] = []
+        self._aside: list[list[Tensor]] = [[], [], []]
+        self.store: DenseStore | None = self._new_store() if early else None
+
+    def add(self, layer: PolicyLayer) -> None:
+        """Packs the next layer and lets go of its entries."""
+        assert layer.keys is not None and layer.values is not None
+        position = layer.positions()
+        at = layer.index - self.first
+        total, keep = position.shape[2], self.budgets[at]
+        if self.everything:
+            index = torch.arange(total, device=position.device).expand_as(position)
+            self._hold(at, layer.keys, layer.values, position >= 0)
+        else:
+            entries = Entries(
+                layer.index, self.layers, layer.keys, layer.values, position, self.lengths, layer.stats, self.seed,
+                self.layout.first_head,
+            )  # fmt: skip
+            kept, remembered = compress(self.policy, entries, keep, self.most[at])
+            del entries
+            if self.grows:
+                kept = to_the_right(kept)
+            index = kept.index
+            self.memory.append(remembered)
+            self._evicted.append(kept.leaving.sum())
+            self._merged.append(remembered["merged"].sum() if "merged" in remembered else 0)
+            self.scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
+            layer.keys = layer.values = None
+            self._hold(at, kept.keys, kept.values, kept.filled)
+        own = self.position[at].view(*position.shape[:2], -1)[..., : self.sizes[at]]
+        book(own, index, position, None if self.grows else keep + self.spare)
+        layer.clear()
+
+    def finish(self, group: int, rotary: Tensor | None) -> DecodeState:
+        """The decode state, once every layer was added; arguments as :class:`DecodeState` has them."""
+        store, policy, heads = self.store or self._new_store(self._aside), self.policy, self.layout.heads
+        now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
+        state = DecodeState(store, self.position, now, policy, heads, group, self.most, self.grows, self.seed, rotary)
+        state.first_layer, state.first_head = self.first, self.layout.first_head
+        if not self.everything:
+            policy.begin(state, self.memory, self.scores)
+            if policy.merge_spec is not None and not self.grows:
+                state.pending_merge = PendingMerge(state, policy.merge_spec)
+        state.start()
+        state.fallback = state.fallback or prompt.fallback(self.layout.device)
+        return state
+
+    @property
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Entries merged and entries evicted in each layer, over its sequences and KV heads."""
+        none = [0] * len(self.sizes)
+        return list(map(int, self._merged)) or none, list(map(int, self._evicted)) or none
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values held so far."""
+        aside = [tensor.untyped_storage().nbytes() for tensor in (*self._aside[0], *self._aside[1])]
+        return (self.store.bytes if self.store else 0) + sum(aside)
+
+    def _hold(self, layer: int, keys: Tensor, values: Tensor, real: Tensor) -> None:
+        rows = [held.flatten(0, 1) for held in (keys, values, real)]
+        if self.store is not None:
+            self.store.fill(layer, *rows)
+        else:
+            for column, held in zip(self._aside, rows, strict=True):
+                column.append(held)
+
+    def _new_store(self, parts: list[list[Tensor]] | None = None) -> DenseStore:
+        layout, bits = self.layout, self.policy.bits
+        rows = layout.batch * layout.heads
+        if bits in (None, 16):
+            return DenseStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, parts and parts[:2])
+        store = QuantStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, bits, self.grows)
+        for layer in range(len(self.sizes) if parts else 0):
+            store.fill(layer, *(column.pop(0) for column in parts or ()))
+        return store
+
+
+def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple[Kept, dict[str, Tensor]]:
+    """What the policy keeps of a layer, after merging, and what it wants to remember.
+
+    Args:
+        policy: the rule.
+        entries: of the layer.
+        keep: int64 ``[B]``, entries to keep of each sequence.
+        most: slots offered.
+    """
+    position = entries.position
+    total = position.shape[2]
+    if most == total and not bool((position < 0).any()):
+        everything = torch.arange(total, device=position.device).expand_as(position)
+        return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}
+    with span("evict"):
+        index, evicted = select(policy.rank(entries, keep), keep, most)
+    kept = Kept(index, evicted, total, pick(entries.keys, index), pick(entries.values, index))
+    with span("merge"):
+        return kept, policy.absorb(entries, kept, keep)
+
+
+def book(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
+    """Fills in the positions of a layer's slots.
+
+    Args:
+        own: int32 ``[B, H, C]`` of CLOSED slots, written in place.
+        index: int64 ``[B, H, n]``, the entry in each of the first n slots; N for none.
+        position: int64 ``[B, H, N]`` of the entries, negative for padding.
+        usable: slots of each sequence, ``[B]``; None if decoding appends behind the first n.
+    """
+    count, total = index.shape[2], position.shape[2]
+    if usable is None:
+        own[..., count:] = EMPTY
+    else:
+        slots = torch.arange(own.shape[2], device=own.device)
+        own[:] = torch.where(slots < usable.to(own.device)[:, None], EMPTY, CLOSED)[:, None]
+    true = position.gather(2, index.clamp_max(total - 1)).to(own.dtype)
+    own[..., :count] = torch.where((true >= 0) & (index < total), true, own[..., :count])
+
+
+def to_the_right(kept: Kept) -> Kept:
+    """The same entries with empty slots on the left instead of the right: decoded tokens follow."""
+    count = kept.index.shape[2]
+    empty = count - kept.filled.sum(-1, keepdim=True)
+    if not bool(empty.any()):
+        return kept
+    order = (torch.arange(count, device=kept.index.device) - empty) % count
+    keys, values = (held.gather(2, order[..., None].expand_as(held)) for held in (kept.keys, kept.values))
+    return Kept(kept.index.gather(2, order), kept.evicted, kept.total, keys, values)
+
+
+def bounded(budgets: Tensor, lengths: Tensor, max_new: int | None, name: str) -> Tensor:
+    """Budgets ``[layers, B]`` with −1 (everything, and growing) as a number of slots."""
+    if not bool((budgets < 0).any()):
+        return budgets
+    if max_new is None:
+        raise PolicyError(f"policy '{name}' has layers that grow", remedy="give max_new, the tokens to generate")
+    return torch.where(budgets < 0, lengths.cpu() + max_new, budgets)

@@ -1,0 +1,361 @@
+"""The policy cache: transformers' ``Cache`` interface over slots, from prompt through compression to decoding.
+
+``update`` of a layer hands the layer itself to the attention function that follows, riding on the key tensor it
+returns (``d2obench.attention.interface``): so the model code of transformers runs unchanged, and the cache alone
+decides
+what attention sees.
+
+While the prompt is read, a layer holds its full keys and values. ``d2obench.cache.compress`` lets the policy select
+and merge, layer by layer: right after a layer's attention, so that its full tensors go before the next layer runs,
+where the prompt is known to come whole and no budget waits for other layers; when all have read it otherwise. A policy
+that keeps everything writes the prompt straight into its slots. A prompt may come in several blocks. A block after
+decoding has begun (a new turn) attends to the slots and to itself, and is then compressed together with them
+(``d2obench.cache.conversation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from d2obench.attention.interface import real_tokens
+from d2obench.attention.prompt import prompt_attention
+from d2obench.cache.compress import Layout, Packing, bounded
+from d2obench.cache.conversation import add, reopen, rescale
+from d2obench.cache.devices import Run, SplitPacking, SplitState, on
+from d2obench.cache.layer import PolicyLayer
+from d2obench.cache.ranks import HeadShard
+from d2obench.cpu.memory import Rooms, lasting
+from d2obench.decode.state import DecodeState
+from d2obench.errors import PolicyError
+from d2obench.policies.base import Needs, Policy
+from d2obench.ranges import span
+from d2obench.suite.grammar import Budget
+
+SPARE = 256
+"""Slots a growing cache is extended by when the length of the generation is not known."""
+LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
+          "prompt_kv_bytes", "packing", "_before", "layout")  # fmt: skip
+"""What of a cache a snapshot holds beside its layers and slots."""
+
+
+class PolicyCache(Cache):
+    """A cache that holds what a policy keeps.
+
+    Args:
+        policy: the rule.
+        budget: what it may keep; None for a policy without a budget.
+        kinds: per layer of the model, None for a compressed layer or the window of a sliding one, which stays as it is.
+        group: query heads per KV head.
+        max_new: tokens that will be generated at most; None if not known (a growing cache is then extended).
+        mark: told "prefill", "compress", "decode" when a phase begins.
+        wrap: a tensor type to hand the keys out as, for models that call SDPA themselves.
+        seed: for policies that draw.
+        rotary: angles per position, see :class:`DecodeState`.
+        whole: every prompt, and every later turn, comes in one block: layers may be compressed while it is read.
+        shard: the ranks that share the KV heads; None where all are here.
+        runs: the layers on each device, where there are several.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        budget: Budget | None,
+        kinds: list[int | None],
+        group: int,
+        max_new: int | None = None,
+        mark: Callable[[str], None] | None = None,
+        wrap: type[Tensor] | None = None,
+        seed: int = 0,
+        rotary: Tensor | None = None,
+        whole: bool = False,
+        shard: HeadShard | None = None,
+        runs: Sequence[Run] = (),
+    ) -> None:
+        if policy.takes_budget and budget is None:
+            raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
+        self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
+        self.mark = mark or (lambda phase: None)
+        self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
+        self.runs = list(runs) if len(runs) > 1 else []
+        self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
+        self.grows = policy.grows or self.keeps_all
+        compressed = iter(range(len(kinds)))
+        layers: list[Any] = [
+            PolicyLayer(self, next(compressed)) if window is None else DynamicSlidingWindowLayer(window)
+            for window in kinds
+        ]
+        super().__init__(layers=layers)
+        self.own: list[PolicyLayer] = [layer for layer in layers if isinstance(layer, PolicyLayer)]
+        if not self.own:
+            raise PolicyError("every layer of this model has a sliding window", why="there is nothing to compress")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the next forward is a new prompt."""
+        self.seen = 0
+        self.lengths: Tensor | None = None
+        self._before: Tensor | None = None
+        self.layout = Layout(0, 0, (0, 0), torch.float32, torch.device("cpu"))
+        self.starts: list[int] = []
+        self.state: DecodeState | SplitState | None = None
+        self.budgets: Tensor | None = None
+        self.first: tuple[Tensor, list[int]] | None = None
+        self.kept: Tensor | None = None
+        self.packing: Packing | SplitPacking | None = None
+        self.prompt_kv_bytes = 0
+        self._rooms = Rooms(len(self.own))
+        self.merged_prompt = [0] * len(self.own)
+        self.evicted_prompt = [0] * len(self.own)
+        self.ready = False
+        for layer in self.layers:
+            if isinstance(layer, PolicyLayer):
+                layer.clear()
+            else:
+                layer.reset()
+
+    def receive(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Called by a layer's ``update``."""
+        new = keys.shape[2]
+        if layer.index == 0:
+            if self.seen and not self.ready and new == 1:
+                self.compress()
+            if self.ready and new > 1:
+                self._reopen()
+            self._before = self.lengths
+        if self.policy.caches_query_heads:
+            keys, values = (held.repeat_interleave(self.group, 1) for held in (keys, values))
+        if self.ready:
+            assert self.state is not None
+            if layer.index == 0 and self.grows:
+                self.make_room()
+            self.state.write(layer.index, keys, values)
+        else:
+            layer.append(keys, values, self._before, brief=self._early)
+        handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
+        handed.slot_layer = layer  # type: ignore[attr-defined]
+        return handed, values
+
+    def set_aside(self, layer: PolicyLayer, held: Tensor) -> Tensor:
+        """A layer's keys or values ``[B, H, n, d]`` for as long as other layers read the prompt: copied where they are
+        part of something larger (a fused projection), and on a CPU to a room of their own."""
+        if held.device.type != "cpu":
+            return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
+        return self._rooms.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
+
+    def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
+        last, new = layer.index == len(self.own) - 1, query.shape[2]
+        if self.ready:
+            assert self.state is not None
+            out = self.state.attend(layer.index, query, scale)
+            if last:
+                with span("bookkeeping"):
+                    self.state.advance()
+                self.seen += 1
+            return out
+        assert layer.keys is not None and layer.values is not None
+        if layer.index == 0:
+            self._measure(layer, new, mask)
+        if layer.position is None:
+            layer.starts = self.starts
+        needs = Needs() if self.keeps_all else self.policy.needs
+        with span("prefill attention"), on(query.device) if self.runs else nullcontext():
+            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._rooms.zeros, layer.index)
+            out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs, zeros)
+        layer.stats = add(layer.stats, stats, new)
+        if self._early:
+            self._compress_early(layer, new)
+        if last:
+            first_decode = self.seen > 0 and new == 1
+            self.seen += new
+            if first_decode and not self._early:
+                self._pack()
+                self.mark("decode")
+        return out
+
+    def compress(self) -> None:
+        """Brings every layer down to its budget; decoding may start. Nothing happens twice.
+
+        A policy that defers only sets its budgets here; the first decode step does the rest.
+        """
+        if not self.ready:
+            self.mark("compress")
+            if self.budgets is None:
+                with span("allocate"):
+                    self.budgets = self._budgets()
+            if not self.policy.compresses_after_first_step:
+                self._pack()
+        self.mark("decode")
+
+    @property
+    def _early(self) -> bool:
+        """Whether a layer can be compressed before the next one has read the prompt."""
+        if self.keeps_all:
+            return True
+        return (
+            self.whole
+            and not self.policy.compresses_after_first_step
+            and (self.first is not None or not self.policy.budgets_need_stats)
+        )
+
+    def _compress_early(self, layer: PolicyLayer, new: int) -> None:
+        """Compresses a layer that has just read the prompt."""
+        self._note("compress")
+        if layer.index == 0:
+            self.budgets = self._budgets()
+            self.packing = self._new_packing(new)
+        assert self.packing is not None
+        self.packing.add(layer)
+        if layer.index == len(self.own) - 1:
+            self._finish()
+        self._note("prefill")
+
+    def _note(self, phase: str) -> None:
+        """Marks a phase in the middle of prefill; writing what is kept whole into its slots is prefill."""
+        if not self.keeps_all:
+            self.mark(phase)
+
+    def _pack(self) -> None:
+        """Compresses the entries of all layers."""
+        self.packing = self._new_packing(0)
+        for layer in self.own:
+            self.packing.add(layer)
+        self._finish()
+
+    def _new_packing(self, new: int) -> Packing | SplitPacking:
+        """Empty slots; all layers but the first are still to get ``new`` entries."""
+        assert self.lengths is not None and self.budgets is not None
+        spare = (self.max_new or SPARE) if self.grows else self.policy.interval
+        budgets = bounded(self.budgets, self.lengths, self.max_new, self.policy.name)
+        counts, parts = self._counts(new), []
+        for run in self.runs or [Run(0, len(counts), self.layout.device)]:
+            layout, lengths = replace(self.layout, device=run.device), self.lengths.to(run.device)
+            own = slice(run.first, run.last)
+            part = Packing(
+                self.policy, layout, lengths, budgets[own], counts[own], spare, everything=self.keeps_all,
+                grows=self.grows, early=self._early, seed=self.seed, first=run.first, layers=len(counts),
+            )  # fmt: skip
+            parts.append(part)
+        return SplitPacking(parts) if self.runs else parts[0]
+
+    def _finish(self) -> None:
+        """From packed layers to the decode state."""
+        packing = self.packing
+        assert packing is not None and self.lengths is not None and self.budgets is not None
+        state = packing.finish(1 if self.policy.caches_query_heads else self.group, self.rotary)
+        self.first = self.first or (self.budgets, self.lengths.tolist())
+        merged, evicted = packing.counts
+        self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
+        self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
+        self.state, self.ready, self.packing = state, True, None
+        self._rooms = Rooms(len(self.own))
+        self.kept = self.held()
+        self.prompt_kv_bytes = state.store.bytes
+
+    def counts(self) -> tuple[list[int], list[int]]:
+        """Entries merged and entries evicted so far in each layer, over its sequences and KV heads."""
+        merged, evicted = list(self.merged_prompt), list(self.evicted_prompt)
+        if self.state is not None:
+            evicted = [a + b for a, b in zip(evicted, self.state.evicted.tolist(), strict=True)]
+            if "merged" in self.state.extra:
+                merged = [a + b for a, b in zip(merged, self.state.extra["merged"].tolist(), strict=True)]
+        return merged, evicted
+
+    def snapshot(self) -> Any:
+        """A copy of everything that decoding changes. Entries are never written in place: references do for them."""
+        own = {name: getattr(self, name) for name in LIVING}
+        return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot()
+
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot`."""
+        for name, old in saved[0].items():
+            setattr(self, name, old)
+        for layer, fields in zip(self.layers, saved[1], strict=True):
+            layer.__dict__.update(fields)
+        if self.state is not None:
+            self.state.restore(saved[2])
+
+    def held(self) -> Tensor:
+        """Entries held now, per layer and sequence (mean over KV heads), float32 ``[layers, B]``."""
+        assert self.lengths is not None
+        if self.state is None:
+            return self.lengths.float().expand(len(self.own), -1)
+        shape = (len(self.own), self.layout.batch, self.layout.heads)
+        return self.state.held().view(shape).float().mean(-1)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held now, sliding layers included."""
+        tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
+        slots = self.state.store.bytes if self.state else self.packing.bytes if self.packing else 0
+        held: int = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return held
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of scores, positions, thresholds and work buffers."""
+        tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def _reopen(self) -> None:
+        """Back from slots to entries, for a block after decoding has begun."""
+        state = self.state
+        assert state is not None and self.lengths is not None
+        batch, heads = self.layout.batch, self.layout.heads
+        parts = state.parts if isinstance(state, SplitState) else [state]
+        turns = [turn for part in parts for turn in reopen(part, batch)]
+        for layer, turn in zip(self.own, turns, strict=True):
+            layer.__dict__.update(vars(turn))
+        self.merged_prompt, self.evicted_prompt = self.counts()
+        self.lengths = state.now.view(batch, heads)[:, 0].long() + 1
+        self.state, self.ready, self.budgets = None, False, None
+        self.mark("prefill")
+
+    def _counts(self, new: int) -> list[int]:
+        """Entries of each layer, padding included, once all of them have their part of a block of ``new``."""
+        held = [0 if layer.keys is None else layer.keys.shape[2] for layer in self.own]
+        return [held[0], *(count + new for count in held[1:])]
+
+    def _budgets(self) -> Tensor:
+        assert self.lengths is not None
+        length = self.lengths.cpu()
+        if self.keeps_all:
+            return length.expand(len(self.own), -1)
+        assert self.budget is not None
+        if self.first is not None:
+            return rescale(*self.first, length.tolist(), self.budget)
+        stats = [layer.stats for layer in self.own]
+        if self.shard is not None and self.policy.budgets_need_stats:
+            stats = [self.shard.all_heads(stat) for stat in stats]
+        if self.runs:
+            stats = [{name: held.cpu() for name, held in stat.items()} for stat in stats]
+        return self.policy.layer_budgets(stats, length, self.budget)
+
+    def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
+        """Takes the lengths of the sequences from the padding mask, once a prompt; a later block adds to them."""
+        keys, values = layer.keys, layer.values
+        assert keys is not None and values is not None
+        widths = (keys.shape[-1], values.shape[-1])
+        first = keys.shape[1] * self.shard.rank if self.shard else 0
+        self.layout = Layout(keys.shape[0], keys.shape[1], widths, keys.dtype, keys.device, first)
+        if self.lengths is not None:
+            self.lengths = self.lengths + new
+            return
+        self.starts = [0] * keys.shape[0] if mask is None else (new - real_tokens(mask, new)).tolist()
+        self.lengths = new - torch.tensor(self.starts, device=keys.device)
+
+    def make_room(self) -> None:
+        """Makes room in a growing cache whose generation turned out longer than its slots."""
+        state = self.state
+        assert state is not None
+        if all(used + state.added < size for used, size in zip(state.prompts, state.store.capacities, strict=True)):
+            return
+        state.extend(max(SPARE, (max(state.prompts) + state.added) // 2))

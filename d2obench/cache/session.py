@@ -1,0 +1,294 @@
+"""One batch of sequences through prefill, compression and decoding under one policy.
+
+The loop that every figure comes from. All policies go through the same model code and the same calls; the library's
+own caches (``d2obench.external.library``) are yardsticks that differ in their cache and attention function alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2obench import cpu
+from d2obench.attention import families
+from d2obench.cache import build
+from d2obench.cache.cuda_graph import Steps
+from d2obench.cache.policy_cache import PolicyCache
+from d2obench.cache.ranks import shard_of
+from d2obench.decode.cpu import native
+from d2obench.errors import ModelError, UsageError
+from d2obench.external import library
+from d2obench.models import LoadedModel, rotary
+from d2obench.models.base import bound_of
+from d2obench.policies import other, parse_policy
+from d2obench.policies.base import Policy
+from d2obench.suite.grammar import Budget, parse_budget
+
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a session's cache holds, counted from its tensors.
+
+    Args:
+        kv_bytes: storage of keys and values now.
+        prompt_kv_bytes: the same right after compression.
+        state_bytes: storage of scores, positions, thresholds and work buffers beside them.
+        prompt_tokens: tokens of each sequence's prompt.
+        requested: entries per layer the budget allows, mean over sequences; None without a budget.
+        kept: entries per layer and sequence right after compression (mean over KV heads).
+        held: the same now.
+        effective: kept ÷ prompt over all layers and sequences.
+        merged_layers: evicted entries of each layer that were merged, at the prompt and while decoding, over its
+            sequences and KV heads.
+        evicted_layers: the same for all entries evicted.
+    """
+
+    kv_bytes: int
+    prompt_kv_bytes: int
+    state_bytes: int
+    prompt_tokens: list[int]
+    requested: float | None
+    kept: list[list[float]]
+    held: list[list[float]]
+    effective: float
+    merged_layers: list[int]
+    evicted_layers: list[int]
+
+    @property
+    def merged(self) -> int:
+        """Merged entries of all layers."""
+        return sum(self.merged_layers)
+
+    @property
+    def evicted(self) -> int:
+        """Evicted entries of all layers."""
+        return sum(self.evicted_layers)
+
+    @property
+    def over(self) -> bool:
+        """Whether more is held, or was kept, than asked, by more than rounding to whole tokens."""
+        if self.requested is None:
+            return False
+        most = max(sum(map(sum, rows)) / max(1, sum(map(len, rows))) for rows in (self.kept, self.held))
+        return most > self.requested + 1
+
+
+class Session:
+    """Prefill, compress, step; see the module's head.
+
+    Args:
+        loaded: the model.
+        policy: a policy, as written (``d2o(merge=values)``) or built, or a yardstick's name.
+        budget: as written (``0.2``, ``512``) or built; None for a policy without one. The ratio 1.0 keeps everything,
+            decoded tokens included.
+        max_new: decode steps at most.
+        seed: for policies that draw.
+        mark: told "prefill", "compress" and "decode" when a phase begins.
+        beyond: go past the model's context where its positions can: for time and memory, never for what it says.
+    """
+
+    def __new__(cls, loaded: LoadedModel, policy: Policy | str, *_: Any, **__: Any) -> Session:
+        """What stands in for a policy has a session of its own; as ``pathlib.Path`` does, this class gives that one."""
+        found = other(policy) if cls is Session and isinstance(policy, str) else None
+        kind: type[Session] = found.opens() if found and found.session else cls
+        return object.__new__(kind)
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        policy: Policy | str,
+        budget: Budget | str | None,
+        *,
+        max_new: int,
+        seed: int = 0,
+        mark: Mark | None = None,
+        beyond: bool = False,
+    ) -> None:
+        self.loaded, self.max_new, self.seed, self.beyond = loaded, max_new, seed, beyond
+        self.mark: Mark = mark or (lambda phase: None)
+        self.yardstick = policy if isinstance(policy, str) and other(policy) else None
+        self.budget = parse_budget(budget) if isinstance(budget, str) else budget
+        self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
+        self._device = loaded.device
+        if cpu.suits(loaded.dtype, loaded.device):
+            native.loops()
+        self._positions = torch.zeros(0, dtype=torch.long)
+        self._lengths: list[int] = []
+        self._mask: Tensor | None = None
+        self._attention = ""
+        self._steps = Steps()
+        self.cache: Any = None
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Reads the prompts; returns float32 logits ``[B, V]`` of each one's last token.
+
+        A prompt that, with what is to be generated, is longer than the model's context is a UsageError.
+        """
+        self._lengths = [len(prompt) for prompt in prompts]
+        longest, limit = max(self._lengths, default=0), families.longest(self.loaded.model)
+        if not prompts or min(self._lengths) == 0:
+            raise UsageError("an empty prompt can't be run", remedy="give at least one token")
+        bound = bound_of(self.loaded.model.config) if self.beyond else f"its context is {limit} tokens"
+        if longest + self.max_new > limit and bound:
+            raise UsageError(
+                f"{longest} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
+                why=bound,
+                remedy="use a smaller shape",
+            )
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        padded = bool((mask == 0).any())
+        positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
+        self._mask = mask.to(self._device) if padded else None
+        self.cache = self._new_cache(longest)
+        self._attention = self.loaded.model.config._attn_implementation
+        self.mark("prefill")
+        out = self._forward(tokens.to(self._device), positions, self._mask).float()
+        self._positions = positions[:, -1:] + 1
+        self._steps = Steps()
+        return out
+
+    @torch.inference_mode()
+    def compress(self) -> None:
+        """Brings the cache down to the budget."""
+        if isinstance(self.cache, PolicyCache):
+            self.cache.compress()
+        else:
+            self.mark("decode")
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
+        families.use(self.loaded.model, self._attention)
+        return self._steps.step(self, tokens)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
+        what a CUDA graph captures: tensors that outlive the step are changed in place."""
+        mask = self._mask
+        if self.yardstick and mask is not None:
+            self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        out = self._forward(tokens, self._positions, mask if self.yardstick else None)
+        self._positions += 1
+        return out
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Gets decoding ready without decoding: captures the step on a GPU that has run its shape before."""
+        self._steps.prepare(self)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the fast path for a GPU this session went without, and why."""
+        if self._device.type != "cuda":
+            return []
+        state = self.cache.state if isinstance(self.cache, PolicyCache) else None
+        slow = [f"decodes by PyTorch's operators: {state.fallback}"] if state is not None and state.fallback else []
+        slow += [f"rotary positions by PyTorch's operators: {why}" for why in [rotary.fallback(self._device)] if why]
+        return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])
+
+    @torch.inference_mode()
+    def skip_to(self, tokens: int) -> None:
+        """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
+        if self.yardstick:
+            library.skip(self.cache, tokens)
+            if self._mask is not None:
+                self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
+        elif self.cache.state is None:
+            raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
+        else:
+            self.cache.state.skip(tokens)
+            self.cache.seen += tokens
+        self._positions += tokens
+
+    @torch.inference_mode()
+    def footprint(self) -> Footprint:
+        """What the cache holds now; where ranks share the heads, all of them ask, and are told of the whole."""
+        own, shard = self._footprint(), shard_of(self.loaded.model)
+        return own if shard is None else shard.whole(own)
+
+    def _footprint(self) -> Footprint:
+        if not isinstance(self.cache, PolicyCache):
+            return _yardstick_footprint(self.cache, self._lengths)
+        cache, held = self.cache, self.cache.held()
+        requested = None
+        if cache.budget is not None and cache.policy.takes_budget:
+            requested = sum(cache.budget.of(length) for length in self._lengths) / len(self._lengths)
+        kept = (held if cache.kept is None else cache.kept).tolist()
+        merged, evicted = cache.counts()
+        return Footprint(
+            kv_bytes=cache.kv_bytes,
+            prompt_kv_bytes=cache.prompt_kv_bytes or cache.kv_bytes,
+            state_bytes=cache.state_bytes,
+            prompt_tokens=self._lengths,
+            requested=requested,
+            kept=kept,
+            held=held.tolist(),
+            effective=sum(map(sum, kept)) / (len(kept) * sum(self._lengths)),
+            merged_layers=merged,
+            evicted_layers=evicted,
+        )
+
+    @torch.inference_mode()
+    def snapshot(self) -> Any:
+        """The compressed state, to come back to by :meth:`restore` any number of times."""
+        if isinstance(self.cache, PolicyCache):
+            return self.cache.snapshot(), self._positions.clone(), self._mask
+        raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
+
+    @torch.inference_mode()
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot` of this session."""
+        self.cache.restore(saved[0])
+        self._positions.copy_(saved[1])
+        self._mask = saved[2]
+
+    def close(self) -> None:
+        """Lets go of the cache."""
+        self.cache, self._steps = None, Steps()
+
+    def _new_cache(self, longest: int) -> Any:
+        model = self.loaded.model
+        if self.yardstick:
+            families.restore(model)
+            return library.library_cache(self.yardstick, model, longest + self.max_new)
+        assert self.policy is not None
+        return build.cache(
+            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True
+        )
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.loaded.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{families.keyword(self.loaded.model): self.cache},
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def _storage(layer: Any) -> int:
+    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+
+def _yardstick_footprint(cache: Any, lengths: list[int]) -> Footprint:
+    size = sum(_storage(layer) for layer in cache.layers)
+    tokens = float(cache.get_seq_length())
+    rows = [[tokens] * len(lengths) for _ in cache.layers]
+    kept = [[float(length) for length in lengths] for _ in cache.layers]
+    none = [0] * len(kept)
+    return Footprint(size, size, 0, lengths, None, kept, rows, 1.0, none, none)

@@ -1,0 +1,230 @@
+"""NVIDIA's kvpress on the same loop: one of its presses compresses the prompt, layer by layer, in a hook of its own.
+
+It runs where kvpress can be imported, under another transformers than ours (``d2obench.run.environments``). A press
+knows no padding, so that prompts of different lengths are read one by one. What it masks by head instead of evicting
+(AdaKV and its kin) stays in memory and is counted as held.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from d2obench.attention import families
+from d2obench.cache.session import Footprint, Session
+from d2obench.errors import ModelError, PolicyError, UsageError
+from d2obench.policies import other
+from d2obench.policies.others import Kvpress
+from d2obench.suite.grammar import parse_spec
+
+WHILE_DECODING = ("DecodingPress", "PrefillDecodingPress", "CompressionRatioDecodingPress")
+
+
+class KvpressSession(Session):
+    """A press at ``compression_ratio`` 1 − budget; a count of tokens becomes the ratio of each prompt."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        asked = other(str(self.yardstick))
+        assert isinstance(asked, Kvpress)
+        if self.budget is None:
+            raise PolicyError(f"'{self.yardstick}' needs a budget", remedy="give one, for example --budget 0.2")
+        self._asked = asked
+        self._parts: list[tuple[Any, Tensor, list[Any]]] = []
+        """Cache, positions of the next tokens and masks by head, of each group of sequences."""
+        self._prompt_bytes = 0
+        self._kept: list[list[float]] = []
+
+    @staticmethod
+    def ready(asked: Kvpress) -> None:
+        """Raises what :func:`build` raises."""
+        build(asked)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """See :meth:`Session.prefill`; the press works in its midst."""
+        alike = len({len(prompt) for prompt in prompts}) <= 1
+        self._parts, logits = [], []
+        for group in [prompts] if alike else [[prompt] for prompt in prompts]:
+            with self._pressing(len(group[0]) if group else 0):
+                logits.append(super().prefill(group))
+            self._parts.append((self.cache, self._positions, self._take_masks()))
+        self._lengths = [len(prompt) for prompt in prompts]
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def compress(self) -> None:
+        """Done while the prompt was read; remembers what is left of it."""
+        self._prompt_bytes, self._kept = self._bytes(), self._held()
+        self.mark("decode")
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """See :meth:`Session.step`."""
+        families.use(self.loaded.model, self._attention)
+        found, start = [], 0
+        for i, (cache, positions, masks) in enumerate(self._parts):
+            end = start + positions.shape[0]
+            self.cache, self._positions = cache, positions
+            self._set_masks(masks)
+            try:
+                found.append(self.run(tokens[start:end, None]).float())
+            finally:
+                self._take_masks()
+            self._parts[i] = cache, self._positions, masks
+            start = end
+        return torch.cat(found)
+
+    def prepare(self) -> None:
+        """Nothing to do: the caches of several groups take turns, so that no step is captured."""
+
+    @torch.inference_mode()
+    def skip_to(self, tokens: int) -> None:
+        """Not offered."""
+        raise ModelError("kvpress can't be moved on", remedy="use --decode full")
+
+    @torch.inference_mode()
+    def footprint(self) -> Footprint:
+        """What the caches of all groups hold, by their tensors."""
+        held, size = self._held(), self._bytes()
+        kept = self._kept or held
+        total = sum(self._lengths)
+        heads, _ = families.kv_heads(self.loaded.model)
+        gone = [int(heads * (total - sum(layer))) for layer in kept]
+        assert self.budget is not None
+        return Footprint(
+            kv_bytes=size,
+            prompt_kv_bytes=self._prompt_bytes or size,
+            state_bytes=0,
+            prompt_tokens=self._lengths,
+            requested=sum(self.budget.of(length) for length in self._lengths) / len(self._lengths),
+            kept=kept,
+            held=held,
+            effective=sum(map(sum, kept)) / (len(kept) * total),
+            merged_layers=[0] * len(kept),
+            evicted_layers=gone,
+        )
+
+    @torch.inference_mode()
+    def snapshot(self) -> Any:
+        """A dynamic layer never writes into a tensor it holds, so that holding the tensors is enough."""
+        return [
+            ([dict(vars(layer)) for layer in cache.layers], positions.clone(), masks)
+            for cache, positions, masks in self._parts
+        ]
+
+    @torch.inference_mode()
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot` of this session."""
+        for i, (layers, positions, masks) in enumerate(saved):
+            cache = self._parts[i][0]
+            for layer, held in zip(cache.layers, layers, strict=True):
+                vars(layer).update(held)
+            self._parts[i] = cache, positions.clone(), masks
+
+    def close(self) -> None:
+        """Lets go of the caches."""
+        self._parts = []
+        super().close()
+
+    def _new_cache(self, longest: int) -> Any:
+        families.restore(self.loaded.model)
+        return DynamicCache()
+
+    @contextmanager
+    def _pressing(self, prompt: int) -> Iterator[None]:
+        """The press's hooks on the model, their time marked as compression."""
+        press = build(self._asked)
+        assert self.budget is not None
+        keep = min(self.budget.of(prompt), prompt)
+        # kvpress keeps int(prompt × (1 − ratio)): half a token more makes that exact whatever the last bit
+        press.compression_ratio = 0.0 if keep == prompt else 1 - (keep + 0.5) / prompt
+        hook = press.forward_hook
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self.mark("compress")
+            found = hook(*args, **kwargs)
+            self.mark("prefill")
+            return found
+
+        press.forward_hook = marked
+        with press(self.loaded.model):
+            yield
+
+    def _attentions(self) -> list[Any]:
+        return [layer.self_attn for layer in self.loaded.model.base_model.layers]
+
+    def _take_masks(self) -> list[Any]:
+        """The masks by head that kvpress left on the model, which is shared with other sessions: none stay there."""
+        found = [getattr(module, "masked_key_indices", None) for module in self._attentions()]
+        self._set_masks([None] * len(found))
+        return found
+
+    def _set_masks(self, masks: list[Any]) -> None:
+        for module, mask in zip(self._attentions(), masks, strict=True):
+            module.masked_key_indices = mask
+
+    def _held(self) -> list[list[float]]:
+        layers = zip(*(cache.layers for cache, _, _ in self._parts), strict=True)
+        return [[float(part.keys.shape[2]) for part in layer for _ in range(part.keys.shape[0])] for layer in layers]
+
+    def _bytes(self) -> int:
+        tensors = (tensor for cache, _, _ in self._parts for one in cache.layers for tensor in (one.keys, one.values))
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def build(asked: Kvpress) -> Any:
+    """The press that is asked for.
+
+    Raises:
+        UsageError: kvpress is not installed here.
+        PolicyError: an unknown press or parameter, or one that can't take its compression from a budget.
+    """
+    press = _press(asked.method, asked.params)
+    if type(press).__name__ in WHILE_DECODING or getattr(press, "compression_ratio", None) is None:
+        raise PolicyError(
+            f"kvpress:{asked.method} takes no budget", why="only presses of the prompt with a compression_ratio do"
+        )
+    return press
+
+
+def _press(name: str, params: Mapping[str, Any]) -> Any:
+    kvpress = _kvpress()
+    kind = getattr(kvpress, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, kvpress.BasePress)):
+        presses = [word for word in dir(kvpress) if word.endswith("Press") and word != "BasePress"]
+        near = difflib.get_close_matches(name, presses, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise PolicyError(f"kvpress has no press '{name}'", remedy=f"{hint}it has {', '.join(presses)}")
+    try:
+        return kind(**{key: _value(value) for key, value in params.items()})
+    except (TypeError, ValueError, AssertionError) as problem:
+        raise PolicyError(f"kvpress:{name} can't be made", why=str(problem).replace("\n", " ")[:200]) from None
+
+
+def _value(value: Any) -> Any:
+    """A parameter; the name of a press, with its own parameters, becomes that press."""
+    if isinstance(value, list):
+        return [_value(item) for item in value]
+    if isinstance(value, str) and value.partition("(")[0].endswith("Press"):
+        (part,) = parse_spec(value).parts
+        return _press(part.name, part.params)
+    return value
+
+
+def _kvpress() -> Any:
+    try:
+        import kvpress
+    except ImportError as problem:
+        raise UsageError(
+            "kvpress can't be imported here",
+            why=str(problem),
+            remedy="run d2obench bridges install kvpress, or give --python an interpreter that has it",
+        ) from None
+    return kvpress

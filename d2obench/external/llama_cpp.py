@@ -1,0 +1,236 @@
+"""llama.cpp on the CPU, timed on the same prompts: another engine beside ours, by the ``xllamacpp`` wheel.
+
+Its server runs in this process. All sequences of a batch go in as one request, so that they are read and decoded
+together, greedily and past any end; their tokens come back in a stream. A step waits for every sequence's next token.
+The engine runs ahead of the reader: single steps may come in bursts, their sum is the time it took.
+
+Weights stay quantised as the file has them; the figures are those of another program and model precision.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2obench.cache.session import Footprint, Session
+from d2obench.errors import ModelError, UsageError, WorkerError
+from d2obench.models.base import LoadedModel, Progress
+from d2obench.policies import other
+from d2obench.policies.others import LlamaCpp
+
+BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+"""Of a stored number: blocks of 32 carry one scale of 16 bits."""
+PADDING = 256
+"""llama.cpp rounds the context of a sequence up to this."""
+WAIT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """What llama.cpp opens, and what its session must know of it."""
+
+    path: Path
+    vocab: int
+    pieces: dict[str, int]
+    """Token by its text: the interface tells texts only."""
+
+
+def load(name: str, dtype: str, device: str, progress: Progress | None = None, placement: object = None) -> LoadedModel:
+    """The file of a model and its tokenizer; llama.cpp itself reads the weights.
+
+    Raises:
+        ModelError: a model without a GGUF file, or a GPU.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    from d2obench.models.base import dimensions_of
+    from d2obench.models.gguf_file import gguf_file
+    from d2obench.models.reading import fingerprint, read_config, read_errors, silent
+
+    place = torch.device(device)
+    if place.type != "cpu":
+        raise ModelError("llama.cpp is measured on the CPU", why=f"the cell asks for {device}", remedy="--device cpu")
+    path = gguf_file(name, progress or (lambda what, done, total: None))
+    with silent(), read_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        found = dimensions_of(read_config(path.parent, path.name), parameters=0)
+        pieces = {tokenizer.convert_tokens_to_string([word]): token for word, token in tokenizer.get_vocab().items()}
+        weights = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
+    return LoadedModel(
+        name=name,
+        model=GgufModel(path, found.vocab, pieces),
+        tokenizer=tokenizer,
+        dtype=getattr(torch, dtype),
+        device=place,
+        context=found.context,
+        has_sense=True,
+        digest=fingerprint([path]),
+        weights_bytes=weights,
+        layers=found.layers,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        note="run by llama.cpp with the weights as the GGUF file has them",
+    )
+
+
+class LlamaCppSession(Session):
+    """One request; the server and its cache are made anew for each, before the clock starts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        asked = other(str(self.yardstick))
+        assert isinstance(asked, LlamaCpp)
+        if not isinstance(self.loaded.model, GgufModel):
+            raise UsageError("llama.cpp runs as a cell of a suite only", remedy="use d2obench run")
+        self._asked = asked
+        self._ready: list[queue.SimpleQueue[int | BaseException]] = []
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fed = 0
+
+    @staticmethod
+    def ready(asked: LlamaCpp) -> None:
+        """Raises a UsageError where xllamacpp is missing."""
+        asked.installed()
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Reads the prompts; ``[B, V]``, 1 at the token that comes next and 0 elsewhere."""
+        self._lengths = [len(prompt) for prompt in prompts]
+        longest = max(self._lengths, default=0)
+        if not prompts or min(self._lengths) == 0:
+            raise UsageError("an empty prompt can't be run", remedy="give at least one token")
+        if longest + self.max_new > self.loaded.context:
+            raise UsageError(
+                f"{longest} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
+                why=f"its context is {self.loaded.context} tokens",
+                remedy="use a smaller shape",
+            )
+        self.cache = self._server(len(prompts), longest)
+        self._ready = [queue.SimpleQueue() for _ in prompts]
+        request = {
+            "prompt": prompts,
+            "n_predict": self.max_new + 1,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+            "timings_per_token": True,
+        }
+        self.mark("prefill")
+        self._thread = threading.Thread(target=self._stream, args=(request,), name="llama.cpp", daemon=True)
+        self._thread.start()
+        return self._next()
+
+    def compress(self) -> None:
+        """Nothing to do."""
+        self.mark("decode")
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The tokens after the next; it is its own greedy ones that it goes on with, whatever ``tokens`` are."""
+        self._fed += 1
+        return self._next()
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def skip_to(self, tokens: int) -> None:
+        """Not offered."""
+        raise ModelError("llama.cpp can't be moved on", remedy="use --decode full")
+
+    def footprint(self) -> Footprint:
+        """What the cache was allocated, by its types' sizes: it is filled up to what was decoded."""
+        size = self._cells(max(self._lengths)) * len(self._lengths)
+        numbers = 2 * self.loaded.layers * size * self.loaded.kv_heads * self.loaded.head_dim
+        bytes_ = int(numbers * BITS[self._asked.cache] / 8)
+        layers = range(self.loaded.layers)
+        kept = [[float(length) for length in self._lengths] for _ in layers]
+        held = [[float(length + self._fed) for length in self._lengths] for _ in layers]
+        none = [0] * self.loaded.layers
+        return Footprint(bytes_, bytes_, 0, self._lengths, None, kept, held, 1.0, none, none)
+
+    def snapshot(self) -> Any:
+        """Not offered: it is timed only."""
+        raise ModelError("llama.cpp can't be forked", remedy="use --task speed")
+
+    def close(self) -> None:
+        """Ends the request and the server."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(WAIT_S)
+        self._thread = None
+        super().close()
+
+    def _cells(self, longest: int) -> int:
+        """Tokens that a sequence has room for."""
+        return -(-(longest + self.max_new + 1) // PADDING) * PADDING
+
+    def _server(self, batch: int, longest: int) -> Any:
+        import xllamacpp
+
+        kinds = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
+        kind = getattr(xllamacpp.ggml_type, kinds[self._asked.cache])
+        asked = xllamacpp.CommonParams()
+        asked.model.path = str(self.loaded.model.path)
+        asked.n_ctx, asked.n_parallel = self._cells(longest) * batch, batch
+        asked.n_batch = max(asked.n_batch, batch * longest)  # all prompts in one pass
+        asked.cache_type_k = asked.cache_type_v = kind
+        asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = torch.get_num_threads()
+        asked.n_gpu_layers = 0
+        asked.fit_params = False
+        asked.cache_ram_mib = 0
+        asked.verbosity = 1
+        asked.api_keys = [secrets.token_hex(16)]  # its server listens on loopback, whatever one asks for
+        asked.ui = False
+        try:
+            return xllamacpp.Server(asked)
+        except Exception as problem:
+            raise ModelError(f"llama.cpp can't open {self.loaded.name}", why=str(problem)[:300]) from None
+
+    def _stream(self, request: dict[str, Any]) -> None:
+        """Runs the request and hands every token to the queue of its sequence."""
+
+        come = [0] * len(self._ready)
+
+        def take(chunk: Any) -> bool:
+            if isinstance(chunk, dict):
+                if "error" in chunk:
+                    self._fail(WorkerError("llama.cpp failed", why=str(chunk["error"])[:300]))
+                count = int((chunk.get("timings") or {}).get("predicted_n", 0))
+                for choice in chunk.get("choices", ()):
+                    at = choice["index"]
+                    token = self.loaded.model.pieces.get(choice["text"], 0)
+                    for _ in range(count - come[at]):  # a character of several tokens comes with its last one
+                        self._ready[at].put(token)
+                    come[at] = max(come[at], count)
+            return self._stopped.is_set()
+
+        try:
+            self.cache.handle_completions(request, take)
+        except Exception as problem:
+            self._fail(WorkerError("llama.cpp failed", why=f"{type(problem).__name__}: {problem}"[:300]))
+        self._fail(WorkerError("llama.cpp ended before all tokens came"))
+
+    def _fail(self, problem: BaseException) -> None:
+        for one in self._ready:
+            one.put(problem)
+
+    def _next(self) -> Tensor:
+        """The next token of every sequence as certain logits."""
+        tokens = []
+        for one in self._ready:
+            found = one.get(timeout=WAIT_S)
+            if isinstance(found, BaseException):
+                raise found
+            tokens.append(found)
+        logits = torch.zeros(len(tokens), self.loaded.model.vocab)
+        return logits.scatter_(1, torch.tensor(tokens)[:, None], 1.0)

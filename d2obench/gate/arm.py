@@ -1,0 +1,173 @@
+"""One side of an A/B gate: a checkout, and a long-lived worker process that imports d2obench from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from d2obench.errors import D2OBenchError, WorkerError
+from d2obench.measure.environment import COMPARED
+from d2obench.run.protocol import UNKNOWN, WORKER, WorkerClient
+from d2obench.run.warming import warm
+from d2obench.suite.definition import Cell, Suite
+
+_PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"
+_PROBE_S = 300.0
+
+
+class Arm:
+    """A side of the comparison.
+
+    Args:
+        name: ``base`` or ``head``.
+        root: the checkout whose ``d2obench`` is run.
+        suite: resolved; gives timeouts, threads and warm-up.
+        python: the interpreter; each side may have its own environment.
+        command: what the worker process runs after ``python``.
+    """
+
+    def __init__(
+        self, name: str, root: Path, suite: Suite, python: str = sys.executable, command: Sequence[str] = WORKER
+    ) -> None:
+        self.name, self.root, self.python, self._suite = name, root, python, suite
+        known = os.environ.get("PYTHONPATH", "")
+        self._env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), known)))}
+        worker = suite.worker
+        self.client = WorkerClient(
+            python, self._env, timeout_s=worker.timeout_s, threads=worker.threads, command=command
+        )
+        self._warm: dict[str, int] = {}
+        self._probe: subprocess.Popen[str] | None = None
+        self._ended = False
+        self.counts: dict[str, dict[str, float]] = {}
+        """What one decode step of each measured cell does, counted, by metric; by cell id."""
+
+    def check(self) -> None:
+        """Imports this side's code in a process of its own.
+
+        Raises:
+            WorkerError: it can't be imported; its log goes to stderr first. Or another copy of d2obench is found.
+        """
+        code, said, log = self._imported()
+        if code:
+            print(f"--- log of the {self.name} ({self.root})\n{log.rstrip()}\n---", file=sys.stderr)
+            lines = log.strip().splitlines()
+            raise WorkerError(
+                f"the {self.name} does not build",
+                why=lines[-1][:500] if lines else f"exit code {code}",
+                remedy="its log stands above; choose another revision, or give its environment with --base-python",
+            )
+        found = Path(said.strip().splitlines()[-1])
+        if not found.resolve().is_relative_to(self.root.resolve()):
+            raise WorkerError(
+                f"the {self.name} would run {found.parent.parent}",
+                why=f"its own checkout {self.root} holds no d2obench",
+            )
+
+    def surroundings(self, devices: Iterable[str]) -> dict[str, Any]:
+        """What must be equal on both sides: interpreter, libraries, and the machine behind each device.
+
+        Only what this side's code can tell is in it. The attention is not: to change it is what a commit may do.
+        """
+        hello = self.client.call("hello")
+        found: dict[str, Any] = {key: hello[key] for key in ("python", "torch", "transformers") if key in hello}
+        named = self.client.call("describe", {"devices": [*devices], "models": []})["devices"]
+        for device in named.values():
+            facts = self.client.call("environment", {"device": device})
+            found |= {f"{device} {key}": facts[key] for key in COMPARED if key in facts and key != "attention"}
+        return found
+
+    def count(self, cells: Iterable[Cell]) -> None:
+        """Counts a decode step of every cell not yet counted; what goes wrong is met again when it is measured."""
+        for cell in cells:
+            if cell.id not in self.counts:
+                try:
+                    self.counts[cell.id] = self.client.call("count", self._request(cell))
+                except D2OBenchError:
+                    return
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """One round of a speed cell, warmed up first where this process has not seen the cell: a RequestTrace.
+
+        Under ``model`` the trace also holds what the worker says of the model.
+        """
+        request = self._request(cell)
+        if self._warm.get(cell.id) != self.client.generation:
+            if cell.id not in self.counts:
+                self.counts[cell.id] = self.client.call("count", request)
+            self._warm_up(request)
+            self._warm[cell.id] = self.client.generation
+        found = self.client.call("measure", request)
+        return {**found["trace"], "model": found["model"]}
+
+    def _request(self, cell: Cell) -> dict[str, Any]:
+        timing = self._suite.timing
+        return {
+            "axes": msgspec.to_builtins(cell.axes),
+            "batch": cell.axes.batch,
+            "sampled": [timing.depths, timing.steps] if timing.decode == "sampled" else None,
+        }
+
+    def _warm_up(self, request: dict[str, Any]) -> None:
+        """Until the steps settle; a base from before that was possible is given short requests, a fixed number."""
+        most = max(1, self._suite.timing.warmup)
+        try:
+            warm(self.client, request, self._suite.timing, most)
+        except WorkerError as problem:
+            if UNKNOWN not in problem.what:
+                raise
+            for _ in range(most):
+                self.client.call("measure", {**request, "warm_up": True})
+
+    def evaluate(self, cell: Cell) -> dict[str, Any]:
+        """A quality cell: ``values``, ``items``, ``details``, ``flags``."""
+        quality = msgspec.to_builtins(self._suite.quality)
+        return self.client.call("evaluate", {"cell": msgspec.to_builtins(cell), "quality": quality})
+
+    def restart(self) -> None:
+        """A fresh process, cold."""
+        self.client.close()
+        self.client.call("hello")
+
+    def end(self) -> None:
+        """Ends its processes at once, from any thread; what waits for them fails. Nothing is started any more."""
+        self._ended = True
+        if self._probe is not None:
+            self._probe.kill()
+        if self.client.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.client.started, signal.SIGKILL)
+
+    def _imported(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of the process that imports this side's code."""
+        pipe, env = subprocess.PIPE, {**os.environ, **self._env}
+        try:
+            with subprocess.Popen(
+                [self.python, "-P", "-c", _PROBE], env=env, stdout=pipe, stderr=pipe, text=True, cwd=self.root
+            ) as self._probe:
+                try:
+                    said, log = self._probe.communicate(timeout=_PROBE_S)
+                finally:
+                    self._probe.kill()
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            raise WorkerError(f"the {self.name} can't be started with {self.python}", why=str(problem)) from None
+        if self._ended:
+            raise WorkerError(f"the {self.name} was stopped")
+        return self._probe.returncode, said, log
+
+    def __enter__(self) -> Arm:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.client.close()
+        else:
+            self.client.kill()

@@ -1,0 +1,57 @@
+"""Two finished runs side by side: effect, interval and verdict for every figure of every cell that both have.
+
+Timed figures of runs made at different times were not interleaved, so each such row says so; on unlike machines they
+are INCOMPARABLE, as are bounded figures. What only one run has is a note: a comparison informs and never fails.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from d2obench.gate.collect import facts_of_run
+from d2obench.gate.facts import judge_facts
+from d2obench.gate.rules import judge_unpaired, tolerance
+from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
+from d2obench.measure.environment import differences
+from d2obench.metric import METRICS
+from d2obench.record import CellRecord, Run
+
+
+def compare_runs(base: Run, head: Run) -> Verdicts:
+    """The comparison of ``head`` with ``base``.
+
+    Raises:
+        UsageError: no cell is in both.
+    """
+    before, after = facts_of_run(base), facts_of_run(head)
+    apart = differences(base.info.environment, head.info.environment)
+    machine = ", ".join(f"{key}: {a} → {b}" for key, (a, b) in apart.items())
+    timed = {cell.id: cell for cell in base.cells}
+    rows: list[Row] = []
+    for cell in head.cells:
+        if cell.id in before:
+            rows += judge_facts(cell.id, before[cell.id], after[cell.id])
+            rows += _timed(timed[cell.id], cell)
+    if machine:
+        rows = [_elsewhere(row, machine) if row.kind in ("timed", "bounded") else row for row in rows]
+    names = [run.path.name for run in (base, head)]
+    notes = [f"{warning} ({name})" for name, run in zip(names, (base, head), strict=True) for warning in run.warnings]
+    if machine:
+        notes.append(f"the machines differ: {machine}")
+    for name, mine, other in ((names[0], before, after), (names[1], after, before)):
+        alone = [cell for cell in mine if cell not in other]
+        if alone:
+            notes.append(f"{len(alone)} cells are in {name} only, for example {alone[0]}")
+    return gather("compare", names[0], names[1], rows, notes)
+
+
+def _timed(base: CellRecord, head: CellRecord) -> list[Row]:
+    if base.status != "ok" or head.status != "ok":
+        return []
+    keys = [key for key in base.values if key in METRICS and METRICS[key].kind == "timed" and key in head.values]
+    pairs = [(key, base.values[key], head.values[key]) for key in keys]
+    return [judge_unpaired(head.id, key, a, b, tolerance(key)) for key, a, b in pairs if a.value and b.value]
+
+
+def _elsewhere(row: Row, machine: str) -> Row:
+    return msgspec.structs.replace(row, verdict=Verdict.INCOMPARABLE, reason=f"other machine: {machine}")

@@ -1,0 +1,236 @@
+"""``d2obench gate --suite … --base REV --head REV``: two checkouts measured against each other in one sitting.
+
+    base, head ──► worktrees ──► one worker each ──► counts and quality cells once, both sides at the same time
+                                                 ├─► speed cells in ABBA rounds (8 → 16 → 32), one side at a time
+                                                 └─► a timed REGRESSED is measured once more by fresh processes
+
+The base is measured again rather than remembered, so timed figures are comparable, and nothing about the machine has
+to be stored. A regression must be found twice: if the second sitting does not say REGRESSED, it is INCONCLUSIVE.
+Where no timed figure is asked for, two rounds tell whether the exact ones are.
+Whatever happens, no worker and no worktree is left.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from d2obench.errors import D2OBenchError, OutOfMemory, SuiteError, WorkerError
+from d2obench.gate.arm import Arm
+from d2obench.gate.baseline import differences, settings_of
+from d2obench.gate.both import both
+from d2obench.gate.facts import Facts, facts_of, judge_facts, judge_status
+from d2obench.gate.rounds import RATIOS, Failure, Rounds, measure_group
+from d2obench.gate.rules import confirm
+from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
+from d2obench.gate.worktree import Repository, terminable, worktrees
+from d2obench.metric import METRICS
+from d2obench.record import Value
+from d2obench.run.check import check
+from d2obench.run.placed import check_one
+from d2obench.run.plan import group
+from d2obench.suite.definition import SPEED, Cell, Suite, load_suite
+
+Watch = Callable[[str], None]
+WORK_TREE = "work tree"
+SPEED_KINDS, QUALITY_KINDS = {"exact", "bounded", "timed", "ratio"}, {"exact", "sampled"}
+"""What the figures of speed cells and of quality cells can be."""
+
+
+class Side(NamedTuple):
+    """What one side runs: ``revision`` (None: the work tree as it is) and the interpreter of its environment."""
+
+    revision: str | None
+    python: str = sys.executable
+
+
+def gate(
+    suite_name: str,
+    overrides: Mapping[str, str],
+    base: Side,
+    head: Side,
+    *,
+    folder: Path,
+    watch: Watch,
+    kinds: Collection[str] = KINDS,
+) -> Verdicts:
+    """Compares two revisions of the repository around ``folder``.
+
+    Args:
+        suite_name: a suite of both checkouts, or a path to a file that both sides run.
+        overrides: as for ``d2obench run``.
+        base: its revision; None means the merge base of the trunk and HEAD.
+        head: its revision; None means the work tree.
+        watch: is told what goes on.
+        kinds: of figures to compare; what only others need is not measured.
+
+    Raises:
+        UsageError: no repository or revision, or nothing to compare.
+        WorkerError: a side that does not build; its log is on stderr.
+    """
+    repository = Repository(folder)
+    commits = {"base": repository.commit(base.revision) if base.revision else repository.merge_base()}
+    if head.revision:
+        commits["head"] = repository.commit(head.revision)
+    names = {side: commits[side][:12] if side in commits else WORK_TREE for side in ("base", "head")}
+    with terminable(), ExitStack() as stack:
+        watch("checking out")
+        places = {"head": repository.root, **stack.enter_context(worktrees(repository, commits))}
+        suites = {side: asked(suite_in(place, suite_name, overrides), kinds) for side, place in places.items()}
+        title = f"gate {suites['head'].name}"
+        apart = differences(settings_of(suites["base"]), settings_of(suites["head"]))
+        if apart:
+            row = Row("*", "suite", Verdict.INCOMPARABLE, "exact", reason=f"the suites differ: {', '.join(apart)}")
+            return gather(title, names["base"], names["head"], [row])
+        pythons = {"base": base.python, "head": head.python}
+        arms = {
+            side: stack.enter_context(Arm(side, places[side], suites["head"], pythons[side]))
+            for side in ("base", "head")
+        }
+        rows, notes = compare_arms(arms, suites["head"], watch, kinds)
+    if commits["base"] == repository.commit(head.revision or "HEAD") and (head.revision or not repository.dirty):
+        notes.append("base and head are the same code: what differs is noise")
+    return gather(title, names["base"], names["head"], rows, notes)
+
+
+def suite_in(place: Path, name: str, overrides: Mapping[str, str]) -> Suite:
+    """The suite as a checkout has it; a path outside the checkout is the same for both sides.
+
+    Raises:
+        SuiteError: that checkout has no such suite, or one this version can't read.
+    """
+    if name.endswith(".toml") and Path(name).is_absolute():
+        return load_suite(name, overrides)
+    file = place / (name if name.endswith(".toml") else f"suites/{name}.toml")
+    if not file.is_file():
+        raise SuiteError(
+            f"{place} has no suite '{name}'", remedy="choose a base that has it, or give the path of a file"
+        )
+    return load_suite(str(file), overrides)
+
+
+def asked(suite: Suite, kinds: Collection[str]) -> Suite:
+    """The suite with the timed figures of these kinds only."""
+    metrics = tuple(name for name in suite.gate.metrics if name not in METRICS or METRICS[name].kind in kinds)
+    gate_ = msgspec.structs.replace(suite.gate, metrics=metrics, looks=suite.gate.looks if metrics else (2,))
+    return msgspec.structs.replace(suite, gate=gate_)
+
+
+def compare_arms(
+    arms: Mapping[str, Arm], suite: Suite, watch: Watch, kinds: Collection[str] = KINDS
+) -> tuple[list[Row], list[str]]:
+    """Every row of two sides that are set up, of these kinds, and notes for the reader."""
+    watch("starting both sides")
+    both(arms, Arm.check)
+    facts = both(arms, lambda arm: arm.surroundings(suite.axes.device))
+    known = facts["base"].keys() & facts["head"].keys()
+    before, after = ({key: facts[name][key] for key in known} for name in ("base", "head"))
+    apart = differences(before, after)
+    if apart:
+        reason = f"other surroundings: {', '.join(apart)}"
+        return [Row("*", "environment", Verdict.INCOMPARABLE, "exact", reason=reason)], []
+    check_one(suite, "d2obench gate")
+    checked = check(suite, arms["head"].client)
+    suite = checked.suite
+    at_once = set(suite.axes.device) == {"cpu"}
+    rows: list[Row] = []
+    repeated = 0
+    for together in group(checked.cells):
+        timed_cells = together[0].axes.task == SPEED
+        if not set(kinds) & (SPEED_KINDS if timed_cells else QUALITY_KINDS):
+            continue
+        if not timed_cells:
+            watch(together[0].id)
+            rows += _quality(arms, together[0], suite, at_once)
+            continue
+        watch(f"counting {len(together)} cells")
+        both(arms, partial(Arm.count, cells=together), at_once=at_once)
+        rounds, timed = measure_group(arms, together, suite, watch, renew=partial(both, arms, Arm.restart))
+        repeated += rounds.repeated
+        rows += [row for cell in together for row in _facts_rows(arms, rounds, cell, suite)]
+        rows += _confirmed(arms, together, suite, watch, timed)
+    notes = (
+        [f"{repeated} pairs of rounds were measured again because the GPU's clocks were held back"] if repeated else []
+    )
+    return of_kinds(rows, kinds), notes
+
+
+def _quality(arms: Mapping[str, Arm], cell: Cell, suite: Suite, at_once: bool) -> list[Row]:
+    def evaluate(arm: Arm) -> Facts | Failure:
+        try:
+            found = arm.evaluate(cell)
+        except D2OBenchError as problem:
+            return Failure("oom" if isinstance(problem, OutOfMemory) else "failed", str(problem))
+        values = msgspec.convert(found["values"], dict[str, Value])
+        return facts_of(cell.id, "ok", values, {"items": found["items"]})
+
+    found = both(arms, evaluate, at_once=at_once)
+    failed = {name: one for name, one in found.items() if isinstance(one, Failure)}
+    facts = {name: one for name, one in found.items() if isinstance(one, Facts)}
+    if failed:
+        return [_failed(cell.id, failed)]
+    return judge_facts(cell.id, facts["base"], facts["head"], suite.gate.tolerance)
+
+
+def _facts_rows(arms: Mapping[str, Arm], rounds: Rounds, cell: Cell, suite: Suite) -> list[Row]:
+    """Exact and bounded figures of a speed cell. Ratios are judged with the timed ones, paired across the arms."""
+    from d2obench.measure.summarise import Machine, summarise
+    from d2obench.measure.trace import RequestTrace
+
+    if rounds.failed[cell.id]:
+        return [_failed(cell.id, rounds.failed[cell.id])]
+    facts = {}
+    for name, traces in rounds.traces[cell.id].items():
+        try:
+            typed = msgspec.convert(traces, list[RequestTrace])
+            weights = int(traces[0]["model"]["weights_bytes"])
+        except (msgspec.ValidationError, KeyError, TypeError) as problem:
+            raise WorkerError(f"the {name} answers in another form", why=str(problem)) from None
+        counts = {key: Value(count) for key, count in arms[name].counts[cell.id].items()}
+        values = summarise(cell.id, typed, Machine(weights)).values | counts
+        facts[name] = facts_of(cell.id, "ok", values, {"rounds": traces})
+    return judge_facts(cell.id, facts["base"], facts["head"], suite.gate.tolerance)
+
+
+def _confirmed(
+    arms: Mapping[str, Arm], together: Sequence[Cell], suite: Suite, watch: Watch, rows: Iterable[Row]
+) -> list[Row]:
+    """The timed rows; those that regressed are measured once more by fresh processes."""
+    rows = list(rows)
+    bad = {(row.cell, row.metric): row for row in rows if row.verdict is Verdict.REGRESSED}
+    if not bad:
+        return rows
+    watch(f"confirming {len(bad)} regressions with fresh processes")
+    both(arms, Arm.restart)
+    renew = partial(both, arms, Arm.restart)
+    again, second = measure_group(arms, _needed(together, bad), suite, watch, bad, renew)
+    seen = {(row.cell, row.metric): row for row in second}
+    found = []
+    for row in rows:
+        key = (row.cell, row.metric)
+        found.append(confirm(row, seen.get(key), again.failed.get(row.cell)) if key in bad else row)
+    return found
+
+
+def _needed(together: Sequence[Cell], bad: Mapping[tuple[str, str], Row]) -> list[Cell]:
+    """The cells to measure again, with the partners of their ratios, in the order of the group."""
+    group_ = Rounds(together)
+    names = {cell for cell, _ in bad}
+    for cell in together:
+        for metric in RATIOS:
+            partner = group_.partner(cell, metric)
+            if (cell.id, metric) in bad and partner is not None:
+                names.add(partner.id)
+    return [cell for cell in together if cell.id in names]
+
+
+def _failed(cell: str, failed: Mapping[str, Failure]) -> Row:
+    ends = {name: failed[name].status if name in failed else "ok" for name in ("base", "head")}
+    reason = "; ".join(f"{name}: {failure.reason}" for name, failure in failed.items())
+    return judge_status(cell, ends["base"], ends["head"], reason)

@@ -1,0 +1,175 @@
+"""Interleaved rounds of two arms: ABBA in time, adaptive in number, judged at looks that were fixed beforehand.
+
+In a round every cell is measured by one arm and at once by the other; the next round has the arms in the opposite order
+and the cells backwards. One worker measures while the other waits. After ``looks[0]`` rounds every timed figure is
+judged; cells with an INCONCLUSIVE figure go on to the next look, in fresh processes: where a process happens to lie in
+memory moves its times by percents (Mytkowicz et al., ASPLOS 2009; Kalibera and Jones, ISMM 2013), and more rounds of
+the same one would only make that look certain. A pair measured with the GPU's clocks held back is measured again, a
+fixed number of times, and counted; nothing is ever dropped for being slow.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from d2obench.errors import D2OBenchError, OutOfMemory
+from d2obench.gate.arm import Arm
+from d2obench.gate.rules import judge_timed, tolerance
+from d2obench.gate.verdict import Row, Verdict
+from d2obench.run.plan import abba
+from d2obench.run.ratios import FULL
+from d2obench.stats.bootstrap import seed_of
+from d2obench.suite.definition import Cell, Suite
+
+SLOWED = "GPU "
+"""How the flags of a round begin that say the device's clocks were held back."""
+REPEATS = 4
+STREAMING = "streaming"
+Trace = dict[str, Any]
+
+TIMES: dict[str, Callable[[Trace], float]] = {
+    "ttft_s": lambda one: float(one["ttft_s"]),
+    "prefill_s": lambda one: float(one["prefill_s"]),
+    "compress_s": lambda one: float(one["compress_s"]),
+    "tpot_s": lambda one: float(median(one["step_s"])) if one["step_s"] else 0.0,
+    "e2e_s": lambda one: float(one["e2e_s"]),
+}
+"""Timed figures of one round."""
+
+RATIOS: dict[str, tuple[str, Callable[[Trace], float], bool]] = {
+    "speedup": (FULL, lambda one: float(one["decode_s"]), True),
+    "speedup_e2e": (FULL, lambda one: float(one["e2e_s"]), True),
+    "prefill_cost": (FULL, lambda one: float(one["ttft_s"]), False),
+    "to_streaming": (STREAMING, lambda one: float(one["decode_s"]), True),
+}
+"""Ratio → the policy it is taken against, the time, and whether that policy's time stands above the line."""
+
+
+class Failure(NamedTuple):
+    """How a cell ended on one arm, if not well."""
+
+    status: str
+    reason: str
+
+
+class Rounds:
+    """Everything measured of one group of cells: ``traces[cell id][arm]`` is a list with one entry a round."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = list(cells)
+        self.traces: dict[str, dict[str, list[Trace]]] = {cell.id: {"base": [], "head": []} for cell in cells}
+        self.failed: dict[str, dict[str, Failure]] = {cell.id: {} for cell in cells}
+        self.repeated = 0
+
+    def series(self, cell: Cell, metric: str) -> tuple[list[float], list[float]]:
+        """Values of the base and the head arm, one a round; empty where the cell has no such figure."""
+        mine = self.traces[cell.id]
+        if metric in TIMES:
+            sides = [[TIMES[metric](one) for one in mine[arm]] for arm in ("base", "head")]
+        else:
+            partner = self.partner(cell, metric)
+            if partner is None:
+                return [], []
+            _, time, above = RATIOS[metric]
+            sides = []
+            for arm in ("base", "head"):
+                pairs = zip(self.traces[partner.id][arm], mine[arm], strict=False)
+                times = [(time(theirs), time(ours)) for theirs, ours in pairs]
+                sides.append([a / b if above else b / a for a, b in times if min(a, b) > 0])
+        base, head = sides
+        if self.failed[cell.id]:
+            return [], []
+        whole = len(base) == len(head) and all(value > 0 and math.isfinite(value) for value in (*base, *head))
+        return (base, head) if whole else ([], [])
+
+    def partner(self, cell: Cell, metric: str) -> Cell | None:
+        """The cell of this group that a ratio of ``cell`` is taken against."""
+        policy = RATIOS[metric][0]
+        if cell.axes.policy == policy:
+            return None
+        for other in self.cells:
+            if other.axes.policy == policy and other.axes.budget in (None, cell.axes.budget):
+                return other
+        return None
+
+
+def measure_group(
+    arms: Mapping[str, Arm],
+    cells: Sequence[Cell],
+    suite: Suite,
+    watch: Callable[[str], None],
+    only: Iterable[tuple[str, str]] | None = None,
+    renew: Callable[[], object] | None = None,
+) -> tuple[Rounds, list[Row]]:
+    """Measures a group until every timed figure is decided or the last look is over.
+
+    Args:
+        arms: ``base`` and ``head``.
+        cells: one interleaved group.
+        suite: its ``gate`` table has the looks, the level, the metrics and the tolerances.
+        watch: is told what goes on.
+        only: judge just these (cell id, metric).
+        renew: gives both arms fresh processes; called before every look but the first.
+    """
+    rounds, gate = Rounds(cells), suite.gate
+    wanted = None if only is None else set(only)
+    first = random.Random(seed_of(",".join(cell.id for cell in cells))).choice((0, 1))
+    live, number = list(cells), 0
+    rows: dict[tuple[str, str], Row] = {}
+    for look in sorted(gate.looks):
+        watch(f"rounds {number + 1} to {look} of {len(live)} cells")
+        if number and renew is not None:
+            renew()
+        while number < look and live:
+            for cell in abba(live, number):
+                _pair(arms, cell, rounds, ("base", "head") if (number + first) % 2 == 0 else ("head", "base"))
+            live = [cell for cell in live if not rounds.failed[cell.id]]
+            number += 1
+        for cell in cells:
+            for metric in gate.metrics:
+                key = (cell.id, metric)
+                open_ = key not in rows or rows[key].verdict is Verdict.INCONCLUSIVE  # the first decision stands
+                if open_ and (wanted is None or key in wanted) and all(sides := rounds.series(cell, metric)):
+                    limit = tolerance(metric, gate.tolerance)
+                    rows[key] = judge_timed(cell.id, metric, *sides, limit, gate.level)
+        live = _undecided(rounds, rows)
+        if not live:
+            break
+    return rounds, list(rows.values())
+
+
+def _undecided(rounds: Rounds, rows: Mapping[tuple[str, str], Row]) -> list[Cell]:
+    """Cells that need more rounds, with the partners of their undecided ratios."""
+    needed = set()
+    for (name, metric), row in rows.items():
+        if row.verdict is Verdict.INCONCLUSIVE:
+            cell = next(cell for cell in rounds.cells if cell.id == name)
+            partner = rounds.partner(cell, metric) if metric in RATIOS else None
+            needed |= {cell.id} | ({partner.id} if partner else set())
+    return [cell for cell in rounds.cells if cell.id in needed and not rounds.failed[cell.id]]
+
+
+def _pair(arms: Mapping[str, Arm], cell: Cell, rounds: Rounds, order: tuple[str, str]) -> None:
+    if rounds.failed[cell.id]:
+        return
+    for attempt in range(REPEATS):
+        found: dict[str, Trace] = {}
+        for name in order:
+            try:
+                found[name] = arms[name].measure(cell)
+            except OutOfMemory as problem:
+                rounds.failed[cell.id][name] = Failure("oom", str(problem))
+            except D2OBenchError as problem:
+                rounds.failed[cell.id][name] = Failure("failed", str(problem))
+        if rounds.failed[cell.id]:
+            return
+        slowed = any(flag.startswith(SLOWED) for one in found.values() for flag in one["flags"])
+        if attempt + 1 == REPEATS or not slowed:
+            break
+        rounds.repeated += 1
+    for name, trace in found.items():
+        rounds.traces[cell.id][name].append(trace)

@@ -1,0 +1,107 @@
+"""One device and the worker on it: brings interleaved groups of cells to their rows, the same way in every engine.
+
+``worker.mode = "fresh"`` gives every cell a process of its own. A quality cell is alone anyway. The rounds of timed
+cells are interleaved, so their processes live side by side until the group is done, one measuring while the others
+wait, as the two sides of a gate do. Where that can't be, the group shares one fresh process: on a GPU, whose used
+memory is a figure of the device and would count the processes that wait; with batch ``max``, which fills the memory;
+and where all of them together would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from d2obench.run.apart import Apart
+from d2obench.run.check import Checked
+from d2obench.run.client import Client
+from d2obench.run.ledger import Ledger
+from d2obench.run.plan import memory_of
+from d2obench.run.protocol import again
+from d2obench.run.quality import evaluate
+from d2obench.run.reference import Reference
+from d2obench.run.speed import SpeedGroup
+from d2obench.suite.definition import SPEED, Cell
+
+SHARE = 0.8
+"""How much of the free memory the processes of a group may be predicted to take together."""
+PROCESS_BYTES = 512 * 2**20
+"""A process with its libraries, before it loads a model; rough."""
+
+
+class Bench:
+    """Runs groups one after another on one device.
+
+    Args:
+        checked: the run's cells and the dimensions of its models.
+        client: the worker; a shared one keeps its model warm from group to group.
+        ledger: holds the rows that stand already and takes the new ones.
+        apart: the workers of cells that can't share ``client``.
+    """
+
+    def __init__(self, checked: Checked, client: Client, ledger: Ledger, apart: Apart | None = None) -> None:
+        self._checked, self._common, self._ledger, self._apart = checked, client, ledger, apart
+        self._last = client
+        self._reference = Reference(client, ledger.watcher)
+
+    def run(self, together: Sequence[Cell]) -> None:
+        """Brings every cell of one group to its row.
+
+        Raises:
+            RecordError: the run folder can't be written any more.
+        """
+        suite, ledger = self._checked.suite, self._ledger
+        for cell in together:
+            ledger.skip_if_too_large(cell)
+        if not any(ledger.open(cell) for cell in together):
+            return
+        if suite.worker.mode == "fresh":
+            self._common.close()
+            if self._apart is not None:
+                self._apart.close()
+        if together[0].axes.task != SPEED:
+            evaluate(suite, together[0], self._client(together[0]), ledger)
+            return
+        with self._workers(together) as worker_of:
+            SpeedGroup(suite, together, worker_of, ledger, self._reference).run()
+
+    def _client(self, cell: Cell) -> Client:
+        """The worker of a cell: its own where it is apart. A GPU is held by one of them at a time, since the memory in
+        use there is a figure of the device."""
+        found = (self._apart.of(cell.axes.policy) if self._apart else None) or self._common
+        if found is not self._last and cell.axes.device.startswith("cuda"):
+            self._last.close()
+        self._last = found
+        return found
+
+    @contextmanager
+    def _workers(self, together: Sequence[Cell]) -> Iterator[Callable[[Cell], Client]]:
+        """Which worker measures a cell."""
+        live = [cell for cell in together if self._ledger.open(cell)]
+        if self._checked.suite.worker.mode == "shared" or len(live) < 2 or not self._side_by_side(live):
+            yield self._client
+            return
+        known = {cell.id: self._client(cell).beside() for cell in together}
+        try:
+            yield lambda cell: known[cell.id]
+        finally:
+            for client in known.values():
+                client.close()
+
+    def _side_by_side(self, cells: Sequence[Cell]) -> bool:
+        """Whether every cell can have a process while the others hold theirs."""
+        axes = cells[0].axes
+        model = self._checked.models.get(axes.model)
+        if axes.device.startswith("cuda") or model is None:
+            return False
+        needed = 0.0
+        for cell in cells:
+            if not isinstance(cell.axes.batch, int):
+                return False
+            needed += memory_of(cell.axes, model, cell.axes.batch) + PROCESS_BYTES
+        free = again(lambda: self._common.call("memory", {"device": axes.device}))["free"]
+        if needed <= SHARE * free:
+            return True
+        words = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
+        self._ledger.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {words}")
+        return False

@@ -1,0 +1,221 @@
+"""What a worker process can be asked to do. One method an operation; its arguments and results are JSON.
+
+What it is asked about a model stands here, what it is asked about its machine in ``operations_machine``. A
+worker holds at most one model, the last one asked for, so that the cells of a group find it warm.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import msgspec
+
+from d2obench.models.devices import beside
+from d2obench.record import Axes
+from d2obench.run.operations_machine import Args, MachineOperations, Report
+from d2obench.suite.definition import Cell, Quality
+from d2obench.suite.grammar import parse_shape
+from d2obench.suite.placement import Placement
+from d2obench.tasks.timed import prompts
+
+WARM_TOKENS = 8
+"""Tokens a warm-up generates: enough to run every kernel of the loop."""
+
+
+class Worker(MachineOperations):
+    """One process: at most one model is held, the last one asked for.
+
+    Args:
+        placement: where its models lie; on the device of the request if it doesn't say.
+    """
+
+    def __init__(self, placement: Placement | None = None) -> None:
+        super().__init__()
+        self._placement = placement or Placement()
+        self.alone = False
+        """Whether the process is this worker's own, so that it may say how memory is allocated in it."""
+        self._loaded: Any = None
+        self._key: tuple[str, str, str] | None = None
+        self._prompts: tuple[Any, list[list[int]]] = (None, [])
+
+    def load(self, args: Args, report: Report) -> Args:
+        """Loads the model of ``axes`` and says what it is."""
+        return self._about(self._model(_axes(args), report))
+
+    def measure(self, args: Args, report: Report) -> Args:
+        """One request of a speed cell: ``axes``, ``batch``, ``sampled`` ([depths, steps] or None).
+
+        ``warm_up`` cuts the generation short, for a gate whose base may know no other way.
+        ``limit`` bounds a GPU's memory, in bytes.
+        """
+        from d2obench.external.setup import marks
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.depths import Sampled
+        from d2obench.measure.disturbance import between, gpu_flags, load
+        from d2obench.measure.memory import probe_for, settle
+        from d2obench.measure.phases import measure_request
+        from d2obench.measure.ranks import shared, shared_load
+
+        axes = _axes(args)
+        loaded = self._model(axes, report)
+        (shape,) = parse_shape(axes.shape or "")
+        gen = min(shape.gen, WARM_TOKENS) if args.get("warm_up") else shape.gen
+        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        self._recognise(loaded.device)
+        settle(loaded.device, beside(loaded.model))
+        self._bound(loaded.device, args.get("limit"))
+        before = shared_load(load(), loaded.model)
+        trace = measure_request(
+            lambda mark: _session(loaded, axes, gen, mark),
+            texts,
+            gen,
+            clock=shared(clock_for(loaded.device), loaded.model),
+            memory=probe_for(
+                loaded.device,
+                nvml=self._nvml(loaded.device) if self._placement.single else None,
+                beside=beside(loaded.model),
+            ),
+            sampled=Sampled(*args["sampled"]) if args.get("sampled") else None,
+        )
+        trace.flags += between(before, shared_load(load(), loaded.model)).flags()
+        if trace.device_timeline:
+            trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
+        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | marks(axes.policy)}
+
+    def warm_up(self, args: Args, report: Report) -> Args:
+        """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.memory import settle
+        from d2obench.measure.phases import shortage_named
+        from d2obench.measure.ranks import shared
+        from d2obench.measure.warmup import MOST_TOKENS, warm_up
+
+        axes = _axes(args)
+        loaded = self._model(axes, report)
+        (shape,) = parse_shape(axes.shape or "")
+        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        gen = min(shape.gen, MOST_TOKENS)
+        settle(loaded.device, beside(loaded.model))
+        with shortage_named() as mark:
+            found = warm_up(
+                lambda: _session(loaded, axes, gen, mark),
+                texts,
+                gen,
+                clock=shared(clock_for(loaded.device), loaded.model),
+                within=args["within"],
+            )
+        return found._asdict()
+
+    def count(self, args: Args, report: Report) -> Args:
+        """What one decode step of a speed cell does and holds, counted, by metric: ``axes``, ``batch``."""
+        import torch
+
+        from d2obench.measure.counters import count_step
+        from d2obench.measure.live import live_bytes
+        from d2obench.measure.phases import shortage_named
+
+        axes = _axes(args)
+        loaded = self._model(axes, report)
+        if not isinstance(loaded.model, torch.nn.Module):  # another engine: nothing of it can be counted
+            return {}
+        (shape,) = parse_shape(axes.shape or "")
+        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        before = live_bytes()
+        with shortage_named() as mark:
+            session = _session(loaded, axes, shape.gen, mark)
+            try:
+                counts = count_step(session, texts)
+                alive = live_bytes() - before
+            finally:
+                session.close()
+        found = {
+            "ops_step": counts.ops,
+            "flops_step": counts.flops,
+            "cats_step": sum(counts.concatenations.values()),
+            "waits_step": sum(counts.waits.values()),
+            "fresh_step_bytes": counts.allocated_bytes,
+            "live_bytes": alive,
+        }
+        return found if counts.launches is None else {**found, "launches_step": counts.launches}
+
+    def evaluate(self, args: Args, report: Report) -> Args:
+        """A quality cell: ``cell`` and ``quality`` as in the suite."""
+        from d2obench.external.setup import marks
+        from d2obench.tasks import evaluate
+
+        cell = msgspec.convert(args["cell"], Cell)
+        loaded = self._model(cell.axes, report)
+        found = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
+        values = {key: msgspec.to_builtins(value) for key, value in found.values.items()}
+        flags = list(found.details.get("flags", ()))
+        about = self._about(loaded) | marks(cell.axes.policy)
+        flags += about.get("flags", ())
+        return {"values": values, "items": found.items, "details": found.details, "flags": flags, "model": about}
+
+    def exit(self, args: Args, report: Report) -> Args:
+        """Ends the process after this answer."""
+        raise SystemExit(0)
+
+    def release(self) -> None:
+        """Gives back what the last operation held, so that the next one starts from the same floor."""
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _model(self, axes: Axes, report: Report) -> Any:
+        from d2obench.cpu import memory as host_memory
+        from d2obench.external.setup import loader
+        from d2obench.measure import collector
+
+        key = (axes.model, axes.dtype, axes.device)
+        if key != self._key:
+            self._loaded = self._key = None
+            collector.forget()
+            self.release()
+            load = loader(axes.policy)
+            self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
+            self._key = key
+            collector.keep()
+            if self.alone and self._loaded.device.type == "cpu":
+                host_memory.retain()
+        return self._loaded
+
+    @staticmethod
+    def _bound(device: Any, limit: int | None) -> None:
+        if device.type == "cuda":
+            import torch
+
+            total = torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total) if limit else 1.0, device)
+
+    @staticmethod
+    def _about(loaded: Any) -> Args:
+        import torch
+
+        from d2obench.measure.roofline import read_weights_bytes
+
+        keys = ("name", "digest", "context", "weights_bytes", "layers", "kv_heads", "head_dim", "has_sense", "note")
+        known = isinstance(loaded.model, torch.nn.Module)
+        read = read_weights_bytes(loaded.model) if known else loaded.weights_bytes
+        return {**{key: getattr(loaded, key) for key in keys}, "weights_read_bytes": read}
+
+    def _texts(self, loaded: Any, prompt: int, batch: int, seed: int) -> list[list[int]]:
+        """``batch`` different prompts of ``prompt`` tokens; the same ones for every policy."""
+        key = (loaded.digest, prompt, batch, seed)
+        if self._prompts[0] != key:
+            self._prompts = key, prompts(loaded, prompt, batch, seed)
+        return self._prompts[1]
+
+
+def _axes(args: Args) -> Axes:
+    return msgspec.convert(args["axes"], Axes)
+
+
+def _session(loaded: Any, axes: Axes, gen: int, mark: Any) -> Any:
+    """The session of a speed cell: it says nothing of quality, so it may go beyond the model's context."""
+    from d2obench.cache import Session
+
+    return Session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark, beyond=True)

@@ -1,0 +1,163 @@
+"""What a worker process can be asked about its machine and its software, with no model loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from typing import Any, Protocol
+
+Args = dict[str, Any]
+
+
+class Report(Protocol):
+    """Tells the parent how far an operation is."""
+
+    def __call__(self, done: int, total: int, words: str = "") -> None: ...
+
+
+class MachineOperations:
+    """Operations about the place a worker runs in; the driver's view of a GPU is opened once."""
+
+    def __init__(self) -> None:
+        self._gpu: dict[str, Any] = {}
+        self._recognised: set[str] = set()
+
+    def hello(self, args: Args, report: Report) -> Args:
+        """Versions, the process id, and the device that ``auto`` stands for here."""
+        import torch
+        import transformers
+
+        from d2obench import __version__
+        from d2obench.models import pick_device
+
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "device": str(pick_device("auto")),
+        }
+
+    def describe(self, args: Args, report: Report) -> Args:
+        """What a suite's words stand for here: ``devices`` by name and ``models`` by name, checked but not loaded; and
+        how many ``gpus`` there are."""
+        import torch
+
+        from d2obench.models import check, config_of, pick_device
+
+        for name in args["models"]:
+            check(name)
+        return {
+            "devices": {name: str(pick_device(name)) for name in args["devices"]},
+            "models": {name: asdict(config_of(name)) for name in args["models"]},
+            "gpus": torch.cuda.device_count(),
+        }
+
+    def prepare(self, args: Args, report: Report) -> Args:
+        """Whether ``policies`` that stand for other libraries can run here, and the ``versions`` of those."""
+        from d2obench.external.setup import prepare
+
+        return {"versions": prepare(args["policies"])}
+
+    def environment(self, args: Args, report: Report) -> Args:
+        """The fingerprint of machine and software that a run on ``device`` is bound to."""
+        import torch  # noqa: F401 - the fingerprint asks torch only where it is loaded
+
+        from d2obench.measure.environment import fingerprint
+
+        return fingerprint(args["device"])
+
+    def refuse_busy(self, args: Args, report: Report) -> Args:
+        """A MeasureError where processes other than ``own`` and this one compute on a GPU ``device``."""
+        import torch
+
+        from d2obench.measure.nvml import refuse_busy, strangers
+
+        own = frozenset(args["own"])
+        device = torch.device(args["device"])
+        if strangers(self._nvml(device), own):  # or is it this process, by another number?
+            self._recognise(device)
+        refuse_busy(self._nvml(device), own)
+        return {}
+
+    def bandwidth(self, args: Args, report: Report) -> Args:
+        """Copy bandwidth of ``device``, read and written bytes per second."""
+        import torch
+
+        from d2obench.measure.roofline import copy_bandwidth
+
+        found = copy_bandwidth(torch.device(args["device"]), seconds=args.get("seconds", 1.0))
+        return {"bytes_per_s": found.best, "median": found.median, "n": found.n}
+
+    def idle(self, args: Args, report: Report) -> Args:
+        """Power of a GPU ``device`` in watts while this process holds it and nothing runs; None where it can't be told.
+
+        Recent GPUs tell the mean over the last second, so the work before it is waited out.
+        """
+        import time
+
+        import torch
+
+        from d2obench.measure.energy import idle_power
+
+        device = torch.device(args["device"])
+        gpu = self._nvml(device)
+        if gpu is None:
+            return {"idle_w": None}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize(device)
+        time.sleep(args.get("wait", 1.5))
+        return {"idle_w": idle_power(gpu, args.get("seconds", 2.0))}
+
+    def rates(self, args: Args, report: Report) -> Args:
+        """Two rough figures for a prediction: copy bandwidth, and FLOP/s of a square product in ``dtype``."""
+        import torch
+
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.roofline import copy_bandwidth
+
+        device = torch.device(args["device"])
+        size = 8192 if device.type == "cuda" else 1024
+        one = torch.randn(size, size, device=device).to(getattr(torch, args["dtype"]))
+        clock, best = clock_for(device), 0.0
+        for _ in range(5):
+            clock.start()
+            before = clock.stamp()
+            torch.mm(one, one)
+            a, b = clock.read([before, clock.stamp()])
+            best = max(best, 2 * size**3 / (b - a))
+        return {"bandwidth": copy_bandwidth(device, seconds=0.2).best, "flops": best}
+
+    def memory(self, args: Args, report: Report) -> Args:
+        """Bytes of memory that ``device`` has and that are free."""
+        import torch
+
+        device = torch.device(args["device"])
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+        else:
+            import psutil
+
+            found = psutil.virtual_memory()
+            free, total = found.available, found.total
+        return {"free": int(free), "total": int(total)}
+
+    def _nvml(self, device: Any) -> Any:
+        from d2obench.measure.nvml import open_gpu
+
+        if device.type != "cuda":
+            return None
+        if str(device) not in self._gpu:
+            self._gpu[str(device)] = open_gpu(device)
+        return self._gpu[str(device)]
+
+    def _recognise(self, device: Any) -> None:
+        """Makes sure, once, which process of the driver's list this one is."""
+        from d2obench.measure import identity
+
+        gpu = self._nvml(device)
+        if gpu is not None and str(device) not in self._recognised:
+            self._recognised.add(str(device))
+            identity.recognise(gpu, lambda: identity.block_on(device))

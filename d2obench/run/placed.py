@@ -1,0 +1,118 @@
+"""Whether a suite's models can lie where ``[models]`` says, found out before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from d2obench.errors import SuiteError, UsageError
+from d2obench.policies import other, parse_policy
+from d2obench.suite.definition import Suite
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_placement(suite: Suite, facts: Mapping[str, Any]) -> None:
+    """A UsageError or PolicyError for the first thing that can't be.
+
+    Args:
+        suite: its words are checked; its devices may still be ``auto``.
+        facts: of the worker: ``devices`` by name, ``models`` by name, and how many ``gpus`` it sees.
+    """
+    import torch
+
+    placement, gpus = suite.models, int(facts.get("gpus", 0))
+    if placement.single:
+        return
+    if placement.device_map != "none" and placement.tensor_parallel > 1:
+        raise SuiteError(
+            f"suite {suite.name}: models.device_map and models.tensor_parallel are two ways to the same end",
+            remedy="use one of --device-map and --tensor-parallel",
+        )
+    for name in dict.fromkeys(facts["devices"].values()):
+        device = torch.device(name)
+        _check_map(placement.device_map, device, gpus)
+        _check_ranks(placement.tensor_parallel, device, gpus)
+    for name, model in facts["models"].items():
+        _check_model(name, model, placement.tensor_parallel)
+    for policy in suite.axes.policy:
+        _check_policy(policy, placement.tensor_parallel)
+    if placement.device_map != "none" and "max" in suite.axes.batch:
+        raise UsageError("--batch max can't be searched with --device-map", remedy="name a batch")
+
+
+def sharing(suite: Suite, facts: Mapping[str, Any]) -> int:
+    """How many devices share one model."""
+    placement = suite.models
+    return int(facts["gpus"]) if placement.device_map != "none" else placement.tensor_parallel
+
+
+def taken(suite: Suite, facts: Mapping[str, Any]) -> list[str]:
+    """The devices a suite's models lie on, by their real names."""
+    found = list(dict.fromkeys(facts["devices"][name] for name in suite.axes.device))
+    if suite.models.single or not any(name.startswith("cuda") for name in found):
+        return found
+    return [f"cuda:{index}" for index in range(sharing(suite, facts))]
+
+
+def check_one(suite: Suite, command: str) -> None:
+    """A SuiteError where ``command`` would measure a model on one device that a suite wants elsewhere."""
+    if not suite.models.single:
+        raise SuiteError(
+            f"suite {suite.name}: {command} measures models on one device",
+            remedy="leave out its table models, or use d2obench run",
+        )
+
+
+def _check_map(device_map: str, device: torch.device, gpus: int) -> None:
+    if device_map == "none":
+        return
+    words = f"--device-map {device_map}"
+    if device.type != "cuda" or gpus < 2:
+        raise UsageError(
+            f"{words} hands a model's layers out to several GPUs",
+            why=f"the device is {device}" if device.type != "cuda" else f"torch sees {gpus} GPU",
+            remedy="leave it out",
+        )
+    if device.index:
+        raise UsageError(f"{words} starts at the first GPU", why=f"the device is {device}", remedy="use --device cuda")
+
+
+def _check_ranks(ranks: int, device: torch.device, gpus: int) -> None:
+    if ranks == 1:
+        return
+    words = f"--tensor-parallel {ranks}"
+    if device.type == "cuda" and gpus < ranks:
+        raise UsageError(f"{words} needs as many GPUs", why=f"torch sees {gpus}", remedy="use fewer ranks")
+    if device.type == "cuda" and device.index:
+        raise UsageError(f"{words} takes the first GPUs", why=f"the device is {device}", remedy="use --device cuda")
+    if device.type != "cuda" and gpus:
+        raise UsageError(f"{words} on {device} and on GPUs can't be one run", remedy=f"use --device {device} alone")
+
+
+def _check_model(name: str, model: Mapping[str, Any], ranks: int) -> None:
+    from d2obench.models.ranks import check_split
+
+    if ranks > 1 and (name.startswith("shape:") or name.lower().endswith(".gguf")):
+        raise UsageError(
+            f"--tensor-parallel {ranks} can't split {name}",
+            why="transformers splits a model while it reads safetensors",
+            remedy="use a folder or a hub model that has them, or embedded",
+        )
+    if ranks > 1:
+        check_split(name, str(model.get("architecture", "")), int(model["kv_heads"]), ranks)
+
+
+def _check_policy(text: str, ranks: int) -> None:
+    from d2obench.cache.ranks import check_apart
+
+    found = other(text)
+    if found is not None and found.session:
+        raise UsageError(
+            f"{text} runs on one device",
+            why="it is another library's and knows nothing of the ranks or of the map",
+            remedy="leave out --tensor-parallel and --device-map, or the policy",
+        )
+    if found is None and ranks > 1:
+        check_apart(parse_policy(text))

@@ -1,0 +1,4 @@
+"""Storage of keys and values in fixed slots: ``dense`` in the model's dtype, ``quantised`` in 8 or 4 bits.
+
+Imported by ``decode`` and above; imports ``policies`` and ``cpu``.
+"""

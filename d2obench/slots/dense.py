@@ -1,0 +1,138 @@
+"""Slots: where the keys and values of all compressed layers live, and what is known of each slot.
+
+Design. All layers share one flat tensor of rows for the keys and one for the values; layer ℓ owns a run of
+``B·H·C_ℓ`` rows, seen as ``[B·H, C_ℓ, d]``. A decode step overwrites one row per layer, sequence and KV head, so
+nothing is concatenated or moved, and what is done to "one slot in every layer" (fetch the evicted key, write back a
+merged host) is a single indexed operation for the whole model. What policies know of a slot (its token's position,
+its score) is stacked over layers too, ``[layers, B·H, C]`` with ``C = max C_ℓ``.
+
+A slot is filled, ``EMPTY`` (will take a token; first choice of every eviction) or ``CLOSED`` (never used: padding of a
+ragged layer or of a shorter sequence). The order of slots means nothing to attention: keys carry their rotary position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2obench.cpu.memory import lasting
+
+EMPTY, CLOSED = -1, -2
+NEVER = float("inf")
+"""Score of a slot that must not be evicted: a sink or a closed slot."""
+
+
+class DenseStore:
+    """Keys and values in the model's dtype.
+
+    Args:
+        capacities: slots per KV head of each layer, ``C_ℓ``.
+        rows: batch × KV heads.
+        widths: head dim of keys and of values.
+        parts: a list of all layers' keys ``[rows, n, d]`` and one of their values, to begin with. Both are emptied
+            while the storage is filled, keys before values are allocated, so that little exists twice.
+    """
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        rows: int,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        parts: Sequence[list[Tensor]] | None = None,
+    ) -> None:
+        self._parts = parts or ([], [])
+        self.capacities, self.rows, self.widths, self.dtype, self.device = list(capacities), rows, widths, dtype, device
+        self.offsets = [rows * sum(self.capacities[:i]) for i in range(len(self.capacities) + 1)]
+        starts = torch.tensor(self.offsets[:-1], device=device)[:, None]
+        strides = torch.tensor(self.capacities, device=device)[:, None]
+        self.base = starts + strides * torch.arange(rows, device=device)
+        """Row of slot 0 of each layer, sequence and head, ``[layers, rows]``."""
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self.key_rows, self.value_rows = map(self._rows, self.widths, self._parts)
+
+    def _rows(self, width: int, parts: list[Tensor]) -> Tensor:
+        flat = lasting((self.offsets[-1], width), self.dtype, self.device, huge=True)
+        for layer in range(len(parts)):
+            part = parts.pop(0)
+            self._view(flat, layer)[:, : part.shape[1]] = part
+        return flat
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of a layer, ``[rows, C_ℓ, d]``, a view."""
+        return self._view(self.key_rows, layer)
+
+    def values(self, layer: int) -> Tensor:
+        """Values of a layer, ``[rows, C_ℓ, d_v]``, a view."""
+        return self._view(self.value_rows, layer)
+
+    def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Overwrites the rows ``index`` (any shape ``[…]``) of a layer by keys and values ``[…, d]``."""
+        flat = index.reshape(-1)
+        self.key_rows.index_copy_(0, flat, keys.reshape(-1, self.widths[0]))
+        self.value_rows.index_copy_(0, flat, values.reshape(-1, self.widths[1]))
+
+    def write_keys(self, index: Tensor, keys: Tensor) -> None:
+        """Overwrites keys only."""
+        self.key_rows.index_copy_(0, index.reshape(-1), keys.reshape(-1, self.widths[0]))
+
+    def write_values(self, index: Tensor, values: Tensor) -> None:
+        """Overwrites values only."""
+        self.value_rows.index_copy_(0, index.reshape(-1), values.reshape(-1, self.widths[1]))
+
+    def read_keys(self, index: Tensor) -> Tensor:
+        """Keys of the rows ``index``, ``[…, d]``, a copy."""
+        return self.key_rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+
+    def read_values(self, index: Tensor) -> Tensor:
+        """Values of the rows ``index``, ``[…, d_v]``, a copy."""
+        return self.value_rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
+        """Writes the first ``n`` slots of a layer from ``[rows, n, d]``; ``real`` ``[rows, n]`` tells what of it means
+        something."""
+        self.keys(layer)[:, : keys.shape[1]] = keys
+        self.values(layer)[:, : values.shape[1]] = values
+
+    def repeat(self, filled: Sequence[int], tokens: int) -> None:
+        """Fills ``tokens`` slots after the first ``filled`` ones of each layer with copies of those, as stand-ins."""
+        for layer, count in enumerate(filled):
+            for held in (self.keys(layer), self.values(layer)):
+                for start in range(count, count + tokens, count):
+                    size = min(count, count + tokens - start)
+                    held[:, start : start + size] = held[:, :size]
+
+    def work(self) -> list[Tensor]:
+        """Buffers beside the storage."""
+        return []
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of storage held."""
+        return self.key_rows.untyped_storage().nbytes() + self.value_rows.untyped_storage().nbytes()
+
+    def extended(self, slots: int) -> DenseStore:
+        """A store with ``slots`` more in every layer and the same contents."""
+        larger = type(self)([c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device)
+        for layer in range(len(self.capacities)):
+            larger.fill(layer, self.keys(layer), self.values(layer))
+        return larger
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """A copy of the contents, for :meth:`restore`."""
+        return self.key_rows.clone(), self.value_rows.clone()
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Brings back what :meth:`snapshot` saved, in place."""
+        self.key_rows.copy_(saved[0])
+        self.value_rows.copy_(saved[1])
+
+    def _view(self, flat: Tensor, layer: int) -> Tensor:
+        run = flat[self.offsets[layer] : self.offsets[layer + 1]]
+        return run.view(self.rows, self.capacities[layer], flat.shape[1])

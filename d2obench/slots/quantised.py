@@ -1,0 +1,273 @@
+"""Slots in 8 or 4 bits: keys per channel, values per token (KIVI, arXiv 2402.02750), asymmetric, really packed.
+
+Design. Outliers of keys sit in channels, so a key's channel is scaled together with the same channel of its ``GROUP``
+neighbouring slots (at the prompt's end: neighbours in time); a value is scaled by itself, ``GROUP`` channels together.
+Numbers are uint8, two to a byte at 4 bits (channel i in the low half, channel i + d/2 in the high one, so that a slot
+is always whole bytes); scale and zero point are float16. A layer is dequantised into a work buffer that all layers
+share, right before its attention.
+
+How a decoded token's key gets in. A *growing* cache does what KIVI does: the last, unfinished group is kept in the
+model's dtype and quantised when it is full; groups end where the prompt ends, so that padding on the left changes
+nothing. (KIVI also keeps as many values; here they are quantised at once.) In a
+*bounded* cache a token takes some evicted token's slot anywhere, between neighbours read long before it. Where its key
+is outside the range of that group, the range is widened and the group coded again; elsewhere nothing changes, bit by
+bit. Ranges never shrink, but refilling a layer sets them anew. (Clamping to the prompt's ranges instead loses the keys:
+rotary positions move the slow channels out of them. On SmolLM2-135M with h2o at a ratio of 0.4, prompts of 256 tokens,
+the mean KL to the full cache over 4 × 48 decoded tokens is 0.12 without quantisation, 0.12 with 8 and 0.13 with 4 bits;
+clamped it is 0.35 and 0.36.) A group that the prompt left incomplete takes its range from the last ``GROUP`` entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from d2obench.slots.dense import DenseStore
+
+GROUP = 32
+TINY = 1e-7
+
+
+class QuantStore(DenseStore):
+    """Keys and values in few bits, behind the interface of :class:`DenseStore`.
+
+    Args:
+        bits: 8 or 4.
+        grows: whether slots are filled in order and never overwritten.
+
+    The others are those of :class:`DenseStore`. Head dims must be even.
+    """
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        rows: int,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        bits: int,
+        grows: bool,
+    ) -> None:
+        self.bits, self.grows, self.top = bits, grows, 2**bits - 1
+        super().__init__(capacities, rows, widths, dtype, device)
+
+    def _allocate(self) -> None:
+        total, device = self.offsets[-1], self.device
+        self.key_rows, self.value_rows = (
+            torch.zeros(total, width * self.bits // 8, dtype=torch.uint8, device=device) for width in self.widths
+        )
+        # a growing cache's groups end where its prompt ends: one more may be begun on the left
+        groups = [-(-capacity // GROUP) + self.grows for capacity in self.capacities]
+        starts = [self.rows * sum(groups[:i]) for i in range(len(groups) + 1)]
+        self.key_ranges = torch.zeros(starts[-1], 2, self.widths[0], dtype=torch.float16, device=device)
+        self.part = GROUP if self.widths[1] % GROUP == 0 else self.widths[1]
+        shape = (total, 2, self.widths[1] // self.part)
+        self.value_ranges = torch.zeros(shape, dtype=torch.float16, device=device)
+        layers = len(groups) if self.grows else 0
+        self.open = torch.zeros(layers, self.rows, GROUP, self.widths[0], dtype=self.dtype, device=device)
+        self.filled, self.shift = [0] * len(groups), [0] * len(groups)
+        self._groups, self._starts = groups, starts
+        self._layout = torch.tensor([self.offsets[:-1], self.capacities, starts[:-1], groups], device=device)
+        self._ends = torch.tensor(self.offsets[1:], device=device)
+        most = self.rows * max(self.capacities)
+        self._keys, self._values = (torch.empty(most * width, dtype=self.dtype, device=device) for width in self.widths)
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of a layer, ``[rows, C_ℓ, d]``, in a buffer that the next call overwrites."""
+        codes, ranges = self._view(self.key_rows, layer), self._ranges(layer)
+        out = self._keys[: codes.shape[0] * codes.shape[1] * self.widths[0]].view(*codes.shape[:2], -1)
+        numbers, count, shift = self._unpack(codes), codes.shape[1], self.shift[layer]
+        head = min(count, -shift % GROUP)
+        whole = head + (count - head) // GROUP * GROUP
+        for first, last, size in ((0, head, head), (head, whole, GROUP), (whole, count, count - whole)):
+            if first < last:
+                part = torch.unflatten(numbers[:, first:last], 1, (-1, size))
+                group = (first + shift) // GROUP
+                scale, zero = ranges[:, group : group + part.shape[1], :, None].float().unbind(2)
+                torch.unflatten(out[:, first:last], 1, (-1, size)).copy_(part * scale + zero)
+        if self.grows:
+            tail = (self.filled[layer] + shift) % GROUP
+            out[:, self.filled[layer] - tail : self.filled[layer]] = self.open[layer][:, :tail]
+        return out
+
+    def values(self, layer: int) -> Tensor:
+        """Values of a layer, ``[rows, C_ℓ, d_v]``, in a buffer that the next call overwrites."""
+        codes, ranges = self._view(self.value_rows, layer), self._view(self.value_ranges, layer)
+        out = self._values[: codes.shape[0] * codes.shape[1] * self.widths[1]].view(*codes.shape[:2], -1)
+        return out.copy_(self._values_of(codes, ranges))
+
+    def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Takes in the new token's key and value of one layer."""
+        self.write_values(index, values)
+        if not self.grows:
+            self.write_keys(index, keys)
+            return
+        slot = self.filled[layer] + self.shift[layer]
+        self.open[layer][:, slot % GROUP] = keys.reshape(self.rows, -1)
+        self.filled[layer] += 1
+        if (slot + 1) % GROUP == 0:
+            self._close(layer, slot // GROUP, self.open[layer])
+
+    def write_keys(self, index: Tensor, keys: Tensor) -> None:
+        """Overwrites keys, at most one of a group; a range that doesn't reach them is widened."""
+        flat, new = index.reshape(-1), keys.reshape(-1, self.widths[0]).float()
+        group, members = self._group(flat)
+        scale, zero = self.key_ranges.index_select(0, group).float().unbind(1)
+        wider = self._range(torch.minimum(zero, new), torch.maximum(zero + scale * self.top, new), 1)
+        self.key_ranges.index_copy_(0, group, wider)
+        wide_scale, wide_zero = wider.float().unbind(1)
+        old = self._unpack(self.key_rows[members]) * scale[:, None] + zero[:, None]
+        self.key_rows[members] = self._pack((old - wide_zero[:, None]) / wide_scale[:, None])
+        self.key_rows.index_copy_(0, flat, self._pack((new - wide_zero) / wide_scale))
+
+    def write_values(self, index: Tensor, values: Tensor) -> None:
+        """Overwrites values, each with a range of its own."""
+        flat = index.reshape(-1)
+        codes, ranges = self._coded_values(values.reshape(len(flat), -1))
+        self.value_rows.index_copy_(0, flat, codes)
+        self.value_ranges.index_copy_(0, flat, ranges)
+
+    def read_keys(self, index: Tensor) -> Tensor:
+        """Keys of the rows ``index``, ``[…, d]``."""
+        flat = index.reshape(-1)
+        scale, zero = self.key_ranges.index_select(0, self._group(flat)[0]).float().unbind(1)
+        read = self._unpack(self.key_rows.index_select(0, flat)) * scale + zero
+        return read.to(self.dtype).view(*index.shape, -1)
+
+    def read_values(self, index: Tensor) -> Tensor:
+        """Values of the rows ``index``, ``[…, d_v]``."""
+        flat = index.reshape(-1)
+        read = self._values_of(self.value_rows.index_select(0, flat), self.value_ranges.index_select(0, flat))
+        return read.to(self.dtype).view(*index.shape, -1)
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
+        """Quantises the first ``n`` slots of a layer from ``[rows, n, d]``, with new ranges over what is ``real``."""
+        rows, count = keys.shape[:2]
+        codes, spans = self._coded_values(values)
+        self._view(self.value_rows, layer)[:, :count] = codes
+        self._view(self.value_ranges, layer)[:, :count] = spans
+        if self.grows:
+            self.filled[layer], self.shift[layer] = count, -count % GROUP
+        real = torch.ones(rows, count, dtype=torch.bool, device=keys.device) if real is None else real
+        before, groups = self.shift[layer], -(-(self.shift[layer] + count) // GROUP)
+        after = groups * GROUP - before - count
+        real = torch.unflatten(pad(real, (before, after)), 1, (-1, GROUP))
+        grouped = torch.unflatten(pad(keys.float(), (0, 0, before, after)), 1, (-1, GROUP))
+        low = grouped.masked_fill(~real[..., None], torch.inf).amin(2)
+        high = grouped.masked_fill(~real[..., None], -torch.inf).amax(2)
+        held = real.sum(2)
+        ranges = self._ranges(layer)
+        if self.grows:
+            empty = (held == 0)[..., None]
+            low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+        else:
+            last = held.sum(1, keepdim=True) - 1 - torch.arange(GROUP, device=keys.device)
+            newest = keys.gather(1, last.clamp_min(0)[..., None].expand(-1, -1, keys.shape[2])).float()
+            part = (held < GROUP)[..., None]
+            low = torch.where(part, newest.amin(1, keepdim=True), low)
+            high = torch.where(part, newest.amax(1, keepdim=True), high)
+            ranges[:, groups:] = self._range(newest.amin(1), newest.amax(1), 1)[:, None]
+        ranges[:, :groups] = self._range(low, high, 2)
+        scale, zero = ranges[:, :groups, :, None].float().unbind(2)
+        codes = self._pack((grouped - zero) / scale).flatten(1, 2)
+        self._view(self.key_rows, layer)[:, :count] = codes[:, before : before + count]
+
+    def repeat(self, filled: Sequence[int], tokens: int) -> None:
+        """Counts ``tokens`` more slots as filled; what stands in them is a stand-in anyway."""
+        self.filled = [count + tokens for count in self.filled]
+
+    def work(self) -> list[Tensor]:
+        """The buffers that layers are dequantised into."""
+        return [self._keys, self._values]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of storage held, scales and zero points included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._held())
+
+    def extended(self, slots: int) -> QuantStore:
+        """A store with ``slots`` more in every layer and the same contents."""
+        larger = QuantStore(
+            [c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device, self.bits, self.grows
+        )
+        for layer, capacity in enumerate(self.capacities):
+            for old, new in (
+                (self.key_rows, larger.key_rows),
+                (self.value_rows, larger.value_rows),
+                (self.value_ranges, larger.value_ranges),
+            ):
+                larger._view(new, layer)[:, :capacity] = self._view(old, layer)
+            larger._ranges(layer)[:, : self._groups[layer]] = self._ranges(layer)
+        larger.open, larger.filled, larger.shift = self.open, self.filled, self.shift
+        return larger
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """A copy of the contents, for :meth:`restore`."""
+        return [tensor.clone() for tensor in self._held()], list(self.filled)
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Brings back what :meth:`snapshot` saved, in place."""
+        for tensor, old in zip(self._held(), saved[0], strict=True):
+            tensor.copy_(old)
+        self.filled = list(saved[1])
+
+    def _held(self) -> list[Tensor]:
+        return [self.key_rows, self.value_rows, self.key_ranges, self.value_ranges, self.open]
+
+    def _close(self, layer: int, group: int, keys: Tensor) -> None:
+        """Quantises a whole group ``[rows, GROUP, d]``."""
+        ranges = self._range(keys.amin(1).float(), keys.amax(1).float(), 1)
+        self._ranges(layer)[:, group] = ranges
+        scale, zero = ranges.float().unbind(1)
+        codes = self._pack((keys.float() - zero[:, None]) / scale[:, None])
+        first = group * GROUP - self.shift[layer]
+        self._view(self.key_rows, layer)[:, first : first + GROUP] = codes
+
+    def _range(self, low: Tensor, high: Tensor, dim: int) -> Tensor:
+        """Scale and zero point, float16, stacked along a new ``dim``."""
+        return torch.stack((((high - low) / self.top).clamp_min(TINY), low), dim).half()
+
+    def _coded_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[…, bytes]`` and ranges ``[…, 2, parts]`` of values ``[…, d_v]``."""
+        parts = torch.unflatten(values, -1, (-1, self.part)).float()
+        ranges = self._range(parts.amin(-1), parts.amax(-1), parts.dim() - 2)
+        scale, zero = ranges.float()[..., None].unbind(-3)
+        return self._pack(((parts - zero) / scale).flatten(-2)), ranges
+
+    def _values_of(self, codes: Tensor, ranges: Tensor) -> Tensor:
+        scale, zero = ranges.float()[..., None].unbind(-3)
+        return (torch.unflatten(self._unpack(codes), -1, (-1, self.part)) * scale + zero).flatten(-2)
+
+    def _pack(self, numbers: Tensor) -> Tensor:
+        codes = numbers.round().clamp_(0, self.top).to(torch.uint8)
+        if self.bits == 8:
+            return codes
+        low, high = codes.chunk(2, -1)
+        return low | (high << 4)
+
+    def _unpack(self, codes: Tensor) -> Tensor:
+        """float32 numbers ``[…, d]``."""
+        return (codes if self.bits == 8 else torch.cat((codes & 15, codes >> 4), -1)).float()
+
+    def _ranges(self, layer: int) -> Tensor:
+        """Key ranges of a layer, ``[rows, groups, 2, d]``, a view."""
+        run = self.key_ranges[self._starts[layer] : self._starts[layer + 1]]
+        return run.view(self.rows, self._groups[layer], 2, -1)
+
+    def _view(self, flat: Tensor, layer: int) -> Tensor:
+        run = flat[self.offsets[layer] : self.offsets[layer + 1]]
+        view: Tensor = torch.unflatten(run, 0, (self.rows, self.capacities[layer]))
+        return view
+
+    def _group(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of ``key_ranges`` that belongs to each slot ``[n]``, and the slots that share it ``[n, GROUP]``."""
+        offset, capacity, start, groups = self._layout[:, torch.bucketize(flat, self._ends, right=True)]
+        local = flat - offset
+        row, slot = local // capacity, local % capacity
+        first = slot // GROUP * GROUP
+        shared = (first[:, None] + torch.arange(GROUP, device=flat.device)).minimum(capacity[:, None] - 1)
+        return start + row * groups + slot // GROUP, (offset + row * capacity)[:, None] + shared
