@@ -14,9 +14,8 @@ import torch
 from fake_nvml import FakeNvml
 
 from d2obench.errors import MeasureError
-from d2obench.measure import checkup, identity
-from d2obench.measure.identity import BLOCK, own_pids, recognise
-from d2obench.measure.nvml import COLUMNS, Nvml, refuse_busy, strangers
+from d2obench.measure import checkup, nvml
+from d2obench.measure.nvml import BLOCK, COLUMNS, Nvml, find_own_process, other_processes, own_pids, refuse_busy
 from d2obench.run.operations import Worker
 
 OURS, THEIRS, LATE = 2**22 + 11, 2**22 + 12, 2**22 + 13
@@ -55,16 +54,16 @@ class Driver:
 )
 def test_the_entry_that_takes_the_block_is_this_process(held: Any, takes: Any) -> None:
     driver = Driver(held, takes)
-    assert recognise(driver.gpu, driver.occupied)
+    assert find_own_process(driver.gpu, driver.occupied)
     assert driver.gpu.pids == {OURS}
-    assert [one.pid for one in strangers(driver.gpu)] == ([THEIRS] if THEIRS in held else [])
+    assert [one.pid for one in other_processes(driver.gpu)] == ([THEIRS] if THEIRS in held else [])
 
 
 def test_its_memory_is_then_known_by_the_host_s_number() -> None:
     driver = Driver({OURS: 3 * GIB, THEIRS: GIB}, {OURS: BLOCK})
     index = COLUMNS.index("process_bytes")
     assert driver.gpu.read()[index] is None
-    recognise(driver.gpu, driver.occupied)
+    find_own_process(driver.gpu, driver.occupied)
     assert driver.gpu.read()[index] == 3 * GIB
 
 
@@ -79,7 +78,7 @@ def test_its_memory_is_then_known_by_the_host_s_number() -> None:
 )
 def test_in_doubt_nobody_is_taken_for_this_process(held: Any, takes: Any) -> None:
     driver = Driver(held, takes)
-    assert not recognise(driver.gpu, driver.occupied)
+    assert not find_own_process(driver.gpu, driver.occupied)
     assert driver.gpu.pids == own_pids()
     with pytest.raises(MeasureError, match="the GPU is busy"):
         refuse_busy(driver.gpu)
@@ -91,7 +90,7 @@ def test_a_block_that_can_not_be_had_is_no_crash() -> None:
         raise RuntimeError("CUDA out of memory")
         yield
 
-    assert not recognise(Driver({THEIRS: GIB}, {}).gpu, full)
+    assert not find_own_process(Driver({THEIRS: GIB}, {}).gpu, full)
 
 
 def test_pids_of_every_namespace_in_sight(tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_a_worker_is_not_its_own_stranger(monkeypatch: pytest.MonkeyPatch) -> No
     """A worker that holds the GPU already is asked whether others do, in a container."""
     driver, worker = Driver({OURS: GIB}, {OURS: BLOCK}), Worker()
     worker._gpu["cuda:0"] = driver.gpu
-    monkeypatch.setattr(identity, "block_on", lambda device: driver.occupied())
+    monkeypatch.setattr(nvml, "block_on", lambda device: driver.occupied())
     asked = {"device": "cuda:0", "own": []}
     assert worker.refuse_busy(asked, lambda *_: None) == {}
     driver.held[THEIRS] = 5 * GIB
@@ -118,5 +117,5 @@ def test_doctor_does_not_report_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver({OURS: GIB, THEIRS: GIB}, {OURS: BLOCK})
     monkeypatch.setattr(checkup, "block_on", lambda device: driver.occupied())
     monkeypatch.setattr(checkup.time, "sleep", lambda seconds: None)
-    found = [one.text for one in checkup._others(torch.device("cuda:0"), driver.gpu) if one.topic == "GPU in use"]
+    found = [one.text for one in checkup._other_load(torch.device("cuda:0"), driver.gpu) if one.topic == "GPU in use"]
     assert found == [f"process {THEIRS} (?) computes on the GPU"]

@@ -22,9 +22,8 @@ from d2obench.measure.disturbance import Load, between, load
 from d2obench.measure.environment import COMPARED, differences, environment_hash, fingerprint
 from d2obench.measure.noise import LEVEL, measure_noise, noise_of
 from d2obench.measure.nvml import Nvml
-from d2obench.measure.profiler import Files, profile_request
+from d2obench.measure.profiler import Files, fold_stacks, profile_request
 from d2obench.measure.roofline import copy_bandwidth
-from d2obench.measure.stacks import fold
 from d2obench.stats.bootstrap import paired_ratio
 
 PROMPTS = [[3 + i for i in range(60)], [9 + i for i in range(60)]]
@@ -192,11 +191,11 @@ def test_like_stacks_are_added_up_below_the_root(tmp_path: Path) -> None:
     path.write_text(
         "main;run.py(3):_go;a;b 5\nmain;run.py(3):_go;a;b 2\nmain;run.py(3):_go;c 1\nmain;run.py(3):_go 9\nx 4\n"
     )
-    fold(path, ":_go")
+    fold_stacks(path, ":_go")
     assert path.read_text() == "a;b 7\nc 1\n"
     stack = "run.py:_go;nn.Module:_LlamaDecoderLayer_{0};nn.Module:_Linear_{0};<mm_of_Tensor_at_0x7f{0}> 1\n"
     path.write_text("".join(stack.format(layer) for layer in (3, 14)))
-    fold(path, ":_go")
+    fold_stacks(path, ":_go")
     assert path.read_text() == "nn.Module:_LlamaDecoderLayer;nn.Module:_Linear;<mm_of_Tensor> 2\n"
 
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from d2obench.errors import MeasureError
 from d2obench.measure.disturbance import gpu_flags
-from d2obench.measure.energy import idle_power, joules, joules_per_token
 from d2obench.measure.memory import MemoryProbe
-from d2obench.measure.nvml import COLUMNS, Nvml, open_gpu, refuse_busy, words
+from d2obench.measure.nvml import COLUMNS, Nvml, idle_power, joules, joules_per_token, open_gpu, refuse_busy, slowdown_names
 from d2obench.measure.sampler import Sampler
 
 GIB = 2**30
@@ -68,13 +67,13 @@ def test_every_query_may_be_missing_from_an_old_library() -> None:
     gpu = Nvml("gpu0", Old())
     assert gpu.read() == (None,) * len(COLUMNS)
     assert set(gpu.facts().values()) == {None}
-    assert gpu.owners() == []
+    assert gpu.processes() == []
 
 
 def test_an_old_driver_tells_slowdowns_by_their_old_name() -> None:
     library = FakeNvml({"CurrentClocksThrottleReasons": 0x4 | 0x1}, unsupported={"CurrentClocksEventReasons"})
     gpu = Nvml("gpu0", library)
-    assert words(gpu.slowdown()) == ["power cap"]  # an idle GPU is not slowed down
+    assert slowdown_names(gpu.slowdown()) == ["power cap"]  # an idle GPU is not slowed down
     assert named(gpu.read())["slowdown"] == 4
 
 
@@ -91,7 +90,7 @@ def test_a_driver_that_dies_in_the_middle_leaves_missing_values_and_ends_nothing
     assert found[0][1] == 10 * GIB
     assert found[-1][1:] == (None,) * len(COLUMNS)
     assert probe.peaks["decode"]["nvml_used_bytes"] == 10 * GIB
-    assert gpu.owners() == []
+    assert gpu.processes() == []
     assert gpu.facts()["gpu"] is None
 
 

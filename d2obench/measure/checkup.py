@@ -1,30 +1,37 @@
-"""Is this machine fit to measure? What is here, what is missing, and what to type. Each check is one small function
-that gives findings; none of them changes anything or raises."""
+"""Is this machine fit to measure? What is there, what is missing, and what to type.
+
+Each check is one small function that yields findings; no check changes anything or raises. The last ones test the
+measurement itself: a request whose phases take known times is timed like any other.
+"""
 
 from __future__ import annotations
 
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from statistics import median
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 from d2obench.errors import D2OBenchError
+from d2obench.measure.clock import clock_for
 from d2obench.measure.disturbance import between, load
 from d2obench.measure.environment import fingerprint
-from d2obench.measure.identity import block_on, recognise
 from d2obench.measure.memory import ResidentMeter, probe_for
-from d2obench.measure.nvml import Nvml, open_gpu, strangers, words
-from d2obench.measure.selftest import known_delays
+from d2obench.measure.nvml import Nvml, block_on, find_own_process, open_gpu, other_processes, slowdown_names
+from d2obench.measure.phases import Mark, measure_request
 
 State = Literal["ok", "note", "bad"]
 _GIB = 2**30
+_DELAY = 0.005
+_BATCH, _GEN = 2, 16
 
 
 class Finding(NamedTuple):
@@ -37,7 +44,7 @@ class Finding(NamedTuple):
 
 
 def checkup(device: torch.device) -> Iterator[Finding]:
-    """All findings for measuring on ``device``, one after the other; takes a few seconds."""
+    """All findings about measuring on ``device``, one after the other; takes a few seconds."""
     gpu = open_gpu(device) if device.type == "cuda" else None
     yield from _software()
     yield from _device(device, gpu)
@@ -46,7 +53,7 @@ def checkup(device: torch.device) -> Iterator[Finding]:
     yield from _model()
     yield from _memory_meter(device, gpu)
     yield from _timing(device)
-    yield from _others(device, gpu)
+    yield from _other_load(device, gpu)
 
 
 def _software() -> Iterator[Finding]:
@@ -59,15 +66,14 @@ def _software() -> Iterator[Finding]:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         name = wanted.name
+        install = f'pip install "{name}{wanted.specifier}"'
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Finding(name, "bad", "missing", f'pip install "{name}{wanted.specifier}"')
+            yield Finding(name, "bad", "missing", install)
             continue
         if not wanted.specifier.contains(found, prereleases=True):
-            yield Finding(
-                name, "bad", f"{found}, {wanted.specifier} is needed", f'pip install "{name}{wanted.specifier}"'
-            )
+            yield Finding(name, "bad", f"{found}, {wanted.specifier} is needed", install)
         elif name in ("torch", "transformers"):
             yield Finding(name, "ok", found)
 
@@ -84,19 +90,17 @@ def _device(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
         return
     facts = gpu.facts() if gpu else {}
     name = facts.get("gpu") or torch.cuda.get_device_name(device)
-    held = torch.cuda.get_device_properties(device).total_memory / _GIB
-    yield Finding("GPU", "ok", f"{name}, {held:.0f} GiB, CUDA {torch.version.cuda}")
+    total = torch.cuda.get_device_properties(device).total_memory / _GIB
+    yield Finding("GPU", "ok", f"{name}, {total:.0f} GiB, CUDA {torch.version.cuda}")
     if gpu is None:
         yield Finding("NVML", "note", "the driver does not answer", "clocks, power and other processes stay unknown")
         return
     limit = f", power limit {facts['power_limit_w']:.0f} W" if facts["power_limit_w"] else ""
     ecc = {True: ", ECC on", False: ", ECC off", None: ""}[facts["ecc"]]
     yield Finding("driver", "ok", f"{facts['driver']}{limit}{ecc}")
-    slow = words(gpu.slowdown())
-    if slow:
-        yield Finding(
-            "clocks", "bad", f"slowed down now: {', '.join(slow)}", "let the GPU cool or raise its power limit"
-        )
+    if slow := slowdown_names(gpu.slowdown()):
+        remedy = "let the GPU cool or raise its power limit"
+        yield Finding("clocks", "bad", f"slowed down now: {', '.join(slow)}", remedy)
     missing = [name for name, value in zip(gpu.columns, gpu.read(), strict=True) if value is None]
     if missing:
         yield Finding("NVML", "note", f"does not tell {', '.join(missing)}", "those figures stay empty")
@@ -110,9 +114,8 @@ def _cpu() -> Iterator[Finding]:
         yield Finding("threads", "bad", f"more threads than the {facts['usable_cores']} usable cores", f"set {fix}")
     governor = facts["governor"]
     if governor and governor != "performance":
-        yield Finding(
-            "governor", "bad", f"{governor}: clocks follow the load", "sudo cpupower frequency-set -g performance"
-        )
+        remedy = "sudo cpupower frequency-set -g performance"
+        yield Finding("governor", "bad", f"{governor}: clocks follow the load", remedy)
 
 
 def _space() -> Iterator[Finding]:
@@ -120,8 +123,8 @@ def _space() -> Iterator[Finding]:
     yield Finding("memory", "ok", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free")
     if psutil.swap_memory().used > _GIB // 4 and memory.available < memory.total // 10:
         yield Finding("swap", "bad", "the machine is swapping", "end what fills its memory")
-    little = disk.free < _GIB
-    yield Finding("disk", "bad" if little else "ok", f"{disk.free / _GIB:.1f} GiB free", "free some" if little else "")
+    low = disk.free < _GIB
+    yield Finding("disk", "bad" if low else "ok", f"{disk.free / _GIB:.1f} GiB free", "free some" if low else "")
 
 
 def _model() -> Iterator[Finding]:
@@ -155,17 +158,123 @@ def _memory_meter(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
 
 def _timing(device: torch.device) -> Iterator[Finding]:
     for name, found in known_delays(device).items():
-        text = f"a delay of {found.true * 1e3:.2f} ms is timed as {found.found * 1e3:.2f} ms"
-        yield Finding(f"timed {name}", "ok" if found.right else "bad", text, "" if found.right else "calm the machine")
+        text = f"a delay of {found.true * 1e3:.2f} ms is timed as {found.measured * 1e3:.2f} ms"
+        remedy = "" if found.right else "end other programs and try again"
+        yield Finding(f"timed {name}", "ok" if found.right else "bad", text, remedy)
 
 
-def _others(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
+def _other_load(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
     before = load()
     time.sleep(1.0)
     flags = between(before, load()).flags()
     yield Finding("other load", "bad" if flags else "ok", ", ".join(flags) or "calm", "end it" if flags else "")
-    if gpu is not None:  # this process has used the GPU by now, and may stand there by another number
-        recognise(gpu, lambda: block_on(device))
-    for owner in strangers(gpu):
-        text = f"process {owner.pid} ({owner.name}) computes on the GPU"
+    if gpu is not None:  # the checks above used the GPU, so this process is in the driver's list by now
+        find_own_process(gpu, lambda: block_on(device))
+    for process in other_processes(gpu):
+        text = f"process {process.pid} ({process.name}) computes on the GPU"
         yield Finding("GPU in use", "bad", text, "end it, or use --allow-busy")
+
+
+class Delay(NamedTuple):
+    """What a phase really took and what was measured, in seconds."""
+
+    true: float
+    measured: float
+
+    @property
+    def right(self) -> bool:
+        """Whether both agree within 5 % and half a millisecond."""
+        return abs(self.measured - self.true) <= 0.05 * self.true + 0.0005
+
+
+def known_delays(device: torch.device) -> dict[str, Delay]:
+    """Times a request whose prefill takes four delays, its compression two, and each decode step one.
+
+    On a CPU a delay is a busy wait of 5 ms; its true length, longer where other programs take the CPU, is read from a
+    clock of its own. On a GPU it is a kernel that spins and that the host does not wait for; its true length is
+    measured beforehand, by the wall clock around a kernel that is waited for.
+    """
+    delay = _kernel_delay(device) if device.type == "cuda" else _wait
+    sessions: list[_DelaySession] = []
+
+    def factory(mark: Mark) -> _DelaySession:
+        sessions.append(_DelaySession(mark, delay, device))
+        return sessions[0]
+
+    trace = measure_request(factory, [[1]] * _BATCH, _GEN, clock=clock_for(device), memory=probe_for(device))
+    spent = sessions[0].spent
+    return {
+        "TTFT": Delay(sum(spent["prefill"]) + sum(spent["compress"]), trace.ttft_s),
+        "prefill": Delay(sum(spent["prefill"]), trace.prefill_s),
+        "compress": Delay(sum(spent["compress"]), trace.compress_s),
+        "TPOT": Delay(median(spent["decode"]), median(trace.step_s)),
+    }
+
+
+class _DelaySession:
+    """A session that only takes time. Prefill and compression alternate, as in a policy that works layer by layer."""
+
+    def __init__(self, mark: Mark, delay: Callable[[], float], device: torch.device) -> None:
+        self._mark, self._delay = mark, delay
+        self._logits = torch.zeros(_BATCH, 8, device=device)
+        self.spent: dict[str, list[float]] = {"prefill": [], "compress": [], "decode": []}
+
+    def prefill(self, prompts: list[list[int]]) -> torch.Tensor:
+        for phase in ("prefill", "prefill", "compress", "prefill", "prefill"):
+            self._mark(phase)
+            self.spent[phase].append(self._delay())
+        return self._logits
+
+    def compress(self) -> None:
+        self._mark("compress")
+        self.spent["compress"].append(self._delay())
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.spent["decode"].append(self._delay())
+        return self._logits
+
+    def skip_to(self, tokens: int) -> None:
+        """Does nothing: every step takes the same time."""
+
+    def footprint(self) -> Any:
+        return SimpleNamespace(
+            kv_bytes=0, prompt_kv_bytes=0, state_bytes=0, requested=None, effective=1.0, kept=[], held=[], over=False,
+            merged=0, evicted=0, merged_layers=[], evicted_layers=[],
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _wait() -> float:
+    start = time.monotonic_ns()
+    while (taken := time.monotonic_ns() - start) < _DELAY * 1e9:
+        pass
+    return taken * 1e-9
+
+
+def _kernel_delay(device: torch.device) -> Callable[[], float]:
+    """A function that launches a kernel of about one delay and returns how long such a kernel takes."""
+
+    def launch(cycles: int) -> None:
+        with torch.cuda.device(device):
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+    def wall(cycles: int) -> float:
+        torch.cuda.synchronize(device)
+        before = time.perf_counter()
+        launch(cycles)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - before
+
+    # 1. The first launch loads the kernel. 2. The cycles of one delay follow from a shorter kernel.
+    # 3. Its true length is the shortest of ten, since anything else on the machine only adds to the wall clock.
+    wall(1000)
+    cycles = int(1_000_000 * _DELAY / min(wall(1_000_000) for _ in range(5)))
+    true = min(wall(cycles) for _ in range(10))
+
+    def delay() -> float:
+        launch(cycles)
+        return true
+
+    return delay

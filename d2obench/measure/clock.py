@@ -1,8 +1,8 @@
-"""Time stamps that mean the same on a CPU and on a GPU.
+"""Time stamps that mean the same on a CPU and on a GPU, and the phases of a request marked by them.
 
-A stamp taken on a GPU is an event on the current stream: it says when the device got there, costs the host no wait,
-and is read once, after the sample, with one synchronisation. All times come out in seconds on the host's clock, so
-that phases, memory samples and power samples lie on one line.
+On a GPU a stamp is an event in the current stream: it records when the device reached that point, the host does not
+wait for it, and all stamps of a sample are read together after the sample with one synchronisation. All times are
+seconds on the host's clock, so that phases, memory samples and power samples share one time axis.
 """
 
 from __future__ import annotations
@@ -11,31 +11,36 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from d2obench.measure.memory import PHASES, MemoryProbe
+from d2obench.measure.sampler import Sampler
+
 if TYPE_CHECKING:
     import torch
 
+    from d2obench.measure.disturbance import Load
+
 
 class Clock(Protocol):
-    """What a measurement needs of time."""
+    """What a measurement needs from a clock."""
 
     def now(self) -> float:
-        """The host's clock, seconds."""
+        """The host's clock, in seconds."""
 
     def start(self) -> None:
-        """Waits until the device is idle; every sample begins here."""
+        """Waits until the device is idle; every sample begins with this call."""
 
     def stamp(self) -> Any:
-        """A mark in the stream of work; never waits."""
+        """Marks the present point in the device's work, without waiting."""
 
     def read(self, stamps: Sequence[Any]) -> list[float]:
-        """Seconds of ``stamps``, which must stand in the order they were taken; waits for the last one."""
+        """The times of ``stamps`` in seconds, given in the order they were taken; waits for the last one."""
 
 
 class HostClock:
-    """For devices whose work is done when the call returns.
+    """The clock of devices whose work is done when the call returns.
 
     Args:
-        now: seconds from any origin; tests give a scripted one.
+        now: seconds from any origin; tests pass a scripted one.
         sync: called before each stamp, for devices that run behind the host and have no event timer.
     """
 
@@ -59,7 +64,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events of one CUDA device; their origin is tied to the host's clock at ``start``."""
+    """Events of one CUDA device. ``start`` ties their origin to the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -89,13 +94,88 @@ class CudaClock:
         if self._origin is None:
             raise RuntimeError("a clock must be started before its stamps are read")
         stamps[-1].synchronize()
+        # elapsed_time() returns milliseconds as float32, which gets coarse over long spans. So the short times from
+        # one event to the next are added up.
         before, t = self._origin
         seconds = []
-        for event in stamps:  # from event to event: elapsed_time is a float32 of milliseconds and coarse when long
+        for event in stamps:
             t += before.elapsed_time(event) * 1e-3
             before = event
             seconds.append(t)
         return seconds
+
+
+class SharedClock:
+    """The clock of one rank where several processes (ranks) share a model.
+
+    A sample begins when every rank has arrived, so that no rank waits for another inside it. Every rank reads rank 0's
+    times, so that what is decided by them, such as how long to warm up, is decided alike on all ranks.
+
+    Args:
+        own: this rank's clock.
+        device: a device whose tensors can be sent between ranks.
+    """
+
+    def __init__(self, own: Clock, device: Any) -> None:
+        self._own, self._device = own, device
+
+    def now(self) -> float:
+        return self._own.now()
+
+    def start(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.zeros(1, device=self._device))  # used as a barrier: works in NCCL and in Gloo
+        self._own.start()
+
+    def stamp(self) -> Any:
+        return self._own.stamp()
+
+    def read(self, stamps: Sequence[Any]) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        times = torch.tensor(self._own.read(stamps), dtype=torch.float64, device=self._device)
+        dist.broadcast(times, 0)
+        found: list[float] = times.tolist()
+        return found
+
+
+class PhaseTimeline:
+    """The stamps of one request, the phases that begin at them, and the memory samples on the same time axis.
+
+    Times count from the first stamp.
+    """
+
+    def __init__(self, clock: Clock, memory: MemoryProbe) -> None:
+        self._clock, self.memory = clock, memory
+        self.stamps: list[Any] = []
+        self.marks: list[tuple[int, str]] = []
+        self.phase: str | None = None
+        self.origin = 0.0
+
+    def stamp(self) -> int:
+        """Takes a stamp and returns its index."""
+        self.stamps.append(self._clock.stamp())
+        return len(self.stamps) - 1
+
+    def mark(self, phase: str) -> None:
+        """Begins ``phase``; marking the running phase again changes nothing."""
+        if phase != self.phase:
+            self.memory.enter(phase if phase in PHASES else None)
+            self.phase = phase
+            self.marks.append((self.stamp(), phase))
+
+    def read(self) -> list[float]:
+        """Seconds of all stamps since the first one."""
+        times = self._clock.read(self.stamps)
+        self.origin = times[0]
+        return [t - self.origin for t in times]
+
+    def samples(self, sampler: Sampler | None) -> list[list[float | None]]:
+        """A sampler's rows with their times counted from the first stamp; call :meth:`read` before."""
+        return [[(row[0] or 0.0) - self.origin, *row[1:]] for row in sampler.rows] if sampler else []
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -107,3 +187,27 @@ def clock_for(device: torch.device) -> Clock:
     import torch
 
     return HostClock(sync=lambda: torch.accelerator.synchronize(device))
+
+
+def shared_clock(clock: Clock, model: Any) -> Clock:
+    """``clock`` itself, or a :class:`SharedClock` around it where several ranks share ``model``."""
+    return SharedClock(clock, model.device) if _is_shared(model) else clock
+
+
+def shared_load(load: Load, model: Any) -> Load:
+    """``load`` with the CPU time of all ranks that share ``model`` counted as this process's own.
+
+    Otherwise each rank would report the others as a disturbance.
+    """
+    if not _is_shared(model):
+        return load
+    import torch
+    import torch.distributed as dist
+
+    own = torch.tensor(load.own, dtype=torch.float64, device=model.device)
+    dist.all_reduce(own)
+    return load._replace(own=float(own))
+
+
+def _is_shared(model: Any) -> bool:
+    return (getattr(model, "tp_size", None) or 1) > 1

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from d2obench.measure.nvml import COLUMNS, words
+from d2obench.measure.nvml import COLUMNS, slowdown_names
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 _SLOWDOWN = COLUMNS.index("slowdown") + 1
@@ -72,7 +72,7 @@ def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) 
     known = [bits for bits in inside if bits is not None]
     counts: dict[str, int] = {}
     for bits in known:
-        for word in words(bits):
+        for word in slowdown_names(bits):
             counts[word] = counts.get(word, 0) + 1
     return [f"GPU {word} {100 * count / len(known):.0f} % of the time" for word, count in counts.items()]
 

@@ -1,8 +1,9 @@
-"""Peak memory of each phase, and the line of memory over time that shows where it came from.
+"""Peak memory of each phase, memory over time, and what is alive.
 
-Two sources, never mixed. The *peaks* are exact: the kernel's high-water mark of the resident set (``VmHWM``, reset
-through ``/proc/self/clear_refs`` at every phase) and the CUDA allocator's own peak counters (reset likewise). The
-*timeline* is sampled by a thread; it stands in for the resident peak only where the kernel won't reset its mark.
+Peaks and the timeline come from two sources that are never mixed. The *peaks* are exact: the kernel's high-water mark
+of the resident set (``VmHWM``, reset through ``/proc/self/clear_refs`` at every phase) and the peak counters of
+PyTorch's CUDA allocator, reset likewise. The *timeline* is sampled by a thread; the resident peak is taken from it
+only where the kernel does not let its mark be reset.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _STATM, _PAGE = "/proc/self/statm", mmap.PAGESIZE
 
 
 class Meter(Protocol):
-    """A counter of peaks that can be set back."""
+    """A counter of peaks that can be reset."""
 
     def reset(self) -> None: ...
 
@@ -55,9 +56,9 @@ class ResidentMeter:
 
 
 class CudaMeter:
-    """Peaks of PyTorch's CUDA allocator: bytes requested by tensors, handed out in blocks, reserved from the driver.
+    """Peaks of PyTorch's CUDA allocator: bytes requested by tensors, allocated in blocks, reserved from the driver.
 
-    Those of several devices are added up, though they need not fall together.
+    The peaks of several devices are added up, although they need not fall together.
     """
 
     def __init__(self, *devices: torch.device) -> None:
@@ -72,9 +73,9 @@ class CudaMeter:
     def read(self) -> dict[str, int]:
         import torch
 
-        every = [torch.cuda.memory_stats_as_nested_dict(device) for device in self._devices]
+        stats = [torch.cuda.memory_stats_as_nested_dict(device) for device in self._devices]
         kinds = ("requested", "allocated", "reserved")
-        return {f"{kind}_bytes": sum(int(of[f"{kind}_bytes"]["all"]["peak"]) for of in every) for kind in kinds}
+        return {f"{kind}_bytes": sum(int(of[f"{kind}_bytes"]["all"]["peak"]) for of in stats) for kind in kinds}
 
 
 class MemoryProbe:
@@ -94,51 +95,59 @@ class MemoryProbe:
         self._since = 0.0
 
     def start(self) -> None:
-        """Starts the samplers and forgets what was there before."""
+        """Forgets the last request and starts the samplers."""
         self.peaks, self._spans, self._phase = {}, [], None
         self.host.start()
         if self.device:
             self.device.start()
 
     def enter(self, phase: str | None) -> None:
-        """Closes the running phase and opens ``phase``; None pauses. Phases may come back; the higher peak stands."""
+        """Ends the running phase and begins ``phase``; None begins a pause, which has no peaks.
+
+        A phase may be entered several times; its highest peak counts.
+        """
+        # 1. One row of the timeline at the boundary gives it its time on the samplers' clock.
         self.host.sample()
         now = self.host.rows[-1][0] or 0.0
+        # 2. Read the exact peaks of the phase that ends. Its span of time is kept for peaks that only sampling gives.
         if self._phase is not None:
             self._spans.append((self._phase, self._since, now))
             for meter in self.meters:
                 for key, value in meter.read().items():
-                    self._raise(self._phase, key, value)
+                    self._note_peak(self._phase, key, value)
+        # 3. Reset the counters, so that the next phase does not inherit the peak of this one.
         self._phase, self._since = phase, now
         if phase is not None:
             for meter in self.meters:
                 meter.reset()
 
     def stop(self) -> None:
-        """Ends the last phase and the samplers; without a resettable high-water mark, peaks come from the samples."""
+        """Ends the last phase and the samplers, and adds the peaks that are known from samples only."""
         if self._phase is not None:
             self.enter(None)
         self.host.stop()
         if self.device:
             self.device.stop()
+        # 1. The resident peak, where the kernel's mark can't be reset.
         if not any(isinstance(meter, ResidentMeter) for meter in self.meters):
             for phase, start, end in self._spans:
-                self._raise(phase, "rss_bytes", peak_between(self.host.rows, 0, start, end))
+                self._note_peak(phase, "rss_bytes", peak_between(self.host.rows, 0, start, end))
+        # 2. What NVML says about the GPU: it has no counter of peaks.
         if self.device:
             for column in ("used_bytes", "process_bytes"):
                 index = self.device.columns.index(column)
                 for phase, start, end in self._spans:
-                    self._raise(phase, f"nvml_{column}", peak_between(self.device.rows, index, start, end))
+                    self._note_peak(phase, f"nvml_{column}", peak_between(self.device.rows, index, start, end))
 
     @property
     def overhead(self) -> float:
         """Share of one core that all sampling of the last request took; known after ``stop``."""
         return self.host.overhead + (self.device.overhead if self.device else 0.0)
 
-    def _raise(self, phase: str, key: str, value: float | None) -> None:
+    def _note_peak(self, phase: str, key: str, value: float | None) -> None:
         if value is not None:
-            held = self.peaks.setdefault(phase, {})
-            held[key] = max(held.get(key, 0), int(value))
+            peaks = self.peaks.setdefault(phase, {})
+            peaks[key] = max(peaks.get(key, 0), int(value))
 
 
 def probe_for(
@@ -149,14 +158,14 @@ def probe_for(
     nvml: Any | None = None,
     beside: Sequence[torch.device] = (),
 ) -> MemoryProbe:
-    """The probe of a device.
+    """The memory probe of a device.
 
     Args:
         device: where the model is.
         interval: seconds between two samples of the timeline.
         now: the clock of the phase marks.
         nvml: an open :class:`d2obench.measure.nvml.Nvml` of that device, or None.
-        beside: the other devices that the model lies on.
+        beside: the other devices that the model is spread over.
     """
     meters: list[Meter] = [ResidentMeter()] if ResidentMeter.usable() else []
     if device.type == "cuda":
@@ -184,19 +193,78 @@ def settle(device: torch.device | None = None, beside: Sequence[torch.device] = 
 
 
 def unique_bytes() -> int | None:
-    """USS: memory that would be freed if this process ended; None where it can't be told. Takes milliseconds."""
+    """USS: the memory that would be freed if this process ended; None where it is unknown. Takes milliseconds."""
     try:
         return int(psutil.Process().memory_full_info().uss)
     except (psutil.Error, OSError, AttributeError):
         return None
 
 
+def live_bytes() -> int:
+    """Bytes of all tensor storages that Python can reach, on all devices, each storage counted once.
+
+    The difference between a reading before and one after holds the cache, the policy's state and whatever else was
+    kept, such as a forgotten reference to the prompt's full keys. It is exact, whereas a resident set changes by
+    some MiB without a reason.
+    """
+    import torch
+
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            try:
+                storage = found.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, NotImplementedError):  # a tensor without storage of its own
+                continue
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether an exception means that the device's or the machine's memory ended."""
+    """Whether an exception means that the memory of the device or of the machine ran out."""
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(problem, RuntimeError) and any(word in str(problem) for word in words)
+    phrases = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(problem, RuntimeError) and any(phrase in str(problem) for phrase in phrases)
+
+
+class GarbageCollection:
+    """Keeps long-lived objects out of Python's garbage collection while requests are timed.
+
+    A full collection in the middle of a decode step would walk every object that torch and transformers have made.
+    ``gc.freeze`` exempts all objects that exist; ``gc.unfreeze`` ends that for all at once. So a worker that exempts
+    its model for as long as it is loaded must not lose this when a timed request ends: that is what ``_model_exempt``
+    remembers.
+    """
+
+    _model_exempt = False
+
+    @classmethod
+    def exempt_model(cls) -> None:
+        """Exempts everything that exists now, until :meth:`release_model`: for a worker that has loaded a model."""
+        gc.collect()
+        gc.freeze()
+        cls._model_exempt = True
+
+    @classmethod
+    def release_model(cls) -> None:
+        """Ends :meth:`exempt_model`; the model can be collected again."""
+        gc.unfreeze()
+        cls._model_exempt = False
+
+    @classmethod
+    def begin_timing(cls) -> None:
+        """Exempts everything that exists now, until :meth:`end_timing`."""
+        if not cls._model_exempt:
+            gc.freeze()
+
+    @classmethod
+    def end_timing(cls) -> None:
+        """Ends :meth:`begin_timing`; a model that is exempt stays so."""
+        if not cls._model_exempt:
+            gc.unfreeze()
 
 
 def _resident() -> Row:

@@ -1,19 +1,28 @@
-"""What the NVIDIA driver tells about a GPU: memory, clocks, power, heat, and who else is on it.
+"""What the NVIDIA driver tells about a GPU: memory, clocks, power, temperature, energy, and which processes use it.
 
-Nothing here ends a measurement. A query that a driver, a container, WSL or a MIG slice does not support is None and
-is not asked again; a driver that dies in the middle gives None from then on; without one, :func:`open_gpu` is None.
+Nothing here ends a measurement. A query that a driver, a container, WSL or a MIG slice does not support returns None
+and is not asked again; after a driver has died every query returns None; without a driver :func:`open_gpu` is None.
+
+Inside a container the driver may number processes as the host does, and then this process has a number there that it
+cannot see (pid_namespaces(7)). :func:`find_own_process` finds it by what no other process does at that moment: it
+allocates a block of memory, and the one entry of the list that appears or grows by as much is this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
 from d2obench.errors import MeasureError
-from d2obench.measure.identity import own_pids
 from d2obench.measure.sampler import Row
 
 if TYPE_CHECKING:
@@ -39,10 +48,21 @@ SLOWDOWNS = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
-"""Bits of the clocks-event reasons that slow a GPU below what it was set to; idle and user-set clocks are not here."""
+"""Bits of the clocks-event reasons that slow a GPU below its set clocks. An idle GPU and clocks set by the user are
+not among them."""
+BLOCK = 66 * 2**20
+"""Bytes by which :func:`find_own_process` grows: a size that PyTorch's allocator gives a segment of its own, and that
+no other program is likely to ask for."""
+
+_POWER, _ENERGY = COLUMNS.index("power_w") + 1, COLUMNS.index("energy_j") + 1
+_COUNTER_SPAN, _POWER_SPAN = 0.5, 2.0
+"""Shortest times in seconds over which energy is reported: the energy counter advances in steps of up to 0.1 s, and
+recent GPUs report power as the mean over the last second."""
+
+Rows = Sequence[Sequence[float | None]]
 
 
-class Owner(NamedTuple):
+class GpuProcess(NamedTuple):
     """A process that computes on the GPU; ``bytes`` is None where the driver does not tell."""
 
     pid: int
@@ -56,9 +76,9 @@ class Nvml:
     Args:
         handle: NVML's handle of it.
         library: the module ``pynvml``, or a stand-in with its functions.
-        pid: the process whose memory is ``process_bytes``; this one where it is not given.
+        pid: the process whose memory is ``process_bytes``; by default this one.
 
-    ``pids`` are the numbers this process may have in the driver's list; ``identity.recognise`` makes sure of them.
+    ``pids`` are the numbers this process may have in the driver's list; :func:`find_own_process` narrows them to one.
     """
 
     columns = COLUMNS
@@ -73,10 +93,10 @@ class Nvml:
         library = self._library
         memory = self.ask("nvmlDeviceGetMemoryInfo")
         rates = self.ask("nvmlDeviceGetUtilizationRates")
-        mine = next((owner.bytes for owner in self._processes() if owner.pid in self.pids), None)
+        own = next((process.bytes for process in self._unnamed_processes() if process.pid in self.pids), None)
         return (
             _number(getattr(memory, "used", None)),
-            _number(mine),
+            _number(own),
             _number(getattr(rates, "gpu", None)),
             _number(self.ask("nvmlDeviceGetClockInfo", library.NVML_CLOCK_SM)),
             _number(self.ask("nvmlDeviceGetClockInfo", library.NVML_CLOCK_MEM)),
@@ -87,20 +107,20 @@ class Nvml:
         )
 
     def slowdown(self) -> int | None:
-        """The bits of SLOWDOWNS that hold now."""
+        """The bits of SLOWDOWNS that are set now; None where the driver does not tell."""
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
             found = self.ask(name)
             if isinstance(found, int):
                 return found & sum(SLOWDOWNS)
         return None
 
-    def owners(self) -> list[Owner]:
-        """Processes that compute on this GPU, the largest first."""
-        named = [Owner(owner.pid, _name(owner.pid), owner.bytes) for owner in self._processes()]
-        return sorted(named, key=lambda owner: -(owner.bytes or 0))
+    def processes(self) -> list[GpuProcess]:
+        """The processes that compute on this GPU, the largest first."""
+        named = [process._replace(name=_name(process.pid)) for process in self._unnamed_processes()]
+        return sorted(named, key=lambda process: -(process.bytes or 0))
 
     def facts(self) -> dict[str, Any]:
-        """What does not change during a run: name, driver, limits, settings; missing where unsupported."""
+        """What does not change during a run: name, driver, limits, settings. Unsupported ones are None."""
         library = self._library
         memory = self.ask("nvmlDeviceGetMemoryInfo")
         ecc = self.ask("nvmlDeviceGetEccMode")
@@ -130,20 +150,21 @@ class Nvml:
         try:
             return function(*args)
         except Exception as problem:
-            # Not only NVMLError: old drivers lack symbols, broken ones hand out names that can't be decoded.
+            # Other errors than NVMLError occur too: old drivers lack functions, broken ones return names that can't be
+            # decoded.
             if type(problem).__name__ in ("NVMLError_NotSupported", "NVMLError_FunctionNotFound"):
                 self._unsupported.add(name)
             return None
 
-    def _processes(self) -> list[Owner]:
+    def _unnamed_processes(self) -> list[GpuProcess]:
         found = self.ask("nvmlDeviceGetComputeRunningProcesses") or []
-        return [Owner(int(process.pid), "", process.usedGpuMemory) for process in found]
+        return [GpuProcess(int(process.pid), "", process.usedGpuMemory) for process in found]
 
 
 def open_gpu(device: torch.device | int | None = None, library: Any | None = None) -> Nvml | None:
     """The GPU behind a torch device, or by NVML's own number; None without a driver or where it can't be matched.
 
-    A torch device is matched by its UUID, since ``CUDA_VISIBLE_DEVICES`` renumbers devices.
+    A torch device is matched by its UUID, because ``CUDA_VISIBLE_DEVICES`` renumbers devices.
     """
     library = library or _pynvml()
     if library is None:
@@ -162,24 +183,131 @@ def open_gpu(device: torch.device | int | None = None, library: Any | None = Non
     return None
 
 
-def strangers(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list[Owner]:
-    """Processes other than this one and ``own`` that compute on the GPU, the largest first."""
-    return [owner for owner in gpu.owners() if owner.pid not in own | gpu.pids] if gpu else []
+def slowdown_names(slowdown: float | None) -> list[str]:
+    """The names of the bits that are set in a value of the column ``slowdown``."""
+    return [name for bit, name in SLOWDOWNS.items() if slowdown is not None and int(slowdown) & bit]
+
+
+def other_processes(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list[GpuProcess]:
+    """The processes that compute on the GPU, without this one and those in ``own``, the largest first."""
+    return [process for process in gpu.processes() if process.pid not in own | gpu.pids] if gpu else []
 
 
 def refuse_busy(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> None:
-    """Raises MeasureError where processes other than this one and ``own`` compute on the GPU; tells who."""
-    if others := strangers(gpu, own):
+    """Raises a MeasureError that names them where processes other than this one and ``own`` compute on the GPU."""
+    if others := other_processes(gpu, own):
         raise MeasureError(
             "the GPU is busy",
-            why=", ".join(_show(owner) for owner in others[:4]),
+            why=", ".join(_show(process) for process in others[:4]),
             remedy="wait for it, choose another GPU with --device, or measure all the same with --allow-busy",
         )
 
 
-def words(slowdown: float | None) -> list[str]:
-    """The names of the bits of a ``slowdown`` value."""
-    return [name for bit, name in SLOWDOWNS.items() if slowdown is not None and int(slowdown) & bit]
+def own_pids(status: Path = Path("/proc/self/status")) -> frozenset[int]:
+    """This process's number in every namespace that can be seen from here (``NSpid``, proc(5))."""
+    found = {os.getpid()}
+    try:
+        lines = status.read_text("ascii", "replace").splitlines()
+    except OSError:
+        return frozenset(found)
+    for line in lines:
+        if line.startswith("NSpid:"):
+            found |= {int(number) for number in line.split()[1:] if number.isdecimal()}
+    return frozenset(found)
+
+
+def find_own_process(gpu: Nvml, block: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Finds this process in the driver's list and sets ``gpu.pids`` to it; False where there is any doubt.
+
+    Args:
+        gpu: the GPU whose list is read.
+        block: a context in which this process holds BLOCK more bytes of that GPU; see :func:`block_on`.
+    """
+    before = {process.pid: process.bytes for process in gpu.processes()}
+    try:
+        with block():
+            after = {process.pid: process.bytes for process in gpu.processes()}
+    except (RuntimeError, AssertionError):  # no memory left, none for a second process, or a torch without CUDA
+        return False
+    changed = [pid for pid, held in after.items() if pid not in before or (held or 0) - (before[pid] or 0) == BLOCK]
+    if len(changed) != 1:
+        return False
+    gpu.pids = frozenset(changed)
+    return True
+
+
+@contextmanager
+def block_on(device: torch.device) -> Iterator[None]:
+    """Holds BLOCK bytes of a CUDA device."""
+    import torch
+
+    held = torch.empty(BLOCK, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+def joules(rows: Rows, start: float, end: float) -> float | None:
+    """Energy between two times, from the driver's counter where it has one, otherwise from its power.
+
+    None where the GPU gives neither, where the samples don't cover the time, or where the time is too short.
+
+    Args:
+        rows: ``[t, …]`` with the values of COLUMNS.
+        start, end: seconds on the same time axis.
+    """
+    counted, power = _points(rows, _ENERGY), _points(rows, _POWER)
+    if end - start >= _COUNTER_SPAN and _cover(counted, start, end):
+        return _at(counted, end) - _at(counted, start)
+    if end - start < _POWER_SPAN or not _cover(power, start, end):
+        return None
+    # The trapezoidal rule over the samples, with interpolated points at both ends.
+    inside = [point for point in power if start < point[0] < end]
+    edges = [(start, _at(power, start)), *inside, (end, _at(power, end))]
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(edges))
+
+
+def joules_per_token(rows: Rows, start: float, end: float, tokens: int, idle_w: float | None) -> float | None:
+    """Energy per token less what an idle GPU would have used in that time; never below zero."""
+    spent = joules(rows, start, end)
+    if spent is None or idle_w is None or tokens < 1:
+        return None
+    return max(0.0, spent - idle_w * (end - start)) / tokens
+
+
+def idle_power(gpu: Nvml | None, seconds: float = 2.0, interval: float = 0.05) -> float | None:
+    """The GPU's power in watts when nothing runs: the median over ``seconds``; None where it is unknown."""
+    if gpu is None:
+        return None
+    found = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        watts = gpu.read()[_POWER - 1]
+        if watts is not None:
+            found.append(watts)
+        time.sleep(interval)
+    return median(found) if found else None
+
+
+def _points(rows: Rows, column: int) -> list[tuple[float, float]]:
+    return [(row[0], value) for row in rows if row[0] is not None and (value := row[column]) is not None]
+
+
+def _cover(points: Sequence[tuple[float, float]], start: float, end: float) -> bool:
+    """Whether the points reach from start to end, with at most a twentieth of the time missing at either end."""
+    slack = 0.05 * (end - start)
+    return len(points) > 1 and points[0][0] <= start + slack and points[-1][0] >= end - slack
+
+
+def _at(points: Sequence[tuple[float, float]], t: float) -> float:
+    """The value at ``t``: interpolated linearly between ``points``, constant outside of them."""
+    for a, b in pairwise(points):
+        if a[0] <= t <= b[0]:
+            return a[1] + (b[1] - a[1]) * (t - a[0]) / (b[0] - a[0]) if b[0] > a[0] else b[1]
+    return points[0][1] if t < points[0][0] else points[-1][1]
 
 
 def _pynvml() -> ModuleType | None:
@@ -200,13 +328,13 @@ def _uuids(device: torch.device) -> list[str]:
 def _name(pid: int) -> str:
     try:
         return psutil.Process(pid).name()
-    except psutil.Error:  # of another user, or counted from outside this container
+    except psutil.Error:  # it belongs to another user, or its number is not of this container
         return "?"
 
 
-def _show(owner: Owner) -> str:
-    held = f" holds {owner.bytes / 2**30:.1f} GiB" if owner.bytes else ""
-    return f"process {owner.pid} ({owner.name}){held}"
+def _show(process: GpuProcess) -> str:
+    held = f" holds {process.bytes / 2**30:.1f} GiB" if process.bytes else ""
+    return f"process {process.pid} ({process.name}){held}"
 
 
 def _number(value: Any, scale: float = 1.0) -> float | None:

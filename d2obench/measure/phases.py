@@ -19,11 +19,9 @@ import torch
 
 from d2obench.cpu import memory as host_memory
 from d2obench.errors import OutOfMemory
-from d2obench.measure import collector
-from d2obench.measure.clock import Clock
+from d2obench.measure.clock import Clock, PhaseTimeline
 from d2obench.measure.depths import Sampled, integrate, windows
-from d2obench.measure.line import Line
-from d2obench.measure.memory import MemoryProbe, is_out_of_memory, unique_bytes
+from d2obench.measure.memory import GarbageCollection, MemoryProbe, is_out_of_memory, unique_bytes
 from d2obench.measure.trace import RequestTrace
 
 Mark = Callable[[str], None]
@@ -64,13 +62,13 @@ def measure_request(
     Raises:
         OutOfMemory: names the phase. The session is closed and nothing of it is kept alive.
     """
-    line = Line(clock, memory)
+    line = PhaseTimeline(clock, memory)
     session: Request | None = None
     shortage = ""
     try:
         with torch.inference_mode():
             session = session_factory(line.mark)
-            collector.hide()
+            GarbageCollection.begin_timing()
             memory.start()
             clock.start()
             return _run(session, line, prompts, gen, force, sampled)
@@ -79,7 +77,7 @@ def measure_request(
             raise
         shortage = str(problem).partition("\n")[0][:300]
     finally:
-        collector.show()
+        GarbageCollection.end_timing()
         memory.stop()
         if session is not None:
             session.close()
@@ -110,7 +108,7 @@ class _Step(NamedTuple):
 
 def _run(
     session: Request,
-    line: Line,
+    line: PhaseTimeline,
     prompts: list[list[int]],
     gen: int,
     force: torch.Tensor | None,
@@ -185,7 +183,7 @@ def _run(
 
 def _decode(
     session: Request,
-    line: Line,
+    line: PhaseTimeline,
     ids: torch.Tensor,
     force: torch.Tensor | None,
     starts: list[int],

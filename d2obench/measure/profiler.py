@@ -1,13 +1,15 @@
 """Where the time and memory of a request go: torch.profiler over prefill, compression and a few decode steps.
 
-The model's parts are named by hooks while profiling and only then; the engine names its own (``d2obench.ranges``).
-Profiling slows everything down: shares are what to read, not times.
+The engine names its own ranges (``d2obench.ranges``); the model's parts are named by hooks that exist only while
+profiling. Profiling slows everything down, so read the shares and not the times.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,14 +22,15 @@ from d2obench.measure.booking import Booked, book
 from d2obench.measure.counters import StepCounts, count_step
 from d2obench.measure.parts import parts_named
 from d2obench.measure.phases import Mark, Request
-from d2obench.measure.stacks import fold
 from d2obench.ranges import naming
 
 _WARM_UP = "warm-up"
+_INSTANCE = re.compile(r"_at_0x[0-9a-f]+|(?<=nn\.Module:_)(\w+?)_\d+(?=;|$)")
+"""An object's address, and the number that torch gives each module of a class."""
 
 
 class Profile(NamedTuple):
-    """One request: phase → range → cost, phase → operator → cost, and what a decode step does, counted."""
+    """One request: costs by phase and range, costs by phase and operator, and the counts of one decode step."""
 
     ranges: Booked
     operators: Booked
@@ -36,7 +39,13 @@ class Profile(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Where to write what other tools read; None leaves it out."""
+    """Files to write for other tools; None leaves one out.
+
+    Args:
+        trace: a Chrome trace, which Perfetto reads.
+        stacks: folded stacks, for a flame graph.
+        snapshot: a memory snapshot, on CUDA only.
+    """
 
     trace: Path | None = None
     stacks: Path | None = None
@@ -55,15 +64,15 @@ def profile_request(
 
     Args:
         session_factory: makes the session, as in :func:`d2obench.measure.phases.measure_request`.
-        model: its model, whose parts get names while it runs.
+        model: its model, whose parts are named while it runs.
         prompts: token ids of each sequence.
-        steps: decode steps, after two that warm up; a whole request warms up before.
-        files: a Chrome trace (Perfetto reads it), folded stacks for a flame graph, and on CUDA a memory snapshot.
+        steps: decode steps to profile. A whole request and two decode steps run before them to warm up.
+        files: what to write beside the profile.
     """
     files = files or Files()
     cuda = next(model.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    wait = torch.cuda.synchronize if cuda else _nothing
+    wait = torch.cuda.synchronize if cuda else lambda: None
 
     def run(**settings: Any) -> Any:
         with ExitStack() as stack:
@@ -80,11 +89,11 @@ def profile_request(
         found = run(profile_memory=True)
     if files.trace:
         found.export_chrome_trace(str(files.trace))
-    if files.stacks:  # a run of its own: following Python's stack distorts the figures
+    if files.stacks:  # in a second run, because following Python's stack distorts the figures
         verbose = torch._C._profiler._ExperimentalConfig(verbose=True)
         stacked = run(with_stack=True, experimental_config=verbose)
         stacked.export_stacks(str(files.stacks), "self_cuda_time_total" if cuda else "self_cpu_time_total")
-        fold(files.stacks, f":_{_request.__name__}")
+        fold_stacks(files.stacks, f":_{_request.__name__}")
     session = session_factory(lambda phase: None)
     try:
         counts = count_step(session, prompts)
@@ -96,7 +105,7 @@ def profile_request(
 def nvtx_request(
     session_factory: Callable[[Mark], Request], model: torch.nn.Module, prompts: list[list[int]], *, steps: int = 4
 ) -> None:
-    """Runs the same request with its ranges and operators sent to Nsight Systems; for use under ``nsys profile``."""
+    """Runs the same request and sends its ranges and operators to Nsight Systems; for use under ``nsys profile``."""
     sent = torch.autograd.profiler.emit_nvtx()  # type: ignore[no-untyped-call]
     with torch.inference_mode(), naming(), parts_named(model), sent:
         session = session_factory(lambda phase: None)
@@ -122,7 +131,7 @@ def _request(session: Request, prompts: list[list[int]], steps: int, wait: Calla
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the profiler library's own lines, written past Python, off the terminal."""
+    """Silences the profiler's C++ library, which writes to the file descriptor of stderr and not to Python's."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -136,7 +145,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _memory_history(path: Path | None) -> Iterator[None]:
-    """The CUDA allocator's history, for the viewer that PyTorch's documentation names; nothing here reads it."""
+    """Writes the CUDA allocator's history to ``path``, for the viewer at pytorch.org/memory_viz."""
     if path is None:
         yield
         return
@@ -148,5 +157,22 @@ def _memory_history(path: Path | None) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(enabled=None)  # type: ignore[call-overload,unused-ignore]
 
 
-def _nothing() -> None:
-    """A CPU is never behind."""
+def fold_stacks(path: Path, root: str) -> None:
+    """Rewrites ``path`` as the input of a flame graph: every stack once, and only what lies below ``root``.
+
+    Stacks that differ only in which layer or object they belong to are added up, so thirty layers make one tower.
+
+    Args:
+        path: lines of ``frame;frame;frame microseconds``, as torch.profiler writes them.
+        root: the end of a frame's name; stacks without such a frame are left out.
+    """
+    spent: Counter[str] = Counter()
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            stack, _, cost = line.rstrip("\n").rpartition(" ")
+            frames = stack.split(";")
+            at = next((i for i, frame in enumerate(frames) if frame.endswith(root)), len(frames))
+            if cost.isdigit() and frames[at + 1 :]:
+                spent[_INSTANCE.sub(r"\1", ";".join(frames[at + 1 :]))] += int(cost)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(f"{stack} {cost}\n" for stack, cost in sorted(spent.items()))

@@ -1,4 +1,4 @@
-"""A thread that reads something every few milliseconds and keeps every row, with its own cost counted."""
+"""A thread that reads some values every few milliseconds, keeps every row, and counts what this costs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Row = tuple[float | None, ...]
 
 
 class Sampler:
-    """Rows ``(t, *read())`` on one clock.
+    """Collects rows ``(t, *read())``.
 
     Args:
-        read: returns one value for each of ``columns``; a missing value is None. It must not raise.
-        columns: their names, with units, for example ``rss_bytes``.
+        read: returns one value for each of ``columns``, None for a value that is missing. It must not raise.
+        columns: the names of the values, with units, for example ``rss_bytes``.
         interval: seconds between two readings.
-        now: the clock, the same the phase marks come from.
+        now: the clock of ``t``; the same that the phase marks come from.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Sampler:
         self._thread: threading.Thread | None = None
 
     def sample(self) -> None:
-        """Takes one row now; the phases call it at every mark, so that no phase is without a row."""
+        """Takes one row now. It is called at every change of phase, so that even a short phase has a row."""
         with self._lock:
             before = time.thread_time()
             t = self._now()
@@ -43,7 +43,7 @@ class Sampler:
             self._busy += time.thread_time() - before
 
     def start(self) -> None:
-        """Starts the thread; ``rows`` are emptied."""
+        """Forgets all rows and starts the thread."""
         self.stop()
         self.rows, self._busy, self._alive = [], 0.0, time.perf_counter()
         self._stop.clear()
@@ -72,7 +72,10 @@ class Sampler:
 
 
 def peak_between(rows: Sequence[Row], column: int, start: float, end: float) -> float | None:
-    """The highest value of ``column`` (0 is the first after the time) with ``start <= t <= end``; None without one."""
+    """The highest value of ``column`` with ``start <= t <= end``, None where there is none.
+
+    Column 0 is the first one after the time.
+    """
     found = [
         value
         for row in rows

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from d2obench.measure.energy import joules_per_token
+from d2obench.measure.nvml import joules_per_token
 from d2obench.measure.roofline import mbu, step_bytes
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from d2obench.measure.nvml import words as slowdowns
+from d2obench.measure.nvml import slowdown_names
 from d2obench.measure.summarise import narrowness, tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.metric import show
@@ -65,7 +65,7 @@ def clock(last: RequestTrace) -> str:
     slow: list[str] = []
     if "slowdown" in last.device_columns:
         place = last.device_columns.index("slowdown") + 1
-        slow = [word for row in last.device_timeline for word in slowdowns(row[place])]
+        slow = [word for row in last.device_timeline for word in slowdown_names(row[place])]
     return ", ".join([f"{newest:,.0f} MHz", *dict.fromkeys(slow)])
 
 

@@ -51,12 +51,11 @@ class Worker(MachineOperations):
         ``limit`` bounds a GPU's memory, in bytes.
         """
         from d2obench.external.setup import marks
-        from d2obench.measure.clock import clock_for
+        from d2obench.measure.clock import clock_for, shared_clock, shared_load
         from d2obench.measure.depths import Sampled
         from d2obench.measure.disturbance import between, gpu_flags, load
         from d2obench.measure.memory import probe_for, settle
         from d2obench.measure.phases import measure_request
-        from d2obench.measure.ranks import shared, shared_load
 
         axes = _axes(args)
         loaded = self._model(axes, report)
@@ -71,7 +70,7 @@ class Worker(MachineOperations):
             lambda mark: _session(loaded, axes, gen, mark),
             texts,
             gen,
-            clock=shared(clock_for(loaded.device), loaded.model),
+            clock=shared_clock(clock_for(loaded.device), loaded.model),
             memory=probe_for(
                 loaded.device,
                 nvml=self._nvml(loaded.device) if self._placement.single else None,
@@ -86,10 +85,9 @@ class Worker(MachineOperations):
 
     def warm_up(self, args: Args, report: Report) -> Args:
         """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
-        from d2obench.measure.clock import clock_for
+        from d2obench.measure.clock import clock_for, shared_clock
         from d2obench.measure.memory import settle
         from d2obench.measure.phases import shortage_named
-        from d2obench.measure.ranks import shared
         from d2obench.measure.warmup import MOST_TOKENS, warm_up
 
         axes = _axes(args)
@@ -103,7 +101,7 @@ class Worker(MachineOperations):
                 lambda: _session(loaded, axes, gen, mark),
                 texts,
                 gen,
-                clock=shared(clock_for(loaded.device), loaded.model),
+                clock=shared_clock(clock_for(loaded.device), loaded.model),
                 within=args["within"],
             )
         return found._asdict()
@@ -113,7 +111,7 @@ class Worker(MachineOperations):
         import torch
 
         from d2obench.measure.counters import count_step
-        from d2obench.measure.live import live_bytes
+        from d2obench.measure.memory import live_bytes
         from d2obench.measure.phases import shortage_named
 
         axes = _axes(args)
@@ -168,17 +166,17 @@ class Worker(MachineOperations):
     def _model(self, axes: Axes, report: Report) -> Any:
         from d2obench.cpu import memory as host_memory
         from d2obench.external.setup import loader
-        from d2obench.measure import collector
+        from d2obench.measure.memory import GarbageCollection
 
         key = (axes.model, axes.dtype, axes.device)
         if key != self._key:
             self._loaded = self._key = None
-            collector.forget()
+            GarbageCollection.release_model()
             self.release()
             load = loader(axes.policy)
             self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
             self._key = key
-            collector.keep()
+            GarbageCollection.exempt_model()
             if self.alone and self._loaded.device.type == "cpu":
                 host_memory.retain()
         return self._loaded

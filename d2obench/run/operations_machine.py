@@ -73,11 +73,11 @@ class MachineOperations:
         """A MeasureError where processes other than ``own`` and this one compute on a GPU ``device``."""
         import torch
 
-        from d2obench.measure.nvml import refuse_busy, strangers
+        from d2obench.measure.nvml import other_processes, refuse_busy
 
         own = frozenset(args["own"])
         device = torch.device(args["device"])
-        if strangers(self._nvml(device), own):  # or is it this process, by another number?
+        if other_processes(self._nvml(device), own):  # or is it this process, by another number?
             self._recognise(device)
         refuse_busy(self._nvml(device), own)
         return {}
@@ -100,7 +100,7 @@ class MachineOperations:
 
         import torch
 
-        from d2obench.measure.energy import idle_power
+        from d2obench.measure.nvml import idle_power
 
         device = torch.device(args["device"])
         gpu = self._nvml(device)
@@ -155,9 +155,9 @@ class MachineOperations:
 
     def _recognise(self, device: Any) -> None:
         """Makes sure, once, which process of the driver's list this one is."""
-        from d2obench.measure import identity
+        from d2obench.measure.nvml import block_on, find_own_process
 
         gpu = self._nvml(device)
         if gpu is not None and str(device) not in self._recognised:
             self._recognised.add(str(device))
-            identity.recognise(gpu, lambda: identity.block_on(device))
+            find_own_process(gpu, lambda: block_on(device))
