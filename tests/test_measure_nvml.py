@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from d2obench.errors import MeasureError
 from d2obench.measure.disturbance import gpu_flags
 from d2obench.measure.memory import MemoryProbe
-from d2obench.measure.nvml import COLUMNS, Nvml, idle_power, joules, joules_per_token, open_gpu, refuse_busy, slowdown_names
+from d2obench.measure.nvml import (
+    COLUMNS,
+    Nvml,
+    idle_power,
+    joules,
+    joules_per_token,
+    open_gpu,
+    refuse_busy,
+    slowdown_names,
+)
 from d2obench.measure.sampler import Sampler
 
 GIB = 2**30

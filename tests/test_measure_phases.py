@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2obench.errors import OutOfMemory
+from d2obench.measure.checkup import known_delays
 from d2obench.measure.clock import HostClock, clock_for
 from d2obench.measure.depths import Sampled, integrate, windows
 from d2obench.measure.memory import MemoryProbe, probe_for
 from d2obench.measure.phases import measure_request, shortage_named
 from d2obench.measure.sampler import Sampler
-from d2obench.measure.checkup import known_delays
 from d2obench.measure.warmup import WINDOWS, WarmUp, warm_up
 
 FOOTPRINT = {
