@@ -21,6 +21,7 @@ import msgspec
 from d2obench import errors
 from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.memory import is_out_of_memory
+from d2obench.openmp_wait import bounded_spin
 from d2obench.run.client import Progress
 from d2obench.run.process import DeadWorkerError, WorkerProcess
 
@@ -69,7 +70,8 @@ class WorkerClient:
     ) -> None:
         self.python, self.timeout_s, self.command = python, timeout_s, tuple(command)
         own = _own_code() if python == sys.executable else {}
-        self.env = {**os.environ, **own, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(env or {})}
+        given = {**os.environ, **own, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(env or {})}
+        self.env = given | bounded_spin(given)
         self.generation = 0
         """How many processes were started so far: a new number means a cold worker."""
         self._process: WorkerProcess | None = None

@@ -1,0 +1,67 @@
+"""How long PyTorch's CPU threads spin before they sleep.
+
+A decode step on a CPU is a few hundred short parallel regions. At the end of each one, a thread of the OpenMP runtime
+(libgomp) waits for the others by spinning, by default for some milliseconds. On an idle machine that is fastest. When
+another process needs one of the cores, the spinning thread uses up the time slice in which the thread that it waits
+for could have run: a step takes 30 times as long. A thread that spins for a few microseconds and then sleeps costs
+next to nothing on an idle machine, and twice the time, which is its fair share of the cores, on a busy one.
+
+libgomp counts spins in pause instructions, whose length differs tenfold between processors, so one is timed first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import time
+from collections.abc import Mapping
+
+SPIN_S = 7e-6
+"""Seconds that a waiting thread spins: longer than neighbouring threads usually differ, shorter than a wake-up."""
+VARIABLE = "GOMP_SPINCOUNT"
+_LOOP = """
+declare void @llvm.x86.sse2.pause()
+define void @spin(i64 %count) {
+entry:
+  br label %loop
+loop:
+  %done = phi i64 [0, %entry], [%next, %loop]
+  call void @llvm.x86.sse2.pause()
+  %next = add i64 %done, 1
+  %more = icmp slt i64 %next, %count
+  br i1 %more, label %loop, label %end
+end:
+  ret void
+}
+"""
+
+
+def bounded_spin(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that makes the threads of a process started with ``environment`` spin for a few microseconds.
+
+    Empty where the user has chosen a waiting policy, and on processors where it has not been measured (only x86 has).
+    """
+    if VARIABLE in environment or "OMP_WAIT_POLICY" in environment or platform.machine() not in ("x86_64", "AMD64"):
+        return {}
+    return {VARIABLE: str(max(1, round(SPIN_S / pause_s())))}
+
+
+@functools.cache
+def pause_s() -> float:
+    """Seconds of one pause instruction: the shortest of a few runs, so that other work on the machine hardly counts."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    module = binding.parse_assembly(_LOOP)
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    spin = ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address("spin"))
+    count, runs = 1000, []
+    for _ in range(20):
+        start = time.perf_counter()
+        spin(count)
+        runs.append((time.perf_counter() - start) / count)
+    return min(runs)
