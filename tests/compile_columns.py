@@ -1,6 +1,6 @@
 """Compiles the prompt's kernels for Hopper, to machine code: tensor cores, and the shared memory of smaller GPUs, too.
 
-Run by ``test_kernels_prefill.py``; needs Triton, but no GPU.
+Run by ``test_attention_triton.py``; needs Triton, but no GPU.
 """
 
 from __future__ import annotations

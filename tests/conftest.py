@@ -1,4 +1,4 @@
-"""What all tests share: no hub, no deadline on properties, and one tiny random model."""
+"""What all tests share: no hub, no deadline on properties, one process per core, and the models that most tests use."""
 
 from __future__ import annotations
 
@@ -24,8 +24,32 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 from d2obench.models import LoadedModel, load
 
+MOST_PROCESSES = 8  # each holds PyTorch and a small model, about 1 GiB
 hypothesis.settings.register_profile("d2obench", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("d2obench")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its own options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in one process per core; tests named on the command line run in this one.
+
+    The fixtures of a file are made once, because all its tests run in the same process. ``-n`` overrides this, and
+    without pytest-xdist everything runs here.
+    """
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not named and cores > 1:
+        config.option.numprocesses = min(cores, MOST_PROCESSES)
+        config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose package (``@pytest.mark.needs``) is not installed."""
+    for mark in item.iter_markers("needs"):
+        for package in mark.args:
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"needs the package {package}: pip install -e '.[test-all]'")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="needs the package lm_eval: pip install -e '.[test-all]'")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -19,6 +19,8 @@ from d2obench.bridges.lm_eval import register
 from d2obench.bridges.lm_eval_model import CompressedLM
 from d2obench.errors import D2OBenchError, UsageError
 from d2obench.models import LoadedModel
+
+pytestmark = pytest.mark.needs("lm_eval")  # so that -m needs finds it
 
 
 class Bytes:

@@ -24,8 +24,8 @@ from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
 from d2obench.policies.d2o import D2O
 
-pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
+    pytest.mark.needs("triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the GPU: pytest -m cuda"),
     # rows that pad a group to 16 and lanes that are masked compute with −inf; nothing of them is kept
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

@@ -119,7 +119,6 @@ def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.Mon
 @pytest.fixture
 def kernel() -> Iterator[Any]:
     """The Triton kernel in its interpreter."""
-    pytest.importorskip("triton", reason="Triton is not installed")
     name = "d2obench.models.rotary_triton"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -127,6 +126,7 @@ def kernel() -> Iterator[Any]:
     sys.modules.pop(name)
 
 
+@pytest.mark.needs("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernel runs on the GPU: pytest -m cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)

@@ -139,15 +139,15 @@ def test_longbench_classification_keeps_the_official_removal() -> None:
     assert RULES["classes"]("abc", "abc", ["a", "b", "abc"]) == 0.5
 
 
+@pytest.mark.needs("rapidfuzz")
 def test_longbench_code_similarity() -> None:
-    pytest.importorskip("rapidfuzz")
     assert RULES["code"]("\n# a comment\n    return x + 1\nmore", "    return x + 2", ()) == 0.94
     assert RULES["code"]("```python\nx = 1", "x = 1", ()) == 1
     assert RULES["code"]("", "x", ()) == 0
 
 
+@pytest.mark.needs("jieba")
 def test_longbench_chinese() -> None:
-    pytest.importorskip("jieba")
     # Cut: 北京|是|中国|的|首都|。 and 中国|的|首都|是|北京; the longest common subsequence has 3 words.
     assert RULES["f1_zh"]("北京是中国的首都。", "中国的首都是北京", ()) == 1
     assert RULES["rouge_zh"]("北京是中国的首都。", "中国的首都是北京", ()) == pytest.approx(
@@ -156,9 +156,8 @@ def test_longbench_chinese() -> None:
     assert RULES["f1_zh"]("", "北京", ()) == 0
 
 
+@pytest.mark.needs("sacrebleu", "rouge_score")
 def test_truthfulqa_generation() -> None:
-    pytest.importorskip("sacrebleu")
-    pytest.importorskip("rouge_score")
     item = {
         "text": " The seeds pass through you.\n",
         "true": ["The watermelon seeds pass through your digestive system."],

@@ -18,13 +18,13 @@ from d2obench.attention import prompt as prefill
 from d2obench.attention import triton_prompt as prompt
 from d2obench.policies.base import Needs
 
-pytest.importorskip("triton", reason="Triton is not installed")
+needs_triton = pytest.mark.needs("triton")
 
 
 @pytest.fixture(scope="module")
 def columns() -> Iterator[Any]:
     """The kernels, made for the interpreter."""
-    names = [f"d2obench.decode.triton.{name}" for name in ("attend", "columns")]
+    names = ["d2obench.decode.triton.attend", "d2obench.attention.triton_columns"]
     before = {name: sys.modules.pop(name, None) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@needs_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_the_dense_map(columns: Any, case: tuple[Any, ...]) -> None:
     q, k, _ = inputs(*case)
@@ -89,6 +90,7 @@ def test_kernels_equal_the_dense_map(columns: Any, case: tuple[Any, ...]) -> Non
     assert torch.allclose(apart.double(), weights.flatten(1, 2).sum(2), atol=1e-4)
 
 
+@needs_triton
 @pytest.mark.parametrize(
     "needs",
     [Needs(columns=True), Needs(columns=True, squares=True), Needs(columns=True, heads=True),
@@ -120,6 +122,7 @@ def test_a_padded_prompt_by_kernels_is_the_prompt_in_blocks(
         assert torch.allclose(found["sum"][row].double(), exact, atol=1e-4)
 
 
+@needs_triton
 def test_what_kernels_do_not_serve_goes_in_blocks_and_says_why(columns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "_blocks", prefill._flash_then_columns)
     q, k, v = inputs(1, 2, 40, 40, 64, torch.float32)
@@ -153,6 +156,7 @@ def test_the_flash_kernel_hands_out_what_its_columns_need() -> None:
     assert torch.allclose(lse.double(), dense(q, k, 0.1)[1], atol=1e-4)
 
 
+@needs_triton
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_cluster import Background, Nodes, engine, run_on
+from runs import CELLS, FAKE, Silent, cell, checked, run
 
-ray = pytest.importorskip("ray")
+from d2obench import record
+from d2obench.errors import UsageError, WorkerError
+from d2obench.record import Run
+from d2obench.run.engines.ray_cluster import connect, spots
+from d2obench.run.engines.ray_place import Place
+from d2obench.run.resume import Samples, forget_cut_round
+from d2obench.run.suite_run import run_suite
+from d2obench.suite.definition import Timing
 
-from ray_cluster import Background, Nodes, engine, run_on  # noqa: E402
-from runs import CELLS, FAKE, Silent, cell, checked, run  # noqa: E402
-
-from d2obench import record  # noqa: E402
-from d2obench.errors import UsageError, WorkerError  # noqa: E402
-from d2obench.record import Run  # noqa: E402
-from d2obench.run.engines.ray_cluster import connect, spots  # noqa: E402
-from d2obench.run.engines.ray_place import Place  # noqa: E402
-from d2obench.run.resume import Samples, forget_cut_round  # noqa: E402
-from d2obench.run.suite_run import run_suite  # noqa: E402
-from d2obench.suite.definition import Timing  # noqa: E402
-
+pytestmark = pytest.mark.needs("ray")
 SWEEP = (*CELLS, *(cell(policy, "0.2", shape="16+8") for policy in ("h2o", "d2o")))
 
 
@@ -200,7 +198,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from ray_cluster import run_on
 from runs import checked
-from test_runner_ray import SWEEP
+from test_run_ray import SWEEP
 run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), delay=0.15)
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -106,3 +108,17 @@ def test_a_sliding_window_is_not_jumped_over() -> None:
 
     with pytest.raises(ModelError, match="can't be moved on"):
         skip(DynamicCache(config=Gemma3TextConfig(num_hidden_layers=2)), 4)
+
+
+@pytest.mark.parametrize("other", YARDSTICKS)
+def test_two_sessions_on_one_model_do_not_change_what_the_other_says(tiny: LoadedModel, other: str) -> None:
+    """Their steps alternate on one model, although each needs an attention function of its own."""
+    expected = logits_of(tiny, "full")
+    ours, theirs = (Session(tiny, policy, None, max_new=5) for policy in ("full", other))
+    for session in (ours, theirs):
+        torch.testing.assert_close(session.prefill(PROMPTS), expected[0], atol=1e-4, rtol=1e-4)
+        session.compress()
+    for before, after in itertools.pairwise(expected):
+        token = before.argmax(-1)
+        assert torch.equal(ours.step(token), after)
+        torch.testing.assert_close(theirs.step(token), after, atol=1e-4, rtol=1e-4)

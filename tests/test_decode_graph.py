@@ -153,11 +153,11 @@ def test_every_family_can_be_replayed(family: str, operators: None, monkeypatch:
     check_replays("d2o")
 
 
+@pytest.mark.needs("triton")
 @pytest.mark.parametrize("policy", ["full", "d2o", "h2o", "streaming"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the GPU: pytest -m cuda")
 def test_a_fused_step_can_be_replayed(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
     plainly(monkeypatch)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert check_replays(policy).cache.state.path is not None
