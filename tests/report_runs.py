@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2obench.record import Axes, CellRecord, RunInfo, Value, append_cell, dump, write_atomic
-from d2obench.run.ratios import against_full
+from d2obench.run.speed_row import against_full
 from d2obench.stats.bootstrap import interval
 from d2obench.tasks.values import values_of
 

@@ -16,7 +16,7 @@ import torch
 from fake_nvml import FakeNvml
 
 from d2obench.measure import environment
-from d2obench.measure.booking import BETWEEN, ENGINE_RANGES, PHASES, RANGES, REST
+from d2obench.measure.profile_costs import BETWEEN, ENGINE_RANGES, PHASES, RANGES, REST
 from d2obench.measure.counters import count, count_step
 from d2obench.measure.disturbance import Load, between, load
 from d2obench.measure.environment import COMPARED, differences, environment_hash, fingerprint

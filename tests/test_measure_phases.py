@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from d2obench.errors import OutOfMemory
 from d2obench.measure.checkup import known_delays
 from d2obench.measure.clock import HostClock, clock_for
-from d2obench.measure.depths import Sampled, integrate, windows
 from d2obench.measure.memory import MemoryProbe, probe_for
-from d2obench.measure.phases import measure_request, shortage_named
+from d2obench.measure.phases import Sampled, integrate, measure_request, sampled_starts, shortage_named
 from d2obench.measure.sampler import Sampler
 from d2obench.measure.warmup import WINDOWS, WarmUp, warm_up
 
@@ -203,8 +202,8 @@ def test_another_error_stays_what_it_is_and_the_sampler_ends() -> None:
 
 
 @given(total=st.integers(1, 3000), depths=st.integers(1, 12), steps=st.integers(1, 16))
-def test_windows_lie_apart_and_reach_both_ends(total: int, depths: int, steps: int) -> None:
-    starts = windows(total, Sampled(depths, steps))
+def test_sampled_starts_lie_apart_and_reach_both_ends(total: int, depths: int, steps: int) -> None:
+    starts = sampled_starts(total, Sampled(depths, steps))
     if depths * (steps + 1) >= total:
         assert starts == []
         return
@@ -217,7 +216,7 @@ def test_windows_lie_apart_and_reach_both_ends(total: int, depths: int, steps: i
 @given(base=st.floats(0.1, 10), slope=st.floats(0, 1), depths=st.integers(2, 8), steps=st.integers(1, 8))
 def test_a_linear_cost_is_integrated_exactly(base: float, slope: float, depths: int, steps: int) -> None:
     total = 400
-    starts = windows(total, Sampled(depths, steps))
+    starts = sampled_starts(total, Sampled(depths, steps))
     groups = [[base + slope * i for i in range(start, start + steps)] for start in starts]
     assert integrate(total, starts, groups) == pytest.approx(sum(base + slope * i for i in range(total)))
 

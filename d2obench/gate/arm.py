@@ -16,7 +16,7 @@ import msgspec
 from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.environment import COMPARED
 from d2obench.run.protocol import UNKNOWN, WORKER, WorkerClient
-from d2obench.run.warming import warm
+from d2obench.run.speed import warm_up
 from d2obench.suite.definition import Cell, Suite
 
 _PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"
@@ -120,7 +120,7 @@ class Arm:
         """Until the steps settle; a base from before that was possible is given short requests, a fixed number."""
         most = max(1, self._suite.timing.warmup)
         try:
-            warm(self.client, request, self._suite.timing, most)
+            warm_up(self.client, request, self._suite.timing, most)
         except WorkerError as problem:
             if UNKNOWN not in problem.what:
                 raise

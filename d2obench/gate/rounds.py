@@ -21,7 +21,7 @@ from d2obench.gate.arm import Arm
 from d2obench.gate.rules import judge_timed, tolerance
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.run.plan import abba
-from d2obench.run.ratios import FULL
+from d2obench.run.speed_row import FULL
 from d2obench.stats.bootstrap import seed_of
 from d2obench.suite.definition import Cell, Suite
 

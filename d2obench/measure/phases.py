@@ -4,7 +4,7 @@
   a policy compresses layer by layer in the middle of prefill.
 * ``gen`` tokens give exactly ``gen - 1`` gaps. The first token comes from the prefill's logits and is never a gap.
 * No wait on the device between start and end: stamps are events there (``clock``), read once after the last step.
-* ``sampled`` measures windows of steps at several depths of a long generation and integrates between them.
+* ``sampled`` measures stretches of steps at several depths of a long generation and integrates between them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,6 @@ import torch
 from d2obench.cpu import memory as host_memory
 from d2obench.errors import OutOfMemory
 from d2obench.measure.clock import Clock, PhaseTimeline
-from d2obench.measure.depths import Sampled, integrate, windows
 from d2obench.measure.memory import GarbageCollection, MemoryProbe, is_out_of_memory, unique_bytes
 from d2obench.measure.trace import RequestTrace
 
@@ -36,6 +36,18 @@ class Request(Protocol):
     def skip_to(self, tokens: int) -> None: ...
     def footprint(self) -> Any: ...
     def close(self) -> None: ...
+
+
+class Sampled(NamedTuple):
+    """Which part of a long generation is measured.
+
+    Args:
+        depths: at how many depths of the generation, evenly spread, the first and the last step among them.
+        steps: decode steps measured at each depth.
+    """
+
+    depths: int
+    steps: int
 
 
 def measure_request(
@@ -57,7 +69,7 @@ def measure_request(
         clock: stamps of the session's device, see :func:`d2obench.measure.clock.clock_for`.
         memory: see :func:`d2obench.measure.memory.probe_for`.
         force: ``[B, gen]`` token ids fed in place of the greedy ones, so that all policies read the same text.
-        sampled: measure only these windows of a long generation; windows that would cover it all measure it all.
+        sampled: measure only this part of a long generation; where it would be all of it, every step is measured.
 
     Raises:
         OutOfMemory: names the phase. The session is closed and nothing of it is kept alive.
@@ -127,7 +139,7 @@ def _run(
         session.prepare()
     elif logits.device.type == "cpu":
         host_memory.release()  # before decoding begins: it is in no figure
-    starts = windows(gen - 1, sampled) if sampled else []
+    starts = sampled_starts(gen - 1, sampled) if sampled else []
     width = sampled.steps if sampled and starts else gen - 1
     steps, last = _decode(session, line, ids, force, starts or [0], width, logits)
     line.mark("end")
@@ -211,6 +223,40 @@ def _decode(
             before = done
         position = start + width
     return steps, logits
+
+
+def sampled_starts(total: int, sampled: Sampled) -> list[int]:
+    """The first step measured at each depth of ``total`` decode steps; empty where every step would be measured."""
+    depths, steps = sampled
+    if depths * (steps + 1) >= total:
+        return []
+    last = total - steps
+    return [round(i * last / (depths - 1)) for i in range(depths)] if depths > 1 else [last // 2]
+
+
+def integrate(total: int, starts: Sequence[int], groups: Sequence[Sequence[float]]) -> float:
+    """Seconds of ``total`` decode steps, estimated from the steps measured at a few depths.
+
+    The mean step of each depth, placed at the centre of its measured steps, is joined to the next by a straight line,
+    and the outer lines go on to both ends. That is exact for a cost that is constant or grows linearly with the depth,
+    as that of the full cache does.
+
+    Args:
+        total: decode steps of the whole generation.
+        starts: the first measured step at each depth, ascending.
+        groups: seconds of the measured steps at each depth.
+    """
+    centres = [start + (len(group) - 1) / 2 for start, group in zip(starts, groups, strict=True)]
+    levels = [fmean(group) for group in groups]
+    if len(levels) == 1:
+        return total * levels[0]
+    seconds, k = 0.0, 0
+    for i in range(total):
+        while k < len(centres) - 2 and centres[k + 1] < i:
+            k += 1
+        share = (i - centres[k]) / (centres[k + 1] - centres[k])
+        seconds += levels[k] + share * (levels[k + 1] - levels[k])
+    return seconds
 
 
 def _to_host(tokens: torch.Tensor) -> None:

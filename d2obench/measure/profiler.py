@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from d2obench.measure.booking import Booked, book
 from d2obench.measure.counters import StepCounts, count_step
 from d2obench.measure.parts import parts_named
 from d2obench.measure.phases import Mark, Request
+from d2obench.measure.profile_costs import CostTable, costs_of
 from d2obench.ranges import naming
 
 _WARM_UP = "warm-up"
@@ -32,8 +32,8 @@ _INSTANCE = re.compile(r"_at_0x[0-9a-f]+|(?<=nn\.Module:_)(\w+?)_\d+(?=;|$)")
 class Profile(NamedTuple):
     """One request: costs by phase and range, costs by phase and operator, and the counts of one decode step."""
 
-    ranges: Booked
-    operators: Booked
+    ranges: CostTable
+    operators: CostTable
     steps: int
     counts: StepCounts
 
@@ -99,7 +99,7 @@ def profile_request(
         counts = count_step(session, prompts)
     finally:
         session.close()
-    return Profile(*book(found.events() or [], steps), steps, counts)
+    return Profile(*costs_of(found.events() or [], steps), steps, counts)
 
 
 def nvtx_request(

@@ -1,7 +1,7 @@
-"""Warming a shape up until its decode steps settle: a first step compiles, picks kernels, touches pages, lifts clocks.
+"""Warming up: the first decode steps of a shape in a process compile, pick kernels, touch pages and raise clocks.
 
-One request is decoded in windows of a few steps until the medians of two successive windows agree. Both are close in
-depth, so a cache that grows does not keep them apart.
+One request is decoded a few steps at a time until the medians of two successive windows of steps agree. Both lie at
+nearly the same depth, so that a growing cache does not keep them apart.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def warm_up(
         with torch.inference_mode():
             logits = session.prefill(prompts)
             session.compress()
-            return settle_down(_windows(session, logits.argmax(-1), min(gen, MOST_TOKENS) - 1, clock), within)
+            return until_stable(_windows(session, logits.argmax(-1), min(gen, MOST_TOKENS) - 1, clock), within)
     finally:
         session.close()
 
 
-def settle_down(medians: Iterator[float], within: float) -> WarmUp:
+def until_stable(medians: Iterator[float], within: float) -> WarmUp:
     """Takes medians until two successive ones agree, or none is left."""
     found: list[float] = []
     for one in medians:

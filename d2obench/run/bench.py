@@ -19,7 +19,7 @@ from d2obench.run.ledger import Ledger
 from d2obench.run.plan import memory_of
 from d2obench.run.protocol import again
 from d2obench.run.quality import evaluate
-from d2obench.run.reference import Reference
+from d2obench.run.speed_row import DeviceRates
 from d2obench.run.speed import SpeedGroup
 from d2obench.suite.definition import SPEED, Cell
 
@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, checked: Checked, client: Client, ledger: Ledger, apart: Apart | None = None) -> None:
         self._checked, self._common, self._ledger, self._apart = checked, client, ledger, apart
         self._last = client
-        self._reference = Reference(client, ledger.watcher)
+        self._rates = DeviceRates(client, ledger.watcher)
 
     def run(self, together: Sequence[Cell]) -> None:
         """Brings every cell of one group to its row.
@@ -63,7 +63,7 @@ class Bench:
             evaluate(suite, together[0], self._client(together[0]), ledger)
             return
         with self._workers(together) as worker_of:
-            SpeedGroup(suite, together, worker_of, ledger, self._reference).run()
+            SpeedGroup(suite, together, worker_of, ledger, self._rates).run()
 
     def _client(self, cell: Cell) -> Client:
         """The worker of a cell: its own where it is apart. A GPU is held by one of them at a time, since the memory in

@@ -52,10 +52,9 @@ class Worker(MachineOperations):
         """
         from d2obench.external.setup import marks
         from d2obench.measure.clock import clock_for, shared_clock, shared_load
-        from d2obench.measure.depths import Sampled
         from d2obench.measure.disturbance import between, gpu_flags, load
         from d2obench.measure.memory import probe_for, settle
-        from d2obench.measure.phases import measure_request
+        from d2obench.measure.phases import Sampled, measure_request
 
         axes = _axes(args)
         loaded = self._model(axes, report)

@@ -1,22 +1,22 @@
 """One group of speed cells: the same model, shape, batch and seed, every policy and budget, in interleaved rounds.
 
 Rounds go over the cells forwards and backwards in turn (ABBA), so that a drift of the machine falls on all of them
-alike and cancels in the ratios of one round. A cell is warmed up in every worker process before it is measured there,
-until its decode steps settle. Each request is on the disk before the next one starts, so a run that goes on measures
-nothing twice.
+alike and cancels in the ratios of one round. In every worker process a cell is warmed up before it is measured there,
+until its decode steps no longer change. Each request is on the disk before the next one starts, so a run that goes on
+measures nothing twice.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from d2obench.errors import D2OBenchError
-from d2obench.measure.summarise import Machine, Summary, summarise, tpot
+from d2obench.measure.summarise import tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
 from d2obench.run.client import Client
@@ -24,19 +24,21 @@ from d2obench.run.ledger import Ledger
 from d2obench.run.live import so_far
 from d2obench.run.plan import abba
 from d2obench.run.protocol import again
-from d2obench.run.ratios import FULL, against_full
-from d2obench.run.reference import Reference
 from d2obench.run.resume import Samples
 from d2obench.run.search import find_batch
-from d2obench.run.warming import warm
-from d2obench.suite.definition import Cell, Suite
-from d2obench.suite.grammar import parse_shape
+from d2obench.run.speed_row import DeviceRates, SpeedRows
+from d2obench.suite.definition import Cell, Suite, Timing
 
 
 class SpeedGroup:
     """Measures the cells of one group and ends each as a row.
 
-    ``worker_of`` says which worker measures a cell: one for all of them, or one for each.
+    Args:
+        suite: its table ``timing`` says how often.
+        cells: the group.
+        worker_of: which worker measures a cell: one for all of them, or one for each.
+        ledger: takes the rows.
+        rates: of the devices.
     """
 
     client: Client
@@ -48,20 +50,19 @@ class SpeedGroup:
         cells: Sequence[Cell],
         worker_of: Callable[[Cell], Client],
         ledger: Ledger,
-        reference: Reference,
+        rates: DeviceRates,
     ) -> None:
         self.timing, self.cells, self.ledger = suite.timing, list(cells), ledger
         self._worker_of = worker_of
-        self._reference = reference
         self._samples = {cell.id: Samples(ledger.folder, cell) for cell in cells}
+        self._rows = SpeedRows(cells, self._samples, ledger, rates)
         self._warm: dict[str, int] = {}
-        self._summaries: dict[str, Summary] = {}
 
     def run(self) -> None:
         """All rounds, then all rows."""
         cells, first = self._unfinished()
         for cell in cells:
-            self._settle_batch(cell)
+            self._find_batch(cell)
         number = first
         while (live := self._live(cells)) and not (why := self._stopped(live, range(first, number))):
             for order, cell in enumerate(abba(cells, number)):
@@ -71,7 +72,7 @@ class SpeedGroup:
         for cell in self._live(cells):
             self._samples[cell.id].save(stopped=why)
         for cell in self._live(self.cells):
-            self._finish(cell)
+            self._rows.write(cell)
 
     def _unfinished(self) -> tuple[list[Cell], int]:
         """The cells that need rounds, and the number of their first one.
@@ -92,7 +93,8 @@ class SpeedGroup:
     def _live(self, cells: Sequence[Cell]) -> list[Cell]:
         return [cell for cell in cells if self.ledger.open(cell)]
 
-    def _settle_batch(self, cell: Cell) -> None:
+    def _find_batch(self, cell: Cell) -> None:
+        """Notes the batch of a cell; the largest one where the suite asks for ``max``."""
         samples = self._samples[cell.id]
         if "batch" in samples.data:
             return
@@ -123,7 +125,8 @@ class SpeedGroup:
         undisturbed = min(sum(not part["flags"] for part in one) for one in parts.values())
         if undisturbed < self.timing.rounds:
             return ""
-        narrow = all(_width(tpot(name, _traces(one))) <= self.timing.interval for name, one in parts.items())
+        traces = {name: msgspec.convert(one, list[RequestTrace]) for name, one in parts.items()}
+        narrow = all(_relative_width(tpot(name, one)) <= self.timing.interval for name, one in traces.items())
         return "interval" if narrow else ""
 
     def _measure(self, cell: Cell, number: int, order: int) -> None:
@@ -158,12 +161,13 @@ class SpeedGroup:
         return [self.timing.depths, self.timing.steps]
 
     def _both(self, request: dict[str, Any], order: int) -> dict[str, Any]:
-        """The request in full and once more sampled, either of them first in turn."""
+        """The request with every step measured and once more sampled, either of them first in turn."""
         runs: dict[bool, dict[str, Any]] = {}
         for sampled in (True, False) if (request["round"] + order) % 2 else (False, True):
             runs[sampled] = self.client.call("measure", {**request, "sampled": self._sampled if sampled else None})
         trace, other = runs[False]["trace"], runs[True]["trace"]
-        trace["sampled_s"] = other["decode_s"] if other.get("step_at") else None  # windows that cover all show nothing
+        # where sampling would have measured every step there is nothing to compare
+        trace["sampled_s"] = other["decode_s"] if other.get("step_at") else None
         trace["flags"] = [*trace["flags"], *other["flags"]]
         return runs[False]
 
@@ -176,79 +180,33 @@ class SpeedGroup:
         data = self._samples[cell.id].data
         if "counts" not in data:
             data["counts"] = self.client.call("count", request)
-        data["warm_up"] = warm(self.client, request, self.timing)
+        data["warm_up"] = warm_up(self.client, request, self.timing)
         self._warm[cell.id] = self.client.generation
 
-    def _finish(self, cell: Cell) -> None:
-        samples = self._samples[cell.id]
-        summary = self._summary(cell)
-        counts = {key: Value(count) for key, count in samples.data["counts"].items()}
-        values = summary.values | counts | self._against_full(cell, summary)
-        if cell.axes.batch == "max":
-            values["batch_max"] = Value(samples.data["batch"], note=samples.data["limit"])
-        self.ledger.end(
-            cell,
-            "ok",
-            values=values,
-            details=summary.details
-            | {key: samples.data.get(key) for key in ("stopped", "warm_up", "model")}
-            | {"device": self._reference.known(cell.axes.device)},
-            flags=(
-                *summary.flags,
-                *self._apart(cell, values),
-                *self._beyond(cell),
-                *samples.data["model"].get("flags", ()),
-            ),
-            samples=samples.name,
-            seconds=round(sum(part["seconds"] for part in samples.rounds), 3),
-        )
 
-    def _summary(self, cell: Cell) -> Summary:
-        if cell.id not in self._summaries:
-            samples = self._samples[cell.id]
-            model, device = samples.data["model"], cell.axes.device
-            bandwidth, idle_w = self._reference.bandwidth(device), self._reference.idle_w(device)
-            machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth, idle_w)
-            self._summaries[cell.id] = summarise(cell.id, _traces(samples.rounds), machine)
-        return self._summaries[cell.id]
+def warm_up(client: Client, request: Mapping[str, Any], timing: Timing, most: int | None = None) -> list[Any]:
+    """Runs requests of a cell in a cold worker process until its decode steps no longer change.
 
-    def _against_full(self, cell: Cell, summary: Summary) -> dict[str, Value]:
-        full = next((one for one in self.cells if one.axes.policy == FULL), None)
-        if full is None or full is cell or not (self.ledger.open(full) or self.ledger.records[full.id].status == "ok"):
-            return {}
-        mine, theirs = self._samples[cell.id], self._samples[full.id]
-        if not theirs.rounds:  # its samples were taken away since
-            return {}
-        if cell.axes.batch == "max":
-            batches = (mine.data["batch"], theirs.data["batch"])
-            return against_full(cell.id, mine.rounds, theirs.rounds, batches=batches)
-        found = against_full(cell.id, mine.rounds, theirs.rounds)
-        step, step_full = (one.values["step_bytes"].value for one in (summary, self._summary(full)))
-        if step and step_full:
-            found["speedup_bound"] = Value(step_full / step)
-        return found
+    Args:
+        client: the worker.
+        request: of the cell, as for a measurement.
+        timing: how near the medians of two successive groups of steps must come, and how many requests are made at
+            most.
+        most: in place of ``timing.warmup``.
 
-    def _beyond(self, cell: Cell) -> list[str]:
-        """A flag where the text is longer than the model was made for: it still takes its time, but says nothing."""
-        (shape,), context = parse_shape(cell.axes.shape or ""), self._samples[cell.id].data["model"].get("context")
-        past = context is not None and shape.prompt + shape.gen > context
-        return [f"beyond the model's context of {context:,}: speed only"] if past else []
-
-    def _apart(self, cell: Cell, values: dict[str, Value]) -> list[str]:
-        """A flag where full was measured too, but in no round of this cell: see :meth:`_unfinished`."""
-        full = [
-            one for one in self.cells if one.axes.policy == FULL and one is not cell and self._samples[one.id].rounds
-        ]
-        known = {"speedup", "speedup_memory", "prefill_cost"} & values.keys()
-        return ["not measured beside full"] if full and not known else []
+    Returns:
+        What each request saw (see :class:`d2obench.measure.warmup.WarmUp`), the last one stable or not.
+    """
+    found: list[Any] = []
+    while len(found) < (timing.warmup if most is None else most):
+        found.append(client.call("warm_up", {**request, "within": timing.warm_within}))
+        if found[-1]["stable"]:
+            break
+    return found
 
 
-def _traces(rounds: list[dict[str, Any]]) -> list[RequestTrace]:
-    return msgspec.convert(rounds, list[RequestTrace])
-
-
-def _width(value: Value) -> float:
-    """Half an interval's width ÷ its value; 0 without steps, infinite where one round can't tell."""
+def _relative_width(value: Value) -> float:
+    """Half an interval's width ÷ its value; 0 without steps, infinite where there is no interval yet."""
     if not value.value:
         return 0.0
     return (value.hi - value.lo) / 2 / value.value if value.hi is not None and value.lo is not None else math.inf

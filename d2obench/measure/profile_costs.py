@@ -1,6 +1,6 @@
 """Costs of a profiled request by named range and by operator.
 
-Each event's own cost (without what it calls) is booked on the nearest named range around it, so the ranges of a phase
+Each event's own cost (without what it calls) counts for the nearest named range around it, so the ranges of a phase
 and its rest add up to the phase. Ranges are the engine's (``d2obench.ranges``) and the model's parts.
 """
 
@@ -28,7 +28,7 @@ PARTS = {
     "lm_head": "lm head",
     "embed_out": "lm head",
 }
-"""Last word of a module's name → its range; what the engine names inside is booked there and not here."""
+"""Last word of a module's name → its range; what the engine names inside it counts there and not here."""
 RANGES = (*ENGINE_RANGES, *dict.fromkeys(PARTS.values()))
 REST = "(rest)"
 BETWEEN = "(between operators)"
@@ -49,16 +49,25 @@ class Cost(NamedTuple):
         return Cost(*(value / steps for value in self))
 
 
-Booked = dict[str, dict[str, Cost]]
+CostTable = dict[str, dict[str, Cost]]
+"""Phase → name of a range or an operator → its cost."""
 
 
-def book(events: Any, steps: int) -> tuple[Booked, Booked]:
-    """Costs by range and by operator."""
-    ranges: Booked = {phase: {} for phase in PHASES}
-    operators: Booked = {phase: {} for phase in PHASES}
+def costs_of(events: Any, steps: int) -> tuple[CostTable, CostTable]:
+    """Adds up the events of a profile.
+
+    Args:
+        events: of torch.profiler.
+        steps: decode steps among them; costs of the phase ``decode`` are those of one step.
+
+    Returns:
+        The costs by range, and the costs by operator.
+    """
+    ranges: CostTable = {phase: {} for phase in PHASES}
+    operators: CostTable = {phase: {} for phase in PHASES}
     nothing = Cost(0, 0, 0, 0)
     for event in events:
-        phase, name = _place(event)
+        phase, name = _phase_and_range(event)
         if phase is None:
             continue
         cost = Cost(
@@ -71,14 +80,14 @@ def book(events: Any, steps: int) -> tuple[Booked, Booked]:
         named, operator = event.name in RANGES, event.name
         if named or event.name in PHASES:  # own time of a range: Python and the dispatcher
             operator = BETWEEN
-        booked = cost._replace(calls=1 if named else 0).per(each)
-        ranges[phase][name] = ranges[phase].get(name, nothing) + booked
-        booked = cost._replace(calls=0 if operator == BETWEEN else 1).per(each)
-        operators[phase][operator] = operators[phase].get(operator, nothing) + booked
+        own = cost._replace(calls=1 if named else 0).per(each)
+        ranges[phase][name] = ranges[phase].get(name, nothing) + own
+        own = cost._replace(calls=0 if operator == BETWEEN else 1).per(each)
+        operators[phase][operator] = operators[phase].get(operator, nothing) + own
     return ranges, operators
 
 
-def _place(event: Any) -> tuple[str | None, str]:
+def _phase_and_range(event: Any) -> tuple[str | None, str]:
     """The phase an event lies in, None outside of all, and the innermost range around it."""
     name, at = REST, event
     if event.device_type != torch._C._autograd.DeviceType.CPU:
