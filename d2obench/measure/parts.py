@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from d2obench.measure.profile_costs import PARTS
 from d2obench.measure.clock import Clock
 from d2obench.measure.phases import Mark, Request
+from d2obench.measure.profile_costs import PARTS
 from d2obench.ranges import into, span
 
 MODEL, LOOP = "rest of the model", "loop"

@@ -19,8 +19,8 @@ from d2obench.run.ledger import Ledger
 from d2obench.run.plan import memory_of
 from d2obench.run.protocol import again
 from d2obench.run.quality import evaluate
-from d2obench.run.speed_row import DeviceRates
 from d2obench.run.speed import SpeedGroup
+from d2obench.run.speed_row import DeviceRates
 from d2obench.suite.definition import SPEED, Cell
 
 SHARE = 0.8

@@ -177,5 +177,3 @@ def against_full(
 def decode_s(one: Round) -> float:
     """Seconds of all decode steps of a round, measured or integrated."""
     return float(one["decode_s"])
-
-
