@@ -21,12 +21,8 @@ from d2obench.measure.disturbance import Load, between, load
 from d2obench.measure.environment import COMPARED, differences, environment_hash, fingerprint
 from d2obench.measure.noise import LEVEL, measure_noise, noise_of
 from d2obench.measure.nvml import Nvml
-<<<<<<< HEAD
-from d2obench.measure.profiler import Files, fold_stacks, profile_request
-=======
 from d2obench.measure.profile_costs import BETWEEN, ENGINE_RANGES, PHASES, RANGES, REST
-from d2obench.measure.profiler import Files, profile_request
->>>>>>> 891e1eb (Imports in order)
+from d2obench.measure.profiler import Files, fold_stacks, profile_request
 from d2obench.measure.roofline import copy_bandwidth
 from d2obench.stats.bootstrap import paired_ratio
 
