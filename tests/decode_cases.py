@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from d2obench.decode.pending_merge import PendingMerge
 from d2obench.decode.state import DecodeState
 from d2obench.policies import parse_policy
 from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
@@ -54,13 +53,12 @@ def state_of(case: Case, seed: int = 0) -> DecodeState:
             position[layer, -1, count // 2 : count] = CLOSED
     now = torch.full((rows,), width - 2, dtype=torch.int32)
     state = DecodeState(store, position, now, policy, case.heads, case.group, prompts_of, grows)
-    if not grows:
+    if grows:
+        state.start()
+    else:
         sums = [torch.rand(case.batch, case.heads, c, generator=generator) for c in case.capacities]
-        remembered = [{"tau": torch.full((case.batch, case.heads), 0.3)} for _ in case.capacities]
-        policy.begin(state, remembered, [{"sum": sum_, "square": sum_ * sum_} for sum_ in sums])
-        if policy.merge_spec is not None:
-            state.pending_merge = PendingMerge(state, policy.merge_spec)
-    state.start()
+        remembered = [{"threshold": torch.full((case.batch, case.heads), 0.3)} for _ in case.capacities]
+        state.start(remembered, [{"sum": sum_, "square": sum_ * sum_} for sum_ in sums])
     return state
 
 

@@ -107,7 +107,7 @@ def plainly(patch: pytest.MonkeyPatch) -> None:
     """A step's loops for CPUs, which are no operators, by PyTorch's."""
     for family in CONFIGS:  # made once for all tests: with their loops
         tiny_model(family)
-    patch.setattr(cpu, "here", lambda: False)
+    patch.setattr(cpu, "available", lambda: False)
     patch.setattr(ThinLinear, "forward", torch.nn.Linear.forward)
     patch.setattr(QuickNorm, "forward", LlamaRMSNorm.forward)
 

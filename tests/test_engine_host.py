@@ -15,7 +15,7 @@ from d2obench.decode.cpu import backend as host
 from d2obench.decode.cpu.backend import HostDecode
 from d2obench.decode.state import DecodeState
 
-pytestmark = pytest.mark.skipif(not cpu.here(), reason="PyTorch has no team to lend here")
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
 
 @pytest.fixture(params=[1, 3], ids=["alone", "three"])
@@ -168,6 +168,6 @@ def test_what_is_not_served_goes_the_plain_path(case: Case, serves: bool) -> Non
 
 
 def test_without_a_team_all_is_pytorchs(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "here", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     state = state_of(Case())
     assert state.path is None and state._loops is None

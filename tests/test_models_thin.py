@@ -16,7 +16,7 @@ from d2obench.models import linear as thin
 from d2obench.models.base import loaded
 from d2obench.models.linear import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, share_of
 
-lent = pytest.mark.skipif(not cpu.here(), reason="PyTorch has no team to lend here")
+lent = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
 
 @pytest.mark.parametrize("outputs", [1, 12, 192, 576, 4096, 128256])
@@ -124,7 +124,7 @@ def test_a_described_model_has_them_where_they_serve(dtype, serves):
 
 
 def test_without_a_team_a_model_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(cpu, "here", lambda: False)
+    monkeypatch.setattr(cpu, "available", lambda: False)
     assert type(adapted(nn.Linear(40, 480))) is nn.Linear
 
 

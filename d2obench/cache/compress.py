@@ -21,7 +21,6 @@ from torch import Tensor
 from d2obench.attention import triton_prompt as prompt
 from d2obench.attention.prompt import kept_stats
 from d2obench.cache.layer import PolicyLayer
-from d2obench.decode.pending_merge import PendingMerge
 from d2obench.decode.state import DecodeState, capacities
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Kept, Policy, Stats, pick, select
@@ -130,13 +129,14 @@ class Packing:
         """The decode state, once every layer was added; arguments as :class:`DecodeState` has them."""
         store, policy, heads = self.store or self._new_store(self._aside), self.policy, self.layout.heads
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
-        state = DecodeState(store, self.position, now, policy, heads, group, self.most, self.grows, self.seed, rotary)
-        state.first_layer, state.first_head = self.first, self.layout.first_head
-        if not self.everything:
-            policy.begin(state, self.memory, self.scores)
-            if policy.merge_spec is not None and not self.grows:
-                state.pending_merge = PendingMerge(state, policy.merge_spec)
-        state.start()
+        state = DecodeState(
+            store, self.position, now, policy, heads, group, self.most, self.grows, self.seed, rotary,
+            self.first, self.layout.first_head,
+        )  # fmt: skip
+        if self.everything:
+            state.start()
+        else:
+            state.start(self.memory, self.scores)
         state.fallback = state.fallback or prompt.fallback(self.layout.device)
         return state
 

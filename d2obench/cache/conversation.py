@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2obench.decode.pending_merge import PendingMerge
 from d2obench.decode.state import DecodeState
 from d2obench.policies.allocation import water_fill
 from d2obench.policies.base import Stats
-from d2obench.policies.merging import nearest
 from d2obench.suite.grammar import Budget
 
 
@@ -44,8 +42,8 @@ class Turn:
 
 def reopen(state: DecodeState, batch: int) -> list[Turn]:
     """The entries of all layers, in the order of their positions; copies, so that the slots can go."""
-    if state.pending_merge is not None:
-        _merge_pending(state, state.pending_merge)
+    if state.merge is not None:
+        state.merge.commit_now()
     everywhere = state.where()
     stats = {} if state.grows else state.policy.recall(state)
     turns = []
@@ -67,22 +65,6 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
         starts = (count - held.view(batch, -1)[:, 0]).tolist()
         turns.append(Turn(keys, values, position.view(batch, -1, count), starts, known))
     return turns
-
-
-def _merge_pending(state: DecodeState, carry: PendingMerge) -> None:
-    """What the next step would have merged on its way (Eq. 8–12 of D2O), computed by itself."""
-    store = state.store
-    for layer in range(len(store.capacities)):
-        keys = store.keys(layer)
-        hosts = carry.host_bias[layer, :, : keys.shape[1]] > -torch.inf
-        similarity, host = nearest(carry.key[layer][:, None], keys, hosts)
-        passed = carry.passes(layer, similarity[:, 0] - 1) & (similarity[:, 0] > -torch.inf)
-        weight = (torch.sigmoid(similarity - 1) * passed[:, None]).to(store.dtype)
-        index = store.base[layer] + host[:, 0]
-        store.write_values(index, torch.lerp(store.read_values(index), carry.value[layer], weight))
-        if carry.spec.keys:
-            store.write_keys(index, torch.lerp(store.read_keys(index), carry.key[layer], weight))
-        state.extra["merged"][layer] += passed.sum()
 
 
 def add(earlier: Stats, newer: Stats, tokens: int) -> Stats:

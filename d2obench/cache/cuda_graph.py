@@ -56,7 +56,7 @@ def obstacle(session: Session) -> str:
         return "a quantised cache counts its groups on the host"
     if state.policy.interval > 1:
         return "steps differ where several tokens are evicted together"
-    if state.grows and state.path is None:
+    if state.grows and not state.backend.length_on_device:
         return "the length of a growing cache is known to the host only"
     return "" if session.loaded.device.type == "cuda" else "there is no CUDA device"
 
@@ -72,6 +72,11 @@ class Steps:
         self._of: tuple[Any, Any] = (None, None)
         self._tokens = self._logits = torch.zeros(0)
         self._warm = 0
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed by a graph."""
+        return self._graph is not None
 
     def step(self, session: Session, tokens: Tensor) -> Tensor:
         """One step for ``tokens`` ``[B]``; float32 logits ``[B, V]``, the caller's own."""
@@ -156,7 +161,7 @@ class Steps:
 def _shape(session: Session) -> tuple[Any, ...]:
     """What the kernels of a step depend on."""
     state = session.cache.state
-    return id(session.loaded.model), state.policy, state.store.rows, state.grows, state.path is None
+    return id(session.loaded.model), state.policy, state.store.rows, state.grows, state.decode_path
 
 
 _sides: dict[torch.device, torch.cuda.Stream] = {}

@@ -175,13 +175,16 @@ class SplitState:
         return torch.cat([part.evicted.cpu() for part in self.parts])
 
     @property
-    def extra(self) -> dict[str, Tensor]:
-        """What policies count per layer, on the CPU."""
-        if any("merged" not in part.extra for part in self.parts):
-            return {}
-        return {"merged": torch.cat([part.extra["merged"].cpu() for part in self.parts])}
+    def merged(self) -> Tensor:
+        """Entries merged while decoding, per layer, on the CPU."""
+        return torch.cat([part.merged.cpu() for part in self.parts])
+
+    @property
+    def decode_path(self) -> str:
+        """What executes a step, in the words of a result's decode path; of each device where they differ."""
+        return "; ".join(dict.fromkeys(part.decode_path for part in self.parts))
 
     @property
     def fallback(self) -> str:
-        """Why a run goes without the fused decode path, where one could have been expected."""
+        """Why a run goes without the fast decode path, where one could have been expected."""
         return next((part.fallback for part in self.parts if part.fallback), "")

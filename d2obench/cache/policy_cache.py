@@ -265,8 +265,7 @@ class PolicyCache(Cache):
         merged, evicted = list(self.merged_prompt), list(self.evicted_prompt)
         if self.state is not None:
             evicted = [a + b for a, b in zip(evicted, self.state.evicted.tolist(), strict=True)]
-            if "merged" in self.state.extra:
-                merged = [a + b for a, b in zip(merged, self.state.extra["merged"].tolist(), strict=True)]
+            merged = [a + b for a, b in zip(merged, self.state.merged.tolist(), strict=True)]
         return merged, evicted
 
     def snapshot(self) -> Any:

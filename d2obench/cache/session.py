@@ -19,7 +19,7 @@ from d2obench.cache import build
 from d2obench.cache.cuda_graph import Steps
 from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cache.ranks import shard_of
-from d2obench.decode.cpu import native
+from d2obench.decode.cpu.backend import compile_loops
 from d2obench.errors import ModelError, UsageError
 from d2obench.external import library
 from d2obench.models import LoadedModel, rotary
@@ -117,7 +117,7 @@ class Session:
         self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
         self._device = loaded.device
         if cpu.suits(loaded.dtype, loaded.device):
-            native.loops()
+            compile_loops()
         self._positions = torch.zeros(0, dtype=torch.long)
         self._lengths: list[int] = []
         self._mask: Tensor | None = None
@@ -186,6 +186,17 @@ class Session:
     def prepare(self) -> None:
         """Gets decoding ready without decoding: captures the step on a GPU that has run its shape before."""
         self._steps.prepare(self)
+
+    @property
+    def decode_path(self) -> str:
+        """What executes a decode step, in words: PyTorch operators, compiled CPU loops or Triton kernels, and whether a
+        CUDA graph replays it; empty before the prompt is compressed."""
+        if self.yardstick:
+            path = library.decode_path(self.yardstick, self.loaded.model)
+        else:
+            state = self.cache.state if isinstance(self.cache, PolicyCache) else None
+            path = state.decode_path if state is not None else ""
+        return path + (", replayed by a CUDA graph" if path and self._steps.captured else "")
 
     @property
     def remarks(self) -> list[str]:

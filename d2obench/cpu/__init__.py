@@ -1,14 +1,13 @@
-"""PyTorch's own threads, lent to loops of ours (CPU).
+"""Compiled loops on PyTorch's own threads (CPU).
 
-Design. A decode step on a CPU is a few hundred short loops that read memory. As operators they don't read it at the
-speed it has, and a second pool of threads would fight with PyTorch's over the cores. So a loop is compiled by numba to
-a C function (``d2obench.cpu.language``) and handed to the OpenMP runtime that PyTorch has loaded: its
-``GOMP_parallel`` runs a function on the team that PyTorch's operators run on, which is awake between them. A launch
-costs some two microseconds. Pieces of the work are handed out one by one, so that a core that is held up takes fewer
-of them.
+Design. A decode step on a CPU is a few hundred short loops that read memory. As PyTorch operators they don't read it at
+the speed it has, and a second pool of threads would fight with PyTorch's for the cores. So numba compiles a loop to a C
+function (``d2obench.cpu.language``), and the OpenMP runtime that PyTorch has loaded runs it: its ``GOMP_parallel`` uses
+the threads of PyTorch's operators, which are awake between them. A launch costs some two microseconds. Items of the
+work are handed out one by one, so that a core that is held up does fewer of them.
 
-Where there is no such runtime (another system, a PyTorch with other threads, no numba), :func:`here` says so and
-callers go their PyTorch way, which gives the same.
+Where there is no such runtime (another system, a PyTorch with other threads, no numba), :func:`available` is False and
+callers use PyTorch's operators, which give the same results.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 _LOADED = 4
-"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another team."""
+"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another set of threads."""
 
 
 def _runtime(maps: str) -> str:
@@ -52,19 +51,70 @@ def _parallel() -> Any:
     return entry
 
 
-def here() -> bool:
-    """Whether there is a team to lend."""
+def available() -> bool:
+    """Whether compiled loops can run on PyTorch's threads here."""
     return _parallel() is not None
 
 
 def suits(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there are loops for tensors of this kind here."""
-    return dtype == torch.float32 and device.type == "cpu" and here()
+    return dtype == torch.float32 and device.type == "cpu" and available()
 
 
-class Arguments(ctypes.c_int64 * 64):  # type: ignore[misc]
-    """What a loop is given: a counter, the number of pieces, then addresses and sizes. Once filled, it can be given
-    again and again."""
+Size = ctypes.c_int64
+Real = ctypes.c_double
+
+
+class Pointer(ctypes.c_int64):
+    """The address of a tensor's storage; 0 where there is none."""
+
+    dtype: ClassVar[torch.dtype]
+
+
+class Floats(Pointer):
+    """Address of float32 numbers."""
+
+    dtype = torch.float32
+
+
+class Longs(Pointer):
+    """Address of int64 numbers."""
+
+    dtype = torch.int64
+
+
+class Ints(Pointer):
+    """Address of int32 numbers."""
+
+    dtype = torch.int32
+
+
+class Flags(Pointer):
+    """Address of truth values, one byte each."""
+
+    dtype = torch.bool
+
+
+class Arguments(ctypes.Structure):
+    """What a loop is given, as named fields. Each loop declares its own: :data:`HEADER` first, then its fields."""
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Sets addresses, after a check that each tensor is what its field says: a loop trusts its addresses.
+
+        Raises:
+            TypeError: a tensor of another dtype, on another device, or not contiguous.
+        """
+        kinds: dict[str, Any] = {name: kind for name, kind, *_ in self._fields_}
+        for name, tensor in tensors.items():
+            wanted = kinds[name].dtype
+            if tensor is not None and not (tensor.dtype == wanted and tensor.is_cpu and tensor.is_contiguous()):
+                found = f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+                raise TypeError(f"{type(self).__name__}.{name} must be contiguous {wanted} on the CPU, not {found}")
+            setattr(self, name, 0 if tensor is None else tensor.data_ptr())
+
+
+HEADER = (("next_item", Size), ("items", Size), ("failed", Size))
+"""The first fields of all arguments: the next item of work, how many there are, and whether a loop raised an error."""
 
 
 class Loop(NamedTuple):
@@ -73,23 +123,30 @@ class Loop(NamedTuple):
     Args:
         name: of the function.
         address: of its machine code.
-        flops: floating-point operations of the products it makes when it is given these words.
+        flops: floating-point operations of the products it makes when it is given these arguments.
     """
 
     name: str
     address: int
-    flops: Callable[[Arguments], int]
+    flops: Callable[[Any], int]
 
 
 _watchers: list[Callable[[Loop, Arguments], None]] = []
 
 
-def launch(loop: Loop, words: Arguments) -> None:
-    """Runs the pieces of a loop on the team, and waits for them."""
-    words[0] = 0
-    _parallel()(loop.address, words, min(words[1], torch.get_num_threads()), 0)
+def launch(loop: Loop, arguments: Any) -> None:
+    """Runs the items of a loop on PyTorch's threads, and waits for them.
+
+    Raises:
+        RuntimeError: an error inside the loop; what it was to write is then unfinished.
+    """
+    arguments.next_item = 0
+    _parallel()(loop.address, ctypes.byref(arguments), min(arguments.items, torch.get_num_threads()), 0)
+    if arguments.failed:
+        arguments.failed = 0
+        raise RuntimeError(f"the compiled loop '{loop.name}' stopped at an error")
     for watch in _watchers:
-        watch(loop, words)
+        watch(loop, arguments)
 
 
 @contextmanager
@@ -100,9 +157,3 @@ def watched(watch: Callable[[Loop, Arguments], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watch)
-
-
-def bits(number: float) -> int:
-    """A float64 as a word."""
-    found: int = struct.unpack("q", struct.pack("d", number))[0]
-    return found

@@ -1,7 +1,7 @@
-"""What loops of the team are written in: numba, a way to take pieces of work, memory seen as arrays, and two tiles.
+"""What compiled loops are written in: numba, a way to get items of work, memory seen as arrays, and two tiles.
 
-A loop is a function of one address. There it finds int64 words: a counter, the number of pieces, then what it was
-given. :func:`take` hands out the pieces.
+A loop is a function of one address, where its :class:`d2obench.cpu.Arguments` stand. :func:`arguments` reads them by
+name, :func:`next_item` hands out the items of its work.
 
 Design of the tiles. What a compiler makes of the plain loop multiplies at the speed of the cores, reads at the speed of
 memory, and does one after the other: together they take the sum of both times. A tile keeps its sums in registers
@@ -25,20 +25,30 @@ from numba import boolean, carray, cfunc, float32, int32, int64, njit, types, ui
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from d2obench.cpu import Arguments, Loop
+from d2obench.cpu import Loop, Real
 
 logging.getLogger("numba").setLevel(logging.WARNING)
-FAST = {"reassoc", "contract", "nsz", "nnan"}
-"""Sums in any order, so that they vectorise; infinities stay exact, since ``ninf`` is not among them."""
-FLAGS = ("reassoc", "contract", "nsz")
+FAST = {"reassoc", "contract", "nsz"}
+"""Sums in any order, so that they vectorise; infinities and NaN stay what they are, since ``ninf`` and ``nnan`` are not
+among them."""
+FLAGS = tuple(sorted(FAST))
+LOOP = {"fastmath": FAST, "error_model": "numpy"}
+"""Options of the functions that loops are made of: a division by zero gives infinity or NaN, as PyTorch's does."""
 LANES = 8
 """Floats of a vector; where a register holds more or fewer, LLVM sees to it."""
-WORDS = 64
-"""Arguments a loop may be given."""
 WORD, FLOAT, INT, BYTES = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(8).as_pointer()
 VECTOR = ir.VectorType(FLOAT, LANES)
-VERSION = blake2b(Path(__file__).read_bytes(), digest_size=6).hexdigest()
-"""In the names of compiled loops: numba's cache looks at a loop's own file only."""
+
+
+def record_of(kind: Any) -> np.dtype[Any]:
+    """The fields of :class:`d2obench.cpu.Arguments` as numba reads them."""
+    return np.dtype([(name, np.float64 if field is Real else np.int64) for name, field in kind._fields_])
+
+
+def _version(function: Any) -> str:
+    """A digest of this file and of those beside the function's: numba's cache looks at the function's own file only."""
+    files = {Path(__file__), *Path(function.__code__.co_filename).parent.glob("*.py")}
+    return blake2b(b"".join(file.read_bytes() for file in sorted(files)), digest_size=6).hexdigest()
 
 
 def compiled(*takes: Any) -> Callable[[Any], Any]:
@@ -49,7 +59,7 @@ def compiled(*takes: Any) -> Callable[[Any], Any]:
     """
 
     def decorate(function: Any) -> Any:
-        function.__qualname__ += f"_{VERSION}"
+        function.__qualname__ += f"_{_version(function)}"
         try:
             return njit([takes], cache=True, nogil=True, fastmath=FAST)(function)
         except RuntimeError:  # "no locator available"
@@ -58,12 +68,15 @@ def compiled(*takes: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def loop(flops: Callable[[Arguments], int]) -> Callable[[Any], Loop]:
-    """Compiles a loop of the team; ``flops`` as :class:`Loop` has it. What is compiled lives as long as the process."""
+def loop(flops: Callable[[Any], int]) -> Callable[[Any], Loop]:
+    """Compiles a loop; ``flops`` as :class:`Loop` has it. What is compiled lives as long as the process.
+
+    numba prints an error that leaves a C function and goes on, so a loop catches its own and calls :func:`fail`.
+    """
 
     def decorate(function: Any) -> Loop:
         name, kind = function.__name__, types.void(types.voidptr)
-        function.__qualname__ += f"_{VERSION}"
+        function.__qualname__ += f"_{_version(function)}"
         try:
             made = cfunc(kind, cache=True, fastmath=FAST)(function)
         except RuntimeError:
@@ -115,17 +128,24 @@ def as_float(typing_context: Any, bits: Any) -> Any:
 
 
 @njit(inline="always")
-def words_at(given: Any) -> Any:
-    """The words a loop was given."""
-    return carray(given, (WORDS,), int64)
+def arguments(given: Any, record: Any) -> Any:
+    """The named arguments of a loop; ``record`` is :func:`record_of` their class."""
+    return carray(given, (1,), record)[0]
 
 
 @njit(inline="always")
-def take(given: Any) -> int:
-    """The next piece of a loop's work; −1 when all are taken."""
-    words = carray(given, (WORDS,), int64)
-    piece = _next(_address(given))
-    return piece if piece < words[1] else -1
+def next_item(given: Any) -> int:
+    """The next item of a loop's work; −1 when all are handed out."""
+    header = carray(given, (3,), int64)  # HEADER
+    item = _next(_address(given))
+    return item if item < header[1] else -1
+
+
+@njit
+def fail(given: Any) -> None:
+    """Tells :func:`d2obench.cpu.launch` of an error, and hands out no more items."""
+    header = carray(given, (3,), int64)  # HEADER
+    header[0], header[2] = header[1], 1
 
 
 @njit(inline="always")
@@ -161,32 +181,72 @@ C2, C3, C4, C5, C6, C7 = (
 
 @njit(inline="always", fastmath=FAST)
 def exp(x: Any) -> Any:
-    """e to the x for x ≤ 0, 0 below −87, to two units in the last place: Cephes' polynomial, which vectorises."""
-    held = max(x, LOWEST)
+    """e to the x for x ≤ 0, 0 below −87, to two units in the last place: Cephes' polynomial, which vectorises. NaN
+    stays NaN."""
+    held = LOWEST if x < LOWEST else x
     power = np.floor(held * LOG2E + HALF)
     rest = held - power * LN2_HIGH - power * LN2_LOW
     sum = ((((C7 * rest + C6) * rest + C5) * rest + C4) * rest + C3) * rest + C2
     scale = as_float((int32(power) + int32(127)) << int32(23))
-    return (sum * rest * rest + rest + ONE) * scale if x > LOWEST else np.float32(0)
+    return np.float32(0) if x <= LOWEST else (sum * rest * rest + rest + ONE) * scale
+
+
+@njit(inline="always")
+def _ordered(bits: Any) -> Any:
+    """A float32's bits as an integer of the same order: LLVM vectorises a minimum of integers, not one of floats. The
+    same again gives the bits back."""
+    return bits ^ ((bits >> 31) & int32(0x7FFFFFFF))
+
+
+@compiled(float32[::1], int64)
+def highest(row: Any, width: int) -> Any:
+    """The largest of a row's first ``width`` numbers, −inf of none."""
+    bits, high = row.view(np.int32), int32(-0x7F800001)
+    for c in range(width):
+        high = max(high, _ordered(bits[c]))
+    return as_float(_ordered(high))
 
 
 @compiled(float32[::1], int64, boolean)
 def first_extreme(row: Any, width: int, largest: bool) -> int:
-    """Index of the first largest or smallest of a row's first ``width`` numbers.
-
-    Floats are compared as integers of the same order: LLVM vectorises that, and a minimum of floats it does not.
-    """
+    """Index of the first largest or smallest of a row's first ``width`` numbers."""
     bits, flip = row.view(np.int32), int32(-1 if largest else 0)
     low = int32(0x7FFFFFFF)
     for c in range(width):
-        i = bits[c]
-        low = min(low, i ^ ((i >> 31) & int32(0x7FFFFFFF)) ^ flip)
-    low ^= flip
-    low ^= (low >> 31) & int32(0x7FFFFFFF)
+        low = min(low, _ordered(bits[c]) ^ flip)
+    low = _ordered(low ^ flip)
     j = 0
     while bits[j] != low:
         j += 1
     return j
+
+
+@compiled(float32[::1], float32[::1], int64, int64)
+def smallest(row: Any, scratch: Any, width: int, place: int) -> Any:
+    """The number at ``place`` (from 0) in the ascending order of a row's first ``width`` ones, in linear time: Hoare's
+    selection, on a copy in ``scratch``."""
+    bits, held = row.view(np.int32), scratch.view(np.int32)
+    for c in range(width):
+        held[c] = _ordered(bits[c])
+    low, high = 0, width - 1
+    while low < high:
+        pivot, i, j = held[(low + high) // 2], low, high
+        while i <= j:
+            while held[i] < pivot:
+                i += 1
+            while held[j] > pivot:
+                j -= 1
+            if i <= j:
+                held[i], held[j] = held[j], held[i]
+                i += 1
+                j -= 1
+        if place <= j:
+            high = j
+        elif place >= i:
+            low = i
+        else:
+            break
+    return as_float(_ordered(held[place]))
 
 
 def _at(builder: Any, base: Any, offset: Any, kind: Any) -> Any:

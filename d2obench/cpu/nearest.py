@@ -5,51 +5,83 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import njit
 
-from d2obench.cpu.language import LANES, blend, first_extreme, floats, integers, loop, take, words_at
+from d2obench.cpu import HEADER, Arguments, Floats, Longs, Size
+from d2obench.cpu.language import (
+    LANES,
+    LOOP,
+    arguments,
+    blend,
+    fail,
+    first_extreme,
+    floats,
+    integers,
+    loop,
+    next_item,
+    record_of,
+)
 
 SIDE = 6
 """Evicted keys of a tile: with two vectors of kept ones its twelve sums fill AVX2's registers."""
 BLOCK = 3 * SIDE
-"""Evicted keys of one piece: their products with a few hundred kept keys stay in a core's first cache."""
+"""Evicted keys of one item: their products with a few hundred kept keys stay in a core's first cache."""
 COLUMNS = 2 * LANES
 """Kept keys of a tile."""
 _tile, _single = blend(SIDE), blend(1)
 
 
-@loop(lambda words: 2 * words[1] * BLOCK * words[8] * words[9])
-def nearest(given: Any) -> None:
-    """Highest ``e·u + b`` of every evicted key, and where; the first of equals wins. A piece is a block of a row's.
+class NearestArguments(Arguments):
+    """Evicted keys ``[R, E, width]``; unit vectors of the kept, channel by channel, ``[R, width, slots]``; ``bias``
+    ``[R, slots]``; where the highest products ``[R, E]`` go, and their places. ``count`` is E; ``slots`` a multiple of
+    COLUMNS."""
 
-    Words: evicted ``[R, E, d]``, unit vectors of the kept, channel by channel, ``[R, d, C]``, b ``[R, C]``; found
-    ``[R, E]``, places (int64) ``[R, E]``; E, C (a multiple of COLUMNS), d.
-    """
-    words = words_at(given)
-    evicted, unit, bias, found, places, count, slots, width = words[2:10]
+    _fields_ = (
+        *HEADER, ("evicted", Floats), ("unit", Floats), ("bias", Floats), ("found", Floats), ("place", Longs),
+        ("count", Size), ("slots", Size), ("width", Size),
+    )  # fmt: skip
+
+
+RECORD = record_of(NearestArguments)
+
+
+@njit(**LOOP)
+def _nearest(given: Any) -> None:
+    a = arguments(given, RECORD)
+    count, slots, width = a.count, a.slots, a.width
     blocks = (count + BLOCK - 1) // BLOCK
     products = np.empty(BLOCK * slots, np.float32)
-    room = products.ctypes.data
+    scratch = products.ctypes.data
     while True:
-        piece = take(given)
-        if piece < 0:
+        item = next_item(given)
+        if item < 0:
             return
-        row, first = piece // blocks, piece % blocks * BLOCK
+        row, first = item // blocks, item % blocks * BLOCK
         some = min(BLOCK, count - first)
-        queries, start = evicted + 4 * (row * count + first) * width, floats(bias + 4 * row * slots, slots)
+        queries, start = a.evicted + 4 * (row * count + first) * width, floats(a.bias + 4 * row * slots, slots)
         for e in range(some):
             products[e * slots : (e + 1) * slots] = start
         for column in range(0, slots, COLUMNS):
-            keys, e = unit + 4 * (row * width * slots + column), 0
+            keys, e = a.unit + 4 * (row * width * slots + column), 0
             while e < some:
-                query, to = queries + 4 * e * width, room + 4 * (e * slots + column)
+                query, to = queries + 4 * e * width, scratch + 4 * (e * slots + column)
                 if e + SIDE <= some:
                     _tile(keys, query, to, keys, width, slots, width, slots)
                     e += SIDE
                 else:
                     _single(keys, query, to, keys, width, slots, width, slots)
                     e += 1
-        values, at = floats(found + 4 * row * count, count), integers(places + 8 * row * count, count)
+        values, at = floats(a.found + 4 * row * count, count), integers(a.place + 8 * row * count, count)
         for e in range(some):
-            line = products[e * slots : (e + 1) * slots]
-            j = first_extreme(line, slots, True)
-            values[first + e], at[first + e] = line[j], j
+            own = products[e * slots : (e + 1) * slots]
+            j = first_extreme(own, slots, True)
+            values[first + e], at[first + e] = own[j], j
+
+
+@loop(lambda a: 2 * a.items * BLOCK * a.slots * a.width)
+def nearest(given: Any) -> None:
+    """Highest ``e·u + b`` of every evicted key, and where; the first of equals wins. An item is a block of a row's."""
+    try:
+        _nearest(given)
+    except Exception:
+        fail(given)

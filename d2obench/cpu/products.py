@@ -1,4 +1,4 @@
-"""Loops over few rows: a product with a weight matrix, and the root-mean-square norm before it."""
+"""Loops over few rows: a product with a weight matrix, the root-mean-square norm before it, and rotary positions."""
 
 from __future__ import annotations
 
@@ -6,27 +6,58 @@ import math
 from typing import Any
 
 import numpy as np
+from numba import njit
 
-from d2obench.cpu.language import dots, floats, loop, take, words_at
+from d2obench.cpu import HEADER, Arguments, Floats, Real, Size
+from d2obench.cpu.language import LOOP, arguments, dots, fail, floats, loop, next_item, record_of
 
 OUTPUTS, ROWS = 3, 4
 """Sides of a tile: of the weights, and of the input. Its twelve sums and their factors fill AVX2's registers."""
 _tile, _single, _last = dots(OUTPUTS, ROWS), dots(OUTPUTS, 1), dots(1, 1)
 
 
-@loop(lambda words: 2 * words[6] * words[7] * words[8])
-def product(given: Any) -> None:
-    """``out = x·Wᵀ + b``; a piece is a run of outputs.
+class ProductArguments(Arguments):
+    """``x`` ``[rows, inputs]``, ``weight`` ``[outputs, inputs]``, ``bias`` ``[outputs]`` or 0, ``out``; ``inputs`` is a
+    multiple of LANES; an item is ``share`` outputs."""
 
-    Words: x, W, b (0 for none), out, rows, inputs (a multiple of LANES), outputs, outputs of a piece.
-    """
-    words = words_at(given)
-    x, weight, bias, out, rows, inputs, outputs, share = words[2:10]
+    _fields_ = (
+        *HEADER, ("x", Floats), ("weight", Floats), ("bias", Floats), ("out", Floats), ("rows", Size),
+        ("inputs", Size), ("outputs", Size), ("share", Size),
+    )  # fmt: skip
+
+
+class NormArguments(Arguments):
+    """``x`` and ``out`` ``[rows, width]``, ``weight`` ``[width]``; an item is ``share`` rows."""
+
+    _fields_ = (
+        *HEADER, ("x", Floats), ("weight", Floats), ("out", Floats), ("rows", Size), ("width", Size), ("share", Size),
+        ("epsilon", Real),
+    )  # fmt: skip
+
+
+class RotateArguments(Arguments):
+    """Queries ``[tokens, query_heads, width]``, keys ``[tokens, key_heads, width]``, cos and sin ``[lines, width]``
+    (token t has line t mod lines), where the results go; an item is ``share`` tokens."""
+
+    _fields_ = (
+        *HEADER, ("queries", Floats), ("keys", Floats), ("cos", Floats), ("sin", Floats), ("out_queries", Floats),
+        ("out_keys", Floats), ("tokens", Size), ("query_heads", Size), ("key_heads", Size), ("width", Size),
+        ("lines", Size), ("share", Size),
+    )  # fmt: skip
+
+
+PRODUCT, NORM, ROTATE = record_of(ProductArguments), record_of(NormArguments), record_of(RotateArguments)
+
+
+@njit(**LOOP)
+def _product(given: Any) -> None:
+    a = arguments(given, PRODUCT)
+    x, weight, out, rows, inputs, outputs, share = a.x, a.weight, a.out, a.rows, a.inputs, a.outputs, a.share
     while True:
-        piece = take(given)
-        if piece < 0:
+        item = next_item(given)
+        if item < 0:
             return
-        first, last = piece * share, min(outputs, piece * share + share)
+        first, last = item * share, min(outputs, item * share + share)
         o = first
         while o < last:
             row, at = weight + 4 * o * inputs, out + 4 * o
@@ -45,64 +76,79 @@ def product(given: Any) -> None:
                     _last(row, x + 4 * r * inputs, at + 4 * r * outputs, row, inputs, inputs, inputs, outputs)
                     r += 1
                 o += 1
-        if bias:
-            added = floats(bias, outputs)
+        if a.bias:
+            added = floats(a.bias, outputs)
             for r in range(rows):
                 found = floats(out + 4 * r * outputs, outputs)
                 for o in range(first, last):
                     found[o] += added[o]
 
 
-@loop(lambda words: 0)
-def norm(given: Any) -> None:
-    """``out = w·x ÷ √(mean x² + ε)``, row by row; a piece is a run of rows.
-
-    Words: x, w, out, rows, width, rows of a piece, the bits of ε.
-    """
-    words = words_at(given)
-    x, weight, out, rows, width, share = words[2:8]
-    scale = floats(weight, width)
-    small = words[8:9].view(np.float64)[0]
+@njit(**LOOP)
+def _norm(given: Any) -> None:
+    a = arguments(given, NORM)
+    rows, width, share, epsilon = a.rows, a.width, a.share, a.epsilon
+    scale = floats(a.weight, width)
     while True:
-        piece = take(given)
-        if piece < 0:
+        item = next_item(given)
+        if item < 0:
             return
-        for r in range(piece * share, min(rows, piece * share + share)):
-            row, found = floats(x + 4 * r * width, width), floats(out + 4 * r * width, width)
+        for r in range(item * share, min(rows, item * share + share)):
+            row, found = floats(a.x + 4 * r * width, width), floats(a.out + 4 * r * width, width)
             total = np.float32(0)
             for i in range(width):
                 total += row[i] * row[i]
-            factor = np.float32(1 / math.sqrt(total / width + small))
+            factor = np.float32(1 / math.sqrt(total / width + epsilon))
             for i in range(width):
                 found[i] = scale[i] * (row[i] * factor)
 
 
-@loop(lambda words: 0)
-def rotate(given: Any) -> None:
-    """Rotary positions: ``x·cos + (−x₂, x₁)·sin`` of queries and keys; a piece is a run of tokens.
-
-    Words: queries ``[T, Hq, d]``, keys ``[T, Hk, d]``, cos and sin ``[P, d]`` (token t has line t mod P), where the
-    results go; T, Hq, Hk, d, P, tokens of a piece.
-    """
-    words = words_at(given)
-    queries, keys, cosines, sines, out_queries, out_keys, tokens, query_heads, key_heads, width, lines, share = words[
-        2:14
-    ]
+@njit(**LOOP)
+def _rotate(given: Any) -> None:
+    a = arguments(given, ROTATE)
+    query_heads, key_heads, width, share = a.query_heads, a.key_heads, a.width, a.share
     half = width // 2
     while True:
-        piece = take(given)
-        if piece < 0:
+        item = next_item(given)
+        if item < 0:
             return
-        for t in range(piece * share, min(tokens, piece * share + share)):
-            cos = floats(cosines + 4 * (t % lines) * width, width)
-            sin = floats(sines + 4 * (t % lines) * width, width)
+        for t in range(item * share, min(a.tokens, item * share + share)):
+            cos = floats(a.cos + 4 * (t % a.lines) * width, width)
+            sin = floats(a.sin + 4 * (t % a.lines) * width, width)
             for h in range(query_heads + key_heads):
                 if h < query_heads:
-                    at, source, to = t * query_heads + h, queries, out_queries
+                    at, source, to = t * query_heads + h, a.queries, a.out_queries
                 else:
-                    at, source, to = t * key_heads + h - query_heads, keys, out_keys
+                    at, source, to = t * key_heads + h - query_heads, a.keys, a.out_keys
                 x, out = floats(source + 4 * at * width, width), floats(to + 4 * at * width, width)
                 for i in range(half):
                     out[i] = x[i] * cos[i] - x[half + i] * sin[i]
                 for i in range(half):
                     out[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i]
+
+
+@loop(lambda a: 2 * a.rows * a.inputs * a.outputs)
+def product(given: Any) -> None:
+    """``out = x·Wᵀ + b``."""
+    try:
+        _product(given)
+    except Exception:
+        fail(given)
+
+
+@loop(lambda a: 0)
+def norm(given: Any) -> None:
+    """``out = w·x ÷ √(mean x² + ε)``, row by row."""
+    try:
+        _norm(given)
+    except Exception:
+        fail(given)
+
+
+@loop(lambda a: 0)
+def rotate(given: Any) -> None:
+    """Rotary positions: ``x·cos + (−x₂, x₁)·sin`` of queries and keys."""
+    try:
+        _rotate(given)
+    except Exception:
+        fail(given)

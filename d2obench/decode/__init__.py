@@ -1,5 +1,6 @@
 """What one decode step does over slots: attention, scores, eviction and the merge of what was evicted.
 
-``state`` holds the tensors and the PyTorch reference; ``cpu`` and ``triton`` are compiled forms of the same step.
-Imported by ``cache`` and above; imports ``slots``, ``policies`` and ``cpu``.
+``state`` holds the tensors and the sequence of a step; ``backend`` chooses who executes it: ``reference`` (PyTorch
+operators, with ``merge`` for D2O), ``cpu`` (compiled loops) or ``triton`` (kernels). Imported by ``cache`` and above;
+imports ``slots``, ``policies`` and ``cpu``.
 """

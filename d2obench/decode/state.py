@@ -1,11 +1,12 @@
-"""The decode state: what is in every slot, what a step overwrites next, and attention over slots.
+"""The decode state: what is in every slot, what a step overwrites next, and the sequence of a step.
 
-One step, for every compressed layer: the new key and value go to the slot that the last step freed, attention runs
-over the layer's slots, and the row of attention (mean over the query heads of a KV head) is left in ``attention``.
-After the last layer :meth:`DecodeState.advance` lets the policy choose, for all layers at once, the slot that the next
-token takes. A slot chosen so is an eviction. There is no concatenation, no reallocation and no host synchronisation.
+One step, for every compressed layer: the new key and value go to the slot that the last step freed (``write``),
+attention runs over the layer's slots, and the row of attention (mean over the query heads of a KV head) is left in
+``attention`` (``attend``). After the last layer ``advance`` lets the policy's rule choose, for all layers at once, the
+slot that the next token takes. A slot chosen so is an eviction. There is no concatenation, no reallocation and no
+synchronisation with the host.
 
-Policies that merge what they evict use ``carry`` (see ``d2obench.decode.pending_merge``).
+The state is data; a backend (``d2obench.decode.backend``) works on it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2obench.decode import triton as kernels
-from d2obench.decode.cpu import backend as host
-from d2obench.decode.cpu import native
-from d2obench.ranges import span
+from d2obench.decode import backend, reference
+from d2obench.decode.merge import PendingMerge
+from d2obench.errors import ModelError
+from d2obench.policies.base import Custom, DecodeRule, LowestScore, MergeSpec, RowSizes, SpreadSpec, Stats
+from d2obench.policies.drawing import stream
 from d2obench.slots.dense import CLOSED, EMPTY, NEVER, DenseStore
 
 if TYPE_CHECKING:
+    from d2obench.decode.reference import Backend
     from d2obench.policies.base import Policy
-
-PROTECTED = 3e38
-"""Score shown for a token of the recent window: evicted only when nothing but sinks is left."""
 
 
 class DecodeState:
@@ -43,6 +43,28 @@ class DecodeState:
         grows: tokens are appended and nothing is evicted.
         seed: for policies that draw.
         rotary: float32 ``[r/2]``, angle per position of each rotary pair; None if it isn't constant.
+        first_layer: the model's index of the first of these layers, and
+        first_head: of a row's first KV head; for policies that draw.
+
+    Attributes:
+        rule: how a step chooses what to evict, and
+        merge_spec: what becomes of that; both as the policy declares them, None in a growing cache.
+        merge: the pending merge, for a D2O that evicts one entry at a time.
+        score: float32 ``[layers, rows, C]``, what the rule compares; NEVER and −NEVER for slots that can't or must be
+            taken.
+        square: sums of squared attention, for the rule that needs them.
+        attention: float32 ``[layers, rows, C]``, the row of attention of the last step (its sum over the query heads of
+            a KV head until the step ends, then their mean).
+        threshold: float32 ``[layers, rows]``, the similarity that a merge needs; −inf before the first eviction.
+        merged: entries merged and
+        evicted: entries evicted so far while decoding, int64 ``[layers]``.
+        usable: slots of each row that are not CLOSED, ``[layers, rows]``.
+        bias: −inf for slots that attention must not see; None where all hold something.
+        free: the slots of the next ``interval`` tokens, int64 ``[layers, rows, interval]``.
+        slot: that of the next one, ``[layers, rows]``, and
+        target: its line in the store.
+        stream: what the draws of a row begin with, int64 ``[layers, rows, 1]``.
+        extra: what a policy with a rule of its own keeps.
     """
 
     def __init__(
@@ -57,68 +79,94 @@ class DecodeState:
         grows: bool,
         seed: int = 0,
         rotary: Tensor | None = None,
+        first_layer: int = 0,
+        first_head: int = 0,
     ) -> None:
         self.store, self.position, self.now, self.policy = store, position, now, policy
         self.heads, self.group, self.grows, self.seed = heads, group, grows, seed
-        self.prompts, self.added, self.rotary = list(prompts), 0, rotary
-        self.first_layer = self.first_head = 0
+        self.prompts, self.added, self.rotary, self.steps = list(prompts), 0, rotary, 0
         layers, rows, width = position.shape
         device = position.device
+        self.rule: DecodeRule | None = None
+        self.merge_spec: MergeSpec | SpreadSpec | None = None if grows else policy.merge_spec
+        self.merge: PendingMerge | None = None
         self.tracks = policy.needs_attention and not grows
-        floats = (layers, rows, width) if self.tracks else (0,)
-        self.attention = torch.zeros(floats, device=device)
-        self.score = torch.zeros(floats, device=device)
+        self.attention = torch.zeros((layers, rows, width) if self.tracks else (0,), device=device)
+        self.score, self.square = torch.zeros_like(self.attention), torch.zeros(0, device=device)
+        self.threshold = torch.full((layers, rows), -torch.inf, device=device)
+        self.merged, self.evicted = (torch.zeros(layers, dtype=torch.long, device=device) for _ in range(2))
         self.usable = (position != CLOSED).sum(-1)
-        """Slots of each row that are not CLOSED, ``[layers, rows]``."""
         self.bias: Tensor | None = None
         self.slot = torch.zeros(layers, rows, dtype=torch.long, device=device)
         self.free = torch.zeros(layers, rows, policy.interval, dtype=torch.long, device=device)
         self.target = store.base.clone()
-        self.steps = 0
-        self.evicted = torch.zeros(layers, dtype=torch.long, device=device)
+        layer = first_layer + torch.arange(layers, device=device)[:, None, None]
+        head = first_head + (torch.arange(rows, device=device) % heads)[:, None]
+        self.stream = stream(seed, layer, head, device)
         self.extra: dict[str, Tensor] = {}
-        self.pending_merge: Any = None
-        self.path: Any = None
-        """The fused decode path, if one serves this state: ``d2obench.decode.cpu.backend`` or ``.kernels``."""
+        batch, (key_width, value_width) = rows // heads, store.widths
+        self._key_shape, self._value_shape = (batch, heads, 1, key_width), (batch, heads, 1, value_width)
+        self._query_shape = (batch, heads * group, 1, key_width)
+        self.backend: Backend
         self.fallback = ""
-        """Why not, where one could have been expected."""
-        self._loops = native.loops() if native.serves(store) and not grows and policy.interval == 1 else None
-        self._work(width)
+        """Why a fast path of the device, for decoding or for the prompt, was not taken; in words."""
 
-    def start(self) -> None:
-        """Called once the kept entries and their scores are in place: masks what is empty, frees the first slots."""
-        unused = self.position < 0
-        if self.tracks:
+    def start(self, memory: Sequence[dict[str, Tensor]] = (), scores: list[Stats] | None = None) -> None:
+        """Called once the kept entries are in place.
+
+        Args:
+            memory: what the policy's ``absorb`` returned, per layer.
+            scores: the statistics of the kept entries, per layer, ``[B, H, C]``; None where everything was kept.
+        """
+        unused, spare = self.position < 0, self.policy.interval
+        held = (self.position >= 0).sum(-1)
+        # 1. the rule, and the fields it works on
+        for layer, remembered in enumerate(memory):
+            if "threshold" in remembered and isinstance(self.merge_spec, MergeSpec):
+                self.threshold[layer] = remembered["threshold"].flatten()
+        if not self.grows:
+            self.rule = self.policy.decode_rule(RowSizes(self.usable - spare, held))
+            reference.begin(self, self.rule, scores or [])
+        if scores is not None:
+            self.policy.begin(self, list(memory), scores)
+        if self.score.numel():
             self.score.masked_fill_(unused, -NEVER).masked_fill_(self.position == CLOSED, NEVER)
-        held, spare = (self.position >= 0).sum(-1), self.policy.interval
+        if isinstance(self.merge_spec, MergeSpec) and spare == 1:
+            self.merge = PendingMerge(self, self.merge_spec)
+        # 2. what attention must not see
         full = self.prompts if self.grows else [capacity - spare for capacity in self.store.capacities]
         whole = bool((held == torch.tensor(full, device=held.device)[:, None]).all())
         slots = torch.arange(self.position.shape[-1], device=held.device)
         if self.grows:
             unused &= slots < torch.tensor(self.prompts, device=held.device)[:, None, None]
         if not whole or (spare > 1 and not self.grows):
-            kind = self.store.dtype
-            self.bias = torch.zeros(self.position.shape, dtype=kind, device=held.device).masked_fill_(
-                unused, -torch.inf
-            )
+            bias = torch.zeros(self.position.shape, dtype=self.store.dtype, device=held.device)
+            self.bias = bias.masked_fill_(unused, -torch.inf)
+        # 3. the slots of the first tokens
         if self.grows:
             self._append()
         else:
-            width = self.position.shape[-1]
             order = slots.expand_as(self.position)
-            empty = torch.where(self.position == EMPTY, order, width)
-            self._free(empty.topk(spare, -1, largest=False, sorted=True).indices)
-            if self.pending_merge is not None:
-                self.pending_merge.take(self.slot)
-            self._place()
+            empty = torch.where(self.position == EMPTY, order, self.position.shape[-1])
+            self.free_slots(empty.topk(spare, -1, largest=False, sorted=True).indices)
+            if self.merge is not None:
+                self.merge.stage(self.slot)
+            self.reserve()
         self._choose()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots."""
-        if self.path is not None:
-            self.path.write(keys, values)
-            return
-        self.store.write(layer, self.target[layer], keys, values)
+        """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots.
+
+        Raises:
+            ModelError: tensors of another shape, dtype or device than the slots, or no slot left. Compiled backends
+                trust their addresses, so all is checked here.
+        """
+        for held, shape in ((keys, self._key_shape), (values, self._value_shape)):
+            if held.shape != shape or held.dtype != self.store.dtype or held.device != self.now.device:
+                raise self._unfit("key or value", held, shape)
+        if self.grows and self.prompts[layer] + self.added >= self.store.capacities[layer]:
+            raise ModelError("every slot of the cache is taken", remedy="give a larger max_new, or extend the cache")
+        self.backend.write(layer, keys, values)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention of one new query over the layer's slots.
@@ -130,94 +178,80 @@ class DecodeState:
 
         Returns:
             ``[B, 1, Hq, d_v]``.
+
+        Raises:
+            ModelError: as :meth:`write`.
         """
-        if self.path is not None:
-            out: Tensor = self.path.attend(layer, query, scale)
-            return out
-        rows, group = self.store.rows, self.group
-        keys = self.store.keys(layer)
-        if self.grows:
-            keys = keys[:, : self.prompts[layer] + self.added + 1]
-        width = keys.shape[1]
-        with span("decode attention"):
-            bias = None if self.bias is None else self.bias[layer, :, None, :width]
-            if self.pending_merge is None:
-                logits = self._logits[: rows * group * width].view(rows, group, width)
-                queries = query.view(rows, group, -1)
-                given, beta = (logits, 0) if bias is None else (bias, 1)
-                torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=logits)
-            else:
-                logits = self.pending_merge.logits(layer, query, scale, keys, bias, self._logits)
-            weights = self._weights[: logits.numel()].view(logits.shape)
-            torch.softmax(logits, -1, dtype=torch.float32, out=weights)
-            weights = weights[:, :group]
-            if self.tracks:
-                torch.sum(weights, 1, out=self.attention[layer, :, :width])
-            values = self.store.values(layer)[:, :width]
-            mixed = torch.bmm(weights.to(values.dtype), values)
-        return mixed.view(query.shape[0], 1, query.shape[1], -1)
+        if query.shape != self._query_shape or query.dtype != self.store.dtype or query.device != self.now.device:
+            raise self._unfit("query", query, self._query_shape)
+        return self.backend.attend(layer, query, scale)
 
     def advance(self) -> None:
-        """Ends a step: the policy sees its attention and frees the slot of the next token."""
+        """Ends a step: the rule sees its attention and frees the slot of the next token."""
         self.count()
         self.now += 1
         if self.grows:
             self.target += 1
-            return
-        if self.path is not None and self.path.turn():
-            return
-        if self.pending_merge is not None:
-            with span("merge"):
-                self.pending_merge.settle()
-        with span("scores"):
-            if self.tracks:
-                self.attention /= self.group
-            self.policy.observe(self)
-        turn = self.steps % self.policy.interval
-        if turn == 0:
-            with span("evict"):
-                victims = self.policy.victims(self)
-            if self.pending_merge is not None:
-                self.pending_merge.take(victims[..., 0])
-            else:
-                self.policy.absorb_step(self, victims)
-            self._free(victims)
-        self.slot = self.free[..., turn]
-        self._place()
+        else:
+            self.backend.update()
 
     def count(self) -> None:
         """Counts a step on the host: all of a step that replaying a graph of it leaves out."""
         self.steps += 1
         self.added += self.grows
 
+    @property
+    def decode_path(self) -> str:
+        """What executes a step, in the words of a result's decode path."""
+        return self.backend.path
+
+    def observe_inherited(self) -> None:
+        """What the rule that a policy's own one is built on does with a row of attention."""
+        reference.observe(self, _inherited(self.rule))
+
+    def inherited_victims(self) -> Tensor:
+        """The slots that the rule which a policy's own one is built on would free."""
+        return reference.victims(self, _inherited(self.rule))
+
+    def known(self) -> Stats:
+        """The prompt statistics that the slots still know, ``[layers, rows, C]`` by name."""
+        return reference.known(self, self.rule)
+
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
-        """Slots of the ``interval`` lowest scores outside the last ``recent`` tokens, ``[layers, rows, interval]``.
-
-        EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
-        """
-        if self._loops is not None:
-            window = self._window(recent)
-            slot = torch.empty_like(self.slot)
-            tensors = (score.contiguous(), self.position, self.now, window, self._shown, slot)
-            self._loops.least(*native.arrays(*tensors))
-            return slot[..., None]
-        limit = (self.now[None, :, None] - recent).clamp_min(EMPTY)
-        shown = torch.where(self.position > limit, PROTECTED, score)
-        if self.policy.interval == 1:
-            return shown.min(-1, keepdim=True).indices
-        return shown.topk(self.policy.interval, -1, largest=False, sorted=True).indices
-
-    def _window(self, recent: Tensor | int) -> Tensor:
-        kind = self.position.dtype
-        if isinstance(recent, int):
-            return torch.full(self.slot.shape, recent, dtype=kind)
-        return recent[..., 0].to(kind).expand(self.slot.shape).contiguous()
+        """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.reference.lowest`."""
+        return reference.lowest(self, score, recent)
 
     def oldest(self, start: Tensor | int) -> Tensor:
-        """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones
-        come first."""
-        kept = (self.position == CLOSED) | ((self.position >= 0) & (self.position < start))
-        return self.least(self.position.float().masked_fill_(kept, NEVER), 0)
+        """Slots of the oldest tokens from a position on; see :func:`d2obench.decode.reference.oldest`."""
+        return reference.oldest(self, start)
+
+    def important(self) -> Tensor:
+        """Which slots hold an entry that is neither a sink nor in the recent window, bool ``[layers, rows, C]``."""
+        rule = self.rule if isinstance(self.rule, LowestScore) else _inherited(self.rule)
+        assert isinstance(rule, LowestScore)
+        newest = self.position > self.now[None, :, None] - rule.recent[..., None]
+        return (self.position >= 0) & ~newest & ~self.score.isinf()
+
+    def free_slots(self, slots: Tensor) -> None:
+        """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
+        self.free.copy_(slots)
+        self.slot = self.free[..., 0]
+        self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
+        if self.policy.interval > 1 and self.bias is not None:
+            self.position.scatter_(2, slots, EMPTY)
+            self.bias.scatter_(2, slots, -torch.inf)
+            if self.score.numel():
+                self.score.scatter_(2, slots, -NEVER)
+
+    def reserve(self) -> None:
+        """Reserves the freed slot for the token to come."""
+        at = self.slot[..., None]
+        self.position.scatter_(2, at, (self.now + 1)[None, :, None].expand(*self.slot.shape, 1))
+        torch.add(self.store.base, self.slot, out=self.target)
+        if self.score.numel():
+            self.score.scatter_(2, at, 0.0)
+        if self.bias is not None:
+            self.bias.scatter_(2, at, 0.0)
 
     def where(self) -> Tensor:
         """True position of what each slot holds, ``[layers, rows, C]``; negative where it holds nothing."""
@@ -239,16 +273,9 @@ class DecodeState:
         self.added += tokens
         self._append()
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The model's index of each layer, ``[layers, 1, 1]``, and of each row's KV head, ``[rows, 1]``."""
-        layers, rows = self.slot.shape
-        layer = self.first_layer + torch.arange(layers, device=self.slot.device)[:, None, None]
-        return layer, self.first_head + (torch.arange(rows, device=self.slot.device) % self.heads)[:, None]
-
     def tensors(self) -> list[Tensor]:
         """Every tensor beside keys and values, for snapshots and for counting bytes."""
-        fused = [] if self.path is None else self.path.tensors()
-        return [*self._living(), *self.store.work(), self._logits, self._weights, *fused]
+        return [*self._living(), *self.store.work(), *self.backend.tensors()]
 
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of what decoding changes; work buffers are left out."""
@@ -274,7 +301,6 @@ class DecodeState:
         self.position = position
         if self.bias is not None:
             self.bias = torch.nn.functional.pad(self.bias, (0, tokens))
-        self._work(width + tokens)
         self._append()
         self._choose()
 
@@ -283,59 +309,31 @@ class DecodeState:
         return (self.position >= 0).sum(-1) + (self.added if self.grows else -1)
 
     def _living(self) -> list[Tensor]:
-        own = [self.position, self.now, self.attention, self.score, self.free, self.target, self.evicted]
-        own += [*self.extra.values(), *([] if self.bias is None else [self.bias])]
-        return own + ([] if self.pending_merge is None else self.pending_merge.tensors())
-
-    def _work(self, width: int) -> None:
-        rows, device = self.store.rows, self.store.device
-        self._logits = torch.empty(rows * (self.group + 1) * width, dtype=self.store.dtype, device=device)
-        self._weights = torch.empty(rows * (self.group + 1) * width, dtype=torch.float32, device=device)
-        self._shown, self._none = torch.empty(width if self._loops else 0), torch.empty(0, 0, 0)
+        own = [self.position, self.now, self.attention, self.score, self.square, self.free, self.target]
+        own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
+        own += [] if self.bias is None else [self.bias]
+        return own + ([] if self.merge is None else self.merge.tensors())
 
     def _choose(self) -> None:
-        """Takes a fused path where one serves; the buffers of the other one then go."""
-        chosen = host.HostDecode(self) if host.serves(self) else kernels.fused(self)
-        self.path, self.fallback = (None, chosen) if isinstance(chosen, str) else (chosen, "")
-        if self.path is not None:
-            self._logits, self._weights = self._logits[:0].clone(), self._weights[:0].clone()
+        self.backend = backend.choose(self)
+        self.fallback = self.backend.why
 
     def _append(self) -> None:
         prompts = torch.tensor(self.prompts, device=self.now.device)[:, None]
         self.target.copy_(self.store.base + prompts + self.added)
 
-    def _free(self, slots: Tensor) -> None:
-        """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
-        self.free.copy_(slots)
-        self.slot = self.free[..., 0]
-        if self._loops is not None:
-            return
-        self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
-        if self.policy.interval > 1 and self.bias is not None:
-            self.position.scatter_(2, slots, EMPTY)
-            self.bias.scatter_(2, slots, -torch.inf)
-            if self.tracks:
-                self.score.scatter_(2, slots, -NEVER)
+    def _unfit(self, what: str, found: Tensor, shape: tuple[int, ...]) -> ModelError:
+        return ModelError(
+            f"a decode step's {what} is {list(found.shape)}, {found.dtype} on {found.device}",
+            why=f"the cache holds {list(shape)}, {self.store.dtype} on {self.now.device}",
+            remedy="use the cache with the model and the batch that its prompt had",
+        )
 
-    def _place(self) -> None:
-        """Books the freed slot for the token to come."""
-        if self._loops is not None:
-            score, bias = self.score if self.tracks else self._none, self._none if self.bias is None else self.bias
-            tensors = (self.slot, self.store.base, self.target, self.position, self.now, self.evicted, score, bias)
-            self._loops.place(*native.arrays(*tensors))
-            return
-        at = self.slot[..., None]
-        self.position.scatter_(2, at, (self.now + 1)[None, :, None].expand(*self.slot.shape, 1))
-        torch.add(self.store.base, self.slot, out=self.target)
-        if self.tracks:
-            self.score.scatter_(2, at, 0.0)
-        if self.bias is not None:
-            self.bias.scatter_(2, at, 0.0)
+
+def _inherited(rule: DecodeRule | None) -> DecodeRule | None:
+    return rule.inherited if isinstance(rule, Custom) else None
 
 
 def capacities(budgets: Tensor, spare: int) -> Sequence[int]:
     """Slots per layer for budgets ``[layers, B]``: the largest of the batch and what comes before it is evicted."""
     return [int(most) + spare for most in budgets.amax(1).tolist()]
-
-
-__all__ = ["CLOSED", "EMPTY", "NEVER", "DecodeState", "capacities"]

@@ -81,6 +81,10 @@ class KvpressSession(Session):
             start = end
         return torch.cat(found)
 
+    @property
+    def decode_path(self) -> str:
+        return f"kvpress' cache, {self.loaded.model.config._attn_implementation} attention of PyTorch"
+
     def prepare(self) -> None:
         """Nothing to do: the caches of several groups take turns, so that no step is captured."""
 

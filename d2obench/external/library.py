@@ -15,6 +15,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from d2obench.errors import ModelError
 
+PATHS = {
+    "hf-dynamic": "transformers' DynamicCache",
+    "hf-static": "transformers' StaticCache",
+    "sdpa-static": "a preallocated cache",
+    "hf-quantized": "transformers' QuantizedCache",
+}
+"""Whose cache a yardstick's decode step works on."""
+
 
 class FilledLayer(StaticLayer):
     """A preallocated layer that hands out what it holds and no more; its length is known to the host."""
@@ -47,6 +55,13 @@ def library_cache(name: str, model: PreTrainedModel, most: int) -> Cache:
     if name == "sdpa-static":
         cache.layers = [FilledLayer(most) if type(layer) is StaticLayer else layer for layer in cache.layers]
     return cache
+
+
+def decode_path(name: str, model: PreTrainedModel) -> str:
+    """What executes a yardstick's decode step, in words."""
+    return (
+        f"{PATHS.get(name.partition('(')[0], 'the library')}, {model.config._attn_implementation} attention of PyTorch"
+    )
 
 
 def skip(cache: Cache, tokens: int) -> None:

@@ -98,6 +98,10 @@ class LlamaCppSession(Session):
         self._thread: threading.Thread | None = None
         self._fed = 0
 
+    @property
+    def decode_path(self) -> str:
+        return "llama.cpp's own kernels"
+
     @staticmethod
     def ready(asked: LlamaCpp) -> None:
         """Raises a UsageError where xllamacpp is missing."""

@@ -34,7 +34,7 @@ class StepCounts(NamedTuple):
     """One decode step.
 
     Args:
-        ops: aten operators dispatched, and loops of ours launched (``team.NAME``).
+        ops: aten operators dispatched, and loops of ours launched (``loop.NAME``).
         flops: floating-point operations of matrix products and attention.
         by_op: operator → times.
         concatenations: operator → times, of those that build a new tensor out of others.
@@ -107,10 +107,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = self.allocated = 0
         self.largest = (0, "")
 
-    def launched(self, loop: cpu.Loop, words: cpu.Arguments) -> None:
+    def launched(self, loop: cpu.Loop, arguments: cpu.Arguments) -> None:
         """Counts a loop of ours, which is no operator to PyTorch; its results are allocated by one."""
-        self.ops[f"team.{loop.name}"] += 1
-        self.flops += loop.flops(words)
+        self.ops[f"loop.{loop.name}"] += 1
+        self.flops += loop.flops(arguments)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -105,7 +105,7 @@ def _threads() -> int | None:
 
 
 OURS = "; column sums: blocks of queries; decode: products over slots"
-TEAM = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
+COMPILED = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
 KERNELS = "; column sums and decode: Triton kernels"
 """Where they serve: a cell that they don't serve says so by itself."""
 
@@ -118,7 +118,7 @@ def _attention(device: str) -> str | None:
     if not device.startswith("cuda"):
         from d2obench import cpu
 
-        return f"sdpa: flash (CPU){TEAM if cpu.here() else OURS}"
+        return f"sdpa: flash (CPU){COMPILED if cpu.available() else OURS}"
     on = torch.backends.cuda
     kinds = {
         "flash": on.flash_sdp_enabled(),

@@ -7,8 +7,8 @@ two thirds of the speed that memory has; :class:`ThinLinear` and :class:`QuickNo
 A prompt's feed-forward layers make four tensors of ``[tokens, 1536]``. Taken in pieces of tokens they are small, and
 the peak of memory is lower for it; time is the same. On a GPU norms alone are taken over (:class:`FusedNorm`).
 
-Weights stay as and where they are. All caches measured on a model share this, the library's own too. Where there is no
-team of threads to lend, and for other dtypes, all is PyTorch's.
+Weights stay as and where they are. All caches measured on a model share this, the library's own too. Where compiled
+loops can't run (:func:`d2obench.cpu.available`), and for other dtypes, all is PyTorch's.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from d2obench import cpu
 ROWS = 16
 """Most rows of an input for which this is the faster way."""
 SHARE, FEWEST = 96, 12
-"""Outputs of one piece of a product: at most, and at least where the threads would else have too few pieces."""
+"""Outputs of one item of a product: at most, and at least where the threads would else have too few pieces."""
 TOKENS = 64
-"""Tokens of one piece of a norm."""
+"""Tokens of one item of a norm."""
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
 """Norms of transformers that are ``w·(x ÷ √(mean x² + ε))``."""
 
@@ -52,22 +52,24 @@ class ThinLinear(nn.Linear):
         parameters = self._parameters  # modules look attributes up slowly, and a step does so two hundred times
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
-        if not 0 < rows <= ROWS or not input.dtype == weight.dtype == torch.float32:
+        if not 0 < rows <= ROWS or not input.dtype == weight.dtype == torch.float32 or not input.is_cpu:
             return F.linear(input, weight, bias)
         held = input.contiguous()
         out = torch.empty(*input.shape[:-1], outputs)
         share = share_of(outputs, torch.get_num_threads())
-        words = cpu.Arguments(
-            0, -(-outputs // share), held.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            out.data_ptr(), rows, inputs, outputs, share,
+        loops = _loops()
+        arguments = loops.ProductArguments(
+            items=-(-outputs // share), x=held.data_ptr(), weight=weight.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(), out=out.data_ptr(), rows=rows, inputs=inputs, outputs=outputs,
+            share=share,
         )  # fmt: skip
-        cpu.launch(_loops().product, words)
+        cpu.launch(loops.product, arguments)
         return out
 
 
 @functools.cache
 def share_of(outputs: int, threads: int) -> int:
-    """Outputs of one piece of a product: four pieces a thread, within bounds; a multiple of a tile's side."""
+    """Outputs of one item of a product: four pieces a thread, within bounds; a multiple of a tile's side."""
     wanted = -(-outputs // (4 * threads))
     return -(-max(FEWEST, min(SHARE, wanted)) // 3) * 3
 
@@ -92,17 +94,18 @@ class QuickNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[…, width]`` to the same."""
-        if not hidden_states.dtype == self.weight.dtype == torch.float32:
+        if not hidden_states.dtype == self.weight.dtype == torch.float32 or not hidden_states.is_cpu:
             return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
         held = hidden_states.contiguous()
         out = torch.empty_like(held)
         width = held.shape[-1]
         rows = held.numel() // width
-        words = cpu.Arguments(
-            0, -(-rows // TOKENS), held.data_ptr(), self.weight.data_ptr(), out.data_ptr(), rows, width, TOKENS,
-            cpu.bits(self.variance_epsilon),
+        loops = _loops()
+        arguments = loops.NormArguments(
+            items=-(-rows // TOKENS), x=held.data_ptr(), weight=self.weight.data_ptr(), out=out.data_ptr(), rows=rows,
+            width=width, share=TOKENS, epsilon=self.variance_epsilon,
         )  # fmt: skip
-        cpu.launch(_loops().norm, words)
+        cpu.launch(loops.norm, arguments)
         return out
 
 

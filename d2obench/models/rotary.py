@@ -27,7 +27,7 @@ NAME = "apply_rotary_pos_emb"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt_neox", "falcon")
 """Model packages of transformers whose function of that name is the one below."""
 SHARE = 16
-"""Tokens of one piece on a CPU."""
+"""Tokens of one item of the loop on a CPU."""
 Pair = tuple[Tensor, Tensor]
 _refused: dict[torch.device, str] = {}
 
@@ -97,19 +97,22 @@ def _on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Pair:
     batch, length, heads, width = queries.shape
     out, out_keys = torch.empty_like(queries), torch.empty_like(keys)
     tokens = batch * length
-    words = cpu.Arguments(
-        0, -(-tokens // SHARE), queries.data_ptr(), keys.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-        out_keys.data_ptr(), tokens, heads, keys.shape[2], width, cos.numel() // width, SHARE,
+    loops = _loops()
+    arguments = loops.RotateArguments(
+        items=-(-tokens // SHARE), queries=queries.data_ptr(), keys=keys.data_ptr(), cos=cos.data_ptr(),
+        sin=sin.data_ptr(), out_queries=out.data_ptr(), out_keys=out_keys.data_ptr(), tokens=tokens, query_heads=heads,
+        key_heads=keys.shape[2], width=width, lines=cos.numel() // width, share=SHARE,
     )  # fmt: skip
-    cpu.launch(_loop(), words)
+    cpu.launch(loops.rotate, arguments)
     return out.transpose(1, 2), out_keys.transpose(1, 2)
 
 
 @functools.cache
-def _loop() -> cpu.Loop:
+def _loops() -> Any:
+    """The compiled loops; the first call imports numba."""
     from d2obench.cpu import products
 
-    return products.rotate
+    return products
 
 
 def _on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:

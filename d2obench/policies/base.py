@@ -1,12 +1,14 @@
 """What a policy is: which entries of a prompt it keeps, and which slot each new token takes.
 
-A policy is a frozen dataclass of its parameters; it holds no tensors. The engine calls it at these points:
+A policy is a frozen dataclass of its parameters; it holds no tensors. It is asked at these points:
 
 1. ``needs``: which statistics of the prompt's attention map to gather (``d2obench.attention.prompt``).
 2. ``layer_budgets``: how many entries each layer keeps (uniform unless a policy allocates).
 3. ``rank``: a score per entry of the prompt; the highest are kept.
 4. ``absorb``: what happens to the evicted entries of a layer (nothing, or a merge into the kept ones).
-5. ``observe`` and ``victims``: after every decode step, for all layers at once.
+5. ``decode_rule`` and ``merge_spec``: as data, which slot a decode step frees and what becomes of its entry. A backend
+   of ``d2obench.decode`` executes them. A rule that none of these kinds describes is :class:`Custom`: the policy's own
+   ``observe`` and ``victims`` run after every step, for all layers at once.
 
 Adding a policy: one file with one such dataclass, one line in ``d2obench.policies.REGISTRY`` (or an entry point in
 the group ``d2obench.policies`` of another package); the shared test matrix then covers it.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,21 +54,109 @@ class Needs:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """How the engine merges what a decode step evicts, at the next step (``d2obench.decode.pending_merge``).
+    """D2O's merge of what a decode step evicts: into the kept entry of the most similar key, its *merge target*, if the
+    similarity reaches a threshold (``d2obench.policies.merging``).
 
     Args:
-        beta: weight of the newest similarity in the threshold's EMA.
+        beta: weight of the newest similarity in the threshold's moving average.
         keys: whether keys are merged beside values.
         per_layer: one threshold per sequence and layer instead of one per KV head.
-        hosts: all kept entries, or only those that are neither sinks nor recent.
-        inherit: whether a host also takes the score of what it absorbs.
+        targets: all kept entries, or only those that are neither sinks nor recent.
+        inherit: whether a merge target also takes the score of what it absorbs.
     """
 
     beta: float
     keys: bool = True
     per_layer: bool = False
-    hosts: Literal["all", "important"] = "all"
+    targets: Literal["all", "important"] = "all"
     inherit: bool = False
+
+
+@dataclass(frozen=True)
+class SpreadSpec:
+    """CaM's merge of what a decode step evicts: ``value / parts`` is added to the values of the next ``parts`` slots of
+    a :class:`Ring`, with the probability ``attention ÷ mean attention of the younger entries``, at most 1."""
+
+    parts: int
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """What a decode rule may depend on; int64 ``[layers, rows]`` each, a row being one KV head of one sequence.
+
+    Args:
+        budget: entries that a row holds beside the tokens to come.
+        held: entries of the prompt that a row holds now.
+    """
+
+    budget: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowestScore:
+    """Evicts the lowest accumulated attention outside a recent window.
+
+    Args:
+        recent: size of the window, int64 ``[layers, rows]``.
+        sinks: positions below this (a number or ``[layers, rows]``) are never evicted.
+        normalised: divide a score by the number of queries that could see the token.
+    """
+
+    recent: Tensor
+    sinks: Tensor | int = 0
+    normalised: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """Evicts the oldest entry behind the first ones. Entries lie in the order of their positions, so the slots from
+    ``first`` on (int64 ``[layers, rows]``) are a ring, overwritten one after the other."""
+
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class LatestAttention:
+    """Evicts what the newest query attends to least, on the mean over all heads of a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeanOfLowDeviation:
+    """Evicts the lowest mean attention among the entries of low standard deviation.
+
+    Args:
+        safe: entries of the highest deviation that are safe, int64 ``[layers, rows]``.
+        newest: newest tokens whose deviation counts as infinite, int64 ``[layers, rows]``.
+    """
+
+    safe: Tensor
+    newest: Tensor
+
+
+@dataclass(frozen=True)
+class LowestDraw:
+    """Evicts the lowest of the numbers that entries drew, once each (``d2obench.policies.drawing``)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Custom:
+    """A rule in code: the policy's own ``observe``, ``victims`` and ``absorb_step`` run, as PyTorch operators.
+
+    Args:
+        inherited: the rule that the hooks left out follow.
+        why: in words, for the record's decode path.
+    """
+
+    inherited: DecodeRule | None = None
+    why: str = "the policy's rule is code of its own"
+
+
+DecodeRule = LowestScore | Ring | LatestAttention | MeanOfLowDeviation | LowestDraw | Custom
+"""How a decode step chooses the slot that the next token takes. The reference for each is in
+``d2obench.decode.reference``."""
+HOOKS = frozenset({"observe", "victims", "absorb_step"})
+"""Methods that make a policy's rule :class:`Custom`."""
 
 
 @dataclass
@@ -135,7 +225,7 @@ class Policy:
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Parameters that a value of ``preset`` stands for; what is given beside it goes first."""
     needs_attention: ClassVar[bool] = False
-    """Whether ``observe`` and ``victims`` need the attention of each decode step."""
+    """Whether the decode rule needs the attention of each step."""
     bits: int | None = field(default=None, kw_only=True)
     """Bits of a stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
 
@@ -166,9 +256,26 @@ class Policy:
         return type(self).layer_budgets is not Policy.layer_budgets
 
     @property
-    def merge_spec(self) -> MergeSpec | None:
-        """How the engine merges what a decode step evicts; None for not at all."""
+    def merge_spec(self) -> MergeSpec | SpreadSpec | None:
+        """How what a decode step evicts is merged; None for not at all."""
         return None
+
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        """How a decode step chooses what to evict. A class that overrides ``observe``, ``victims`` or ``absorb_step``
+        and not this method gets :class:`Custom` around the rule that it inherits."""
+        return Custom()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "decode_rule" in vars(cls) or not HOOKS & vars(cls).keys():
+            return
+        inherited = cls.decode_rule
+
+        def decode_rule(self: Policy, sizes: RowSizes) -> DecodeRule:
+            rule = inherited(self, sizes)
+            return rule if isinstance(rule, Custom) else Custom(rule)
+
+        cls.decode_rule = decode_rule  # type: ignore[method-assign]
 
     @property
     def caches_query_heads(self) -> bool:
@@ -209,7 +316,7 @@ class Policy:
         return {}
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        """Sets up decoding: ``state.score`` and what the policy keeps in ``state.extra``.
+        """Sets up what a :class:`Custom` rule keeps beside the decode state's own fields, in ``state.extra``.
 
         Args:
             memory: what ``absorb`` returned, per layer.
@@ -217,19 +324,22 @@ class Policy:
         """
 
     def observe(self, state: DecodeState) -> None:
-        """Takes in ``state.attention`` after a step."""
+        """Takes in ``state.attention`` after a step; for a :class:`Custom` rule."""
+        state.observe_inherited()
 
     def victims(self, state: DecodeState) -> Tensor:
-        """The slots that the next ``interval`` tokens take, int64 ``[layers, rows, interval]``."""
-        return state.oldest(0)
+        """The slots that the next ``interval`` tokens take, int64 ``[layers, rows, interval]``; for a :class:`Custom`
+        rule. The oldest tokens, where no rule is inherited."""
+        return state.inherited_victims()
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        """Merges what decoding evicts, right after it was chosen and before its slot is reused."""
+        """Merges what decoding evicts, right after it was chosen and before its slot is reused; for a :class:`Custom`
+        rule."""
 
     def recall(self, state: DecodeState) -> Stats:
         """The prompt statistics that the slots still know, ``[layers, rows, C]`` by name: when a conversation goes on,
         the new block's are added to them."""
-        return {}
+        return state.known()
 
 
 def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Tensor) -> Tensor:

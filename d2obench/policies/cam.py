@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Policy, Stats, window_rank
-from d2obench.policies.drawing import uniform
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
+from d2obench.policies.base import DecodeRule, Entries, Policy, Ring, RowSizes, SpreadSpec, window_rank
 
 
 @dataclass(frozen=True)
@@ -49,33 +45,9 @@ class CaM(Policy):
         first = (keep * self.start).long()[:, None, None].to(entries.position.device)
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, first, keep)
 
-    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        last = state.usable - 1
-        state.extra["last"], state.extra["first"] = last, (last * self.start).long()
-        state.extra["merged"] = torch.zeros(len(last), dtype=torch.long, device=last.device)
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        return Ring((sizes.budget * self.start).long())
 
-    def victims(self, state: DecodeState) -> Tensor:
-        """The slots are a ring behind the start, as in :class:`d2obench.policies.streaming.Streaming`."""
-        after = state.slot + 1
-        return torch.where(after > state.extra["last"], state.extra["first"], after)[..., None]
-
-    def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        if not self.merge:
-            return
-        store, first = state.store, state.extra["first"][..., None]
-        ring = state.extra["last"][..., None] - first + 1
-        born = state.position.gather(2, victims)
-        share = self._drawn(state, victims, born)
-        step = torch.arange(1, min(self.merged, state.position.shape[-1]) + 1, device=born.device)
-        slots = torch.where(step < ring, first + (victims - first + step) % ring, victims)
-        index, leaving = store.base[..., None] + slots, store.base[..., None] + victims
-        added = share[..., None].float() / self.merged * store.read_values(leaving).float()
-        store.write_values(index, (store.read_values(index).float() + added).to(store.dtype))
-        state.extra["merged"] += share.sum((1, 2))
-
-    def _drawn(self, state: DecodeState, victims: Tensor, born: Tensor) -> Tensor:
-        """Whether each leaving token is shared out, bool ``[layers, rows, 1]``."""
-        younger = state.position > born
-        mean = (state.attention * younger).sum(-1, keepdim=True) / younger.sum(-1, keepdim=True)
-        chance = (state.attention.gather(2, victims) / mean).nan_to_num(0.0)
-        return (uniform(state.seed, *state.places(), born) < chance) & (born >= 0)
+    @property
+    def merge_spec(self) -> SpreadSpec | None:
+        return SpreadSpec(self.merged) if self.merge else None

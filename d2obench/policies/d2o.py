@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,9 @@ from d2obench.errors import PolicyError
 from d2obench.policies.allocation import Rule, density, shares, water_fill
 from d2obench.policies.base import Entries, Kept, MergeSpec, Policy, Stats, pick
 from d2obench.policies.h2o import H2O
-from d2obench.policies.merging import mean_over, merge_into, nearest
+from d2obench.policies.merging import merge_evicted
 from d2obench.policies.released import Released
-from d2obench.ranges import span
 from d2obench.suite.grammar import Budget
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
 
 FLOOR = 0.01
 """Least share of the prompt a layer keeps."""
@@ -46,8 +42,8 @@ class D2O(H2O):
         merge: what is merged: keys and values, values only, nothing.
         beta: weight of the newest similarity in the threshold's EMA.
         threshold: one per KV head, or one per layer.
-        hosts: all kept entries, or only those that are neither sinks nor recent.
-        inherit: whether a host also takes the score of what it absorbs.
+        hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
+        inherit: whether a merge target also takes the score of what it absorbs.
         interval: evict and merge this many tokens at once, every so many steps.
     """
 
@@ -78,7 +74,7 @@ class D2O(H2O):
 
     @property
     def merge_spec(self) -> MergeSpec | None:
-        if self.merge == "none" or self.interval > 1:
+        if self.merge == "none":
             return None
         return MergeSpec(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts, self.inherit)
 
@@ -121,75 +117,35 @@ class D2O(H2O):
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
         batch, heads, slots = kept.index.shape
-        tau = torch.full((batch, heads), -math.inf, device=kept.index.device)
-        if self.merge == "none" or kept.evicted.shape[2] == 0:
-            return {"tau": tau}
-        leaving, hosts = kept.leaving.flatten(0, 1), self._hosts(entries, kept, keep).flatten(0, 1)
-        keys, values = (pick(rows, kept.evicted).flatten(0, 1) for rows in (entries.keys, entries.values))
-        with span("similarity"):
-            similarity, host = nearest(keys, kept.keys.flatten(0, 1), hosts)
-        leaving = leaving & (similarity > -math.inf)
-        tau = mean_over(similarity, leaving, heads if self.threshold == "layer" else 0)
-        passed = leaving & (similarity >= tau[:, None])
-        weight = torch.where(passed, similarity.exp(), 0.0)
-        own_keys, own_values = kept.keys.flatten(0, 1), kept.values.flatten(0, 1)
-        pairs = [(own_values, values), (own_keys, keys)] if self.merge == "kv" else [(own_values, values)]
-        merged = [rows.view(batch, heads, slots, -1) for rows in merge_into(host, weight, *pairs)]
-        kept.values = merged[0]
-        kept.keys = merged[1] if self.merge == "kv" else kept.keys
-        if self.inherit:
+        threshold = torch.full((batch * heads,), -math.inf, device=kept.index.device)
+        spec = self.merge_spec
+        if spec is None or kept.evicted.shape[2] == 0:
+            return {"threshold": threshold.view(batch, heads)}
+        merged = merge_evicted(
+            spec,
+            (kept.keys.flatten(0, 1), kept.values.flatten(0, 1)),
+            (pick(entries.keys, kept.evicted).flatten(0, 1), pick(entries.values, kept.evicted).flatten(0, 1)),
+            self._targets(entries, kept, keep).flatten(0, 1),
+            kept.leaving.flatten(0, 1),
+            heads,
+            threshold,
+        )
+        kept.keys, kept.values = (rows.view(batch, heads, slots, -1) for rows in (merged.keys, merged.values))
+        passed, target = (held.view(kept.evicted.shape) for held in (merged.passed, merged.target))
+        if spec.inherit:
             score = entries.stats["sum"]
-            gained = score.gather(2, kept.evicted.clamp_max(kept.total - 1)) * passed.view(kept.evicted.shape)
-            score.scatter_add_(2, kept.index.gather(2, host.view(kept.evicted.shape)).clamp_max(kept.total - 1), gained)
-        return {"tau": tau.view(batch, heads), "merged": passed.sum(1).view(batch, heads).float()}
-
-    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        super().begin(state, memory, scores)
-        if self.merge == "none":
-            return
-        none = torch.full((state.store.rows,), -math.inf, device=state.store.device)
-        tau = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
-        state.extra["tau"] = tau
-        state.extra["merged"] = torch.zeros(len(tau), dtype=torch.long, device=tau.device)
-
-    def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        """Merges the ``interval`` entries just evicted, layer by layer; τ follows the mean of their similarities."""
-        if self.merge == "none":
-            return
-        for layer in range(victims.shape[0]):
-            self._merge_layer(state, layer, victims[layer])
-
-    def _merge_layer(self, state: DecodeState, layer: int, victims: Tensor) -> None:
-        store, tau = state.store, state.extra["tau"]
-        index = store.base[layer, :, None] + victims
-        leaving = state.position[layer].gather(1, victims) >= 0
-        hosts = (state.position[layer] >= 0).scatter(1, victims, False)[:, : store.capacities[layer]]
-        kept = store.keys(layer)
-        with span("similarity"):
-            similarity, host = nearest(store.read_keys(index), kept, hosts)
-        leaving = leaving & (similarity > -math.inf)
-        newest = mean_over(similarity, leaving, state.heads if self.threshold == "layer" else 0)
-        smoothed = torch.where(tau[layer].isinf(), newest, torch.lerp(tau[layer], newest, self.beta))
-        tau[layer] = torch.where(newest > -math.inf, smoothed, tau[layer])
-        passed = leaving & (similarity >= tau[layer][:, None])
-        weight = torch.where(passed, similarity.exp(), 0.0)
-        pairs = [(store.values(layer), store.read_values(index)), (kept, store.read_keys(index))]
-        merged = merge_into(host, weight, *pairs[: 2 if self.merge == "kv" else 1])
-        keys, values = merged[1] if self.merge == "kv" else kept, merged[0]
-        store.fill(layer, keys, values, hosts)
-        state.extra["merged"][layer] += passed.sum()
-        if self.inherit:
-            score = state.score[layer]
-            score.scatter_add_(1, host, torch.where(passed, score.gather(1, victims), 0.0))
+            gained = score.gather(2, kept.evicted.clamp_max(kept.total - 1)) * passed
+            score.scatter_add_(2, kept.index.gather(2, target).clamp_max(kept.total - 1), gained)
+        return {"threshold": merged.threshold.view(batch, heads), "merged": passed.sum(2).float()}
 
     def _cap(self, budget: Budget, tokens: int) -> int:
         """A layer never needs more than the prompt, unless a count of tokens beyond it was asked for."""
         return tokens if budget.tokens is None else max(tokens, budget.tokens)
 
-    def _hosts(self, entries: Entries, kept: Kept, keep: Tensor) -> Tensor:
-        hosts = kept.filled
+    def _targets(self, entries: Entries, kept: Kept, keep: Tensor) -> Tensor:
+        """Which kept entries may be merge targets, ``[B, H, C]``."""
         if self.hosts == "all":
-            return hosts
+            return kept.filled
         position = entries.position.gather(2, kept.index.clamp_max(kept.total - 1))
         recent = entries.length[:, None, None] - self.window(keep).to(position.device)[:, None, None]
-        return hosts & (position >= self.sinks) & (position < recent)
+        return kept.filled & (position >= self.sinks) & (position < recent)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
+from d2obench.policies.base import DecodeRule, Entries, LowestScore, Needs, Policy, RowSizes, window_rank
 
 
 @dataclass(frozen=True)
@@ -58,22 +55,5 @@ class H2O(Policy):
             score = score / (entries.length[:, None, None] - entries.position).clamp_min(1)
         return window_rank(score, entries, self.sinks, self.window(keep))
 
-    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        for layer, stats in enumerate(scores):
-            kept = stats["sum"].flatten(0, 1)
-            state.score[layer, :, : kept.shape[1]] = kept
-        state.score.masked_fill_((state.position >= 0) & (state.position < self.sinks), torch.inf)
-        usable = state.usable - self.interval
-        state.extra["recent"] = self.window(usable)[..., None].to(state.position.dtype)
-
-    def observe(self, state: DecodeState) -> None:
-        state.score += state.attention
-
-    def recall(self, state: DecodeState) -> Stats:
-        return {"sum": state.score}
-
-    def victims(self, state: DecodeState) -> Tensor:
-        score = state.score
-        if self.normalised:
-            score = score / (state.now[None, :, None] - state.position + 1)
-        return state.least(score, state.extra["recent"])
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        return LowestScore(self.window(sizes.budget), self.sinks, self.normalised)

@@ -1,50 +1,119 @@
-"""Similarity-weighted merging of evicted entries (D2O, arXiv 2406.13035, Eq. 8–12), for any number at once.
+"""D2O's merge of evicted entries (arXiv 2406.13035, Eq. 8–12): the rule, for any number of them at once.
 
-Each evicted entry i looks for its nearest kept one by cosine of the keys, ``u_i = max_j cos(k_i, k_j)``. It is merged
-if ``u_i ≥ τ``, and lost otherwise. With ``P_j`` the merged entries whose nearest is j,
+Each evicted entry i looks for its nearest kept one, its merge target, by cosine of the keys: ``u_i = max_j cos(k_i,
+k_j)``. It is merged if ``u_i`` reaches a threshold, and lost otherwise. With ``P_j`` the merged entries whose target is
+j,
 
     k_j ← (e·k_j + Σ_{i∈P_j} exp(u_i) k_i) / D_j,   v_j alike,   D_j = e + Σ_{i∈P_j} exp(u_i),
 
-where e = exp(1) = exp(cos(k_j, k_j)). Sums are float32; a host without evicted entries is left as it is, bit by bit.
+where e = exp(1) = exp(cos(k_j, k_j)). Sums are float32; a kept entry that absorbs nothing is left as it is, bit by bit.
+The threshold is the mean of the first u and follows a moving average of those that come later.
+
+:func:`merge_evicted` is used where a prompt is compressed and where a step evicts several entries. For one evicted
+entry of a decode step ``d2obench.decode.merge`` uses the same rule in a form that reads the cache once.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2obench import cpu
+from d2obench.policies.base import MergeSpec
+from d2obench.ranges import span
 
 TINY = 1e-6
+"""Least norm that a key is divided by."""
 CACHED, CHUNK = 2**18, 2**25
 """Similarities held at once, on a CPU (they stay in a core's cache) and elsewhere (128 MiB, and few launches)."""
 
 
-def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
+class Merged(NamedTuple):
+    """What :func:`merge_evicted` leaves.
+
+    Args:
+        keys: of the kept entries, ``[R, C, d]``.
+        values: ``[R, C, d_v]``.
+        threshold: float32 ``[R]``, as these entries leave it.
+        passed: which evicted entries were merged, bool ``[R, E]``.
+        target: the kept entry each of them looks at, int64 ``[R, E]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    threshold: Tensor
+    passed: Tensor
+    target: Tensor
+
+
+def merge_evicted(
+    spec: MergeSpec,
+    kept: tuple[Tensor, Tensor],
+    evicted: tuple[Tensor, Tensor],
+    targets: Tensor,
+    real: Tensor,
+    heads: int,
+    threshold: Tensor,
+) -> Merged:
+    """Merges evicted entries into kept ones.
+
+    Args:
+        spec: the rule's parameters.
+        kept: keys ``[R, C, d]`` and values ``[R, C, d_v]``; a row is a KV head of a sequence.
+        evicted: keys ``[R, E, d]`` and values ``[R, E, d_v]``.
+        targets: bool ``[R, C]``, which kept entries may be merge targets.
+        real: bool ``[R, E]``, which evicted ones stand for an entry.
+        heads: KV heads of a sequence.
+        threshold: float32 ``[R]`` so far; −inf before the first eviction.
+    """
+    with span("similarity"):
+        similarity, target = nearest(evicted[0], kept[0], targets)
+    real = real & (similarity > -math.inf)
+    threshold = follow(threshold, mean_over(similarity, real, heads if spec.per_layer else 0), spec.beta)
+    passed = real & (similarity >= threshold[:, None])
+    weight = torch.where(passed, similarity.exp(), 0.0)
+    pairs = [(kept[1], evicted[1]), (kept[0], evicted[0])]
+    values, *keys = merge_into(target, weight, *pairs[: 2 if spec.keys else 1])
+    return Merged(keys[0] if keys else kept[0], values, threshold, passed, target)
+
+
+def follow(threshold: Tensor, newest: Tensor, beta: float) -> Tensor:
+    """The threshold after similarities of mean ``newest`` (Eq. 10): the first ones set it, −inf for none leaves it."""
+    smoothed = torch.where(threshold.isinf(), newest, torch.lerp(threshold, newest, beta))
+    return torch.where(newest.isinf(), threshold, smoothed)
+
+
+def merge_weight(similarity: Tensor) -> Tensor:
+    """The share ``exp(u) ÷ (e + exp(u))`` of a single evicted entry, from ``u − 1``."""
+    return torch.sigmoid(similarity)
+
+
+def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The highest cosine of each evicted key and where it is (ties: the lowest index).
 
     Args:
         evicted: keys ``[R, E, d]``.
         kept: keys ``[R, C, d]``.
-        hosts: bool ``[R, C]``, which of them may take an entry.
+        targets: bool ``[R, C]``, which of them may take an entry.
 
     Returns:
-        float32 ``u`` ``[R, E]`` (−inf where there is no host) and int64 hosts ``[R, E]``.
+        float32 ``u`` ``[R, E]`` (−inf where there is no target) and int64 targets ``[R, E]``.
     """
     (rows, count, _), slots = evicted.shape, kept.shape[1]
     device = kept.device
     if evicted.dtype == torch.float32 and cpu.suits(kept.dtype, device):
-        return _nearest_by_team(evicted.contiguous(), kept, hosts)
+        return _nearest_by_loop(evicted.contiguous(), kept, targets)
     unit = _divided(kept.float(), kept)
-    # every slot may host, as a rule: then there is no bias to add (elsewhere than on a CPU, asking would wait)
-    free = device.type == "cpu" and bool(hosts.all())
+    # every slot may be a target, as a rule: then there is no bias to add (elsewhere than on a CPU, asking would wait)
+    free = device.type == "cpu" and bool(targets.all())
     barred = torch.zeros(0 if free else rows, 1, slots, device=device)
     if not free:
-        barred.masked_fill_(~hosts[:, None], -math.inf)
+        barred.masked_fill_(~targets[:, None], -math.inf)
     similarity = torch.empty(rows, count, device=device)
-    host = torch.empty(rows, count, dtype=torch.long, device=device)
+    target = torch.empty(rows, count, dtype=torch.long, device=device)
     chunk = CACHED if device.type == "cpu" else CHUNK
     some = max(1, chunk // max(1, count * slots))
     step = max(1, chunk // (some * slots))
@@ -54,28 +123,30 @@ def nearest(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tenso
             at = part, slice(first, first + step)
             given, to = evicted[at].float(), unit[part].transpose(1, 2)
             products = torch.bmm(given, to) if free else torch.baddbmm(barred[part], given, to)
-            similarity[at], host[at] = products.max(-1)
-    # a key's own norm does not change which host is nearest
-    return _divided(similarity[..., None], evicted)[..., 0], host
+            similarity[at], target[at] = products.max(-1)
+    # a key's own norm does not change which target is nearest
+    return _divided(similarity[..., None], evicted)[..., 0], target
 
 
-def _nearest_by_team(evicted: Tensor, kept: Tensor, hosts: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_by_loop(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`nearest`, by one compiled loop: products never leave a core's cache."""
     from d2obench.cpu import nearest as loops
 
     (rows, count, width), slots = evicted.shape, kept.shape[1]
-    room = -(-slots // loops.COLUMNS) * loops.COLUMNS
-    unit, barred = torch.zeros(rows, width, room), torch.full((rows, room), -math.inf)
+    padded = -(-slots // loops.COLUMNS) * loops.COLUMNS
+    unit, barred = torch.zeros(rows, width, padded), torch.full((rows, padded), -math.inf)
     unit[..., :slots] = _divided(kept, kept).transpose(1, 2)
-    barred[:, :slots].masked_fill_(hosts, 0.0)
-    found, host = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.long)
+    barred[:, :slots].masked_fill_(targets, 0.0)
+    found, target = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.long)
     if found.numel() and slots:
-        words = cpu.Arguments(
-            0, rows * -(-count // loops.BLOCK), evicted.data_ptr(), unit.data_ptr(), barred.data_ptr(),
-            found.data_ptr(), host.data_ptr(), count, room, width,
+        arguments = loops.NearestArguments(
+            items=rows * -(-count // loops.BLOCK), count=count, slots=padded, width=width
         )  # fmt: skip
-        cpu.launch(loops.nearest, words)
-    return _divided(found[..., None], evicted)[..., 0], host
+        arguments.point(evicted=evicted, unit=unit, bias=barred, found=found, place=target)
+        cpu.launch(loops.nearest, arguments)
+    else:
+        found.fill_(-math.inf), target.zero_()
+    return _divided(found[..., None], evicted)[..., 0], target
 
 
 def _divided(rows: Tensor, keys: Tensor) -> Tensor:
@@ -84,28 +155,28 @@ def _divided(rows: Tensor, keys: Tensor) -> Tensor:
     return rows / norm.clamp_min_(TINY)
 
 
-def merge_into(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Hosts after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]`` (keys, or values) the new
-    kept ones, in their dtype.
+def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Merge targets after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]`` (keys, or values) the
+    new kept ones, in their dtype.
 
     Args:
-        host: int64 ``[R, E]``.
+        target: int64 ``[R, E]``.
         weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for lost ones.
-        pairs: what is merged by the same hosts and weights.
+        pairs: what is merged by the same targets and weights.
     """
     rows, slots, _ = pairs[0][0].shape
     add = _added_by_row if weight.device.type == "cpu" else _added_by_product
-    total, *added = add(host, weight, rows, slots, [evicted for _, evicted in pairs])
+    total, *added = add(target, weight, rows, slots, [evicted for _, evicted in pairs])
     return [
         torch.where(total > 0, ((math.e * kept.float() + sums) / (math.e + total)).to(kept.dtype), kept)
         for sums, (kept, _) in zip(added, pairs, strict=True)
     ]
 
 
-def _added_by_row(host: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """What each host is given, float32: the weights ``[R, C, 1]``, and of each of ``given`` ``[R, C, d]``; one entry
-    after the other."""
-    at = (host + torch.arange(rows)[:, None] * slots).view(-1)
+def _added_by_row(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
+    """What each target is given, float32: the weights ``[R, C, 1]``, and of each of ``given`` ``[R, C, d]``; entry by
+    entry."""
+    at = (target + torch.arange(rows)[:, None] * slots).view(-1)
     weighted = [weight[..., None], *(evicted.float() * weight[..., None] for evicted in given)]
     return [
         torch.zeros(rows * slots, part.shape[-1]).index_add_(0, at, part.flatten(0, 1)).view(rows, slots, -1)
@@ -113,16 +184,16 @@ def _added_by_row(host: Tensor, weight: Tensor, rows: int, slots: int, given: li
     ]
 
 
-def _added_by_product(host: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """The same by a product, where adding by index has no fixed order: an evicted entry has one host, so a matrix with
-    one weight in a column adds them up."""
-    count, device = host.shape[1], weight.device
+def _added_by_product(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
+    """The same by a product, where adding by index has no fixed order: an evicted entry has one target, so a matrix
+    with one weight in a column adds them up."""
+    count, device = target.shape[1], weight.device
     sums = [torch.zeros(rows, slots, width, device=device) for width in (1, *(part.shape[-1] for part in given))]
     step = max(1, CHUNK // max(1, rows * slots))
     for first in range(0, count, step):
         last = min(count, first + step)
         share = torch.zeros(rows, slots, last - first, device=device)
-        share.scatter_(1, host[:, None, first:last], weight[:, None, first:last])
+        share.scatter_(1, target[:, None, first:last], weight[:, None, first:last])
         sums[0] += share.sum(-1, keepdim=True)
         for total, evicted in zip(sums[1:], given, strict=True):
             total.baddbmm_(share, evicted[:, first:last].float())

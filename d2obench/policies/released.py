@@ -20,7 +20,18 @@ import torch
 from torch import Tensor
 
 from d2obench.policies.allocation import density
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, window_rank
+from d2obench.policies.base import (
+    Custom,
+    DecodeRule,
+    Entries,
+    Kept,
+    LowestScore,
+    Needs,
+    Policy,
+    RowSizes,
+    Stats,
+    window_rank,
+)
 from d2obench.policies.merging import nearest
 from d2obench.suite.grammar import Budget
 
@@ -78,44 +89,36 @@ class Released(Policy):
         at = kept.evicted.clamp_max(kept.total - 1)[..., None]
         keys = entries.keys.gather(2, at.expand(-1, -1, -1, entries.keys.shape[-1])).flatten(0, 1)
         values = entries.values.gather(2, at.expand(-1, -1, -1, entries.values.shape[-1])).flatten(0, 1)
-        similarity, host = nearest(keys, kept.keys.flatten(0, 1), kept.filled.flatten(0, 1))
+        similarity, target = nearest(keys, kept.keys.flatten(0, 1), kept.filled.flatten(0, 1))
         aligned = similarity.view(batch, heads, -1).mean(1)
         real = leaving[:, 0]
         tau = torch.where(real, aligned, 0.0).sum(1) / real.sum(1)
         passed = ((aligned >= tau[:, None]) & real)[:, None].expand_as(leaving).flatten(0, 1)
         shape = (batch, heads, slots, -1)
-        kept.keys = scaled_mean(kept.keys.flatten(0, 1), keys, host, similarity, passed).view(shape)
-        kept.values = scaled_mean(kept.values.flatten(0, 1), values, host, similarity, passed).view(shape)
+        kept.keys = scaled_mean(kept.keys.flatten(0, 1), keys, target, similarity, passed).view(shape)
+        kept.values = scaled_mean(kept.values.flatten(0, 1), values, target, similarity, passed).view(shape)
         return {
-            "tau": tau[:, None].expand(batch, heads),
+            "threshold": tau[:, None].expand(batch, heads),
             "merged": passed.sum(1).view(batch, heads).float(),
         }
 
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        half = sizes.budget // 2
+        return Custom(LowestScore(half, half.clamp_max(SINKS)), "the released code's own merge")
+
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        for layer, stats in enumerate(scores):
-            kept = stats["sum"].flatten(0, 1)
-            state.score[layer, :, : kept.shape[1]] = kept
-        half = (state.usable - 1) // 2
-        sinks = half.clamp_max(SINKS)[..., None]
-        state.score.masked_fill_((state.position >= 0) & (state.position < sinks), torch.inf)
-        state.extra["recent"] = half[..., None].to(state.position.dtype)
         none = torch.full((state.store.rows,), math.nan, device=state.store.device)
-        state.extra["tau"] = torch.stack([remembered["tau"].flatten() if remembered else none for remembered in memory])
-        state.extra["merged"] = torch.zeros(len(memory), dtype=torch.long, device=none.device)
-
-    def observe(self, state: DecodeState) -> None:
-        state.score += state.attention
-
-    def victims(self, state: DecodeState) -> Tensor:
-        return state.least(state.score, state.extra["recent"])
+        state.extra["threshold"] = torch.stack(
+            [remembered["threshold"].flatten() if remembered else none for remembered in memory]
+        )
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        store, tau = state.store, state.extra["tau"]
+        store, tau = state.store, state.extra["threshold"]
         for layer in range(victims.shape[0]):
             leaving = state.position[layer].gather(1, victims[layer])
             index = store.base[layer, :, None] + victims[layer]
-            hosts = (state.position[layer] >= 0).scatter(1, victims[layer], False)[:, : store.capacities[layer]]
-            similarity, host = nearest(store.read_keys(index), store.keys(layer), hosts)
+            targets = (state.position[layer] >= 0).scatter(1, victims[layer], False)[:, : store.capacities[layer]]
+            similarity, target = nearest(store.read_keys(index), store.keys(layer), targets)
             grouped = similarity.view(-1, state.heads)
             newest = grouped.mean(1, keepdim=True).expand_as(grouped).reshape(-1)
             old, gone = tau[layer], leaving[:, 0] >= 0
@@ -123,7 +126,7 @@ class Released(Policy):
             tau[layer] = torch.where(gone, smoothed, old)
             passed = (gone & (newest >= smoothed))[:, None]
             keys, values = store.read_keys(index), store.read_values(index)
-            at = store.base[layer, :, None] + host
+            at = store.base[layer, :, None] + target
             for read, write, evicted in (
                 (store.read_keys, store.write_keys, keys),
                 (store.read_values, store.write_values, values),
@@ -131,25 +134,22 @@ class Released(Policy):
                 kept = read(at)
                 mixed = (kept.float() + similarity[..., None] * evicted.float()) / 2
                 write(at, torch.where(passed[..., None], mixed.to(kept.dtype), kept))
-            state.extra["merged"][layer] += passed.sum()
-
-    def recall(self, state: DecodeState) -> Stats:
-        return {"sum": state.score}
+            state.merged[layer] += passed.sum()
 
 
-def scaled_mean(kept: Tensor, evicted: Tensor, host: Tensor, similarity: Tensor, passed: Tensor) -> Tensor:
-    """``(x_j + Σ u_i x_i) / (1 + n_j)`` over the n_j passing entries of each host.
+def scaled_mean(kept: Tensor, evicted: Tensor, target: Tensor, similarity: Tensor, passed: Tensor) -> Tensor:
+    """``(x_j + Σ u_i x_i) / (1 + n_j)`` over the n_j passing entries of each merge target.
 
     Args:
         kept: ``[R, C, d]``.
         evicted: ``[R, E, d]``.
-        host: int64 ``[R, E]``.
+        target: int64 ``[R, E]``.
         similarity: u, float32 ``[R, E]``.
         passed: bool ``[R, E]``.
     """
-    count = torch.zeros(kept.shape[:2], device=kept.device).scatter_add_(1, host, passed.float())
+    count = torch.zeros(kept.shape[:2], device=kept.device).scatter_add_(1, target, passed.float())
     scaled = (similarity * passed)[..., None] * evicted.float()
-    total = kept.float().scatter_add(1, host[..., None].expand_as(scaled), scaled)
+    total = kept.float().scatter_add(1, target[..., None].expand_as(scaled), scaled)
     return torch.where(count[..., None] > 0, (total / (1 + count[..., None])).to(kept.dtype), kept)
 
 

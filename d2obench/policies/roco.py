@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy, Stats
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
+from d2obench.policies.base import DecodeRule, Entries, MeanOfLowDeviation, Needs, Policy, RowSizes
 
 NEWEST = 10
 """Tokens whose few observations say nothing yet: their deviation counts as infinite."""
@@ -54,47 +51,22 @@ class RoCo(Policy):
         position, length = entries.position, entries.length[:, None, None]
         safe, newest = (count[:, None, None].to(position.device) for count in self.safe(keep))
         seen = (length - position).clamp_min(1)
-        mean, deviation = _moments(entries.stats["sum"], entries.stats["square"], seen)
+        mean, deviation = moments(entries.stats["sum"], entries.stats["square"], seen)
         deviation.masked_fill_(position >= length - newest, torch.inf).masked_fill_(position < 0, -1.0)
-        mean.masked_fill_(_places(deviation, descending=True) < safe, torch.inf)
+        mean.masked_fill_(places(deviation, descending=True) < safe, torch.inf)
         return mean.masked_fill_(position < 0, -torch.inf)
 
-    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        square = torch.zeros_like(state.score)
-        for layer, stats in enumerate(scores):
-            width = stats["sum"].shape[2]
-            state.score[layer, :, :width] = stats["sum"].flatten(0, 1)
-            square[layer, :, :width] = stats["square"].flatten(0, 1)
-        safe, newest = self.safe(state.usable - 1)
-        state.extra["square"] = square
-        state.extra["candidates"] = (state.usable - safe)[..., None]
-        state.extra["newest"] = newest[..., None]
-
-    def observe(self, state: DecodeState) -> None:
-        state.score += state.attention
-        state.extra["square"].addcmul_(state.attention, state.attention)
-
-    def victims(self, state: DecodeState) -> Tensor:
-        now, square = state.now[None, :, None], state.extra["square"]
-        mean, deviation = _moments(state.score, square, (now - state.position + 1).clamp_min(1))
-        deviation.masked_fill_(state.position > now - state.extra["newest"], torch.inf)
-        deviation.masked_fill_(state.score == -torch.inf, -1.0).masked_fill_(state.score == torch.inf, torch.inf)
-        barred = _places(deviation, descending=False) >= state.extra["candidates"]
-        slots = state.least(mean.masked_fill_(barred, torch.inf), 0)
-        square.scatter_(2, slots, 0.0)
-        return slots
-
-    def recall(self, state: DecodeState) -> Stats:
-        return {"sum": state.score, "square": state.extra["square"]}
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        return MeanOfLowDeviation(*self.safe(sizes.budget))
 
 
-def _moments(total: Tensor, square: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def moments(total: Tensor, square: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (which orders as the deviation does) over ``seen`` observations."""
     mean = total / seen
     return mean, (square / seen - mean * mean).clamp_min(0.0)
 
 
-def _places(score: Tensor, descending: bool) -> Tensor:
+def places(score: Tensor, descending: bool) -> Tensor:
     """Place of every element in the order of its row; ties to the lower index."""
     order = score.argsort(dim=-1, descending=descending, stable=True)
     count = torch.arange(score.shape[-1], device=score.device).expand_as(order)

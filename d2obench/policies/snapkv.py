@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
+from d2obench.policies.base import DecodeRule, Entries, Needs, Policy, Ring, RowSizes, window_rank
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,7 @@ class SnapKV(Policy):
         )
         return window_rank(pooled, entries, 0, keep.clamp_max(self.window))
 
-    def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        recent = (state.usable - self.interval).clamp(1, self.window)
-        state.extra["slides"] = (state.now + 1 - recent)[..., None]
-
-    def victims(self, state: DecodeState) -> Tensor:
-        return state.oldest(state.extra["slides"])
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        """The window slides (``decode=slide``): the entries in front of the prompt's recent window stay."""
+        recent = sizes.budget.clamp(1, self.window)
+        return Ring((sizes.held - recent).clamp_min(0))

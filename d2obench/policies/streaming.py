@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Policy, Stats, window_rank
+from d2obench.policies.base import Custom, DecodeRule, Entries, Policy, Ring, RowSizes, Stats, window_rank
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
@@ -42,9 +42,11 @@ class Streaming(Policy):
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, self.sinks, keep)
 
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        ring = Ring(sizes.budget.clamp_max(self.sinks))
+        return Custom(ring, "sinks are rotated to new positions") if self.positions == "cache" and self.sinks else ring
+
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        state.extra["last"] = state.usable - 1
-        state.extra["first"] = (state.usable - 1).clamp_max(self.sinks)
         if self.positions == "cache" and self.sinks:
             if state.rotary is None:
                 raise PolicyError(
@@ -60,11 +62,9 @@ class Streaming(Policy):
         return {}
 
     def victims(self, state: DecodeState) -> Tensor:
-        """The slots are a ring behind the sinks: the oldest token stands one slot after the newest."""
-        if "read" in state.extra:
-            self._move(state)
-        after = state.slot + 1
-        return torch.where(after > state.extra["last"], state.extra["first"], after)[..., None]
+        """Only for re-indexed positions: the ring's victim, once the sinks were moved."""
+        self._move(state)
+        return super().victims(state)
 
     def _sinks(self, state: DecodeState) -> Tensor:
         """Rows of the sinks' slots, ``[layers, rows, sinks]``."""
@@ -83,7 +83,7 @@ class Streaming(Policy):
     def _write(self, state: DecodeState, keys: Tensor) -> None:
         index = self._sinks(state)
         slots = torch.arange(index.shape[-1], device=index.device)
-        mine = (slots < state.extra["first"][..., None])[..., None]
+        mine = (slots < (state.usable - 1).clamp_max(self.sinks)[..., None])[..., None]
         state.store.write_keys(index, torch.where(mine, keys, state.store.read_keys(index)))
 
 

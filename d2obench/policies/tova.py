@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from d2obench.policies.base import Entries, Needs, Policy
-
-if TYPE_CHECKING:
-    from d2obench.decode.state import DecodeState
+from d2obench.policies.base import DecodeRule, Entries, LatestAttention, Needs, Policy, RowSizes
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,5 @@ class TOVA(Policy):
         row = entries.stats["window"].mean(1, keepdim=True).expand_as(entries.position)
         return row.masked_fill(entries.position < 0, float("-inf"))
 
-    def victims(self, state: DecodeState) -> Tensor:
-        layers, rows, width = state.attention.shape
-        row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
-        # scores are 0 here but for empty and closed slots
-        return state.least(state.score + row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width), 0)
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        return LatestAttention()

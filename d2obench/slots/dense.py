@@ -2,8 +2,8 @@
 
 Design. All layers share one flat tensor of rows for the keys and one for the values; layer ℓ owns a run of
 ``B·H·C_ℓ`` rows, seen as ``[B·H, C_ℓ, d]``. A decode step overwrites one row per layer, sequence and KV head, so
-nothing is concatenated or moved, and what is done to "one slot in every layer" (fetch the evicted key, write back a
-merged host) is a single indexed operation for the whole model. What policies know of a slot (its token's position,
+nothing is concatenated or moved, and what is done to "one slot in every layer" (fetch the evicted key, write back
+a merge target) is a single indexed operation for the whole model. What policies know of a slot (its token's position,
 its score) is stacked over layers too, ``[layers, B·H, C]`` with ``C = max C_ℓ``.
 
 A slot is filled, ``EMPTY`` (will take a token; first choice of every eviction) or ``CLOSED`` (never used: padding of a
@@ -23,6 +23,8 @@ from d2obench.cpu.memory import lasting
 EMPTY, CLOSED = -1, -2
 NEVER = float("inf")
 """Score of a slot that must not be evicted: a sink or a closed slot."""
+PROTECTED = 3e38
+"""Score shown for a token of the recent window: evicted only when nothing but sinks is left."""
 
 
 class DenseStore:

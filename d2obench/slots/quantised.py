@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from d2obench.slots.dense import DenseStore
 
 GROUP = 32
-TINY = 1e-7
+LEAST_SCALE = 1e-7
 
 
 class QuantStore(DenseStore):
@@ -229,7 +229,7 @@ class QuantStore(DenseStore):
 
     def _range(self, low: Tensor, high: Tensor, dim: int) -> Tensor:
         """Scale and zero point, float16, stacked along a new ``dim``."""
-        return torch.stack((((high - low) / self.top).clamp_min(TINY), low), dim).half()
+        return torch.stack((((high - low) / self.top).clamp_min(LEAST_SCALE), low), dim).half()
 
     def _coded_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[…, bytes]`` and ranges ``[…, 2, parts]`` of values ``[…, d_v]``."""

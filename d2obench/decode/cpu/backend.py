@@ -1,12 +1,10 @@
-"""The decode path of a CPU: compiled loops on PyTorch's own threads, one a layer and one between steps.
+"""Decode steps on a CPU by compiled loops on PyTorch's own threads: one a layer, and one between steps.
 
 Design. The new token's key and value are written, the queries of a KV head multiplied with its keys, D2O's pending
-evictee merged on the way (``d2obench.decode.pending_merge``), softmax taken, scores noted and values mixed, row by
-row: a row's
-logits never leave the core's cache, and keys and values are read once, at the speed of memory
-(``d2obench.cpu.language``). As operators the same are a dozen launches and as many tensors of the cache's length.
-The PyTorch path of ``DecodeState`` gives the same results to rounding; it is the reference, and serves everything else:
-other dtypes and devices, quantised slots, a threshold per layer, and a machine without the team.
+evictee merged on the way, softmax taken, scores noted and values mixed, row by row: a row's logits never leave the
+core's cache, and keys and values are read once, at the speed of memory (``d2obench.cpu.language``). As operators the
+same are a dozen launches and as many tensors of the cache's length. PyTorch operators (``d2obench.decode.reference``)
+give the same results to rounding and serve what the loops don't.
 """
 
 from __future__ import annotations
@@ -17,116 +15,207 @@ import torch
 from torch import Tensor
 
 from d2obench import cpu
-from d2obench.compiler import interpreted
-from d2obench.decode.cpu import native
-from d2obench.decode.rules import rule_of
+from d2obench.decode.reference import Backend
+from d2obench.policies.base import (
+    Custom,
+    LatestAttention,
+    LowestDraw,
+    LowestScore,
+    MeanOfLowDeviation,
+    Ring,
+    SpreadSpec,
+)
 from d2obench.ranges import span
+from d2obench.slots.dense import DenseStore
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
 
-
-def serves(state: DecodeState) -> bool:
-    """Whether the loop can attend for a state."""
-    store, carry = state.store, state.pending_merge
-    whole = store.widths[0] % 8 == 0 and store.widths[1] % 16 == 0
-    return native.serves(store) and whole and not interpreted() and (carry is None or not carry.spec.per_layer)
+RULES = (LowestScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
+"""Rules that the loop between steps knows, in the order of its kinds."""
 
 
-class HostDecode:
-    """Attention of a state by the compiled loop; its tensors are worked on in place, as its own methods would.
+def offer(state: DecodeState) -> Backend | str:
+    """The compiled backend of a state, or in words why PyTorch operators serve it."""
+    store = state.store
+    if type(store) is not DenseStore:
+        return "the cache is quantised"
+    if store.dtype != torch.float32:
+        return f"there are no compiled loops for {str(store.dtype).removeprefix('torch.')}"
+    if not cpu.available():
+        return "compiled loops cannot run here (no numba, or PyTorch without OpenMP)"
+    why_attention, why_update = _unserved_attention(state), _unserved_update(state)
+    if why_attention and why_update:
+        return why_attention
+    return CompiledLoops(state, why_attention, why_update)
+
+
+def compile_loops() -> None:
+    """Compiles every loop; the first call in an environment takes a while, later ones read numba's cache. A session
+    calls this when it is made, before anything of it is timed."""
+    from d2obench.cpu import nearest
+    from d2obench.decode.cpu import attend, update
+
+    assert attend.attend and update.update and nearest.nearest
+
+
+def _unserved_attention(state: DecodeState) -> str:
+    """Why the loop of attention doesn't serve a state; empty where it does."""
+    if state.store.widths[0] % 8 or state.store.widths[1] % 16:
+        return "head dims are no multiples of 8 (keys) and 16 (values)"
+    if state.merge is not None and state.merge.spec.per_layer:
+        return "a threshold per layer needs all its KV heads at once"
+    return ""
+
+
+def _unserved_update(state: DecodeState) -> str:
+    """Why the loop between steps doesn't serve a state; empty where it does."""
+    if state.grows:
+        return ""
+    if state.policy.interval > 1:
+        return "several tokens are evicted together"
+    return state.rule.why if isinstance(state.rule, Custom) else ""
+
+
+class CompiledLoops(Backend):
+    """Decode steps by compiled loops, which work on the state's tensors in place.
 
     Args:
-        state: a state that :func:`serves` says yes to.
+        state: its tensors are not replaced while it decodes; the loops keep their addresses.
+        why_attention: why PyTorch operators attend; empty where the loop does.
+        why_update: the same of what happens between steps.
     """
 
-    def __init__(self, state: DecodeState) -> None:
-        from d2obench.decode.cpu import attend as host_loops
-        from d2obench.decode.cpu import update as host_turn
-
-        self.state, self._loop, self._turn = state, host_loops.attend, host_turn.turn
-        rows, group, width = state.store.rows, state.group, state.position.shape[-1]
-        self.share = (group + 2 if state.pending_merge is not None else group + 1) * max(width, group)
-        self.room = torch.empty(rows * self.share)
+    def __init__(self, state: DecodeState, why_attention: str, why_update: str) -> None:
+        compile_loops()
+        self._why_attention, self._why_update = why_attention, why_update
+        super().__init__(state)
+        self._scratch = torch.zeros(0)
         self._new: tuple[Tensor, Tensor] | None = None
-        self._words = [self._layer(layer) for layer in range(len(state.store.capacities))]
         self._capacities = torch.tensor(state.store.capacities)
-        self._all = self._between() if rule_of(state) == "lowest" else None
+        self._layers = [] if why_attention else self._attention_arguments()
+        self._between = None if why_update or state.grows else self._update_arguments()
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Takes the new token's key and value ``[B, H, 1, d]``; attention, which follows, writes them."""
-        self._new = keys.contiguous(), values.contiguous()
+    @property
+    def needs_buffers(self) -> bool:
+        return bool(self._why_attention)
+
+    @property
+    def path(self) -> str:
+        if self._why_attention:
+            return f"PyTorch operators, compiled CPU loop between steps: {self._why_attention}"
+        if self._why_update:
+            return f"compiled CPU loops, PyTorch operators between steps: {self._why_update}"
+        return "compiled CPU loops"
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        if self._why_attention:
+            super().write(layer, keys, values)
+        else:  # attention, which follows, writes them
+            self._new = keys.contiguous(), values.contiguous()
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """As ``DecodeState.attend``."""
-        state, words = self.state, self._words[layer]
+        if self._why_attention:
+            return super().attend(layer, query, scale)
+        from d2obench.decode.cpu.attend import attend
+
+        state, arguments = self.state, self._layers[layer]
         assert self._new is not None
-        key, value = self._new
-        query = query.contiguous()
+        (key, value), query = self._new, query.contiguous()
         out = torch.empty(query.shape[0], 1, query.shape[1], state.store.widths[1])
-        words[2], words[3], words[4], words[5] = query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
-        words[15] = cpu.bits(scale)
+        arguments.query, arguments.new_key = query.data_ptr(), key.data_ptr()
+        arguments.new_value, arguments.out = value.data_ptr(), out.data_ptr()
+        arguments.scale = scale
         if state.grows:
-            words[9] = state.prompts[layer] + state.added + 1
+            arguments.filled = state.prompts[layer] + state.added + 1
         with span("decode attention"):
-            cpu.launch(self._loop, words)
+            cpu.launch(attend, arguments)
         return out
 
-    def turn(self) -> bool:
-        """Does the rest of ``DecodeState.advance`` for a bounded cache, after its counters; False where the policy's
-        rule has no loop."""
-        if self._all is None:
-            return False
+    def update(self) -> None:
+        if self._between is None:
+            super().update()
+            return
+        from d2obench.decode.cpu.update import update
+
         with span("evict"):
-            cpu.launch(self._turn, self._all)
-        return True
+            cpu.launch(update, self._between)
 
     def tensors(self) -> list[Tensor]:
-        """The work buffers."""
-        return [self.room, self._capacities]
+        return [*super().tensors(), self._scratch, self._capacities]
 
-    def _layer(self, layer: int) -> cpu.Arguments:
-        """What doesn't change from step to step: none of these tensors is replaced while the state decodes."""
-        state, store, carry = self.state, self.state.store, self.state.pending_merge
-        capacity = store.capacities[layer]
-        carried: tuple[Any, ...] = (0,) * 10
-        if carry is not None:
-            held = (
-                carry.queries, carry.key, carry.value, carry.inverse_norm, carry.host_bias, carry.bar,
-                carry.similarity, carry.weight, carry.host,
+    def _attention_arguments(self) -> list[Any]:
+        """Those of each layer, with all that doesn't change from step to step."""
+        from d2obench.decode.cpu.attend import AttendArguments
+
+        state, store, merge = self.state, self.state.store, self.state.merge
+        group, width = state.group, state.position.shape[-1]
+        scratch_row = (group + (1 if merge is None else 2)) * max(width, group)
+        self._scratch = torch.zeros(store.rows * scratch_row)
+        found = []
+        for layer, capacity in enumerate(store.capacities):
+            arguments = AttendArguments(
+                items=store.rows, capacity=capacity, filled=capacity, group=group, width=store.widths[0],
+                value_width=store.widths[1], stride=width, scratch_row=scratch_row, merging=int(merge is not None),
+                merge_keys=int(merge is not None and merge.spec.keys),
             )  # fmt: skip
-            carried = *(tensor[layer].data_ptr() for tensor in held), int(carry.spec.keys)
-        return cpu.Arguments(
-            0, store.rows, 0, 0, 0, 0,
-            store.keys(layer).data_ptr(), store.values(layer).data_ptr(), capacity, capacity,
-            state.target[layer].data_ptr(), store.base[layer].data_ptr(), state.group, *store.widths, 0,
-            0 if state.bias is None else state.bias[layer].data_ptr(),
-            state.attention[layer].data_ptr() if state.tracks else 0,
-            state.position.shape[-1], self.room.data_ptr(), self.share, *carried,
-        )  # fmt: skip
+            arguments.point(
+                keys=store.keys(layer), values=store.values(layer), target=state.target[layer], base=store.base[layer],
+                bias=None if state.bias is None else state.bias[layer],
+                attention=state.attention[layer] if state.tracks else None, scratch=self._scratch,
+            )  # fmt: skip
+            if merge is not None:
+                arguments.point(
+                    queries=merge.queries[layer], staged_key=merge.key[layer], staged_value=merge.value[layer],
+                    inverse_norm=merge.inverse_norm[layer], target_bias=merge.target_bias[layer],
+                    required=merge.required[layer], similarity=merge.similarity[layer], weight=merge.weight[layer],
+                    merge_target=merge.target[layer],
+                )  # fmt: skip
+            found.append(arguments)
+        return found
 
-    def _between(self) -> cpu.Arguments:
-        """What the loop between two steps works on, all layers."""
-        state, store, carry, extra = self.state, self.state.store, self.state.pending_merge, self.state.extra
+    def _update_arguments(self) -> Any:
+        """Those of the loop between steps, for all layers."""
+        from d2obench.decode.cpu.update import UpdateArguments
+
+        state, store, merge, rule = self.state, self.state.store, self.state.merge, self.state.rule
         layers, rows, width = state.position.shape
-        carried: tuple[Any, ...] = (0,) * 20
-        if carry is not None:
-            held = (
-                carry.queries, carry.key, carry.value, carry.similarity, carry.weight, carry.host, carry.pending,
-                extra["tau"], extra["merged"], carry.score, carry.inverse_norm, carry.host_bias, carry.bar,
-            )  # fmt: skip
-            plan = carry.spec
-            carried = (
-                store.key_rows.data_ptr(), store.value_rows.data_ptr(), *store.widths,
-                *(tensor.data_ptr() for tensor in held), cpu.bits(plan.beta), int(plan.keys), int(plan.inherit),
-            )  # fmt: skip
-        tensors = (
-            self._capacities, store.base, state.free, state.target, state.now, state.position, state.evicted,
+        arguments = UpdateArguments(
+            items=layers, rule=RULES.index(type(rule)), rows=rows, heads=state.heads, group=state.group, stride=width,
+            width=store.widths[0], value_width=store.widths[1],
         )  # fmt: skip
-        scored = (state.score, state.attention, extra["recent"])
-        assert all(tensor.is_contiguous() for tensor in (*tensors, *scored))
-        return cpu.Arguments(
-            0, layers, rows, width, *(tensor.data_ptr() for tensor in tensors),
-            0 if state.bias is None else state.bias.data_ptr(), *(tensor.data_ptr() for tensor in scored),
-            state.group, *carried,
+        self._rows: dict[str, Tensor] = {"usable": state.usable, "stream": state.stream}
+        match rule:
+            case LowestScore():
+                arguments.normalised = int(rule.normalised)
+                self._rows["recent"] = rule.recent
+            case Ring():
+                self._rows["first"] = rule.first
+            case MeanOfLowDeviation():
+                self._rows |= {"safe": rule.safe, "newest": rule.newest}
+            case _:
+                pass
+        # the loop reads a number a row; what a rule gives may be one for all
+        self._rows = {name: held.squeeze(-1).expand(layers, rows) if held.dim() == 3 else held.expand(layers, rows)
+                      for name, held in self._rows.items()}  # fmt: skip
+        self._rows = {name: held.long().contiguous() for name, held in self._rows.items()}
+        if isinstance(state.merge_spec, SpreadSpec):
+            arguments.parts = state.merge_spec.parts
+        arguments.point(
+            **self._rows, capacities=self._capacities, base=store.base, free=state.free, target=state.target,
+            now=state.now, position=state.position, evicted=state.evicted, merged=state.merged, bias=state.bias,
+            score=state.score if state.score.numel() else None, attention=state.attention if state.tracks else None,
+            square=state.square if state.square.numel() else None, keys=store.key_rows, values=store.value_rows,
         )  # fmt: skip
+        if merge is not None:
+            spec, arguments.merging = merge.spec, 1
+            arguments.merge_keys, arguments.inherit = int(spec.keys), int(spec.inherit)
+            arguments.important, arguments.per_layer = int(spec.targets == "important"), int(spec.per_layer)
+            arguments.beta = spec.beta
+            arguments.point(
+                queries=merge.queries, staged_key=merge.key, staged_value=merge.value, staged_score=merge.score,
+                pending=merge.pending, similarity=merge.similarity, weight=merge.weight, merge_target=merge.target,
+                threshold=state.threshold, required=merge.required, inverse_norm=merge.inverse_norm,
+                target_bias=merge.target_bias,
+            )  # fmt: skip
+        return arguments

@@ -1,8 +1,8 @@
-"""The loop of ``d2obench.decode.cpu.backend`` between two decode steps, for all layers and rows (numba).
+"""Everything between two decode steps, for all layers and rows, as a compiled loop (numba).
 
-What ``PendingMerge.settle``, H2O's scores, ``DecodeState.least``, ``PendingMerge.take`` and the booking of the freed
-slot do one after the other over all layers is done row by row here: a row's scores, positions and norms are read once.
-Order and arithmetic are theirs. Importing this compiles it, or reads numba's cache.
+What ``d2obench.decode.reference.Backend.update`` does one after the other over all layers is done row by row here: a
+row's scores, positions and norms are read once. Order and arithmetic are the reference's. Importing this compiles it,
+or reads numba's cache.
 """
 
 from __future__ import annotations
@@ -11,118 +11,238 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import int32, njit
 
-from d2obench.cpu.language import FAST, first_extreme, flags, floats, integers, loop, shorts, take, words_at
+from d2obench.cpu import HEADER, Arguments, Flags, Floats, Ints, Longs, Real, Size
+from d2obench.cpu.language import (
+    LOOP,
+    arguments,
+    fail,
+    first_extreme,
+    floats,
+    integers,
+    loop,
+    next_item,
+    record_of,
+    shorts,
+    smallest,
+)
+from d2obench.decode.cpu.merge import commit, stage
+from d2obench.policies.drawing import FACTOR, MASK
+from d2obench.slots.dense import NEVER, PROTECTED
 
-TINY, PROTECTED, HOST = np.float32(1e-6), np.float32(3e38), np.float32(-1)
-"""As in ``PendingMerge`` and ``DecodeState``."""
-
-
-@njit(fastmath=FAST)
-def _inverse_norm(row: Any) -> Any:
-    total = row[0] * row[0]
-    for i in range(1, row.shape[0]):
-        total += row[i] * row[i]
-    return 1 / max(np.float32(math.sqrt(total)), TINY)
-
-
-@njit(fastmath=FAST)
-def _settle(
-    u: float, share: float, waits: bool, taus: Any, lane: int, beta: float, hosting: Any, evicted: Any, merges: bool,
-) -> None:  # fmt: skip
-    """The threshold's EMA, and the merge of the evicted key into its host."""
-    if waits:
-        old = taus[lane]
-        taus[lane] = u if math.isinf(old) else old + np.float32(beta) * (u - old)
-    if share > 0 and merges:
-        for i in range(len(hosting)):
-            hosting[i] += share * (evicted[i] - hosting[i])
+LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(5)
+"""Kinds of a rule, as in ``d2obench.policies.base``."""
+SHIELD, INFINITE, ONE = np.float32(PROTECTED), np.float32(NEVER), np.float32(1)
 
 
-@njit(fastmath=FAST)
-def _least(score: Any, seen: Any, position: Any, limit: int, group: float, shown: Any, count: int) -> int:
+class UpdateArguments(Arguments):
+    """All layers; an item is a layer.
+
+    Fields have the names of ``DecodeState``'s, of its rule's and of ``PendingMerge``'s; ``stride`` numbers a row,
+    ``capacities`` slots of each layer in use; ``free`` is the slot that the step has filled. ``parts`` is CaM's, 0 for
+    no spread. From ``merging`` on: D2O's pending merge; ``keys`` and ``values`` are all lines of the store.
+    """
+
+    _fields_ = (
+        *HEADER, ("rule", Size), ("rows", Size), ("heads", Size), ("group", Size), ("stride", Size),
+        ("capacities", Longs), ("base", Longs), ("free", Longs), ("target", Longs), ("now", Ints), ("position", Ints),
+        ("evicted", Longs), ("merged", Longs), ("usable", Longs), ("stream", Longs), ("bias", Floats),
+        ("score", Floats), ("square", Floats), ("attention", Floats), ("recent", Longs), ("normalised", Size),
+        ("first", Longs), ("safe", Longs), ("newest", Longs), ("parts", Size), ("keys", Floats), ("values", Floats),
+        ("width", Size), ("value_width", Size), ("merging", Size), ("merge_keys", Size), ("inherit", Size),
+        ("important", Size), ("per_layer", Size), ("beta", Real), ("queries", Floats), ("staged_key", Floats),
+        ("staged_value", Floats), ("staged_score", Floats), ("pending", Flags), ("similarity", Floats),
+        ("weight", Floats), ("merge_target", Longs), ("threshold", Floats), ("required", Floats),
+        ("inverse_norm", Floats), ("target_bias", Floats),
+    )  # fmt: skip
+
+
+RECORD = record_of(UpdateArguments)
+
+
+@njit(**LOOP)
+def _lowest_score(a: Any, seen: Any, scores: Any, position: Any, now: int, limit: int, shown: Any, count: int) -> int:
     """Adds a row of attention to the scores; the slot of the lowest outside the recent window."""
-    for c in range(count):
-        score[c] += seen[c] / group
-        own = score[c]
-        shown[c] = PROTECTED if position[c] > limit else own
+    group = np.float32(a.group)
+    if a.normalised:
+        for c in range(count):
+            scores[c] += seen[c] / group
+            own = scores[c] / np.float32(now - position[c] + 1)
+            shown[c] = SHIELD if position[c] > limit else own
+    else:
+        for c in range(count):
+            scores[c] += seen[c] / group
+            own = scores[c]
+            shown[c] = SHIELD if position[c] > limit else own
     return first_extreme(shown, count, False)
 
 
-@loop(lambda words: 0)
-def turn(given: Any) -> None:
-    """A piece is a layer.
+@njit(**LOOP)
+def _latest(a: Any, layer: int, row: int, shown: Any, count: int) -> int:
+    """The slot that the newest query attends to least, on the mean over the heads of a sequence."""
+    group, heads = np.float32(a.group), np.float32(a.heads)
+    shown[:count] = 0
+    for head in range(a.heads):
+        seen = floats(a.attention + 4 * (layer * a.rows + row + head) * a.stride, a.stride)
+        for c in range(count):
+            shown[c] += seen[c] / group
+    scores = floats(a.score + 4 * (layer * a.rows + row) * a.stride, a.stride)
+    for c in range(count):
+        shown[c] = scores[c] + shown[c] / heads
+    return first_extreme(shown, count, False)
 
-    Words: rows, slots of a line, capacities, base, free, target, now, position, evicted, bias (0 for none), score,
-    attention, recent, query heads of a group; then, 0 where nothing is carried: keys, values (all rows of the store),
-    channels of both, queries, evicted key and value, similarity, weight, host, pending, τ, merged, scores of evictees,
-    inverse norms, bias of hosts, bar, bits of β, whether keys merge, whether scores are inherited.
-    """
-    words = words_at(given)
-    rows, stride, capacities, base, free, target, now, position, evicted, bias, score, attention, recent, group = words[
-        2:16
-    ]
-    keys, values, width, value_width, queries, key, value, similarity, weight, host = words[16:26]
-    pending, tau, merged, gains, inverse, hosts, bar = words[26:33]
-    beta, merges, inherits = words[33:34].view(np.float64)[0], words[34], words[35]
-    layers = words[1]
+
+@njit(**LOOP)
+def _lowest_mean(
+    a: Any, seen: Any, scores: Any, squares: Any, position: Any, now: int, newest: int, candidates: int, shown: Any,
+    deviation: Any, scratch: Any, count: int,
+) -> int:  # fmt: skip
+    """The slot of the lowest mean attention among the ``candidates`` of lowest deviation."""
+    group = np.float32(a.group)
+    # 1. sums, means and variances
+    for c in range(count):
+        own = seen[c] / group
+        scores[c] += own
+        squares[c] += own * own
+        times = np.float32(max(now - position[c] + 1, 1))
+        mean = scores[c] / times
+        spread = max(squares[c] / times - mean * mean, np.float32(0))
+        spread = INFINITE if position[c] > now - newest else spread
+        spread = -ONE if scores[c] == -INFINITE else spread
+        deviation[c] = INFINITE if scores[c] == INFINITE else spread
+        shown[c] = mean
+    # 2. those beyond the candidates are safe; of equals the later ones
+    if candidates < count:
+        bound = smallest(deviation, scratch, count, max(candidates - 1, 0))
+        left = candidates
+        for c in range(count):
+            left -= deviation[c] < bound
+        for c in range(count):
+            if deviation[c] < bound:
+                continue
+            if deviation[c] == bound and left > 0:
+                left -= 1
+            else:
+                shown[c] = INFINITE
+    # 3. every position is open to be chosen but those of closed slots
+    victim = first_extreme(shown, count, False)
+    squares[victim] = 0
+    return victim
+
+
+@njit(inline="always")
+def _mixed(x: int) -> int:
+    x &= MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+@njit(**LOOP)
+def _drawn(stream: int, position: int) -> Any:
+    """As ``d2obench.policies.drawing.drawn``."""
+    return np.float32(_mixed(stream ^ (((position + 1) * FACTOR) & MASK)) >> 8) / np.float32(2**24)
+
+
+@njit(**LOOP)
+def _spread(a: Any, lane: int, victim: int, first: int, usable: int, position: Any, count: int) -> bool:
+    """CaM's merge: the leaving value is shared out, or not; whether it was."""
+    born = position[victim]
+    if born < 0:
+        return False
+    # 1. the draw: the leaving token's attention against the mean of the younger ones
+    seen = floats(a.attention + 4 * lane * a.stride, a.stride)
+    group, total, younger = np.float32(a.group), np.float32(0), 0
+    for c in range(count):
+        if position[c] > born:
+            total += seen[c] / group
+            younger += 1
+    own = seen[victim] / group
+    if younger == 0 or math.isnan(total) or math.isnan(own):
+        return False
+    mean = total / np.float32(younger)
+    stream = integers(a.stream, a.items * a.rows)[lane]
+    if not (_drawn(stream, born) * mean < own if mean == 0 else _drawn(stream, born) < own / mean):
+        return False
+    # 2. the next slots of the ring
+    ring, base, width = usable - first, integers(a.base, a.items * a.rows)[lane], a.value_width
+    leaving, share = floats(a.values + 4 * (base + victim) * width, width), ONE / np.float32(a.parts)
+    for step in range(1, min(a.parts, ring - 1) + 1):
+        slot = first + (victim - first + step) % ring
+        held = floats(a.values + 4 * (base + slot) * width, width)
+        for i in range(width):
+            held[i] += share * leaving[i]
+    return True
+
+
+@njit(**LOOP)
+def _update(given: Any) -> None:
+    a = arguments(given, RECORD)
+    rows, stride, layers = a.rows, a.stride, a.items
     lanes = layers * rows
-    shown = np.empty(stride, np.float32)
-    frees, targets, bases = integers(free, lanes), integers(target, lanes), integers(base, lanes)
-    nows, windows, counts = shorts(now, rows), shorts(recent, lanes), integers(capacities, layers)
-    gone, absorbed = integers(evicted, layers), integers(merged, layers if keys else 0)
-    held = lanes if keys else 0
-    best, shares, places = floats(similarity, held), floats(weight, held), integers(host, held)
-    waits, taus, gained, bars = flags(pending, held), floats(tau, held), floats(gains, held), floats(bar, held)
+    shown, deviation, scratch = np.empty(stride, np.float32), np.empty(stride, np.float32), np.empty(stride, np.float32)
+    frees, targets, bases = integers(a.free, lanes), integers(a.target, lanes), integers(a.base, lanes)
+    usable, nows = integers(a.usable, lanes), shorts(a.now, rows)
+    none = floats(a.score, 0)
     while True:
-        layer = take(given)
+        layer = next_item(given)
         if layer < 0:
             return
-        count = counts[layer]
+        count, latest = integers(a.capacities, layers)[layer], 0
         for row in range(rows):
             lane = layer * rows + row
-            line = 4 * lane * stride
-            slot, first = frees[lane], bases[lane]
-            scores, places_of = floats(score + line, stride), shorts(position + line, stride)
-            if keys:
-                norms, may = floats(inverse + line, stride), floats(hosts + line, stride)
-                j, share = places[lane], shares[lane]
-                hosting = floats(keys + 4 * (first + j) * width, width)
-                lost = floats(key + 4 * lane * width, width)
-                _settle(
-                    best[lane] + np.float32(1), share, waits[lane] != 0, taus, lane, beta, hosting, lost, merges != 0
+            line, now, slot = 4 * lane * stride, nows[row], frees[lane]
+            position = shorts(a.position + line, stride)
+            scores = floats(a.score + line, stride) if a.score else none
+            seen = floats(a.attention + line, stride) if a.attention else none
+            # 1. the merge that was pending
+            if a.merging:
+                commit(a, layer, row, slot, scores)
+            # 2. the victim
+            limit = now
+            if a.rule == LOWEST_SCORE:
+                limit = max(now - integers(a.recent, lanes)[lane], -1)
+                victim = _lowest_score(a, seen, scores, position, now, limit, shown, count)
+            elif a.rule == RING:
+                victim = slot + 1
+                if victim > usable[lane] - 1:
+                    victim = integers(a.first, lanes)[lane]
+            elif a.rule == LATEST_ATTENTION:
+                if row % a.heads == 0:
+                    latest = _latest(a, layer, row, shown, count)
+                victim = latest
+            elif a.rule == MEAN_OF_LOW_DEVIATION:
+                squares = floats(a.square + line, stride)
+                newest, candidates = integers(a.newest, lanes)[lane], usable[lane] - integers(a.safe, lanes)[lane]
+                victim = _lowest_mean(
+                    a, seen, scores, squares, position, now, newest, candidates, shown, deviation, scratch, count
                 )
-                if share > 0:
-                    absorbed[layer] += 1
-                    if merges:
-                        norms[j] = _inverse_norm(hosting)
-                    if inherits:
-                        scores[j] += gained[lane]
-                norms[slot] = _inverse_norm(floats(keys + 4 * (first + slot) * width, width))
-                may[slot] = HOST
-            limit = max(nows[row] - windows[lane], -1)
-            seen = floats(attention + line, stride)
-            victim = _least(scores, seen, places_of, limit, np.float32(group), shown, count)
-            left = places_of[victim] >= 0
-            if keys:
-                leaving = floats(keys + 4 * (first + victim) * width, width)
-                unit = floats(queries + 4 * ((lane + 1) * (group + 1) - 1) * width, width)
-                lost = floats(key + 4 * lane * width, width)
-                for i in range(width):
-                    lost[i] = leaving[i]
-                    unit[i] = leaving[i] * norms[victim]
-                floats(value + 4 * lane * value_width, value_width)[:] = floats(
-                    values + 4 * (first + victim) * value_width, value_width
-                )
-                gained[lane], waits[lane], may[victim] = scores[victim], left, -np.inf
-                if not left:
-                    bars[lane] = np.inf
-                else:
-                    bars[lane] = -np.inf if beta >= 1 else taus[lane] - np.float32(1)
-            gone[layer] += left
-            places_of[victim] = nows[row] + 1
-            frees[lane], targets[lane] = victim, first + victim
-            scores[victim] = 0
-            if bias:
-                floats(bias + line, stride)[victim] = 0
+            else:
+                scores[slot] = _drawn(integers(a.stream, lanes)[lane], now)
+                victim = first_extreme(scores, count, False)
+            # 3. what becomes of it
+            real = position[victim] >= 0
+            if a.merging:
+                stage(a, lane, victim, real, scores[victim], position, scores, limit)
+            elif a.parts:
+                first = integers(a.first, lanes)[lane]
+                if _spread(a, lane, victim, first, usable[lane], position, count):
+                    integers(a.merged, layers)[layer] += 1
+            # 4. its slot is the next token's
+            integers(a.evicted, layers)[layer] += real
+            position[victim] = int32(now + 1)
+            frees[lane], targets[lane] = victim, bases[lane] + victim
+            if a.score:
+                scores[victim] = 0
+            if a.bias:
+                floats(a.bias + line, stride)[victim] = 0
+
+
+@loop(lambda a: 0)
+def update(given: Any) -> None:
+    """The end of a decode step."""
+    try:
+        _update(given)
+    except Exception:
+        fail(given)

@@ -1,4 +1,8 @@
-"""The fused decode path of one state: buffers, launches, and how a row is split.
+"""Decode steps on a GPU by Triton kernels: whether they serve a state, buffers, launches, and how a row is split.
+
+Kernels are compiled before the first step: where that fails, PyTorch operators serve the state and its decode path says
+why. With ``TRITON_INTERPRET=1`` in the environment Triton's interpreter runs the kernels on a CPU: for tests, it is
+slow.
 
 Splits: as many as it takes to give every multiprocessor a program and a half, each of one block at least. A block is
 what 16 KiB of keys hold: three in flight fit the shared memory of every GPU from Ampere on.
@@ -11,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2obench.decode.rules import rule_of
-from d2obench.decode.triton import attend as attention_kernels
-from d2obench.decode.triton import merge
-from d2obench.decode.triton import update as turn
+from d2obench.decode.reference import Backend
+from d2obench.decode.triton import WIDEST
+from d2obench.policies.base import Custom, LowestScore, Ring
 from d2obench.ranges import span
+from d2obench.slots.dense import DenseStore
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
@@ -26,24 +30,101 @@ CHUNK = 512
 MOST_SPLITS = 64
 
 
+_probed: dict[tuple[Any, ...], str] = {}
+
+
+def offer(state: DecodeState) -> Backend | str:
+    """The kernels' backend of a state, or in words why PyTorch operators serve it."""
+    if reason := _unserved(state):
+        return reason
+    device = state.store.device
+    onto = device.type == "cuda"
+    try:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if onto else 4
+        made = TritonKernels(state, processors, interpreted=not onto)
+        if not onto:
+            return made
+        key = (
+            device, state.store.dtype, *made.common.values(), *made.shape.values(), type(state.rule), made.biased,
+            state.grows, tuple(sorted({splits.bit_length() for splits in made.splits})), state.policy,
+        )  # fmt: skip
+        if key not in _probed:
+            _probed[key] = _problem(made)
+        return _probed[key] or made
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as problem:  # an installation of Triton that can't be imported, say
+        return _in_words(problem)
+
+
+def _unserved(state: DecodeState) -> str:
+    """Why the kernels don't serve a state; empty where they do."""
+    store = state.store
+    if type(store) is not DenseStore:
+        return "the cache is quantised"
+    if store.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"there are no kernels for {str(store.dtype).removeprefix('torch.')}"
+    if max(store.widths) > WIDEST:
+        return f"heads have {max(store.widths)} channels, more than {WIDEST}"
+    if state.merge is not None and state.merge.spec.per_layer:
+        return "a threshold per layer needs all its KV heads at once"
+    return ""
+
+
+def _unserved_update(state: DecodeState) -> str:
+    """Why the kernel between steps doesn't serve a state that the other kernels serve; empty where it does."""
+    rule, spec = state.rule, state.merge_spec
+    if state.policy.interval > 1:
+        return "several tokens are evicted together"
+    if isinstance(rule, Custom):
+        return rule.why
+    if isinstance(rule, LowestScore):
+        if rule.normalised:
+            return "no kernel normalises scores"
+        if state.merge is not None and state.merge.spec.targets != "all":
+            return "no kernel chooses among merge targets"
+        return ""
+    if isinstance(rule, Ring) and spec is None:
+        return ""
+    return "" if rule is None else f"no kernel has the rule {type(rule).__name__}"
+
+
+def _problem(made: TritonKernels) -> str:
+    try:
+        made.probe()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as problem:  # whatever a compiler may throw: PyTorch operators are there
+        return _in_words(problem)
+    return ""
+
+
+def _in_words(problem: Exception) -> str:
+    first = str(problem).strip().partition("\n")[0][:120]
+    return f"the kernels did not compile ({type(problem).__name__}: {first})"
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **meta: Any) -> None:
     """Every launch of the path goes through here."""
     kernel[grid](*given, **meta)
 
 
-class FusedDecode:
+class TritonKernels(Backend):
     """Decode steps of a state by Triton kernels.
 
     Args:
-        state: its tensors are worked on in place, as its own methods would.
+        state: its tensors are worked on in place.
         processors: multiprocessors of the device.
         interpreted: whether Triton's interpreter runs the kernels.
         splits: splits of every row; chosen by :meth:`splits_of` if not given.
     """
 
+    length_on_device = True
+
     def __init__(self, state: DecodeState, processors: int, interpreted: bool, splits: int | None = None) -> None:
-        self.state, self.processors, self.interpreted = state, processors, interpreted
-        store, carry = state.store, state.pending_merge
+        super().__init__(state)
+        self.processors, self.interpreted, self._why_update = processors, interpreted, _unserved_update(state)
+        store, merge = state.store, state.merge
         self.rows, self.device, (key_width, value_width) = store.rows, store.device, store.widths
         wide = store.dtype == torch.float32
         padded = max(16, _power(key_width))
@@ -57,7 +138,7 @@ class FusedDecode:
         self.shape = {
             "D": key_width,
             "DP": padded,
-            "M": max(16, _power(state.group + (carry is not None))),
+            "M": max(16, _power(state.group + (merge is not None))),
             "BLOCK": self.block,
             "WIDE": wide or interpreted,
         }
@@ -68,25 +149,38 @@ class FusedDecode:
         self.part = torch.empty(self.rows * most * state.group * value_width if most > 1 else 1, **floats)
         self.high, self.total = (torch.empty(self.rows * most * state.group, **floats) for _ in range(2))
         self.stride = state.position.shape[-1]
-        self.logits = torch.empty(self.rows * state.group * self.stride if state.tracks or carry else 1, **floats)
+        self.logits = torch.empty(self.rows * state.group * self.stride if state.tracks or merge else 1, **floats)
         self.best = torch.empty(self.rows * most, **floats)
         self.place = torch.empty(self.rows * most, dtype=torch.long, device=self.device)
         self.capacities = torch.tensor(store.capacities, device=self.device)
-        self.rule = rule_of(state)
+        rule, none = state.rule, self.total
+        self.recent = rule.recent.long().contiguous() if isinstance(rule, LowestScore) else none
+        self.first = rule.first.long().contiguous() if isinstance(rule, Ring) else none
         self._new: tuple[Tensor, Tensor] | None = None
         self._dry = False
+
+    @property
+    def needs_buffers(self) -> bool:
+        return False
+
+    @property
+    def path(self) -> str:
+        ran = "Triton kernels (interpreted)" if self.interpreted else "Triton kernels"
+        return f"{ran}, PyTorch operators between steps: {self._why_update}" if self._why_update else ran
 
     def splits_of(self, capacity: int) -> int:
         """Splits of a row of ``capacity`` slots."""
         wanted = -(-3 * self.processors // (2 * self.rows))
         return max(1, min(wanted, capacity // self.block, MOST_SPLITS))
 
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Takes the new token's key and value ``[B, H, 1, d]``; attention, which follows, writes them."""
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Holds the new token's key and value; attention, which follows, writes them."""
         self._new = _dense(keys), _dense(values)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """As ``DecodeState.attend``."""
+        from d2obench.decode.triton import attend as kernels
+        from d2obench.decode.triton import merge as merging
+
         state, store = self.state, self.state.store
         assert self._new is not None
         new_key, new_value = self._new
@@ -102,62 +196,62 @@ class FusedDecode:
         sizes = state.heads, slots, self.stride, splits, *query.stride()[:2]
         grid, single = (self.rows, splits), splits == 1
         with span("decode attention"):
-            if state.pending_merge is None:
+            if state.merge is None:
                 self._run(
-                    attention_kernels.attend, grid, *sums, query, new_key, new_value, keys, values, bias, target, base,
+                    kernels.attend, grid, *sums, query, new_key, new_value, keys, values, bias, target, base,
                     scale, *sizes, *new_key.stride()[:2], *new_value.stride()[:2], **self.common, **self.shape,
                     SINGLE=single, GROWS=state.grows, HAS_BIAS=self.biased, num_stages=2,
                 )  # fmt: skip
             else:
-                carry = state.pending_merge
+                merge = state.merge
                 self._run(
-                    merge.weigh, grid, self.logits, self.best, self.place, query, carry.queries[layer], new_key, keys,
-                    bias, carry.inverse_norm[layer], carry.host_bias[layer], target, base, scale, *sizes,
+                    merging.weigh, grid, self.logits, self.best, self.place, query, merge.queries[layer], new_key, keys,
+                    bias, merge.inverse_norm[layer], merge.target_bias[layer], target, base, scale, *sizes,
                     *new_key.stride()[:2], G=state.group, **self.shape, HAS_BIAS=self.biased, num_stages=3,
                 )  # fmt: skip
                 self._run(
-                    merge.mix, grid, *sums, self.best, self.place, carry.bar[layer], carry.similarity[layer],
-                    carry.weight[layer], carry.host[layer], query, carry.key[layer], carry.value[layer], new_value,
+                    merging.mix, grid, *sums, self.best, self.place, merge.required[layer], merge.similarity[layer],
+                    merge.weight[layer], merge.target[layer], query, merge.key[layer], merge.value[layer], new_value,
                     values, target, base, scale, *sizes, *new_value.stride()[:2], **self.common, **self.shape,
-                    SINGLE=single, SP=_power(splits), KEYS=carry.spec.keys, num_stages=3,
+                    SINGLE=single, SP=_power(splits), KEYS=merge.spec.keys, num_stages=3,
                 )  # fmt: skip
             if not single:
                 chunks = -(-slots // CHUNK) if state.tracks else 1
                 self._run(
-                    attention_kernels.join, (self.rows, chunks), *sums, slots, self.stride, splits, **self.common,
+                    kernels.join, (self.rows, chunks), *sums, slots, self.stride, splits, **self.common,
                     SP=_power(splits), CHUNK=CHUNK,
                 )  # fmt: skip
         return out
 
-    def turn(self) -> bool:
-        """Does the rest of ``DecodeState.advance`` for a bounded cache, after its counters; False where the policy's
-        rule has no kernel."""
-        if self.rule is None:
-            return False
-        state, store, extra, none = self.state, self.state.store, self.state.extra, self.total
-        scored, carry = self.rule == "lowest", state.pending_merge
+    def update(self) -> None:
+        if self._why_update:
+            super().update()
+            return
+        from d2obench.decode.triton.update import update
+
+        state, store, none, merge = self.state, self.state.store, self.total, self.state.merge
         bias = none if state.bias is None else state.bias
-        window = (extra["recent"], none, none) if scored else (none, extra["first"], extra["last"])
+        scored = isinstance(state.rule, LowestScore)
+        window = self.recent, self.first, state.usable
         scores = (state.score, state.attention) if scored else (none, none)
-        carried: tuple[Any, ...] = (none,) * 15
-        plan = None if carry is None else carry.spec
-        if carry is not None:
-            carried = (
-                store.key_rows, store.value_rows, carry.queries, carry.key, carry.value, carry.pending, carry.score,
-                carry.similarity, carry.host, carry.weight, carry.inverse_norm, carry.host_bias, carry.bar,
-                extra["tau"], extra["merged"],
+        merges: tuple[Any, ...] = (none,) * 15
+        spec = None if merge is None else merge.spec
+        if merge is not None:
+            merges = (
+                store.key_rows, store.value_rows, merge.queries, merge.key, merge.value, merge.pending, merge.score,
+                merge.similarity, merge.target, merge.weight, merge.inverse_norm, merge.target_bias, merge.required,
+                state.threshold, state.merged,
             )  # fmt: skip
         with span("evict"):
             self._run(
-                turn.turn, (self.rows, len(store.capacities)), state.position, state.now, state.free, state.target,
-                store.base, state.evicted, bias, self.capacities, *scores, *window, *carried,
-                plan.beta if plan else 0.0, self.rows, self.stride,
+                update, (self.rows, len(store.capacities)), state.position, state.now, state.free, state.target,
+                store.base, state.evicted, bias, self.capacities, *scores, *window, *merges,
+                spec.beta if spec else 0.0, self.rows, self.stride,
                 G=state.group, D=store.widths[0], DV=store.widths[1], DP=self.shape["DP"], DVP=self.common["DVP"],
                 BLOCK=max(16, min(1024, _power(self.stride))), SCORED=scored, HAS_BIAS=self.biased,
-                CARRIES=plan is not None, KEYS=bool(plan and plan.keys), INHERIT=bool(plan and plan.inherit),
-                SMOOTH=bool(plan and plan.beta < 1),
+                MERGES=spec is not None, KEYS=bool(spec and spec.keys), INHERIT=bool(spec and spec.inherit),
+                SMOOTH=bool(spec and spec.beta < 1),
             )  # fmt: skip
-        return True
 
     def probe(self) -> None:
         """Compiles and loads every kernel of the path by launches of no program; raises what goes wrong."""
@@ -168,10 +262,10 @@ class FusedDecode:
         self._dry = True
         try:
             for layer in {self.splits.index(splits) for splits in self.splits}:
-                self.write(query[:, : state.heads], torch.zeros(batch, state.heads, 1, value_width, **kind))
+                self.write(layer, query[:, : state.heads], torch.zeros(batch, state.heads, 1, value_width, **kind))
                 self.attend(layer, query, 1.0)
-            if not state.grows:
-                self.turn()
+            if not state.grows and not self._why_update:
+                self.update()
         finally:
             self._dry, self._new = False, None
 

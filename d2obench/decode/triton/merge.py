@@ -1,10 +1,10 @@
-"""Triton kernels: attention over slots with D2O's pending evictee riding along, and its merge on the way.
+"""Triton kernels: attention over slots with D2O's pending evictee as one more query, its merge on the way, and what of
+the merge belongs between two steps.
 
-Arithmetic is that of ``d2obench.decode.pending_merge``, with float32 logits: the evictee's unit vector is one more
-query, the
-row it gives names the nearest host, the host's value is merged and its logit corrected by linearity before the
-softmax. A host is known only when all keys were read, so keys (:func:`weigh`) and values (:func:`mix`) are two passes,
-each over its half of the bytes. The host's column, like the new token's, enters the sums by itself.
+Rule and reasons are in ``d2obench.decode.merge``; logits are float32. A merge target is known only when all keys were
+read, so keys (:func:`weigh`) and values (:func:`mix`) are two passes, each over its half of the bytes. The target's
+column, like the new token's, enters the sums by itself. :func:`commit` and :func:`stage` are parts of
+``d2obench.decode.triton.update``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from d2obench.decode import merge as reference
 from d2obench.decode.triton.attend import SIZES, absorb, bias_of, head_row, head_rows, leave, product, share_of, tile
+from d2obench.policies import merging
+
+TINY = tl.constexpr(merging.TINY)
+TARGET = tl.constexpr(reference.TARGET_BIAS)
 
 
 @triton.jit
@@ -21,17 +26,83 @@ def toward(a, b, w):
     return tl.where(w < 0.5, a + w * (b - a), b - (b - a) * (1.0 - w))
 
 
+@triton.jit
+def inverse_norm_of(key):
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(key.to(tl.float32) * key.to(tl.float32), 0)), TINY)
+
+
+@triton.jit
+def commit(
+    keys, key, staged_score, pending, similarity, target, weight, threshold, merged, beta, layer, lane, start_row, slot,
+    D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, INHERIT: tl.constexpr,
+):  # fmt: skip
+    """The pending merge of a row. Returns the slot of the merge target, its key and inverse norm, the inverse norm of
+    the token just decoded, the new threshold, and the score that the target inherits."""
+    d = tl.arange(0, DP)
+    j, u, w = tl.load(target + lane), tl.load(similarity + lane) + 1.0, tl.load(weight + lane)
+    old = tl.load(threshold + lane)
+    followed = tl.where((old == float("inf")) | (old == -float("inf")), u, old + beta * (u - old))
+    counts = (tl.load(pending + lane) != 0) & (u > -float("inf"))
+    newest = tl.where(counts, followed, old)
+    tl.atomic_add(merged + layer, (w > 0.0).to(tl.int64))
+    fresh = tl.load(keys + (start_row + slot) * D + d, mask=d < D, other=0.0)
+    absorbing = tl.load(keys + (start_row + j) * D + d, mask=d < D, other=0.0)
+    if KEYS:
+        lost = tl.load(key + lane * D + d, mask=d < D, other=0.0).to(tl.float32)
+        share = w.to(absorbing.dtype).to(tl.float32)
+        absorbing = toward(absorbing.to(tl.float32), lost, share).to(absorbing.dtype)
+        tl.store(keys + (start_row + j) * D + d, absorbing, mask=d < D)
+    gained = tl.zeros([], tl.float32)
+    if INHERIT:
+        gained = tl.where(w > 0.0, tl.load(staged_score + lane), 0.0)
+    return j, absorbing, inverse_norm_of(absorbing), inverse_norm_of(fresh), newest, gained
+
+
+@triton.jit
+def stage(
+    keys, values, unit, key, value, staged_score, pending, inverse_norm, target_bias, required, threshold, lane, line,
+    start_row, slot, victim, victim_score, left, j, absorbing, target_norm, slot_norm, newest,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KEYS: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """Holds a row's victim aside for the merge of the next step. What :func:`commit` has just written may not be read
+    back yet, so it is handed on: the target's key and norm, the norm of the token in ``slot``, the threshold."""
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    leaving = tl.load(keys + (start_row + victim) * D + d, mask=d < D, other=0.0)
+    leaving = tl.where(victim == j, absorbing, leaving)
+    norm = tl.load(inverse_norm + line + victim)
+    norm = tl.where(victim == j, target_norm, tl.where(victim == slot, slot_norm, norm))
+    tl.store(inverse_norm + line + slot, slot_norm)
+    if KEYS:
+        tl.store(inverse_norm + line + j, target_norm, mask=j != slot)
+    tl.store(key + lane * D + d, leaving, mask=d < D)
+    turned = (leaving.to(tl.float32) * norm).to(leaving.dtype)
+    tl.store(unit + (lane * (G + 1) + G) * D + d, turned, mask=d < D)
+    gone = tl.load(values + (start_row + victim) * DV + dv, mask=dv < DV, other=0.0)
+    tl.store(value + lane * DV + dv, gone, mask=dv < DV)
+    tl.store(staged_score + lane, victim_score)
+    tl.store(pending + lane, left)
+    tl.store(target_bias + line + slot, TARGET, mask=slot != victim)
+    tl.store(target_bias + line + victim, -float("inf"))
+    tl.store(threshold + lane, newest)
+    if SMOOTH:
+        tl.store(required + lane, tl.where(left, newest - 1.0, float("inf")))
+    else:
+        tl.store(required + lane, tl.where(left, -float("inf"), float("inf")))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def weigh(
-    logits, best, place, query, unit, new_key, keys, bias, inverse_norm, host_bias, target, base, scale,
+    logits, best, place, query, unit, new_key, keys, bias, inverse_norm, target_bias, target, base, scale,
     heads, slots, stride, splits, query_b, query_h, key_b, key_h,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the group, and each split's nearest host: u − 1 (−inf for none) and slot; the first of equals wins.
+    """Logits of the group, and each split's nearest slot: u − 1 (−inf for none) and its index; the first of equals
+    wins.
 
     Grid (rows, splits). ``unit`` ``[rows, G + 1, D]`` holds the evictee's unit vector in its last line; ``best``
-    float32 and ``place`` int64 ``[rows, splits]``; ``inverse_norm`` and ``host_bias`` float32 ``[rows, stride]``.
+    float32 and ``place`` int64 ``[rows, splits]``; ``inverse_norm`` and ``target_bias`` float32 ``[rows, stride]``.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
@@ -43,10 +114,10 @@ def weigh(
     tl.store(keys + (row * slots + slot) * D + d, key, mask=d < tl.where(own, D, 0))
     fresh = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     tl.store(logits + (row * G + g) * stride + slot, fresh, mask=g < tl.where(own, G, 0))
-    rider = tl.load(unit + (row * (G + 1) + G) * D + d, mask=d < D, other=0.0)
-    q = tl.where((g == G)[:, None], rider[None, :], q)
+    evictee = tl.load(unit + (row * (G + 1) + G) * D + d, mask=d < D, other=0.0)
+    q = tl.where((g == G)[:, None], evictee[None, :], q)
     nearest = tl.full([], -float("inf"), tl.float32)
-    host = tl.zeros([], tl.int32)
+    found = tl.zeros([], tl.int32)
     for start in range(first, last, BLOCK):
         at = start + n
         inside = (at < last) & (at != slot)
@@ -55,27 +126,28 @@ def weigh(
         where = (row * G + g)[:, None] * stride + at[None, :]
         tl.store(logits + where, shown, mask=(g < G)[:, None] & inside[None, :])
         inverse = tl.load(inverse_norm + row * stride + at, mask=inside, other=0.0)
-        hosts = tl.load(host_bias + row * stride + at, mask=inside, other=-float("inf"))
-        cosine = tl.sum(tl.where((g == G)[:, None], dots, 0.0), 0) * inverse + hosts
+        may = tl.load(target_bias + row * stride + at, mask=inside, other=-float("inf"))
+        cosine = tl.sum(tl.where((g == G)[:, None], dots, 0.0), 0) * inverse + may
         top, index = tl.max(cosine, 0, return_indices=True, return_indices_tie_break_left=True)
-        host = tl.where(top > nearest, start + index, host)
+        found = tl.where(top > nearest, start + index, found)
         nearest = tl.maximum(top, nearest)
     tl.store(best + row * splits + split, nearest)
-    tl.store(place + row * splits + split, host.to(tl.int64))
+    tl.store(place + row * splits + split, found.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def mix(
-    out, part, high, total, logits, attention, best, place, bar, similarity, weight, host, query, old_key, old_value,
-    new_value, values, target, base, scale,
+    out, part, high, total, logits, attention, best, place, required, similarity, weight, merge_target, query, old_key,
+    old_value, new_value, values, target, base, scale,
     heads, slots, stride, splits, query_b, query_h, value_b, value_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, SINGLE: tl.constexpr, SP: tl.constexpr, WATCHED: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The merge into the nearest host, then softmax and values; grid (rows, splits) as in :func:`weigh`.
+    """The merge into the merge target, then softmax and values; grid (rows, splits) as in :func:`weigh`.
 
-    ``bar``, ``similarity`` and ``weight`` float32 ``[rows]``, ``host`` int64 ``[rows]``, as in ``carry.PendingMerge``.
+    ``required``, ``similarity`` and ``weight`` float32 ``[rows]``, ``merge_target`` int64 ``[rows]``, as in
+    ``PendingMerge``.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, dv, n, every = tl.arange(0, M), tl.arange(0, DVP), tl.arange(0, BLOCK), tl.arange(0, SP)
@@ -84,32 +156,32 @@ def mix(
     offered = tl.load(best + row * splits + every, mask=every < splits, other=-float("inf"))
     nearest, winner = tl.max(offered, 0, return_indices=True, return_indices_tie_break_left=True)
     chosen = tl.load(place + row * splits + winner)
-    w = tl.where(nearest >= tl.load(bar + row), 1.0 / (1.0 + tl.exp(-nearest)), 0.0)
+    w = tl.where(nearest >= tl.load(required + row), 1.0 / (1.0 + tl.exp(-nearest)), 0.0)
     if split == 0:
         tl.store(similarity + row, nearest)
         tl.store(weight + row, w)
-        tl.store(host + row, chosen)
+        tl.store(merge_target + row, chosen)
     j = tl.where(nearest > -float("inf"), chosen, -1)
-    own, hosting = (slot >= first) & (slot < last), (j >= first) & (j < last)
+    own, absorbs = (slot >= first) & (slot < last), (j >= first) & (j < last)
     share = w.to(values.dtype.element_ty).to(tl.float32)
 
-    kept = tl.load(values + (row * slots + j) * DV + dv, mask=dv < tl.where(hosting, DV, 0), other=0.0)
+    kept = tl.load(values + (row * slots + j) * DV + dv, mask=dv < tl.where(absorbs, DV, 0), other=0.0)
     gone = tl.load(old_value + row * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
     merged = toward(kept.to(tl.float32), gone, share).to(kept.dtype)
-    tl.store(values + (row * slots + j) * DV + dv, merged, mask=dv < tl.where(hosting, DV, 0))
+    tl.store(values + (row * slots + j) * DV + dv, merged, mask=dv < tl.where(absorbs, DV, 0))
     value = head_row(new_value, row, heads, value_b, value_h, DV, DVP)
     tl.store(values + (row * slots + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
 
     line = logits + (row * G + g) * stride
     fresh = tl.load(line + slot, mask=g < tl.where(own, G, 0), other=-float("inf"))
-    held = tl.load(line + j, mask=g < tl.where(hosting, G, 0), other=-float("inf"))
+    held = tl.load(line + j, mask=g < tl.where(absorbs, G, 0), other=-float("inf"))
     if KEYS:
         d = tl.arange(0, DP)
         q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)
         lost = tl.load(old_key + row * D + d, mask=d < D, other=0.0)
         theirs = tl.sum(q.to(tl.float32) * lost.to(tl.float32)[None, :], 1) * scale
-        held = tl.where(g < tl.where(hosting, G, 0), toward(held, theirs, share), held)
-        tl.store(line + j, held, mask=g < tl.where(hosting, G, 0))
+        held = tl.where(g < tl.where(absorbs, G, 0), toward(held, theirs, share), held)
+        tl.store(line + j, held, mask=g < tl.where(absorbs, G, 0))
     m = tl.maximum(fresh, held)
     floor = tl.where(m == -float("inf"), 0.0, m)
     fresh_p, held_p = tl.exp(fresh - floor), tl.exp(held - floor)

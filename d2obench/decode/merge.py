@@ -1,0 +1,210 @@
+"""D2O's merge while decoding, at the price of one more row in a product that is computed anyway (PyTorch).
+
+Design. At the end of step t the policy evicts one entry per layer, sequence and KV head. Its merge
+(``d2obench.policies.merging``) needs the cosine similarity to every kept key, which would read the whole cache a second
+time. So the evictee is *staged*: its key and value are held aside, and at step t+1 its unit vector is one more row of
+``q·Kᵀ``. That row gives the merge target j and u = max cos before the softmax of step t+1. The target's value is merged
+in place, its logit follows by linearity, ``q·k'_j = (1−w)·q·k_j + w·q·k_e`` with ``w = exp(u) ÷ (e + exp(u)) =
+sigmoid(u − 1)``, and its key, which nothing else reads in this step, is merged for all layers at once when the step is
+over (*commit*), with thresholds and norms. The result is exactly that of merging at the end of step t, because the
+token of step t+1, which took the evictee's slot, is kept from being a merge target.
+
+This is what ``d2obench.decode.cpu.merge`` and ``d2obench.decode.triton.merge`` do, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from d2obench.policies.base import MergeSpec
+from d2obench.policies.merging import TINY, follow, merge_evicted, merge_weight, nearest
+from d2obench.ranges import span
+
+if TYPE_CHECKING:
+    from d2obench.decode.state import DecodeState
+
+TARGET_BIAS = -1.0
+"""Bias of a slot that may be a merge target: similarities are kept as u − 1, whose sigmoid is a merge's weight."""
+
+
+class PendingMerge:
+    """The staged evictee of every layer and row, and what its merge needs to know.
+
+    Args:
+        state: the slots; ``state.threshold`` and ``state.merged`` are kept up to date.
+        spec: the rule's parameters.
+
+    Attributes:
+        queries: ``[layers, rows, G + 1, d]``, work space; the last line is the evictee's unit vector.
+        key: the evictee's key, ``[layers, rows, d]``.
+        value: its value, ``[layers, rows, d_v]``.
+        score: its score, float32 ``[layers, rows]``.
+        pending: whether there is one, bool ``[layers, rows]``.
+        similarity: u − 1 of its merge target, float32 ``[layers, rows]``; −inf without one.
+        target: the slot of that, int64 ``[layers, rows]``.
+        weight: the share that the evictee takes in it, float32 ``[layers, rows]``; 0 where it is lost.
+        required: the least u − 1 that is merged, float32 ``[layers, rows]``.
+        inverse_norm: 1 ÷ the norm of every key, float32 ``[layers, rows, C]``.
+        target_bias: TARGET_BIAS for slots that may be merge targets and −inf for others, ``[layers, rows, C]``.
+    """
+
+    def __init__(self, state: DecodeState, spec: MergeSpec) -> None:
+        self.state, self.spec = state, spec
+        store, (layers, rows, width) = state.store, state.position.shape
+        device = store.device
+        key_width, value_width = store.widths
+        self.queries = torch.zeros(layers, rows, state.group + 1, key_width, dtype=store.dtype, device=device)
+        self.key = torch.zeros(layers, rows, key_width, dtype=store.dtype, device=device)
+        self.value = torch.zeros(layers, rows, value_width, dtype=store.dtype, device=device)
+        self.score = torch.zeros(layers, rows, device=device)
+        self.pending = torch.zeros(layers, rows, dtype=torch.bool, device=device)
+        self.similarity = torch.zeros(layers, rows, device=device)
+        self.target = torch.zeros(layers, rows, dtype=torch.long, device=device)
+        self.weight = torch.zeros(layers, rows, device=device)
+        self.required = torch.full((layers, rows), torch.inf, device=device)
+        self.inverse_norm = torch.zeros(layers, rows, width, device=device)
+        for layer in range(layers):
+            norm = store.keys(layer).float().norm(dim=-1)
+            self.inverse_norm[layer, :, : norm.shape[1]] = 1 / norm.clamp_min(TINY)
+        self.target_bias = torch.full((layers, rows, width), TARGET_BIAS, device=device)
+        self.target_bias.masked_fill_(state.position < 0, -torch.inf)
+        self._cosine = torch.zeros(rows, width, device=device)
+
+    def logits(
+        self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
+    ) -> Tensor:
+        """Logits ``[rows, G + 1, C]`` of the queries, after the staged evictee was merged into its target; the last
+        row is the evictee's own and means nothing to attention.
+
+        Args:
+            layer: index among the compressed layers.
+            query: ``[B, Hq, 1, d]``.
+            scale: factor of the logits.
+            keys: the layer's keys, ``[rows, C, d]``.
+            bias: −inf for slots that hold nothing, ``[rows, 1, C]``, or None where all are filled.
+            buffer: work space of at least ``rows·(G+1)·C``.
+        """
+        queries = self.queries[layer]
+        rows, group, width = queries.shape[0], queries.shape[1] - 1, keys.shape[1]
+        # 1. one product for the queries and for the evictee's unit vector
+        queries[:, :group].copy_(query.view(rows, group, -1))
+        every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
+        given, beta = (every, 0) if bias is None else (bias, 1)
+        torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
+        # 2. its last row gives the merge target, u − 1, and the weight
+        with span("similarity"):
+            cosine = self._cosine[:, :width]
+            may, inverse = self.target_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
+            torch.addcmul(may, every[:, group], inverse, value=1 / scale, out=cosine)
+            torch.max(cosine, -1, out=(self.similarity[layer], self.target[layer]))
+        # 3. the target's value is merged, and its logits follow by linearity
+        with span("merge"):
+            self._weigh(layer)
+            self._merge_value(layer)
+            if self.spec.keys:
+                own, at = every[:, :group], self.target[layer].view(rows, 1, 1).expand(rows, group, 1)
+                before = own.gather(2, at)
+                evicted = torch.baddbmm(before, queries[:, :group], self.key[layer, ..., None], beta=0, alpha=scale)
+                own.scatter_(2, at, torch.lerp(before, evicted, self.weight[layer].view(rows, 1, 1).to(own.dtype)))
+        return every
+
+    def commit(self) -> None:
+        """After the last layer of a step: thresholds, counts, the merged keys, and the norms of what changed."""
+        state, store = self.state, self.state.store
+        followed = follow(state.threshold, self._newest(self.similarity) + 1, self.spec.beta)
+        state.threshold.copy_(torch.where(self.pending, followed, state.threshold))
+        state.merged += (self.weight > 0).sum(1)
+        if self.spec.keys:
+            index = store.base + self.target
+            merged = torch.lerp(store.read_keys(index), self.key, self.weight.unsqueeze(-1).to(self.key.dtype))
+            store.write_keys(index, merged)
+            self._note_norms(self.target, merged)
+        if self.spec.inherit:
+            gained = torch.where(self.weight > 0, self.score, 0.0)
+            state.score.scatter_add_(2, self.target[..., None], gained[..., None])
+        self._note_norms(state.slot, store.read_keys(store.base + state.slot))
+        self.target_bias.scatter_(2, state.slot[..., None], TARGET_BIAS)
+
+    def stage(self, victim: Tensor) -> None:
+        """Holds the evicted entries ``[layers, rows]`` aside, before their slots are reserved for the next token."""
+        state, store = self.state, self.state.store
+        index, at = store.base + victim, victim[..., None]
+        self.key.copy_(store.read_keys(index))
+        self.value.copy_(store.read_values(index))
+        self.queries[:, :, -1] = self.key.float() * self.inverse_norm.gather(2, at)
+        self.score.copy_(state.score.gather(2, at)[..., 0])
+        self.pending.copy_(state.position.gather(2, at)[..., 0] >= 0)
+        if self.spec.targets == "important":
+            self.target_bias.fill_(TARGET_BIAS).masked_fill_(~state.important(), -torch.inf)
+        self.target_bias.scatter_(2, at, -torch.inf)
+        # u ≥ τ_t is u ≥ τ_{t−1} for β < 1, and always true for β = 1 (one evictee, Eq. 10): no rounding of the average
+        least = state.threshold - 1 if self.spec.beta < 1 else torch.full_like(self.required, -torch.inf)
+        self.required.copy_(torch.where(self.pending, least, torch.inf))
+
+    def commit_now(self) -> None:
+        """Carries out the staged merges by themselves, where no further step will (a new turn)."""
+        store = self.state.store
+        for layer in range(len(store.capacities)):
+            keys = store.keys(layer)
+            may = self.target_bias[layer, :, : keys.shape[1]] > -torch.inf
+            similarity, target = nearest(self.key[layer][:, None], keys, may)
+            self.similarity[layer], self.target[layer] = similarity[:, 0] - 1, target[:, 0]
+            self._weigh(layer)
+            self._merge_value(layer)
+        self.commit()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [
+            self.queries, self.key, self.value, self.score, self.pending, self.similarity, self.target, self.weight,
+            self.required, self.inverse_norm, self.target_bias, self._cosine,
+        ]  # fmt: skip
+
+    def _weigh(self, layer: int) -> None:
+        """The weight of a layer's merges, 0 for an evictee that is not similar enough."""
+        found = self.similarity[layer]
+        if self.spec.per_layer:
+            threshold = follow(self.state.threshold[layer], self._newest(found) + 1, self.spec.beta)
+            passed = (found + 1 >= threshold) & self.pending[layer]
+        else:
+            passed = found >= self.required[layer]
+        torch.mul(merge_weight(found), passed, out=self.weight[layer])
+
+    def _merge_value(self, layer: int) -> None:
+        store, share = self.state.store, self.weight[layer].unsqueeze(1)
+        index = store.base[layer] + self.target[layer]
+        store.write_values(index, torch.lerp(store.read_values(index), self.value[layer], share.to(store.dtype)))
+
+    def _note_norms(self, slot: Tensor, keys: Tensor) -> None:
+        """Notes the norms of keys ``[layers, rows, d]`` that now stand in ``slot``."""
+        norm = keys.float().norm(dim=-1, keepdim=True)
+        self.inverse_norm.scatter_(2, slot[..., None], norm.clamp_min_(TINY).reciprocal_())
+
+    def _newest(self, similarity: Tensor) -> Tensor:
+        """What the threshold follows: u itself, or its mean over the KV heads of a sequence."""
+        if not self.spec.per_layer:
+            return similarity
+        grouped = similarity.view(*similarity.shape[:-1], -1, self.state.heads)
+        return grouped.mean(-1, keepdim=True).expand_as(grouped).reshape(similarity.shape)
+
+
+def merge_together(state: DecodeState, spec: MergeSpec, victims: Tensor) -> None:
+    """Merges the entries that a step evicts together, ``[layers, rows, n]``, right away."""
+    store = state.store
+    for layer in range(victims.shape[0]):
+        index = store.base[layer, :, None] + victims[layer]
+        leaving = state.position[layer].gather(1, victims[layer]) >= 0
+        may = state.important()[layer] if spec.targets == "important" else state.position[layer] >= 0
+        may = may.scatter(1, victims[layer], False)[:, : store.capacities[layer]]
+        kept, evicted = (store.keys(layer), store.values(layer)), (store.read_keys(index), store.read_values(index))
+        merged = merge_evicted(spec, kept, evicted, may, leaving, state.heads, state.threshold[layer])
+        store.fill(layer, merged.keys, merged.values, may)
+        state.threshold[layer] = merged.threshold
+        state.merged[layer] += merged.passed.sum()
+        if spec.inherit:
+            score = state.score[layer]
+            gained = torch.where(merged.passed, score.gather(1, victims[layer]), 0.0)
+            score.scatter_add_(1, merged.target, gained)

@@ -1,0 +1,270 @@
+"""A decode step as PyTorch operators: the reference of every backend, and the one that serves everything.
+
+Here stands, for each kind of rule in ``d2obench.policies.base``, what a step does with its row of attention
+(:func:`observe`), which slot it frees (:func:`victims`), and what is still known when a conversation goes on
+(:func:`known`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from d2obench.decode.merge import PendingMerge, merge_together
+from d2obench.policies.base import (
+    Custom,
+    DecodeRule,
+    LatestAttention,
+    LowestDraw,
+    LowestScore,
+    MeanOfLowDeviation,
+    MergeSpec,
+    Ring,
+    SpreadSpec,
+    Stats,
+)
+from d2obench.policies.drawing import drawn
+from d2obench.policies.roco import moments, places
+from d2obench.ranges import span
+from d2obench.slots.dense import EMPTY, NEVER, PROTECTED
+
+if TYPE_CHECKING:
+    from d2obench.decode.state import DecodeState
+
+
+class Backend:
+    """Decode steps of a state as PyTorch operators. Compiled backends replace what they do faster.
+
+    Args:
+        state: the slots; their tensors are worked on in place.
+        why: why no faster backend serves the state, in words; empty where there is none for its device.
+    """
+
+    length_on_device = False
+    """Whether a growing cache's length is read from the device, so that a CUDA graph can replay a step."""
+
+    def __init__(self, state: DecodeState, why: str = "") -> None:
+        self.state, self.why = state, why
+        rows, width, store = state.store.rows, state.position.shape[-1], state.store
+        lines = rows * (state.group + 1) * width if self.needs_buffers else 0
+        self._logits = torch.zeros(lines, dtype=store.dtype, device=store.device)
+        self._weights = torch.zeros(lines, dtype=torch.float32, device=store.device)
+
+    @property
+    def needs_buffers(self) -> bool:
+        """Whether attention runs as PyTorch operators."""
+        return True
+
+    @property
+    def path(self) -> str:
+        """What executes a step, in the words of a result's decode path."""
+        return "PyTorch operators" + (f": {self.why}" if self.why else "")
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """As ``DecodeState.write``."""
+        state = self.state
+        state.store.write(layer, state.target[layer], keys, values)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """As ``DecodeState.attend``."""
+        state = self.state
+        rows, group = state.store.rows, state.group
+        keys = state.store.keys(layer)
+        if state.grows:
+            keys = keys[:, : state.prompts[layer] + state.added + 1]
+        width = keys.shape[1]
+        with span("decode attention"):
+            bias = None if state.bias is None else state.bias[layer, :, None, :width]
+            if state.merge is None:
+                logits = self._logits[: rows * group * width].view(rows, group, width)
+                queries = query.reshape(rows, group, -1)
+                given, beta = (logits, 0) if bias is None else (bias, 1)
+                torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=logits)
+            else:
+                logits = state.merge.logits(layer, query.contiguous(), scale, keys, bias, self._logits)
+            weights = self._weights[: logits.numel()].view(logits.shape)
+            torch.softmax(logits, -1, dtype=torch.float32, out=weights)
+            weights = weights[:, :group]
+            if state.tracks:
+                torch.sum(weights, 1, out=state.attention[layer, :, :width])
+            values = state.store.values(layer)[:, :width]
+            mixed = torch.bmm(weights.to(values.dtype), values)
+        return mixed.view(query.shape[0], 1, query.shape[1], -1)
+
+    def update(self) -> None:
+        """Everything between two steps of a bounded cache: commits the merge that was pending, lets the rule see the
+        step's attention and choose what to evict, merges or stages that, and reserves the slot for the next token."""
+        state, interval = self.state, self.state.policy.interval
+        if state.merge is not None:
+            with span("merge"):
+                state.merge.commit()
+        with span("scores"):
+            if state.tracks:
+                state.attention /= state.group
+            observe(state, state.rule)
+        place = state.steps % interval
+        if place == 0:
+            with span("evict"):
+                chosen = victims(state, state.rule)
+            self._absorb(chosen)
+            state.free_slots(chosen)
+        state.slot = state.free[..., place]
+        state.reserve()
+
+    def tensors(self) -> list[Tensor]:
+        """The work buffers."""
+        return [self._logits, self._weights]
+
+    def _absorb(self, chosen: Tensor) -> None:
+        """What becomes of the entries that leave, ``[layers, rows, interval]``."""
+        state = self.state
+        spec = state.merge_spec
+        if isinstance(state.merge, PendingMerge):
+            state.merge.stage(chosen[..., 0])
+        elif isinstance(spec, MergeSpec):
+            merge_together(state, spec, chosen)
+        elif isinstance(spec, SpreadSpec):
+            spread(state, spec, chosen)
+        elif isinstance(state.rule, Custom):
+            state.policy.absorb_step(state, chosen)
+
+
+def begin(state: DecodeState, rule: DecodeRule | None, scores: list[Stats]) -> None:
+    """Sets the fields of the state that a rule works on, from the statistics of the kept entries."""
+    match rule:
+        case LowestScore():
+            _fill(state.score, scores, "sum")
+            state.score.masked_fill_((state.position >= 0) & (state.position < _column(rule.sinks)), NEVER)
+        case MeanOfLowDeviation():
+            _fill(state.score, scores, "sum")
+            state.square = torch.zeros_like(state.score)
+            _fill(state.square, scores, "square")
+        case LowestDraw():
+            state.score = drawn(state.stream, state.position)
+        case Custom():
+            begin(state, rule.inherited, scores)
+        case _:
+            pass
+
+
+def observe(state: DecodeState, rule: DecodeRule | None) -> None:
+    """What a rule does with the row of attention of a step."""
+    match rule:
+        case LowestScore():
+            state.score += state.attention
+        case MeanOfLowDeviation():
+            state.score += state.attention
+            state.square.addcmul_(state.attention, state.attention)
+        case LowestDraw():
+            at = state.slot[..., None]
+            state.score.scatter_(2, at, drawn(state.stream, state.now[None, :, None].expand(at.shape)))
+        case Custom():
+            state.policy.observe(state)
+        case _:
+            pass
+
+
+def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
+    """The slots that the next tokens take, ``[layers, rows, interval]``."""
+    match rule:
+        case LowestScore():
+            score = state.score
+            if rule.normalised:
+                score = score / (state.now[None, :, None] - state.position + 1)
+            return lowest(state, score, rule.recent[..., None])
+        case Ring():
+            after = state.slot + 1
+            return torch.where(after > state.usable - 1, rule.first, after)[..., None]
+        case LatestAttention():
+            layers, rows, width = state.attention.shape
+            row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
+            # scores are 0 here but for empty and closed slots
+            row = row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width)
+            return lowest(state, state.score + row, 0)
+        case MeanOfLowDeviation():
+            return _lowest_mean(state, rule)
+        case LowestDraw():
+            return lowest(state, state.score, 0)
+        case Custom():
+            return state.policy.victims(state)
+        case _:
+            return oldest(state, 0)
+
+
+def known(state: DecodeState, rule: DecodeRule | None) -> Stats:
+    """The prompt statistics that a rule's fields still hold, ``[layers, rows, C]`` by name."""
+    match rule:
+        case LowestScore():
+            return {"sum": state.score}
+        case MeanOfLowDeviation():
+            return {"sum": state.score, "square": state.square}
+        case Custom():
+            return known(state, rule.inherited)
+        case _:
+            return {}
+
+
+def lowest(state: DecodeState, score: Tensor, recent: Tensor | int) -> Tensor:
+    """Slots of the ``interval`` lowest scores outside the last ``recent`` tokens, ``[layers, rows, interval]``.
+
+    EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
+    """
+    limit = (state.now[None, :, None] - recent).clamp_min(EMPTY)
+    shown = torch.where(state.position > limit, PROTECTED, score)
+    if state.policy.interval == 1:
+        return shown.min(-1, keepdim=True).indices
+    return shown.topk(state.policy.interval, -1, largest=False, sorted=True).indices
+
+
+def oldest(state: DecodeState, start: Tensor | int) -> Tensor:
+    """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones come
+    first."""
+    kept = (state.position < EMPTY) | ((state.position >= 0) & (state.position < start))
+    return lowest(state, state.position.float().masked_fill_(kept, NEVER), 0)
+
+
+def spread(state: DecodeState, spec: SpreadSpec, chosen: Tensor) -> None:
+    """CaM's merge: a value that leaves is now and then shared out among the values of the next slots of the ring."""
+    assert isinstance(state.rule, Ring)
+    store, first = state.store, state.rule.first[..., None]
+    ring = state.usable[..., None] - first
+    # 1. the draw: the leaving token's attention against the mean of the younger ones
+    born = state.position.gather(2, chosen)
+    younger = state.position > born
+    mean = (state.attention * younger).sum(-1, keepdim=True) / younger.sum(-1, keepdim=True)
+    chance = (state.attention.gather(2, chosen) / mean).nan_to_num(0.0)
+    share = (drawn(state.stream, born) < chance) & (born >= 0)
+    # 2. the next slots, those beyond the ring's length standing for the leaving one, which is overwritten anyway
+    step = torch.arange(1, min(spec.parts, state.position.shape[-1]) + 1, device=born.device)
+    slots = torch.where(step < ring, first + (chosen - first + step) % ring, chosen)
+    index, leaving = store.base[..., None] + slots, store.base[..., None] + chosen
+    added = share[..., None].float() / spec.parts * store.read_values(leaving).float()
+    store.write_values(index, (store.read_values(index).float() + added).to(store.dtype))
+    state.merged += share.sum((1, 2))
+
+
+def _lowest_mean(state: DecodeState, rule: MeanOfLowDeviation) -> Tensor:
+    """RoCo's victim: the lowest mean among the entries of low deviation."""
+    now = state.now[None, :, None]
+    # 1. deviations, with the newest tokens' and the closed slots' above all others and those of empty slots below
+    mean, deviation = moments(state.score, state.square, (now - state.position + 1).clamp_min(1))
+    deviation.masked_fill_(state.position > now - rule.newest[..., None], torch.inf)
+    deviation.masked_fill_(state.score == -NEVER, -1.0).masked_fill_(state.score == NEVER, torch.inf)
+    # 2. all but the safe ones are candidates; the slot that holds the newest token makes one more than the budget
+    candidates = (state.usable - rule.safe)[..., None]
+    mean.masked_fill_(places(deviation, descending=False) >= candidates, torch.inf)
+    slots = lowest(state, mean, 0)
+    state.square.scatter_(2, slots, 0.0)
+    return slots
+
+
+def _column(bound: Tensor | int) -> Tensor | int:
+    return bound[..., None] if isinstance(bound, Tensor) else bound
+
+
+def _fill(field: Tensor, scores: list[Stats], name: str) -> None:
+    for layer, stats in enumerate(scores):
+        kept = stats[name].flatten(0, 1)
+        field[layer, :, : kept.shape[1]] = kept
