@@ -123,7 +123,7 @@ def test_shares_are_made_again_from_the_items() -> None:
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        (kernels_cell("hf-static", None), "can't look into hf-static"),
+        (kernels_cell("hf-static", None), "can't measure the parts of hf-static"),
         (kernels_cell("full", None, "64+17"), "too short for kernels"),
     ],
 )

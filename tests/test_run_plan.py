@@ -13,7 +13,7 @@ from d2obench.run.plan import Device, abba, group, larger, memory_of, predict
 from d2obench.run.search import MOST, RESOLUTION, largest_batch
 from d2obench.suite.definition import Cell, Quality
 from d2obench.tasks import REGISTRY, parse_task, uses_shape
-from d2obench.tasks.rough import Work, work
+from d2obench.tasks.base import Work
 
 LLAMA_3_8B = {
     "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "parameters": 8_030_261_248,
@@ -72,7 +72,7 @@ def test_a_quality_cell_s_time_grows_with_its_items_and_its_text() -> None:
 
 def test_needles_that_do_not_fit_are_no_work() -> None:
     def found(context: int) -> Work | None:
-        return work(parse_task("needle(contexts=[1024,4096],depths=[0.5])"), Quality(), None, context)
+        return parse_task("needle(contexts=[1024,4096],depths=[0.5])").work(Quality(), None, context)
 
     assert found(8192) == Work(2, 2560, 32)
     assert found(2048) == Work(1, 1024, 32)

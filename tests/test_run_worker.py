@@ -23,7 +23,7 @@ from d2obench.run.check import check
 from d2obench.run.operations import Worker
 from d2obench.run.protocol import DeadWorkerError, describe
 from d2obench.suite.definition import load_suite
-from d2obench.tasks.timed import prompts
+from d2obench.tasks.prompts import timing_prompts
 
 
 def request(policy: str = "h2o", budget: str | None = "0.25", **more: Any) -> dict[str, Any]:
@@ -177,12 +177,12 @@ def test_describe_checks_models_and_devices(worker: Worker) -> None:
 
 
 def test_prompts_are_different_readable_and_the_same_for_every_policy(tiny: LoadedModel) -> None:
-    found = prompts(tiny, 50, 4, 0)
+    found = timing_prompts(tiny, 50, 4, 0)
     assert [len(one) for one in found] == [50] * 4
     assert len({tuple(one) for one in found}) == 4
     assert all(0 <= token < 256 for one in found for token in one)
-    assert prompts(tiny, 50, 4, 0) == found
-    assert prompts(tiny, 50, 4, 1) != found
+    assert timing_prompts(tiny, 50, 4, 0) == found
+    assert timing_prompts(tiny, 50, 4, 1) != found
 
 
 def test_a_text_begins_with_the_models_own_first_token(tiny: LoadedModel) -> None:
@@ -195,7 +195,7 @@ def test_a_text_begins_with_the_models_own_first_token(tiny: LoadedModel) -> Non
             ids = [ord(char) for char in text]
             return {"input_ids": [1, *ids] if add_special_tokens else ids}
 
-    found = prompts(dataclasses.replace(tiny, tokenizer=Letters()), 80, 2, 0)
+    found = timing_prompts(dataclasses.replace(tiny, tokenizer=Letters()), 80, 2, 0)
     assert [one[0] for one in found] == [1, 1]
     assert [len(one) for one in found] == [80, 80]
     words = ["".join(map(chr, one[1:])) for one in found]

@@ -18,9 +18,9 @@ from d2obench.suite.definition import Cell, Quality
 from d2obench.tasks import parse_task
 from d2obench.tasks.coqa import Story
 from d2obench.tasks.data import Source, read_text, records
-from d2obench.tasks.extra import accuracy_package
 from d2obench.tasks.gsm8k import Problem
 from d2obench.tasks.longbench import Sample
+from d2obench.tasks.scoring import accuracy_package
 from d2obench.tasks.truthfulqa import Question, from_csv
 
 HUB = Source("owner/set", "0" * 40, "test")

@@ -129,7 +129,7 @@ def test_a_long_prompt_loses_its_middle(model: LoadedModel) -> None:
     assert text.endswith("098 099  stub")
     assert "050" not in text
     assert not encode(model, Example("0", "0", body), Limits()).truncated
-    with pytest.raises(UsageError, match="room for a prompt"):
+    with pytest.raises(UsageError, match="leaves 10 for the prompt"):
         encode(dataclasses.replace(model, context=30), Example("0", "0", body), Limits(max_new=20))
 
 

@@ -12,10 +12,8 @@ from d2obench.errors import UsageError
 from d2obench.metric import METRICS
 from d2obench.suite.definition import load_suite
 from d2obench.tasks import LONGBENCH, REGISTRY, parse_task, uses_shape
-from d2obench.tasks.base import first_line, parameters
-from d2obench.tasks.longbench_rules import RULES
-from d2obench.tasks.longbench_sets import SETS
-from d2obench.tasks.values import values_of
+from d2obench.tasks.base import first_line, parameters, values_of
+from d2obench.tasks.longbench import RULES, SETS
 
 
 def test_asking_about_shapes_imports_nothing_heavy() -> None:

@@ -11,11 +11,10 @@ import math
 import pytest
 
 from d2obench.tasks import truthfulqa
-from d2obench.tasks.answers import against_others, exact, normalized, squad_f1
-from d2obench.tasks.gsm8k import SHOTS, flexible, plain, strict
-from d2obench.tasks.longbench_rules import RULES
+from d2obench.tasks.gsm8k import SHOTS, flexible_number, plain_number, strict_number
+from d2obench.tasks.longbench import RULES
 from d2obench.tasks.recall import begins_with
-from d2obench.tasks.rouge import rouge_l
+from d2obench.tasks.scoring import coqa_scores, exact_match, normalized, rouge_l, squad_f1
 
 
 @pytest.mark.parametrize(
@@ -47,19 +46,19 @@ def test_squad_normalisation(text: str, plain_text: str) -> None:
     ],
 )
 def test_squad_exact_match_and_f1(prediction: str, gold: str, em: float, f1: float) -> None:
-    assert exact(prediction, gold) == em
+    assert exact_match(prediction, gold) == em
     assert squad_f1(prediction, gold) == pytest.approx(f1, abs=1e-12)
 
 
 def test_coqa_leaves_each_reference_out_once() -> None:
     # Left out in turn: the two exact ones leave each other (1), "red" leaves both (1): mean 1.
-    assert against_others("a blue boat", ["blue boat", "the blue boat", "red"]) == (1.0, 1.0)
+    assert coqa_scores("a blue boat", ["blue boat", "the blue boat", "red"]) == (1.0, 1.0)
     # Only one exact reference of three: without it the best F1 is that of "boat", 2/3.
-    em, f1 = against_others("blue boat", ["blue boat", "boat", "red"])
+    em, f1 = coqa_scores("blue boat", ["blue boat", "boat", "red"])
     assert em == pytest.approx(2 / 3, abs=1e-12)
     assert f1 == pytest.approx((2 / 3 + 1 + 1) / 3, abs=1e-12)
-    assert against_others("", ["unknown"]) == (0.0, 0.0)
-    assert against_others("yes", ["Yes."]) == (1.0, 1.0)
+    assert coqa_scores("", ["unknown"]) == (0.0, 0.0)
+    assert coqa_scores("yes", ["Yes."]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +74,8 @@ def test_coqa_leaves_each_reference_out_once() -> None:
     ],
 )
 def test_gsm8k_extraction(text: str, first_marked: str, last_number: str) -> None:
-    assert plain(strict(text)) == first_marked
-    assert plain(flexible(text)) == last_number
+    assert plain_number(strict_number(text)) == first_marked
+    assert plain_number(flexible_number(text)) == last_number
 
 
 def test_gsm8k_worked_examples_are_right() -> None:
@@ -86,7 +85,7 @@ def test_gsm8k_worked_examples_are_right() -> None:
                 terms = "".join(c for c in left.replace("s", "") if c in "0123456789.*/+- ").strip()
                 value = right.split()[0].rstrip(".")
                 assert eval(terms) == pytest.approx(float(value))
-        assert flexible(answer) == strict(answer)
+        assert flexible_number(answer) == strict_number(answer)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +175,7 @@ def test_truthfulqa_multiple_choice() -> None:
     found = truthfulqa.choice_scores([math.log(0.4), math.log(0.1), math.log(0.3), math.log(0.2)], 2)
     assert found == pytest.approx({"mc1": 1.0, "mc2": 0.5}, abs=1e-12)
     assert truthfulqa.choice_scores([-900.0, -901.0, -899.0], 2)["mc1"] == 0
-    assert truthfulqa.closed([" a ", "", "b."]) == ["a.", "b."]
+    assert truthfulqa.with_full_stop([" a ", "", "b."]) == ["a.", "b."]
 
 
 @pytest.mark.parametrize(

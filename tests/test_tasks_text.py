@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2obench.tasks import words
+from d2obench.tasks import lexicon
 from d2obench.tasks.text import Writer, document, token_ids
 
 
@@ -87,7 +87,14 @@ def test_every_pattern_can_be_filled() -> None:
     for _ in range(50):
         next(stream)
     person, other = writer.cast[:2]
-    for patterns in (words.INTRODUCTIONS, words.RETURNS, words.OPENINGS, words.ACTIONS, words.SPEECH, words.THOUGHTS):
+    for patterns in (
+        lexicon.INTRODUCTIONS,
+        lexicon.RETURNS,
+        lexicon.OPENINGS,
+        lexicon.ACTIONS,
+        lexicon.SPEECH,
+        lexicon.THOUGHTS,
+    ):
         for pattern in patterns:
             assert not re.search(r"[{}\[\]|]", writer._fill(pattern, person, other))
 

@@ -218,7 +218,7 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     from d2obench.cache import Session
     from d2obench.models import load
     from d2obench.suite.grammar import parse_shape
-    from d2obench.tasks.timed import prompts
+    from d2obench.tasks.prompts import timing_prompts
 
     axes = cell.axes
     key = (axes.model, axes.dtype, axes.device)
@@ -232,7 +232,7 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     def factory(mark: Any) -> Any:
         return Session(loaded, axes.policy, axes.budget, max_new=max(shape.gen, steps + 2), seed=axes.seed, mark=mark)
 
-    return factory, loaded, prompts(loaded, shape.prompt, axes.batch, axes.seed)
+    return factory, loaded, timing_prompts(loaded, shape.prompt, axes.batch, axes.seed)
 
 
 _loaded: dict[tuple[str, str, str], Any] = {}

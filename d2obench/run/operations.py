@@ -18,7 +18,7 @@ from d2obench.run.operations_machine import Args, MachineOperations, Report
 from d2obench.suite.definition import Cell, Quality
 from d2obench.suite.grammar import parse_shape
 from d2obench.suite.placement import Placement
-from d2obench.tasks.timed import prompts
+from d2obench.tasks.prompts import timing_prompts
 
 WARM_TOKENS = 8
 """Tokens a warm-up generates: enough to run every kernel of the loop."""
@@ -203,7 +203,7 @@ class Worker(MachineOperations):
         """``batch`` different prompts of ``prompt`` tokens; the same ones for every policy."""
         key = (loaded.digest, prompt, batch, seed)
         if self._prompts[0] != key:
-            self._prompts = key, prompts(loaded, prompt, batch, seed)
+            self._prompts = key, timing_prompts(loaded, prompt, batch, seed)
         return self._prompts[1]
 
 

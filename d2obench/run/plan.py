@@ -15,7 +15,7 @@ import msgspec
 from d2obench.record import Axes
 from d2obench.suite.definition import SPEED, Cell, Suite
 from d2obench.suite.grammar import Shape, parse_budget, parse_shape
-from d2obench.tasks import parse_task, rough
+from d2obench.tasks import parse_task
 
 ACTIVATIONS = 12
 """Hidden vectors of one token alive at once in prefill; rough."""
@@ -100,7 +100,7 @@ def predict(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device) 
 
 def _quality(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device, shape: Shape | None) -> Prediction:
     axes, batch = cell.axes, suite.quality.batch
-    work = rough.work(parse_task(axes.task), suite.quality, shape, model["context"])
+    work = parse_task(axes.task).work(suite.quality, shape, model["context"])
     if work is None:
         return Prediction(float(model["parameters"] * ITEM_BYTES[axes.dtype]), None)
     batch = min(batch, work.items)

@@ -1,7 +1,10 @@
-"""Quality tasks: what a compressed cache still knows.
+"""Quality tasks: how much a compressed cache still knows.
 
-Names map to import paths, so that asking whether a task uses shapes imports neither torch nor datasets. The timed
-task, ``speed``, is the runner's own and only known here by name.
+One file a task; ``base`` says what a task is, ``generate`` is the loop of those whose model answers, ``data`` reads
+records, ``prompts`` and ``text`` make prompts, ``scoring`` compares answers. Tasks import the cache, the models and the
+measurements; only ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps names to import paths, so that
+asking for a task imports neither torch nor datasets. The timed task, ``speed``, belongs to ``run``; only its name is
+known here.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.plugin import Registry
 from d2obench.record import Value
 from d2obench.suite.grammar import parse_spec
-from d2obench.tasks.base import Evaluation, Item, Report, Task
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 __all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "rescore", "uses_shape"]
 
@@ -45,7 +47,7 @@ REGISTRY = Registry(
 
 
 def parse_task(text: str) -> Task:
-    """``recall(items=4)`` as a task with its parameters set.
+    """The task that ``recall(items=4)`` stands for, with its parameters set.
 
     Raises:
         UsageError: an unknown task, an unknown parameter, or a value of the wrong type or range.
@@ -71,13 +73,13 @@ def parse_task(text: str) -> Task:
     try:
         task: Task = msgspec.convert({**params, "name": name}, cls)
     except msgspec.ValidationError as problem:
-        words, _, path = str(problem).partition(" - at `$.")
-        raise UsageError(f"the task '{name}' can't take {path.rstrip('`') or 'its parameters'} so", why=words) from None
+        why, _, path = str(problem).partition(" - at `$.")
+        raise UsageError(f"the task '{name}' can't take {path.rstrip('`') or 'its parameters'} so", why=why) from None
     return task
 
 
 def uses_shape(text: str) -> bool:
-    """Whether the task's cells are multiplied by the suite's shapes; imports neither torch nor datasets."""
+    """Whether a task is run once for each shape of the suite; imports neither torch nor datasets."""
     return text.strip() == SPEED or parse_task(text).shaped
 
 
@@ -90,24 +92,24 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
             why="its weights are random or it has no tokenizer",
             remedy="use a model with real weights, for example --model embedded",
         )
-    _same_data(task.name, quality)
+    _check_data_unchanged(task.name, quality)
     found = task.evaluate(loaded, cell, quality, report)
-    if _keeps_more(cell, found):
+    if _keeps_more_than_asked(cell, found):
         found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
     return found
 
 
-def _same_data(name: str, quality: Quality) -> None:
-    """A file that is edited while the run goes on must not enter under the digest it had at the start."""
+def _check_data_unchanged(name: str, quality: Quality) -> None:
+    """Raises where a data file was edited during the run: its figures would stand under the wrong digest."""
     from d2obench.tasks.data import digest_of
 
     path, known = quality.data.get(name), quality.digests.get(name)
     if path and known and digest_of(path) != known:
-        raise DataError(f"the data for '{name}' changed while the run went on", why=path, remedy="start a new run")
+        raise DataError(f"the data for '{name}' changed during the run", why=path, remedy="start a new run")
 
 
-def _keeps_more(cell: Cell, found: Evaluation) -> bool:
-    """Whether a policy held more than its budget: it grows while decoding, or it kept more of the prompts."""
+def _keeps_more_than_asked(cell: Cell, found: Evaluation) -> bool:
+    """Whether a policy held more than its budget: because it grows while decoding, or keeps more of the prompts."""
     from d2obench.policies import other, parse_policy
     from d2obench.suite.grammar import parse_budget
 
@@ -127,5 +129,5 @@ def _keeps_more(cell: Cell, found: Evaluation) -> bool:
 
 
 def rescore(text: str, items: list[Item]) -> dict[str, Value]:
-    """The figures of a task's recorded items, made again without the model."""
+    """The figures of a task's recorded items, computed again without the model."""
     return parse_task(text).rescore(items)

@@ -1,26 +1,57 @@
-"""What a task is: typed parameters, an evaluation in the worker, and scores that can be made again from its items."""
+"""What a task is: typed parameters, an evaluation in the worker, and figures that can be made again from its items.
+
+A new task is one file with one subclass of :class:`Task` (or of :class:`d2obench.tasks.generate.Generative`), a line in
+the registry or an entry point of the group ``d2obench.tasks``, and a test.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
 
-from d2obench.record import Value
+from d2obench.metric import METRICS
+from d2obench.record import Axes, Value
+from d2obench.suite.grammar import Shape, parse_shape
 
 if TYPE_CHECKING:
+    from d2obench.cache import Session
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 Report = Callable[[int, int], None]
-"""``report(done, total)``, in items."""
+"""``report(done, total)``, both counted in items."""
 Item = dict[str, Any]
-"""One scored thing as it is recorded. ``id`` and ``document`` (what intervals are clustered by) are always there; keys
-of ``d2obench.metric`` hold its figures: a number, or one number per position."""
+"""One scored thing as it is recorded. ``id`` and ``document`` (what intervals are clustered by) are always there. The
+keys of ``d2obench.metric`` hold its figures: one number, or one number per position."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Cell(Protocol):
+    """What a task needs to know of a suite's cell."""
+
+    @property
+    def axes(self) -> Axes: ...
+
+
+class Quality(Protocol):
+    """What a task needs to know of a suite's table ``[quality]``.
+
+    ``limit`` is the largest number of items (0: all of them), ``batch`` how many are decoded together, ``data`` names
+    local files by task, and ``digests`` holds the sha256 of these files as the run found them.
+    """
+
+    @property
+    def limit(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def data(self) -> Mapping[str, str]: ...
+    @property
+    def digests(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -32,17 +63,24 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every task. Fields are its parameters: ``recall(items=4)`` sets ``items``.
+class Work(NamedTuple):
+    """Roughly how much a task has to do: ``items`` prompts of ``prompt`` tokens, each with ``new`` decode steps."""
 
-    A new task is one file with one subclass, a line in the registry (or an entry point of the group
-    ``d2obench.tasks``), and a test. ``name`` is the word it was asked by.
+    items: int
+    prompt: int
+    new: int
+
+
+class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every task. Its fields are its parameters: ``recall(items=4)`` sets ``items``.
+
+    ``name`` is the name it was asked for by.
     """
 
     shaped: ClassVar[bool] = False
-    """Whether the shapes of a suite multiply it; its cells then carry ``prompt+gen``."""
+    """Whether the task is run once for each shape of the suite; its cells then carry ``prompt+gen``."""
     sense: ClassVar[bool] = True
-    """Whether what the model says matters: such a task needs real weights and a tokenizer."""
+    """Whether the task reads what the model writes, so that it needs real weights and a tokenizer."""
 
     name: str = ""
 
@@ -50,10 +88,10 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Runs the task on one cell, inside the worker process.
 
         Args:
-            loaded: a model that has sense, and its tokenizer.
+            loaded: the model and its tokenizer; with real weights where :attr:`sense` is true.
             cell: policy, budget, shape and seed.
-            quality: items at most, batch, files in place of hub data sets.
-            report: told how many items are done.
+            quality: the largest number of items, the batch, and files in place of hub data sets.
+            report: called with how many items are done.
 
         Raises:
             DataError: the data set is missing or malformed.
@@ -62,10 +100,34 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         raise TypeError(f"{type(self).__name__} has no evaluate")
 
     def rescore(self, items: list[Item]) -> dict[str, Value]:
-        """The figures of recorded items, worked out again without the model; pure."""
-        from d2obench.tasks.values import values_of
-
+        """The figures of recorded items, computed again without the model."""
         return values_of(items)
+
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """Roughly what one cell has to do, known before any data is read; used by ``--dry-run`` only.
+
+        Args:
+            quality: its ``limit`` bounds the items.
+            shape: of the cell, where the task uses one.
+            context: the model's positions; longer prompts are cut.
+
+        Returns:
+            None where it is unknown.
+        """
+        return None
+
+
+def shape_of(cell: Cell) -> Shape:
+    """The shape of a cell whose task is :attr:`Task.shaped`."""
+    if cell.axes.shape is None:
+        raise TypeError(f"the cell of the task {cell.axes.task} has no shape")
+    (shape,) = parse_shape(cell.axes.shape)
+    return shape
+
+
+def at_most(items: int, quality: Quality) -> int:
+    """``items``, or the suite's limit where that is less."""
+    return min(items, quality.limit or items)
 
 
 def first_line(cls: type[Task]) -> str:
@@ -77,3 +139,66 @@ def parameters(cls: type[Task]) -> Mapping[str, Any]:
     """Names and defaults of a task's parameters."""
     fields = msgspec.structs.fields(cls)
     return {item.name: item.default for item in fields if item.name != "name"}
+
+
+def values_of(items: Sequence[Item]) -> dict[str, Value]:
+    """Every metric that the items hold, as a mean with its 95 % interval, resampled by ``document``.
+
+    An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts the values that went in.
+    Perplexity is computed from ``nll``, and ``budget_effective`` from ``kept``, the share of its prompt that an item's
+    cache kept. A single document carries no interval. Items that all failed, or all succeeded, have the exact binomial
+    interval, because resampling equal values would give one of width zero.
+    """
+    found = {}
+    for key, metric in METRICS.items():
+        if metric.group != "quality" or metric.kind == "info" or key == "ppl":
+            continue
+        pairs = [(value, item["document"]) for item in items for value in _flat(item.get(key))]
+        if not pairs:
+            continue
+        values, documents = [value for value, _ in pairs], [document for _, document in pairs]
+        if metric.unit == "%" and len(set(documents)) == len(values) > 1 and {*values} in ({0.0}, {1.0}):
+            found[key] = _unanimous(values)
+        else:
+            found[key] = _mean(values, documents)
+        if key == "nll":
+            found["ppl"] = _exp(found[key])
+    shares = [item["kept"] for item in items if item.get("kept") is not None]
+    if shares:
+        found["budget_effective"] = Value(sum(shares) / len(shares))
+    return {key: found[key] for key in METRICS if key in found}
+
+
+def kept_shares(session: Session) -> list[float]:
+    """For each sequence, entries kept right after compression ÷ tokens of its prompt, averaged over layers."""
+    found = session.footprint()
+    return [
+        sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens)
+        for i, tokens in enumerate(found.prompt_tokens)
+    ]
+
+
+def _mean(values: Sequence[float], clusters: Sequence[str]) -> Value:
+    from d2obench.stats.bootstrap import mean_interval
+
+    middle, lo, hi = mean_interval(values, clusters)
+    return Value(middle, lo, hi, len(values))
+
+
+def _unanimous(values: Sequence[float]) -> Value:
+    from d2obench.stats.bootstrap import unanimous_interval
+
+    return Value(*unanimous_interval(values[0], len(values)), len(values))
+
+
+def _exp(value: Value) -> Value:
+    def exp(x: float | None) -> float | None:
+        return None if x is None else math.exp(x) if x < 700 else math.inf
+
+    return Value(exp(value.value), exp(value.lo), exp(value.hi), value.n)
+
+
+def _flat(value: Any) -> list[float]:
+    if value is None:
+        return []
+    return [float(x) for x in value if x is not None] if isinstance(value, list | tuple) else [float(value)]

@@ -1,38 +1,39 @@
-"""CoQA: questions about a story that lean on the questions before (Reddy et al. 2019, arXiv 1808.07042).
+"""CoQA: questions about a story that refer to the questions before (Reddy et al. 2019, arXiv 1808.07042).
 
-The dialogue so far is given with its reference answers, and the last turn of each story is asked; ``turns=all`` asks
-every one, clustered by story. Exact match and F1 as in the official script, over all references a record has: those of
-``references`` (one list a turn), else the one of ``answers.input_text``.
+The dialogue so far is given with its reference answers, and the last question of each story is asked; with
+``turns=all`` every question is asked, and intervals are clustered by story. Exact match and F1 follow the official
+script. The references of a turn are those in the record's ``references`` (one list a turn) where it has them, otherwise
+the one in ``answers.input_text``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
 from d2obench.errors import DataError
-from d2obench.tasks.answers import against_others
-from d2obench.tasks.base import Count, Item
+from d2obench.suite.grammar import Shape
+from d2obench.tasks.base import Cell, Count, Item, Quality, Work
 from d2obench.tasks.data import Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
+from d2obench.tasks.scoring import coqa_scores
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("stanfordnlp/coqa", "main", "validation")
 
 
 class Answers(msgspec.Struct):
-    """Reference answers, one a turn."""
+    """Reference answers, one for each question."""
 
     input_text: list[str]
 
 
 class Story(msgspec.Struct):
-    """One record."""
+    """One record of the data set."""
 
     story: str
     questions: list[str]
@@ -43,15 +44,17 @@ class Story(msgspec.Struct):
 class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """CoQA dialogues: official F1 (score) and exact match."""
 
+    typical: ClassVar[tuple[int, int] | None] = (500, 600)
+
     turns: Literal["last", "all"] = "last"
     max_new: Count = 32
 
     def limits(self) -> Limits:
-        """A short answer; the dialogue goes on as plain text."""
+        """A short answer in a dialogue of plain text."""
         return Limits(max_new=self.max_new, stop=("\nQ:", "\n"), chat=False)
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
-        """``quality.limit`` counts stories."""
+        """One prompt a story, or one a question with ``turns=all``; ``quality.limit`` counts stories."""
         found = records(self.name, SOURCE, quality.data.get(self.name), Story)[: quality.limit or None]
         examples = []
         for i, story in enumerate(found):
@@ -59,15 +62,20 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             if not count or len(answers) != count or len(story.references) not in (0, count):
                 raise DataError(f"story {i + 1} is malformed", why="it has not one answer for each question")
             for turn in range(count) if self.turns == "all" else [count - 1]:
-                said = zip(story.questions[:turn], answers[:turn], strict=True)
-                past = "".join(f"\n\nQ: {question}\nA: {answer}" for question, answer in said)
+                asked = zip(story.questions[:turn], answers[:turn], strict=True)
+                past = "".join(f"\n\nQ: {question}\nA: {answer}" for question, answer in asked)
                 references = story.references[turn] if story.references else [answers[turn]]
                 prompt = f"{story.story}{past}\n\nQ: {story.questions[turn]}\nA:"
                 keep = {"references": references, "turn": turn + 1}
                 examples.append(Example(f"{i}.{turn + 1}", str(i), prompt, "", (" " + answers[turn],), keep))
         return examples
 
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; a story has about 16 questions."""
+        work = super().work(quality, shape, context)
+        return work and work._replace(items=work.items * (16 if self.turns == "all" else 1))
+
     def marks(self, item: Item) -> dict[str, float]:
         """F1 and exact match of the first line."""
-        em, f1 = against_others(item["text"].strip(), item["references"])
+        em, f1 = coqa_scores(item["text"].strip(), item["references"])
         return {"score": f1, "em": em}

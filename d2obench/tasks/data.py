@@ -1,7 +1,8 @@
 """Records of an evaluation set: from the hub, pinned, or from a local file of the same schema.
 
-Local files are json (a list, or an object with one list in it), jsonl, csv and parquet, by their suffix. Every record
-is checked once, here, against the fields a task needs; a bad one is a DataError that names file, line and field.
+Local files are json (a list, or an object with one list in it), jsonl, csv or parquet, told apart by their suffix.
+Every record is checked here, when the file is read, against the fields that the task needs. A malformed one is a
+DataError that names the file, the line and the field.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class Source:
     """Where a set lives on the hub.
 
     Args:
-        hub: ``owner/name``.
+        hub: ``owner/name`` of the data set.
         revision: the commit.
-        split: its split.
-        config: its configuration, where it has several.
-        archive: a zip in the repository, for sets that come as one.
+        split: the split.
+        config: the configuration, where the data set has several.
+        archive: a zip file in the repository, for data sets that are packed in one.
         member: the jsonl file in that archive.
     """
 
@@ -48,17 +49,17 @@ class Source:
 def records(
     task: str, source: Source, path: str | None, kind: type[Record], prepare: Callable[[Row], Row] = lambda row: row
 ) -> list[Record]:
-    """Every record of a set.
+    """Every record of a data set.
 
     Args:
         task: the task's name, for messages.
-        source: where to get it when ``path`` is None.
+        source: where to get the data set when ``path`` is None.
         path: a local file in its place.
-        kind: the fields the task needs, typed; others are let pass.
-        prepare: brings a row of a known dialect into the schema of ``kind``.
+        kind: the fields that the task needs, with their types; other fields are ignored.
+        prepare: brings a row of another known format into the schema of ``kind``.
 
     Raises:
-        DataError: nothing there, not readable, or malformed.
+        DataError: the file or data set is missing, can't be read, or is malformed.
     """
     path = path and str(Path(path).expanduser())
     rows = _local(path) if path else _hub(task, source)
@@ -69,10 +70,10 @@ def records(
                 raise msgspec.ValidationError(f"Expected an object, got `{type(row).__name__}`")
             found.append(msgspec.convert(_typed(prepare(row), kind), kind))
         except msgspec.ValidationError as problem:
-            words, _, field = str(problem).partition(" - at `$.")
+            why, _, field = str(problem).partition(" - at `$.")
             name = f", field '{field.rstrip('`')}'" if field else ""
             remedy = f"the task {task} reads {', '.join(item.encode_name for item in msgspec.structs.fields(kind))}"
-            raise DataError(f"{place}{name} is malformed", why=words, remedy=remedy) from None
+            raise DataError(f"{place}{name} is malformed", why=why, remedy=remedy) from None
     if not found:
         raise DataError(f"{path or source.hub} has no records")
     return found
@@ -97,7 +98,11 @@ def read_text(path: str) -> str:
 
 
 def digest_of(path: str) -> str:
-    """sha256 of a local file's bytes; a DataError where it can't be read."""
+    """sha256 of a local file's bytes.
+
+    Raises:
+        DataError: it can't be read.
+    """
     path = str(Path(path).expanduser())
     try:
         with open(path, "rb") as file:
@@ -107,12 +112,12 @@ def digest_of(path: str) -> str:
 
 
 def hub_text(task: str, source: Source) -> str:
-    """The ``text`` fields of a hub set, in order."""
+    """The ``text`` fields of a hub data set, one a line."""
     return "\n".join(row["text"] for _, row in _hub(task, source) if isinstance(row.get("text"), str))
 
 
 def _typed(row: Row, kind: type[msgspec.Struct]) -> Row:
-    """Lists and objects that a csv field holds as JSON, and its empty fields, as what they stand for."""
+    """``row`` with lists and objects that a csv file holds as JSON decoded, and without its empty fields."""
     typed = dict(row)
     for item in msgspec.structs.fields(kind):
         value = row.get(item.encode_name)
@@ -191,9 +196,9 @@ _READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
 def _hub(task: str, source: Source) -> Iterator[tuple[str, Any]]:
     try:
         rows = _archived(source) if source.archive else _split(source)
-    except Exception as problem:  # whatever the library and its network layers raise, the remedy is the same
+    except Exception as problem:  # the library and its network layers raise many kinds; the remedy is the same
         raise DataError(
-            f"the data set {source.hub} of the task {task} can't be had",
+            f"the data set {source.hub} of the task {task} can't be fetched",
             why=(str(problem).splitlines() or [type(problem).__name__])[0][:200],
             remedy=f"connect once to huggingface.co without HF_HUB_OFFLINE, or give a local file: --data {task}=FILE",
         ) from None
@@ -213,7 +218,7 @@ def _split(source: Source) -> Iterable[Any]:
 
 
 def _archived(source: Source) -> Iterable[Any]:
-    """Straight from the cached file: the library's own way into an archive needs the network every time."""
+    """The records of a packed data set, read from the cached archive: ``datasets`` would need the network each time."""
     from huggingface_hub import hf_hub_download
 
     path = hf_hub_download(source.hub, source.archive, repo_type="dataset", revision=source.revision)

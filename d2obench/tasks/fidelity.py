@@ -1,31 +1,41 @@
 """Fidelity: how far a policy's predictions stray from the full cache's on the same text.
 
-A document gives ``prompt`` tokens to read. After compression ``gen`` more of its tokens are fed one by one, whatever
-the model would have said (teacher forcing), and every one of these steps yields a distribution to compare: the one
-after the prompt's last token comes before compression and is not counted. KL(full‖policy) in nats, agreement of the
-most likely token, and the text's negative log-likelihood.
+The first ``prompt`` tokens of a document are the prompt. After compression, the document's next ``gen`` tokens are fed
+one by one, whatever the model would have written (teacher forcing), and each of these steps gives a distribution to
+compare. The distribution after the prompt's last token is not counted, because it comes before compression. The figures
+are KL(full‖policy) in nats, agreement of the most likely token, and the text's negative log-likelihood.
 
-The full cache's log-probabilities are needed by every policy. They are kept in this process, up to ``MEMORY`` bytes;
-texts whose distributions don't fit are compared in lockstep instead, the full cache one step ahead of the policy.
+Every policy needs the full cache's log-probabilities. They are kept in this process, up to ``MEMORY`` bytes. Texts
+whose distributions don't fit are compared step by step instead, with the full cache one step ahead of the policy.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.errors import DataError, UsageError
-from d2obench.suite.grammar import parse_shape
-from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
-from d2obench.tasks.values import kept_shares
+from d2obench.suite.grammar import Shape
+from d2obench.tasks.base import (
+    Cell,
+    Count,
+    Evaluation,
+    Item,
+    Quality,
+    Report,
+    Task,
+    Work,
+    at_most,
+    kept_shares,
+    shape_of,
+)
+from d2obench.tasks.prompts import prompt_digest
 
 if TYPE_CHECKING:
     import torch
 
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 MEMORY = 2**30
 _FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
@@ -48,15 +58,14 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
         """See :meth:`Task.evaluate`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
-        assert cell.axes.shape
-        (shape,) = parse_shape(cell.axes.shape)
+        shape = shape_of(cell)
         if shape.prompt + shape.gen > loaded.context:
             raise UsageError(
                 f"the shape {shape} is longer than the context of {loaded.name}",
-                why=f"{loaded.context} tokens",
+                why=f"it has {loaded.context} tokens",
                 remedy="use a shorter shape",
             )
-        limit = min(self.documents, quality.limit or self.documents)
+        limit = at_most(self.documents, quality)
         path, tokens = quality.data.get(self.name), shape.prompt + shape.gen + 1
         texts = self._texts(loaded.tokenizer, tokens, limit, cell.axes.seed, path)
         source = path or self.hub or "generated"
@@ -68,15 +77,19 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         details = {"documents": len(items), "positions": shape.gen, "text": source}
         return Evaluation(self.rescore(items), items, details)
 
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; the full cache is run once for all policies and not counted here."""
+        return None if shape is None else Work(at_most(self.documents, quality), shape.prompt, shape.gen)
+
     def _texts(self, tokenizer: Any, tokens: int, documents: int, seed: int, path: str | None) -> list[list[int]]:
-        from d2obench.tasks.text import token_ids
+        from d2obench.tasks.text import document_seed, token_ids
 
         def encode(text: str) -> list[int]:
             ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
             return ids
 
         if not path and not self.hub:
-            return [token_ids(seed * 1_000_003 + i, tokens, encode, "fidelity") for i in range(documents)]
+            return [token_ids(document_seed(seed, i), tokens, encode, "fidelity") for i in range(documents)]
         from d2obench.tasks.data import Source, hub_text, read_text
 
         hub = Source(self.hub, self.revision, self.split, self.config)
@@ -93,13 +106,13 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int, first: int) -> list[Item]:
-    """One batch of equally long documents, full and policy side by side."""
+    """One batch of equally long documents, with the full cache and with the cell's policy."""
     import torch
 
     kl, top1, nll = [], [], []
     shares = [1.0] * len(texts)
     full = _full(loaded, cell, texts, prompt)
-    # The full cache against itself is its own reference: run once.
+    # The full cache is its own reference, so it is run once and not twice.
     ours = _steps(loaded, cell, texts, prompt, shares) if cell.axes.policy != "full" else None
     for step, theirs in enumerate(full):
         reference = theirs.to(loaded.device)
@@ -112,8 +125,8 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
         ours.close()
     columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
     return [
-        {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": _digest(texts[i]), "prompt_tokens": prompt,
-         "kl": row[0], "top1": row[1], "nll": row[2], "kept": shares[i]}
+        {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": prompt_digest(texts[i]),
+         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], "kept": shares[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
@@ -121,9 +134,11 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
 def _steps(
     loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, shares: list[float], policy: str = ""
 ) -> Generator[torch.Tensor, None, None]:
-    """Log-probabilities [B, V] float32 after each teacher-forced step, by the cell's policy or the one named.
+    """Log-probabilities ``[B, V]`` in float32 after each teacher-forced step.
 
-    ``shares`` is set to what each prompt's cache kept.
+    Args:
+        shares: set to the share of each prompt that the cache kept.
+        policy: the policy in place of the cell's, without a budget.
     """
     import torch
 
@@ -144,13 +159,14 @@ def _steps(
 
 
 def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) -> Generator[torch.Tensor, None, None]:
-    """The full cache's log-probabilities, from memory or a session of their own; on the host when from memory."""
+    """The full cache's log-probabilities: on the host from a run before, or on the model's device from one now."""
     axes = cell.axes
-    key = (loaded.name, loaded.digest, axes.dtype, axes.device, axes.seed, prompt, *map(_digest, texts))
+    key = (loaded.name, loaded.digest, axes.dtype, axes.device, axes.seed, prompt, *map(prompt_digest, texts))
     if key in _FULL:
         _FULL.move_to_end(key)
         yield from _FULL[key]
         return
+    # Keep the rows while yielding them, where all of them fit. Then drop those that were unused for longest.
     rows: list[torch.Tensor] = []
     steps, fits = len(texts[0]) - prompt - 1, True
     for row in _steps(loaded, cell, texts, prompt, [], "full"):
@@ -162,7 +178,3 @@ def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) 
         _FULL[key] = rows
         while sum(row.numel() * 4 for kept in _FULL.values() for row in kept) > MEMORY:
             _FULL.popitem(last=False)
-
-
-def _digest(tokens: Sequence[int]) -> str:
-    return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()[:16]

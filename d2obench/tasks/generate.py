@@ -1,48 +1,48 @@
-"""The one loop of every task that lets the model answer: score the gold answer, then generate.
+"""The loop of every task that lets the model answer: score the candidates, then generate.
 
-A batch is left-padded by the session. The last prompt token is held back: it is fed after compression, so that the
-first answer token, often all that a short answer hangs on, already comes from the compressed cache; with the full
-cache this changes nothing. From the state after it the cache is forked: candidates (the gold answer first) are fed to
-sum their log-probabilities, then the state is restored and the model answers greedily until its end-of-text token, a
-stop string, or ``max_new`` tokens, each sequence for itself.
-
-A prompt that does not fit the context loses tokens from its middle, as in LongBench (arXiv 2308.14508, section 4.1).
+1. The session reads and compresses a batch of prompts, all but their last tokens. The last token is fed after
+   compression, so that the first token of the answer, on which a short answer often depends, already comes from the
+   compressed cache. With the full cache this changes nothing.
+2. The state is saved. Each candidate (the gold answer first) is fed from it, and its log-probabilities are summed.
+3. The state is restored, and the model answers greedily. Each sequence ends by itself: at an end-of-text token, at a
+   stop string, or after ``max_new`` tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.record import Value
-from d2obench.tasks.base import Evaluation, Item, Report, Task
-from d2obench.tasks.prompts import Example, Limits, Prompt, encode
-from d2obench.tasks.values import kept_shares
+from d2obench.suite.grammar import Shape
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_shares
+from d2obench.tasks.prompts import Example, Limits, Prompt, encode, prompt_digest
 
 if TYPE_CHECKING:
     import torch
 
     from d2obench.cache import Session
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 
 class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of tasks that generate: a subclass gives the examples and marks the items."""
+    """Base of tasks whose model answers: a subclass gives the examples and marks the answers."""
+
+    typical: ClassVar[tuple[int, int] | None] = None
+    """Number of records of the data set and tokens of a prompt, in round figures, for :meth:`work`."""
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The prompts of this cell."""
         raise TypeError(f"{type(self).__name__} has no examples")
 
     def marks(self, item: Item) -> dict[str, float]:
-        """Figures of one item from its ``text`` and what its example kept; pure."""
+        """The figures of one item, from its ``text`` and from what its example kept."""
         raise TypeError(f"{type(self).__name__} has no marks")
 
     def limits(self) -> Limits:
-        """How long answers are and where they stop."""
+        """How long an answer may be and where it ends."""
         return Limits()
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
@@ -58,22 +58,30 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return {"items": len(items), **({"truncated": truncated} if truncated else {})}
 
     def rescore(self, items: list[Item]) -> dict[str, Value]:
-        """See :meth:`Task.rescore`; predictions are marked anew."""
+        """See :meth:`Task.rescore`; the recorded answers are marked again."""
         return super().rescore([item | self.marks(item) for item in items])
+
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; an answer is taken to be as long as it may be."""
+        if self.typical is None:
+            return None
+        records, prompt = self.typical
+        new = self.limits().max_new
+        return Work(at_most(records, quality), min(prompt, context - new), new)
 
 
 def generate(
     loaded: LoadedModel, cell: Cell, examples: Sequence[Example], limits: Limits, batch: int, report: Report
 ) -> list[Item]:
-    """Answers every example; items come in the order of the examples, whatever the order they ran in.
+    """Answers every example and returns one item for each, in the order of the examples.
 
     Raises:
-        UsageError: the model's context leaves no room for a prompt.
+        UsageError: the model's context is too short for a prompt.
     """
     import torch
 
     prompts = [encode(loaded, example, limits) for example in examples]
-    # Prompts of like length together: little padding, and the batch most likely not to fit comes first.
+    # Batch prompts of similar length, to pad little. The longest come first, so that a lack of memory shows at once.
     order = sorted(range(len(examples)), key=lambda i: -len(prompts[i].ids))
     items: dict[int, Item] = {}
     for start in range(0, len(order), batch):
@@ -84,7 +92,7 @@ def generate(
             items[i] = {
                 "id": examples[i].id,
                 "document": examples[i].document,
-                "prompt_digest": hashlib.sha256(",".join(map(str, prompts[i].ids)).encode()).hexdigest()[:16],
+                "prompt_digest": prompt_digest(prompts[i].ids),
                 "prompt_tokens": len(prompts[i].ids),
                 "truncated": prompts[i].truncated,
                 **examples[i].keep,
@@ -95,7 +103,7 @@ def generate(
 
 
 def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
-    """One batch: log-probabilities of the candidates, then the answers."""
+    """One batch: the log-probabilities of the candidates, then the answers (see the head of this module)."""
     axes, tokenizer = cell.axes, loaded.tokenizer
     longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
     ids = [prompt.ids for prompt in prompts]
@@ -123,10 +131,12 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
 def compressed(
     loaded: LoadedModel, policy: str, budget: str | None, prompts: Sequence[list[int]], *, max_new: int, seed: int
 ) -> Iterator[tuple[Session, torch.Tensor, list[float]]]:
-    """A session that has read and compressed the prompts, float32 logits ``[B, V]`` of their next tokens, and the share
-    of each prompt that was kept.
+    """A session that has read and compressed the prompts.
 
-    The last token of each is held back and fed after compression (see the module's head), unless a prompt has no other.
+    The last token of each prompt is fed after compression (see the head of this module), unless a prompt has only one.
+
+    Yields:
+        The session, the logits ``[B, V]`` of the next tokens in float32, and the share of each prompt that was kept.
     """
     import torch
 
@@ -146,62 +156,74 @@ def compressed(
 
 
 def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """One continuation a sequence, fed from the session's present state: the sum of its log-probabilities in nats, and
-    whether greedy decoding would have written it."""
+    """Feeds one continuation a sequence from the session's present state.
+
+    Args:
+        session: at the end of the prompts.
+        first: logits ``[B, V]`` of the next tokens.
+        column: the tokens of each sequence's continuation; lengths may differ.
+
+    Returns:
+        For each sequence the sum of the log-probabilities in nats, and whether greedy decoding would have written it.
+    """
     import torch
 
     total = torch.zeros(len(column), dtype=torch.float64)
     best = torch.ones(len(column), dtype=torch.bool)
     logits, longest = first, max(map(len, column))
     for i in range(longest):
-        there = torch.tensor([i < len(tokens) for tokens in column])
+        present = torch.tensor([i < len(tokens) for tokens in column])
         target = torch.tensor([tokens[i] if i < len(tokens) else 0 for tokens in column], device=logits.device)
         found = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        total += torch.where(there, found.cpu().double(), 0.0)
-        best &= ~there | (logits.argmax(-1) == target).cpu()
+        total += torch.where(present, found.cpu().double(), 0.0)
+        best &= ~present | (logits.argmax(-1) == target).cpu()
         if i + 1 < longest:
             logits = session.step(target)
     return list(zip(total.tolist(), best.tolist(), strict=True))
 
 
 def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any, ends: frozenset[int]) -> list[Item]:
-    """Each sequence's most likely answer from the session's present state: ``text``, ``generated`` tokens, and whether
-    it ``ended`` by an end token, a stop string or its length."""
+    """Continues each sequence greedily from the session's present state.
+
+    Returns:
+        For each sequence its ``text``, the number of ``generated`` tokens, and how it ``ended``: by an ``end`` token,
+        at a ``stop`` string, or by its ``length``.
+    """
     tokens = first.argmax(-1)
     written: list[list[int]] = [[] for _ in range(len(tokens))]
     items: list[Item] = [{"text": "", "generated": 0, "ended": "length"} for _ in written]
-    going = set(range(len(written)))
+    unfinished = set(range(len(written)))
     strip = bool(limits.stop) and limits.strip
 
-    def shown(ids: list[int]) -> str:
+    def answer_of(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text.lstrip() if strip else text
 
     for step in range(limits.max_new):
         for i, token in enumerate(tokens.tolist()):
-            if i not in going:
+            if i not in unfinished:
                 continue
             if token in ends:
                 items[i]["ended"] = "end"
-                going.discard(i)
+                unfinished.discard(i)
                 continue
             written[i].append(token)
             items[i]["generated"] += 1
-            text = shown(written[i]) if limits.stop else ""
-            if any(word in text for word in limits.stop):
+            text = answer_of(written[i]) if limits.stop else ""
+            if any(stop in text for stop in limits.stop):
                 items[i]["ended"] = "stop"
-                going.discard(i)
-        if not going or step + 1 == limits.max_new:
+                unfinished.discard(i)
+        if not unfinished or step + 1 == limits.max_new:
             break
         tokens = session.step(tokens).argmax(-1)
     for item, ids in zip(items, written, strict=True):
-        text = shown(ids)
-        item["text"] = text[: min([len(text), *(text.find(word) for word in limits.stop if word in text)])]
+        text = answer_of(ids)
+        item["text"] = text[: min([len(text), *(text.find(stop) for stop in limits.stop if stop in text)])]
     return items
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text, as model and tokenizer name them."""
+    """The tokens that end a text, as the model and the tokenizer name them."""
     configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
     found = configured if isinstance(configured, list | tuple) else [configured]
     return frozenset(int(token) for token in [*found, loaded.tokenizer.eos_token_id] if token is not None)

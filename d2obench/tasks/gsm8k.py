@@ -1,25 +1,24 @@
 """GSM8K: grade-school word problems, five worked examples before each (Cobbe et al. 2021, arXiv 2110.14168).
 
-The five examples are our own, in the data set's format, so that a local test file is all that is needed. The prompt
-is plain text, as common for this task; an answer is taken from after ``####`` (strict) or as the last number
-(flexible), with lm-evaluation-harness's rules. ``score`` is the flexible one.
+The five examples were written for this project in the data set's format, so only the test split is needed. The prompt
+is plain text, as is common for this task. The answer is the number after ``####`` (strict) or the last number
+(flexible), by the rules of lm-evaluation-harness; ``score`` is the flexible one.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from d2obench.tasks.base import Count, Item
+from d2obench.tasks.base import Cell, Count, Item, Quality
 from d2obench.tasks.data import Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("openai/gsm8k", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "test", "main")
 
@@ -44,7 +43,7 @@ _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 class Problem(msgspec.Struct):
-    """One record."""
+    """One record of the data set."""
 
     question: str
     answer: str
@@ -52,6 +51,8 @@ class Problem(msgspec.Struct):
 
 class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """GSM8K word problems, 5-shot, strict and flexible extraction."""
+
+    typical: ClassVar[tuple[int, int] | None] = (1319, 700)
 
     max_new: Count = 256
 
@@ -69,29 +70,32 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 str(i),
                 f"{shots}\n\nQuestion: {problem.question}\nAnswer:",
                 candidates=(" " + problem.answer,),
-                keep={"gold": strict(problem.answer) or problem.answer},
+                keep={"gold": strict_number(problem.answer) or problem.answer},
             )
             for i, problem in enumerate(found)
         ]
 
     def marks(self, item: Item) -> dict[str, float]:
         """Whether the extracted number is the gold one."""
-        gold, text = plain(item["gold"]), item["text"]
-        return {"score": float(plain(flexible(text)) == gold), "score_strict": float(plain(strict(text)) == gold)}
+        gold, text = plain_number(item["gold"]), item["text"]
+        return {
+            "score": float(plain_number(flexible_number(text)) == gold),
+            "score_strict": float(plain_number(strict_number(text)) == gold),
+        }
 
 
-def strict(text: str) -> str:
+def strict_number(text: str) -> str:
     """The number after the first ``####``; empty where there is none."""
     found = _STRICT.search(text)
     return found[1] if found else ""
 
 
-def flexible(text: str) -> str:
+def flexible_number(text: str) -> str:
     """The last number; empty where there is none."""
     found = _FLEXIBLE.findall(text)
     return found[-1] if found else ""
 
 
-def plain(number: str) -> str:
-    """A number without thousands separators, dollar sign and final point."""
+def plain_number(number: str) -> str:
+    """A number without thousands separators, dollar signs and a final point."""
     return re.sub(r"[,$]|(?s:.*)#### |\.$", "", number).strip()

@@ -1,8 +1,8 @@
 """Kernels: what each part of the engine costs, as a share of prefill and of a decode step.
 
-Attention, scores, allocation, similarity, eviction, merging, the model's projections, MLP and head, the rest of the
-model, and the loop around it; see :mod:`d2obench.measure.parts` for how, and for what the measurement itself costs.
-Shares of a cell add up to 1. ``quality.batch`` sequences are decoded together.
+The parts are attention, scores, allocation, similarity, eviction, merging, the model's projections, MLP and head, the
+rest of the model, and the loop around it. :mod:`d2obench.measure.parts` tells how they are measured and what the
+measurement itself costs. The shares of a cell add up to 1. ``quality.batch`` sequences are decoded together.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 from d2obench.errors import UsageError
 from d2obench.policies import other
 from d2obench.record import Value
-from d2obench.suite.grammar import parse_shape
-from d2obench.tasks.base import Count, Evaluation, Item, Report, Task
+from d2obench.suite.grammar import Shape
+from d2obench.tasks.base import Cell, Count, Evaluation, Item, Quality, Report, Task, Work, shape_of
 
 if TYPE_CHECKING:
     from d2obench.measure.parts import Block, Costs
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 
 class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,27 +31,28 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
     steps: Count = 8
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
-        """See :meth:`Task.evaluate`; one item a request, after one that warms up."""
+        """See :meth:`Task.evaluate`. Each request is an item; one more request before them warms up."""
         from d2obench.cache import Session
         from d2obench.measure.clock import clock_for
         from d2obench.measure.parts import WARM, cost_of_parts
-        from d2obench.tasks.timed import prompts
+        from d2obench.tasks.prompts import timing_prompts
 
         axes = cell.axes
-        assert axes.shape
         if other(axes.policy) is not None:
             raise UsageError(
-                f"kernels can't look into {axes.policy}", why="it has no ranges", remedy="use the engine's own policies"
+                f"the task kernels can't measure the parts of {axes.policy}",
+                why="another library runs it, and its parts have no names here",
+                remedy="use a policy of this engine: d2obench list policies",
             )
-        (shape,) = parse_shape(axes.shape)
+        shape = shape_of(cell)
         blocks = 2 * ((shape.gen - WARM) // (2 * self.steps))
         if blocks < 2:
             raise UsageError(
                 f"the shape {shape} is too short for kernels",
-                why=f"it takes {WARM + 2 * self.steps} generated tokens",
+                why=f"the task needs {WARM + 2 * self.steps} generated tokens",
                 remedy="use a longer shape, or kernels(steps=2)",
             )
-        texts = prompts(loaded, shape.prompt, quality.batch, axes.seed)
+        texts = timing_prompts(loaded, shape.prompt, quality.batch, axes.seed)
         items: list[Item] = []
         for number in range(self.requests + 1):
             costs = cost_of_parts(
@@ -70,21 +70,25 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
             report(number + 1, self.requests + 1)
         return Evaluation(self.rescore(items), items, {"batch": quality.batch, "steps": self.steps, "blocks": blocks})
 
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; one more request warms up."""
+        return None if shape is None else Work((self.requests + 1) * quality.batch, shape.prompt, shape.gen)
+
     def rescore(self, items: list[Item]) -> dict[str, Value]:
-        """Shares and times with their intervals; requests are the clusters, decode blocks lie nested in them."""
+        """Shares and times with their intervals. Requests are the clusters, and decode blocks are nested in them."""
         prompts = [[item["prefill"]] for item in items]
-        marked, bare = ([item[key] for item in items] for key in ("marked", "bare"))
+        with_ranges, without = ([item[key] for item in items] for key in ("marked", "bare"))
         found = {
             **_shares("prefill_share", prompts),
-            **_shares("step_share", marked),
+            **_shares("step_share", with_ranges),
             "ttft_s": _over(prompts, "ttft_s", lambda block: float(block["seconds"])),
-            "tpot_s": _over(bare, "tpot_s", lambda block: block["seconds"] / block["steps"]),
+            "tpot_s": _over(without, "tpot_s", lambda block: block["seconds"] / block["steps"]),
         }
         if loop := found.get("step_share:loop"):
             found["loop_overhead"] = loop
         from d2obench.stats.bootstrap import paired_ratio
 
-        on, off = ([block["seconds"] for request in several for block in request] for several in (marked, bare))
+        on, off = ([block["seconds"] for request in several for block in request] for several in (with_ranges, without))
         ratio = paired_ratio(off, on, seed="ranges_overhead")
         less = [None if end is None else end - 1 for end in ratio]
         return {**found, "ranges_overhead": Value(less[0], less[1], less[2], len(on))}
@@ -94,24 +98,24 @@ Blocks = Sequence[Sequence[Item]]
 
 
 def _item(number: int, costs: Costs) -> Item:
-    """What is recorded of a request: seconds of prefill and of each block, whole and by part."""
+    """What is recorded of a request: seconds of prefill and of each block of steps, in all and by part."""
 
-    def plain(block: Block, steps: int) -> Item:
+    def record(block: Block, steps: int) -> Item:
         return {"seconds": block.whole, "steps": steps, "parts": block.parts}
 
     name = f"request {number}"
-    blocks = [plain(block, costs.steps) for block in costs.decode]
+    blocks = [record(block, costs.steps) for block in costs.decode]
     return {
         "id": name,
         "document": name,
-        "prefill": plain(costs.prompt, 1),
+        "prefill": record(costs.prompt, 1),
         "marked": [block for block in blocks if block["parts"]],
         "bare": [block for block in blocks if not block["parts"]],
     }
 
 
 def _shares(metric: str, requests: Blocks) -> dict[str, Value]:
-    """``step_share:attention`` and the like, the largest first."""
+    """``step_share:attention`` and the others, the largest first."""
     every = [block for request in requests for block in request]
     whole = {name: sum(block["parts"].get(name, 0.0) for block in every) for block in every for name in block["parts"]}
 
@@ -124,8 +128,8 @@ def _shares(metric: str, requests: Blocks) -> dict[str, Value]:
     }
 
 
-def _over(requests: Blocks, name: str, take: Callable[[Item], float]) -> Value:
+def _over(requests: Blocks, name: str, figure: Callable[[Item], float]) -> Value:
     from d2obench.stats.bootstrap import interval
 
-    samples = [[take(block) for block in request] for request in requests]
+    samples = [[figure(block) for block in request] for request in requests]
     return Value(*interval(samples, seed=name), n=sum(map(len, samples)))

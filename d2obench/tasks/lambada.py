@@ -1,12 +1,13 @@
-"""LAMBADA: the last word of a passage, which only the whole passage tells (Paperno et al. 2016, arXiv 1606.06031)."""
+"""LAMBADA: the last word of a passage, which the last sentence alone does not tell (Paperno et al. 2016,
+arXiv 1606.06031)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from d2obench.tasks.base import Item
+from d2obench.tasks.base import Cell, Item, Quality
 from d2obench.tasks.data import Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
@@ -14,13 +15,12 @@ from d2obench.tasks.recall import begins_with
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 SOURCE = Source("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4", "test", "default")
 
 
 class Passage(msgspec.Struct):
-    """One record."""
+    """One record of the data set."""
 
     text: str
 
@@ -28,8 +28,10 @@ class Passage(msgspec.Struct):
 class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """LAMBADA, the last word of a passage: accuracy and bits per byte of that word."""
 
+    typical: ClassVar[tuple[int, int] | None] = (5153, 90)
+
     def limits(self) -> Limits:
-        """One word; plain text goes on."""
+        """One word, in plain text."""
         return Limits(max_new=8, stop=("\n",), chat=False)
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
@@ -42,5 +44,5 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return examples
 
     def marks(self, item: Item) -> dict[str, float]:
-        """Whether the text goes on with the very word."""
+        """Whether the answer begins with the very word."""
         return {"score": float(begins_with(item["text"], item["gold"]))}

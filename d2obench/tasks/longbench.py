@@ -1,29 +1,52 @@
-"""LongBench: 21 sets of long-context questions, summaries, few-shot, counting and code (arXiv 2308.14508)."""
+"""LongBench: 21 sets of long-context questions, summaries, few-shot tasks, counting and code.
+
+Bai et al. 2023 (arXiv 2308.14508). Answer lengths, truncation and scoring rules are the benchmark's (official
+``metrics.py``); the prompts are worded anew for this project.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import msgspec
 
 from d2obench.errors import UsageError
-from d2obench.tasks.base import Item
+from d2obench.tasks.base import Cell, Item, Quality
 from d2obench.tasks.data import Source, records
-from d2obench.tasks.extra import accuracy_package
 from d2obench.tasks.generate import Generative
-from d2obench.tasks.longbench_rules import PACKAGES, RULES
-from d2obench.tasks.longbench_sets import SETS, LongSet
 from d2obench.tasks.prompts import Example, Limits
+from d2obench.tasks.scoring import accuracy_package, normalized, rouge_l, token_f1
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 HUB, REVISION = "THUDM/LongBench", "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
 
 
+class LongBenchSet(NamedTuple):
+    """One set.
+
+    Args:
+        template: the prompt; takes ``context`` and ``input``.
+        rule: the name of its scoring rule in RULES.
+        max_new: the largest number of generated tokens.
+        plain: continued as plain text, without the chat template.
+        line: only the first line of an answer counts.
+    """
+
+    template: str
+    rule: str
+    max_new: int
+    plain: bool = False
+    line: bool = False
+
+
 class Sample(msgspec.Struct):
-    """One record."""
+    """One record of the data set."""
 
     input: str
     context: str
@@ -35,13 +58,16 @@ class Sample(msgspec.Struct):
 class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A LongBench set, with its official metric.
 
-    ``max_prompt`` (tokens, 0: the model's context) cuts prompts in the middle, as the benchmark does.
+    ``max_prompt`` is the largest number of tokens of a prompt (0: what the model's context leaves). Longer prompts lose
+    their middle, as in the benchmark.
     """
+
+    typical: ClassVar[tuple[int, int] | None] = (200, 10_000)
 
     max_prompt: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     @property
-    def set(self) -> LongSet:
+    def set(self) -> LongBenchSet:
         """The set the name ``longbench/…`` stands for."""
         name = self.name.rpartition("/")[2]
         if name not in SETS:
@@ -56,7 +82,7 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's samples in order, at most ``quality.limit``."""
-        if self.set.rule in PACKAGES:  # a missing one is told before the work, not after
+        if self.set.rule in PACKAGES:  # say before the work, not after it, that one is missing
             accuracy_package(PACKAGES[self.set.rule])
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)
@@ -79,3 +105,163 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             text = text.lstrip("\n").split("\n")[0]
         rule = RULES[self.set.rule]
         return {"score": max(rule(text, reference, item["classes"]) for reference in item["references"])}
+
+
+_PUNCTUATION_ZH = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
+    "〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+_DROPPED_ZH = frozenset(string.punctuation + _PUNCTUATION_ZH)
+
+
+def f1(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """Token F1 after SQuAD's normalisation. Unlike SQuAD's own score, two empty answers score 0."""
+    return token_f1(normalized(prediction).split(), normalized(gold).split())
+
+
+def f1_zh(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """Token F1 of Chinese words without punctuation and white space."""
+
+    def tokens(text: str) -> list[str]:
+        plain = (
+            "".join(c for c in word.lower() if c not in _DROPPED_ZH and not c.isspace()) for word in _words_zh(text)
+        )
+        return [word for word in plain if word]
+
+    return token_f1(tokens(prediction), tokens(gold))
+
+
+def rouge(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """ROUGE-L F."""
+    return rouge_l(prediction, gold)
+
+
+def rouge_zh(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """ROUGE-L F over Chinese words."""
+    return rouge_l(" ".join(_words_zh(prediction)), " ".join(_words_zh(gold)))
+
+
+def classification(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """1 ÷ the number of class names in the answer where the gold one is among them, else 0.
+
+    Names that are a part of the gold name do not count.
+    """
+    named = [name for name in classes if name in prediction]
+    for name in named:  # as in the official code, which skips the name after a removed one
+        if name in gold and name != gold:
+            named.remove(name)
+    return 1 / len(named) if gold in named else 0.0
+
+
+def count(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """The share of the numbers in the answer that equal the gold one."""
+    numbers = re.findall(r"\d+", prediction)
+    return Counter(numbers)[gold] / len(numbers) if numbers else 0.0
+
+
+def retrieval(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """:func:`count` with the number of a gold answer like ``Paragraph 7``."""
+    return _retrieval(r"Paragraph (\d+)", prediction, gold)
+
+
+def retrieval_zh(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """:func:`count` with the number of a gold answer like ``段落7``."""
+    return _retrieval(r"段落(\d+)", prediction, gold)
+
+
+def code(prediction: str, gold: str, classes: Sequence[str]) -> float:
+    """Edit similarity of the first line that is no comment and no code fence, rounded to whole percent.
+
+    The official code uses fuzzywuzzy, whose ratio is a whole percentage.
+    """
+    lines = prediction.lstrip("\n").split("\n")
+    first = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
+    ratio: float = accuracy_package("rapidfuzz.fuzz").ratio(first, gold)
+    return round(ratio) / 100
+
+
+RULES: dict[str, Callable[[str, str, Sequence[str]], float]] = {
+    "f1": f1, "f1_zh": f1_zh, "rouge": rouge, "rouge_zh": rouge_zh, "classes": classification, "count": count,
+    "retrieval": retrieval, "retrieval_zh": retrieval_zh, "code": code,
+}  # fmt: skip
+"""Name → rule: (prediction, gold, class names) → score from 0 to 1."""
+PACKAGES = {"f1_zh": "jieba", "rouge_zh": "jieba", "code": "rapidfuzz.fuzz"}
+"""Name of a rule → the module of the extra ``accuracy`` it needs."""
+
+
+def _retrieval(pattern: str, prediction: str, gold: str) -> float:
+    found = re.search(pattern, gold)
+    return count(prediction, found[1], ()) if found else 0.0
+
+
+def _words_zh(text: str) -> list[str]:
+    jieba = accuracy_package("jieba")
+    jieba.setLogLevel(60)
+    return list(jieba.cut(text, cut_all=False))
+
+
+_STORY = (
+    "Below is a story, a novel or a script. Answer the question about it as briefly as you can, in a single phrase if "
+    "possible, and explain nothing.\n\n{context}\n\nQuestion: {input}\n\nAnswer:"
+)
+_PAPER = (
+    "Below is a scientific article. Answer the question about it in one phrase or sentence. If the article does not "
+    'answer it, write "unanswerable". If it asks for yes or no, write "yes", "no" or "unanswerable". Explain nothing.'
+    "\n\n{context}\n\nQuestion: {input}\n\nAnswer:"
+)
+_TEXT = "Read the text and answer the question about it briefly.\n\n{context}\n\nQuestion: {input}\nAnswer:"
+_TEXT_ZH = "阅读下面的文章，并简短地回答后面的问题。\n\n{context}\n\n问题：{input}\n回答："
+_PASSAGES = (
+    "Answer the question from the passages below. Give the answer alone, without any other words.\n\n{context}\n\n"
+    "Question: {input}\nAnswer:"
+)
+_PASSAGES_ZH = "根据下面的资料回答问题。\n\n{context}\n\n问题：{input}\n回答："
+_REPORT = "Below is a report by a government agency. Summarize it on one page.\n\n{context}\n\nSummary:"
+_MEETING = (
+    "Below is the transcript of a meeting and a question or request about it. Answer in one or more sentences.\n\n"
+    "{context}\n\nRequest: {input}\nAnswer:"
+)
+_NEWS = "Below are several news articles on one event. Summarize them together on one page.\n\n{context}\n\nSummary:"
+_MINUTES_ZH = "下面是一次会议的记录。请写出一份会议总结。\n\n{context}\n\n会议总结："
+_TYPES = "Find the type of each question, as in the examples.\n\n{context}\n{input}"
+_TRIVIA = "Answer each question from its passage, with the answer alone, as in the examples.\n\n{context}\n\n{input}"
+_CHAT = "Summarize each dialogue in a few short sentences, as in the examples.\n\n{context}\n\n{input}"
+_NEWS_ZH = "参照例子，判断每条新闻的类别。\n\n{context}\n{input}"
+_COUNT = (
+    "Some of the numbered paragraphs below are repeated. How many different paragraphs are there once the repeated "
+    "ones are taken out? Write only the number.\n\n{context}\n\nNumber of different paragraphs:"
+)
+_WHICH = (
+    "Below are 30 paragraphs and a summary of one of them. Which paragraph was summarized?\n\n{context}\n\n"
+    "Summary: {input}\n\nWrite its number in the form Paragraph 1, Paragraph 2 and so on.\n\nAnswer:"
+)
+_WHICH_ZH = (
+    "下面有若干段落，以及其中一段的摘要。请判断摘要出自哪一段。\n\n{context}\n\n摘要：{input}\n\n"
+    "请按“段落1”、“段落2”的格式写出段落编号。\n\n答案："
+)
+_CODE = "Write the next line of this code.\n{context}"
+_REPOSITORY = "Write the next line of this code.\n{context}{input}"
+
+SETS: dict[str, LongBenchSet] = {
+    "narrativeqa": LongBenchSet(_STORY, "f1", 128),
+    "qasper": LongBenchSet(_PAPER, "f1", 128),
+    "multifieldqa_en": LongBenchSet(_TEXT, "f1", 64),
+    "multifieldqa_zh": LongBenchSet(_TEXT_ZH, "f1_zh", 64),
+    "hotpotqa": LongBenchSet(_PASSAGES, "f1", 32),
+    "2wikimqa": LongBenchSet(_PASSAGES, "f1", 32),
+    "musique": LongBenchSet(_PASSAGES, "f1", 32),
+    "dureader": LongBenchSet(_PASSAGES_ZH, "rouge_zh", 128),
+    "gov_report": LongBenchSet(_REPORT, "rouge", 512),
+    "qmsum": LongBenchSet(_MEETING, "rouge", 512),
+    "multi_news": LongBenchSet(_NEWS, "rouge", 512),
+    "vcsum": LongBenchSet(_MINUTES_ZH, "rouge_zh", 512),
+    "trec": LongBenchSet(_TYPES, "classes", 64, plain=True, line=True),
+    "triviaqa": LongBenchSet(_TRIVIA, "f1", 32, plain=True, line=True),
+    "samsum": LongBenchSet(_CHAT, "rouge", 128, plain=True, line=True),
+    "lsht": LongBenchSet(_NEWS_ZH, "classes", 64, plain=True, line=True),
+    "passage_count": LongBenchSet(_COUNT, "count", 32),
+    "passage_retrieval_en": LongBenchSet(_WHICH, "retrieval", 32),
+    "passage_retrieval_zh": LongBenchSet(_WHICH_ZH, "retrieval_zh", 32),
+    "lcc": LongBenchSet(_CODE, "code", 64, plain=True),
+    "repobench-p": LongBenchSet(_REPOSITORY, "code", 64, plain=True),
+}

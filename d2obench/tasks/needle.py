@@ -1,8 +1,9 @@
-"""Needle in a haystack: sentences put into a generated text at a chosen depth, asked for at its end.
+"""Needle in a haystack: sentences put into a generated text at a chosen depth and asked for at its end.
 
-A grid of context lengths and depths (Kamradt 2023). ``needles`` above 1 spreads that many evenly from the depth to the
-end of the text and asks for all. Three kinds: a seven-digit ``number``, a ``word``, or a ``sentence`` whose words count
-one by one. Contexts beyond what the model's positions reach are left out and named in the details, never run.
+The grid of context lengths and depths is Kamradt's (2023). With ``needles`` above 1, that many are spread evenly from
+the depth to the end of the text, and all are asked for. There are three kinds of needle: a seven-digit ``number``, a
+``word``, or a ``sentence``, whose score is the share of its words in the answer. Contexts that are longer than the
+model's positions are not run; the details name them.
 """
 
 from __future__ import annotations
@@ -10,33 +11,35 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from d2obench.errors import UsageError
-from d2obench.tasks import words
-from d2obench.tasks.answers import normalized
-from d2obench.tasks.base import Count, Item
+from d2obench.suite.grammar import Shape
+from d2obench.tasks import lexicon
+from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most
 from d2obench.tasks.generate import Generative
-from d2obench.tasks.prompts import Example, Limits, fitted, size_by
+from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
+from d2obench.tasks.scoring import normalized
 from d2obench.tasks.text import document
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 Depth = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Contexts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 Depths = Annotated[tuple[Depth, ...], msgspec.Meta(min_length=1)]
 
 ASK = "Read the following text and answer the question at its end.\n\n{text}\n\nQuestion: {question}\nAnswer:"
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 DEEDS = ("read", "paint", "repair", "bury", "photograph", "polish", "sketch", "weigh")
 _BOUNDARY = re.compile(r'(?<=[.!?"]) ')
 
 
-class Pin(NamedTuple):
-    """One needle: ``stub`` and ``gold`` make its sentence."""
+class NeedleFact(NamedTuple):
+    """One needle; ``stub`` and ``gold`` make its sentence."""
 
     town: str
     stub: str
@@ -44,7 +47,7 @@ class Pin(NamedTuple):
 
 
 class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Needles in a generated haystack, over context × depth: share of them found."""
+    """Needles in a generated haystack, over context × depth: the share that is found."""
 
     contexts: Contexts = (512, 1024, 2048, 4096)
     depths: Depths = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -53,55 +56,62 @@ class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     items: Count = 1
 
     def limits(self) -> Limits:
-        """A line that can hold every needle."""
+        """One line, long enough for every needle."""
         return Limits(max_new=(32 if self.kind == "sentence" else 16) * self.needles, stop=("\n",))
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The grid, shortest contexts first; ``quality.limit`` counts grid points."""
-        fit = self._fitting(loaded)
+        fit = self._contexts_that_fit(loaded)
         grid = [(context, depth, item) for context in fit for depth in self.depths for item in range(self.items)]
         seed = cell.axes.seed
         return [self._example(loaded, *point, seed) for point in (grid[: quality.limit] if quality.limit else grid)]
 
-    def _fitting(self, loaded: LoadedModel) -> list[int]:
-        room = loaded.context - self.limits().max_new
-        fit = [context for context in self.contexts if context <= room]
+    def _contexts_that_fit(self, loaded: LoadedModel) -> list[int]:
+        longest = loaded.context - self.limits().max_new
+        fit = [context for context in self.contexts if context <= longest]
         if not fit:
             raise UsageError(
                 f"no context of the task needle fits {loaded.name}",
                 why=f"it reaches {loaded.context} tokens and the answer takes {self.limits().max_new}",
-                remedy=f"use contexts up to {room}, for example needle(contexts=[{room}])",
+                remedy=f"use contexts up to {longest}, for example needle(contexts=[{longest}])",
             )
         return fit
 
     def _example(self, loaded: LoadedModel, context: int, depth: float, item: int, seed: int) -> Example:
         draw = random.Random(f"d2obench/needle/{seed}/{context}/{depth}/{item}")
-        pins = _pins(draw, self.kind, self.needles)
+        facts = _facts(draw, self.kind, self.needles)
         what = {"number": "secret number", "word": "secret word", "sentence": "best thing to do"}[self.kind]
-        places = " and ".join(pin.town for pin in pins)
+        places = " and ".join(fact.town for fact in facts)
         question = f"What is the {what} {'in' if self.kind == 'sentence' else 'of'} {places}?"
-        stub = f" {pins[0].stub}" if len(pins) == 1 else ""
-        gold = f" {pins[0].gold}" if len(pins) == 1 else "".join(f" {pin.stub} {pin.gold}." for pin in pins)
-        keep = {"context": context, "depth": depth, "gold": [pin.gold for pin in pins], "kind": self.kind}
+        stub = f" {facts[0].stub}" if len(facts) == 1 else ""
+        gold = f" {facts[0].gold}" if len(facts) == 1 else "".join(f" {fact.stub} {fact.gold}." for fact in facts)
+        keep = {"context": context, "depth": depth, "gold": [fact.gold for fact in facts], "kind": self.kind}
 
-        def build(room: int) -> Example | None:
-            body = document(draw_seed, room, size_by(loaded), "needle").text
+        def build(tokens: int) -> Example | None:
+            body = document(draw_seed, tokens, token_counter(loaded), "needle").text
             if not body:
                 return None
-            text = _planted(body, depth, [f"{pin.stub} {pin.gold}." for pin in pins])
+            text = _planted(body, depth, [f"{fact.stub} {fact.gold}." for fact in facts])
             return Example(f"{context}@{depth:g}#{item}", f"{context}@{depth:g}#{item}",
                            ASK.format(text=text, question=question), stub, (gold,), keep)  # fmt: skip
 
         draw_seed = draw.randrange(2**31)
         return fitted(loaded, self.limits(), context, build)
 
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; the gold answer is scored beside the generated one."""
+        new = self.limits().max_new
+        fit = [length for length in self.contexts if length + new <= context]
+        points = len(fit) * len(self.depths) * self.items
+        return Work(at_most(points, quality), round(fmean(fit)), 2 * new) if fit else None
+
     def marks(self, item: Item) -> dict[str, float]:
-        """Share of the needles in the answer; of the words of a sentence."""
+        """The share of the needles in the answer; of a sentence, the share of its words."""
         shares = [_share(item["text"], gold, item["kind"]) for gold in item["gold"]]
         return {"score": sum(shares) / len(shares)}
 
     def details(self, items: Sequence[Item]) -> dict[str, Any]:
-        """The heatmap: mean score by context and depth, and contexts that were left out."""
+        """The heatmap (mean score by context and depth), and the contexts that were not run."""
         cells: dict[tuple[int, float], list[float]] = {}
         for item in items:
             cells.setdefault((item["context"], item["depth"]), []).append(item["score"])
@@ -109,31 +119,30 @@ class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             {"context": context, "depth": depth, "score": sum(scores) / len(scores), "n": len(scores)}
             for (context, depth), scores in cells.items()
         ]
-        run = {context for context, _ in cells}
-        return {**super().details(items), "grid": grid, "left_out": [c for c in self.contexts if c not in run]}
+        done = {context for context, _ in cells}
+        return {**super().details(items), "grid": grid, "left_out": [c for c in self.contexts if c not in done]}
 
 
-def _pins(draw: random.Random, kind: str, count: int) -> list[Pin]:
-    towns = draw.sample([head + tail for head in words.TOWN_HEADS for tail in words.TOWN_TAILS], count)
-    secrets = draw.sample(words.PETS, count)
-    pins = []
+def _facts(draw: random.Random, kind: str, count: int) -> list[NeedleFact]:
+    towns = draw.sample([head + tail for head in lexicon.TOWN_HEADS for tail in lexicon.TOWN_TAILS], count)
+    secrets = draw.sample(lexicon.PETS, count)
+    facts = []
     for town, secret in zip(towns, secrets, strict=True):
         if kind == "number":
-            pins.append(Pin(town, f"The secret number of {town} is", str(draw.randint(1_000_000, 9_999_999))))
+            facts.append(NeedleFact(town, f"The secret number of {town} is", str(draw.randint(1_000_000, 9_999_999))))
         elif kind == "word":
-            pins.append(Pin(town, f"The secret word of {town} is", secret.lower()))
+            facts.append(NeedleFact(town, f"The secret word of {town} is", secret.lower()))
         else:
-            thing = f"{draw.choice(words.ADJECTIVES)} {draw.choice(words.THINGS)}"
-            deed = f"{draw.choice(DEEDS)} the {thing} behind the {draw.choice(words.PLACES)} on a {draw.choice(DAYS)}"
-            pins.append(Pin(town, f"The best thing to do in {town} is to", deed))
-    return pins
-
-
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+            thing = f"{draw.choice(lexicon.ADJECTIVES)} {draw.choice(lexicon.THINGS)}"
+            deed = f"{draw.choice(DEEDS)} the {thing} behind the {draw.choice(lexicon.PLACES)} on a {draw.choice(DAYS)}"
+            facts.append(NeedleFact(town, f"The best thing to do in {town} is to", deed))
+    return facts
 
 
 def _planted(text: str, depth: float, sentences: Sequence[str]) -> str:
-    """``sentences`` between those of ``text``: the first at ``depth``, the others evenly from there to the end."""
+    """``text`` with ``sentences`` between its own: the first at ``depth``, the others evenly from there to the end."""
+    # 1. The gaps between sentences, by position in the text. 2. The depths that are wanted, from 0 to 1.
+    # 3. For each the nearest gap. 4. Insert from the back, so that earlier positions stay valid.
     gaps = [match.start() for match in _BOUNDARY.finditer(text)] or [len(text)]
     wanted = [depth + (1 - depth) * i / len(sentences) for i in range(len(sentences))]
     places = [min(gaps, key=lambda gap, at=at: abs(gap - at * len(text))) for at in wanted]  # type: ignore[misc]
@@ -143,11 +152,11 @@ def _planted(text: str, depth: float, sentences: Sequence[str]) -> str:
 
 
 def _share(text: str, gold: str, kind: str) -> float:
-    """1 where the number or word stands whole in ``text``; for a sentence the share of its own words that do."""
+    """1 where ``text`` contains the whole number or word; for a sentence the share of its words that it contains."""
     if kind == "number":
         text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     if kind != "sentence":
         return float(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text, re.IGNORECASE) is not None)
-    said = set(normalized(text).split())
+    answered = set(normalized(text).split())
     wanted = [word for word in normalized(gold).split() if word not in ("behind", "on")]
-    return sum(word in said for word in wanted) / len(wanted)
+    return sum(word in answered for word in wanted) / len(wanted)

@@ -1,8 +1,10 @@
-"""Examples → tokens: chat template, truncation in the middle, and prompts of a wanted length."""
+"""From examples to tokens: chat template, truncation in the middle, prompts of a wanted length, prompts for timing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
 _TAIL = 64
+"""Characters of a prompt's end that are tokenized together with an answer; see :func:`_continuation`."""
+_SHORTEST = 16
+"""Tokens that the context must leave for a prompt."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,11 @@ class Limits:
     """Where an answer ends.
 
     Args:
-        max_new: tokens generated at most.
+        max_new: the largest number of generated tokens.
         stop: strings that end an answer; the answer is cut before them.
-        strip: whether stop strings are looked for after leading white space only, which the answer then loses.
+        strip: whether white space at the beginning of the answer is removed before stop strings are looked for.
         chat: whether to use the model's chat template where it has one.
-        max_prompt: tokens a prompt may have; None: what the context leaves.
+        max_prompt: the largest number of tokens of a prompt; None: what the context leaves.
     """
 
     max_new: int = 64
@@ -64,23 +69,40 @@ class Limits:
 
 
 def encode(loaded: LoadedModel, example: Example, limits: Limits) -> Prompt:
-    """Tokens of an example, its middle left out as far as the context asks."""
+    """The tokens of an example; its middle is left out as far as the context requires (LongBench's rule, section 4.1
+    of arXiv 2308.14508).
+
+    Raises:
+        UsageError: the context leaves too little for any prompt.
+    """
     tokenizer = loaded.tokenizer
+    # 1. The whole prompt, and the candidates as they would follow it. A single candidate, the gold answer, may be as
+    #    long as an answer; of several, which are compared with each other, none is cut.
     text, ids = _rendered(tokenizer, example.prompt, example.stub, limits.chat)
     cap = limits.max_new if len(example.candidates) == 1 else None
     candidates = [_continuation(tokenizer, text, candidate)[:cap] for candidate in example.candidates]
-    room = loaded.context - max([limits.max_new, *map(len, candidates)])
-    room = min(room, limits.max_prompt or room)
-    if room < 16:
-        why = f"it has {loaded.context} tokens"
-        raise UsageError(f"the context of {loaded.name} leaves no room for a prompt", why=why)
-    body = tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"] if len(ids) > room else []
-    keep, truncated = len(body), bool(body)
-    while len(ids) > room:
-        keep -= len(ids) - room
+    # 2. What the context leaves for the prompt.
+    available = loaded.context - max([limits.max_new, *map(len, candidates)])
+    available = min(available, limits.max_prompt or available)
+    if available < _SHORTEST:
+        raise UsageError(
+            f"the context of {loaded.name} is too short for this task",
+            why=f"of its {loaded.context} tokens the answer leaves {max(0, available)} for the prompt",
+            remedy="use a model with a longer context, or a smaller max_new",
+        )
+    # 3. Take tokens out of the middle of the prompt alone, never out of the template around it. The shortened text
+    #    can tokenize to more than it was cut to, so repeat until it fits.
+    truncated = len(ids) > available
+    body = tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"] if truncated else []
+    keep = len(body)
+    while len(ids) > available:
+        keep -= len(ids) - available
         if keep < 2:
-            what = f"what surrounds a prompt alone is longer than {room} tokens"
-            raise UsageError(what, remedy="use a model with a longer context")
+            raise UsageError(
+                f"no prompt fits into {available} tokens",
+                why="the text around it (chat template, beginning of the answer) is longer than that",
+                remedy="use a model with a longer context",
+            )
         short = tokenizer.decode(body[: keep // 2]) + tokenizer.decode(body[len(body) - (keep - keep // 2) :])
         _, ids = _rendered(tokenizer, short, example.stub, limits.chat)
     return Prompt(ids, candidates, truncated)
@@ -90,30 +112,30 @@ def fitted(loaded: LoadedModel, limits: Limits, tokens: int, build: Callable[[in
     """The example whose prompt has at most, and nearly, ``tokens`` tokens.
 
     Args:
-        build: tokens its document may have → the example, or None where that is too little for one.
+        build: tokens that its document may have → the example, or None where they are too few for one.
 
     Raises:
-        UsageError: ``tokens`` is too little for any.
+        UsageError: ``tokens`` are too few for any example.
     """
-    room = tokens
-    while room > 0:
-        example = build(room)
+    document = tokens
+    while document > 0:
+        example = build(document)
         if example is None:
             break
         over = len(encode(loaded, example, limits).ids) - tokens
         if over <= 0:
             return example
-        room -= over
+        document -= over
     raise UsageError(f"a prompt of {tokens} tokens is too short for this task", remedy="use at least 256 tokens")
 
 
-def size_by(loaded: LoadedModel) -> Callable[[str], int]:
-    """Text → its number of tokens, special ones not counted."""
+def token_counter(loaded: LoadedModel) -> Callable[[str], int]:
+    """A function from a text to its number of tokens, without special ones."""
 
-    def size(text: str) -> int:
+    def count(text: str) -> int:
         return len(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    return size
+    return count
 
 
 def has_chat(tokenizer: Any) -> bool:
@@ -121,18 +143,47 @@ def has_chat(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def prompt_digest(ids: Sequence[int]) -> str:
+    """Sixteen hex digits that identify a prompt, so that rows on the same prompts can be paired."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def timing_prompts(loaded: LoadedModel, prompt: int, batch: int, seed: int) -> list[list[int]]:
+    """``batch`` different prompts of ``prompt`` tokens for timed cells; the same ones for every policy.
+
+    Readable text where the model has a tokenizer, seeded random tokens where it has none.
+    """
+    if loaded.tokenizer is None:
+        vocab = loaded.model.config.get_text_config().vocab_size
+        return [random.Random(f"{seed}/{i}").choices(range(vocab), k=prompt) for i in range(batch)]
+    from d2obench.tasks.text import token_ids
+
+    start = loaded.tokenizer("")["input_ids"][:1]  # the token that begins a text, where the model has one
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return [[*start, *token_ids(1000 * seed + i, prompt, encode, theme="speed")][:prompt] for i in range(batch)]
+
+
 def _rendered(tokenizer: Any, prompt: str, stub: str, chat: bool) -> tuple[str, list[int]]:
     templated = chat and has_chat(tokenizer)
     text = prompt
     if templated:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text += stub.lstrip() if templated else stub
     return text, tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
 
 
 def _continuation(tokenizer: Any, text: str, answer: str) -> list[int]:
-    """Tokens of ``answer`` as they would follow ``text``: a tokenizer may join them otherwise than alone."""
+    """The tokens of ``answer`` as they follow ``text``.
+
+    A tokenizer may join the first word of an answer with what stands before it, so the answer is tokenized together
+    with the end of the text and that end's tokens are taken off again. Where they don't come out the same, the answer
+    is tokenized alone.
+    """
     tail = text[-_TAIL:]
     if tail[-1:].isspace():
         answer = answer.lstrip(" ")

@@ -1,8 +1,8 @@
-"""Recall: a fact stated once in a generated document, asked for at its end.
+"""Recall: a fact that is stated once in a generated document and asked for at its end.
 
 The model is given the question and the beginning of the answer sentence (``Otto Fenwick kept a tame fox called``) and
-must go on with one word or number. Facts are spread over the depth of the documents, one document an item. The gold
-answer's bits per byte tell apart what exact match can't: an answer nearly found from one wholly lost.
+must continue with one word or number. Every item has its own document, and the facts are spread over the depth of the
+documents. Beside exact match, the gold answer's bits per byte show how much of a fact is left after a wrong answer.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import re
 from typing import TYPE_CHECKING, ClassVar
 
 from d2obench.errors import UsageError
-from d2obench.suite.grammar import parse_shape
-from d2obench.tasks.base import Count, Item
+from d2obench.suite.grammar import Shape
+from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most, shape_of
 from d2obench.tasks.generate import Generative
-from d2obench.tasks.prompts import Example, Limits, fitted, size_by
-from d2obench.tasks.text import document
+from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
+from d2obench.tasks.text import document, document_seed
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
-    from d2obench.suite.definition import Cell, Quality
 
 ASK = "Read the following chronicle and answer the question at its end.\n\n{text}\n\nQuestion: {question}\nAnswer:"
 
 
 class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A fact asked at the end of a long document: exact match beside gold bits per byte."""
+    """A fact asked for at the end of a long document: exact match and the gold answer's bits per byte."""
 
     shaped: ClassVar[bool] = True
 
@@ -38,20 +37,22 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """Prompts of at most, and nearly, the shape's ``prompt`` tokens; the shape's ``gen`` is not used."""
-        assert cell.axes.shape
-        (shape,) = parse_shape(cell.axes.shape)
+        shape = shape_of(cell)
         if shape.prompt + self.limits().max_new > loaded.context:
-            why = f"it has {loaded.context} tokens"
-            raise UsageError(f"the prompt of {shape} does not fit the context of {loaded.name}", why=why)
-        count = min(self.items, quality.limit or self.items)
+            raise UsageError(
+                f"the prompt of {shape} does not fit the context of {loaded.name}",
+                why=f"it has {loaded.context} tokens",
+                remedy="use a shorter shape",
+            )
+        count = at_most(self.items, quality)
         return [self._example(loaded, shape.prompt, cell.axes.seed, i, (i + 0.5) / count) for i in range(count)]
 
     def _example(self, loaded: LoadedModel, prompt: int, seed: int, index: int, depth: float) -> Example:
-        def build(room: int) -> Example | None:
-            found = document(seed * 1_000_003 + index, room, size_by(loaded), "recall")
+        def build(tokens: int) -> Example | None:
+            found = document(document_seed(seed, index), tokens, token_counter(loaded), "recall")
             if not found.facts:
                 return None
-            # One of the two facts nearest to the depth, so that neither kind nor place is fixed.
+            # One of the two facts nearest to the depth, drawn, so that neither its kind nor its place is fixed.
             near = sorted(found.facts, key=lambda fact: abs(fact.at / len(found.text) - depth))[:2]
             fact = random.Random(f"d2obench/recall/{seed}/{index}").choice(near)
             return Example(
@@ -65,12 +66,16 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
         return fitted(loaded, self.limits(), prompt, build)
 
+    def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
+        """See :meth:`Task.work`; the gold answer is scored beside the generated one."""
+        return None if shape is None else Work(at_most(self.items, quality), shape.prompt, 2 * self.limits().max_new)
+
     def marks(self, item: Item) -> dict[str, float]:
         """1 where the answer begins with the gold word or number, else 0."""
         return {"score": float(begins_with(item["text"], item["gold"]))}
 
 
 def begins_with(text: str, gold: str) -> bool:
-    """Whether ``text`` begins with the whole word or number ``gold``, whatever its case and thousands separators."""
+    """Whether ``text`` begins with the whole word or number ``gold``; case and thousands separators don't matter."""
     plain = re.sub(r"(?<=\d),(?=\d{3})", "", text).lstrip(" \t\n\"'“‘*")
     return re.match(re.escape(gold) + r"(?!\w)", plain, re.IGNORECASE) is not None

@@ -1,12 +1,12 @@
-"""The project's own long texts: English prose, seeded, with a cast that comes back and facts one can ask for.
+"""Long generated texts: seeded English prose with recurring people, and facts that can be asked for.
 
-Fidelity, recall and needle need long readable documents and no network. A :class:`Writer` tells of a growing cast in
-a small country: everyone has a town, a trade and a year of birth (loud facts, restated when the person returns after
-a long absence, so that predicting the text needs the far past) and one quiet fact (a pet's name, a house number, a
-debt) that is stated once and never again: the recall task asks for it. Sentences come from the patterns of
-:mod:`d2obench.tasks.words`; a pattern is not used again before many others were.
+Fidelity, recall and needle need long readable documents and no network. A :class:`Writer` tells of a growing cast in a
+small country. Everyone has a town, a trade and a year of birth. These facts are repeated when the person returns after
+a long absence, so predicting the text needs the far past. Everyone also has one fact (a pet's name, a house number, a
+debt) that is stated once and never again: the recall task asks for it. Sentences are made from the patterns of
+:mod:`d2obench.tasks.lexicon`; a pattern is not used again before many others were.
 
-The same seed gives the same text on every platform: ``random.Random`` seeded by a string is specified.
+The same seed gives the same text on every platform: Python specifies ``random.Random`` seeded by a string.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from d2obench.tasks import words
+from d2obench.tasks import lexicon
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -29,10 +29,10 @@ class Fact:
     """Something stated once in a text.
 
     Args:
-        question: asks for it.
-        stub: the beginning of a sentence that ``answer`` ends; the question in the form of a cloze.
+        question: a question whose answer it is.
+        stub: the beginning of a sentence that ``answer`` completes.
         answer: one word or number.
-        at: where in the text its sentence begins, in characters.
+        at: the position in the text where its sentence begins, in characters.
     """
 
     question: str
@@ -43,7 +43,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Document:
-    """A text of whole sentences and the quiet facts in it, in order."""
+    """A text of whole sentences, and the facts that it states once, in order."""
 
     text: str
     facts: tuple[Fact, ...]
@@ -68,7 +68,7 @@ class Person:
 
 @dataclass
 class Sentence:
-    """``text``, with what separates it from the sentence before, and the fact it states, if any."""
+    """``text``, what separates it from the sentence before, and the once-stated fact in it, if any."""
 
     text: str
     gap: str = " "
@@ -77,7 +77,7 @@ class Sentence:
 
 @dataclass
 class Writer:
-    """An endless text. ``theme`` keeps apart what different tasks draw from one seed."""
+    """An endless text. Different tasks pass a ``theme`` of their own, so that one seed gives each another text."""
 
     seed: int
     theme: str = "text"
@@ -88,7 +88,7 @@ class Writer:
         self.random = random.Random(f"d2obench/{self.theme}/{self.seed}")
         self._used: deque[str] = deque(maxlen=24)
         self._names: set[str] = set()
-        self._said: dict[str, list[str]] = {}
+        self._mentioned: dict[str, list[str]] = {}
         self._towns = [self._town() for _ in range(12)]
 
     def sentences(self) -> Iterator[Sentence]:
@@ -98,24 +98,31 @@ class Writer:
 
     def _paragraph(self) -> Iterator[Sentence]:
         draw = self.random
+        # 1. The two people, and a heading before every ninth paragraph.
         person, new = self._lead()
         other = draw.choice([p for p in self.cast if p is not person])
         gap = "\n\n" if self.paragraphs else ""
         if self.paragraphs % 9 == 8:
-            heading = self._fill(draw.choice(words.HEADINGS), person, other)
+            heading = self._fill(draw.choice(lexicon.HEADINGS), person, other)
             yield Sentence(heading[0].upper() + heading[1:], gap)
+        # 2. Who was seen when: it decides whether a person is introduced, returns, or is simply met again.
         absent, person.seen = self.paragraphs - person.seen, self.paragraphs
         other.seen = max(other.seen, self.paragraphs - 2)
         self.paragraphs += 1
-        plan = [words.INTRODUCTIONS if new else words.RETURNS if absent > 3 or draw.random() < 0.2 else words.OPENINGS]
-        kinds = draw.choices((words.ACTIONS, words.SPEECH, words.THOUGHTS), (14, 3, 2), k=draw.randint(3, 6))
-        for i, patterns in enumerate([*plan, *kinds]):
+        # 3. An opening sentence, then three to six others; after an introduction, the fact that is stated once.
+        returns = not new and (absent > 3 or draw.random() < 0.2)
+        opening = lexicon.INTRODUCTIONS if new else lexicon.RETURNS if returns else lexicon.OPENINGS
+        kinds = draw.choices((lexicon.ACTIONS, lexicon.SPEECH, lexicon.THOUGHTS), (14, 3, 2), k=draw.randint(3, 6))
+        for i, patterns in enumerate([opening, *kinds]):
             yield Sentence(self._sentence(patterns, person, other), " " if i else gap)
             if new and i == 0:
-                yield self._quiet(person)
+                yield self._once_stated(person)
 
     def _lead(self) -> tuple[Person, bool]:
-        """Whom the paragraph is about: a newcomer, ever more rarely, or mostly who was away longest."""
+        """Whom a paragraph is about, and whether this person is new.
+
+        New people become rarer as the cast grows. Half of the other paragraphs go to somebody who was absent for long.
+        """
         draw = self.random
         while len(self.cast) < 2 or draw.random() < 3 / (3 + len(self.cast)):
             self.cast.append(self._person())
@@ -129,20 +136,20 @@ class Writer:
         draw, name = self.random, ""
         while not name or name in self._names:
             woman = draw.random() < 0.5
-            first, last = draw.choice(words.WOMEN if woman else words.MEN), draw.choice(words.SURNAMES)
+            first, last = draw.choice(lexicon.WOMEN if woman else lexicon.MEN), draw.choice(lexicon.SURNAMES)
             name = f"{first} {last}"
             if len(self._names) >= 3000:
                 name += f" the {len(self._names)}th"
         self._names.add(name)
         self._towns.append(self._town())
-        trade, born = draw.choice(words.TRADES), draw.randint(1841, 1889)
+        trade, born = draw.choice(lexicon.TRADES), draw.randint(1841, 1889)
         return Person(first, name[len(first) + 1 :], woman, self._towns[-1], trade, born)
 
-    def _quiet(self, person: Person) -> Sentence:
+    def _once_stated(self, person: Person) -> Sentence:
         draw, name = self.random, person.name
         kind = draw.randrange(3)
         if kind == 0:
-            beast, answer = draw.choice(words.BEASTS), draw.choice(words.PETS)
+            beast, answer = draw.choice(lexicon.BEASTS), draw.choice(lexicon.PETS)
             stub, question = f"{name} kept a {beast} called", f"What was the name of the {beast} that {name} kept?"
         elif kind == 1:
             answer = str(draw.randint(102, 989))
@@ -173,14 +180,14 @@ class Writer:
         return _ARTICLE.sub(r"\1n ", text)
 
     def _draw(self, slot: str) -> str:
-        """A value for a slot; places, towns and things are mostly ones that were spoken of, lately or long ago."""
-        draw, said = self.random, self._said.setdefault(slot, [])
-        if slot in ("place", "town", "thing", "goods") and said:
+        """A value for a slot. Places, towns and things are mostly ones that were mentioned, lately or long ago."""
+        draw, mentioned = self.random, self._mentioned.setdefault(slot, [])
+        if slot in ("place", "town", "thing", "goods") and mentioned:
             chance = draw.random()
             if chance < 0.7:
-                return draw.choice(said[-2:] if chance < 0.5 else said)
+                return draw.choice(mentioned[-2:] if chance < 0.5 else mentioned)
         value = self._new(slot)
-        said.append(value)
+        mentioned.append(value)
         return value
 
     def _new(self, slot: str) -> str:
@@ -189,8 +196,8 @@ class Writer:
             case "town":
                 return draw.choice(self._towns)
             case "thing":
-                quality = draw.choice(words.ADJECTIVES) + " " if draw.random() < 0.6 else ""
-                return quality + draw.choice(words.THINGS)
+                quality = draw.choice(lexicon.ADJECTIVES) + " " if draw.random() < 0.6 else ""
+                return quality + draw.choice(lexicon.THINGS)
             case "day":
                 return str(draw.randint(1, 28))
             case "year":
@@ -200,21 +207,21 @@ class Writer:
             case "sum":
                 return str(draw.choice((5, 10, 25)) * draw.randint(3, 48))
             case _:
-                lists = {"place": words.PLACES, "goods": words.GOODS, "food": words.FOOD, "when": words.WHEN,
-                         "month": words.MONTHS, "few": words.FEW}  # fmt: skip
+                lists = {"place": lexicon.PLACES, "goods": lexicon.GOODS, "food": lexicon.FOOD, "when": lexicon.WHEN,
+                         "month": lexicon.MONTHS, "few": lexicon.FEW}  # fmt: skip
                 return draw.choice(lists[slot])
 
     def _town(self) -> str:
-        return self.random.choice(words.TOWN_HEADS) + self.random.choice(words.TOWN_TAILS)
+        return self.random.choice(lexicon.TOWN_HEADS) + self.random.choice(lexicon.TOWN_TAILS)
 
 
 def document(seed: int, tokens: int, count: Callable[[str], int], theme: str = "text") -> Document:
-    """The longest beginning of a writer's text, in whole sentences, that ``count`` holds to be at most ``tokens`` long.
+    """The longest beginning of a writer's text, in whole sentences, that has at most ``tokens`` tokens.
 
     Args:
         seed: which text.
-        tokens: upper bound of its length.
-        count: text → its number of tokens.
+        tokens: the largest number of tokens.
+        count: a function from a text to its number of tokens.
         theme: see :class:`Writer`.
     """
     parts: list[Sentence] = []
@@ -222,7 +229,7 @@ def document(seed: int, tokens: int, count: Callable[[str], int], theme: str = "
     while size <= tokens:
         parts.append(next(stream))
         size += count(parts[-1].gap + parts[-1].text)
-    # Sentence by sentence a tokenizer can count otherwise than over the whole: trim against the whole.
+    # A tokenizer can need more tokens for the whole than for its sentences one by one, so trim against the whole.
     while parts and count(_joined(parts)) > tokens:
         parts.pop()
     facts, at = [], 0
@@ -233,8 +240,13 @@ def document(seed: int, tokens: int, count: Callable[[str], int], theme: str = "
     return Document(_joined(parts), tuple(facts))
 
 
+def document_seed(seed: int, index: int) -> int:
+    """The seed of a task's document ``index`` in a cell with ``seed``; no two cells share one."""
+    return seed * 1_000_003 + index
+
+
 def token_ids(seed: int, tokens: int, encode: Callable[[str], list[int]], theme: str = "text") -> list[int]:
-    """Exactly ``tokens`` token ids of a writer's text, cut wherever that falls."""
+    """The first ``tokens`` token ids of a writer's text; the end may fall within a sentence."""
     stream, parts, size = Writer(seed, theme).sentences(), [], 0
     while True:
         while size <= tokens * 8:

@@ -1,11 +1,16 @@
 # ruff: noqa: E501, SIM905 - one pattern a line, one list of names a text
-"""The word material of :mod:`d2obench.tasks.text`: names, things and sentence patterns, all written for this project.
+"""The names, things and sentence patterns of :mod:`d2obench.tasks.text`, all written for this project.
 
-A pattern is plain text with two marks. ``[a|b|c]`` stands for one of its alternatives, which may hold marks
-themselves. ``{slot}`` is filled by the writer: ``p`` and ``q`` are the full names of the paragraph's two people,
-``n`` and ``m`` their first names, ``he``, ``his`` and ``him`` follow ``p``; ``home``, ``job`` and ``born`` are facts of
-``p``, ``home2`` and ``job2`` of ``q``; ``town``, ``place``, ``thing``, ``goods``, ``food``, ``when``, ``month``,
-``day``, ``year``, ``few``, ``many`` and ``sum`` are drawn anew. ``a`` becomes ``an`` where it must.
+A pattern is plain text with two kinds of marks. ``[a|b|c]`` stands for one of its alternatives, which may contain marks
+themselves. ``{slot}`` is filled in by the writer:
+
+* ``p`` and ``q`` are the full names of the paragraph's two people, ``n`` and ``m`` their first names;
+* ``he``, ``his`` and ``him`` are the pronouns of ``p``;
+* ``home``, ``job`` and ``born`` are facts about ``p``, ``home2`` and ``job2`` about ``q``;
+* ``town``, ``place``, ``thing``, ``goods``, ``food``, ``when``, ``month``, ``day``, ``year``, ``few``, ``many`` and
+  ``sum`` are drawn anew.
+
+``a`` becomes ``an`` before a vowel.
 """
 
 from __future__ import annotations
@@ -33,26 +38,15 @@ TOWN_TAILS = (
     "borough bridge brook bury cliff dale fell field ford gate haven holm mere mouth stead vale wick worth".split()
 )
 
-JOBS = (
-    "baker bookbinder botanist bricklayer cabinet maker carpenter chemist clockmaker cook cooper customs officer dentist "
-    "doctor ferryman fisherman gardener glassblower goldsmith harbour pilot innkeeper journalist judge lawyer librarian "
-    "lighthouse keeper locksmith map maker mason midwife miller miner notary nurse organ builder painter photographer "
-    "piano tuner postmaster potter printer saddler sailmaker schoolteacher shepherd shipwright shoemaker stonecutter "
-    "surveyor tailor telegraph clerk translator watchmaker weaver"
-)
-"""Kept as one text; two-word trades are joined again by :data:`TRADES`."""
-_PAIRS = ("cabinet maker", "customs officer", "harbour pilot", "lighthouse keeper", "map maker", "organ builder",
-          "piano tuner", "telegraph clerk")  # fmt: skip
-
-
-def _trades() -> tuple[str, ...]:
-    text = JOBS
-    for pair in _PAIRS:
-        text = text.replace(pair, pair.replace(" ", "_"))
-    return tuple(word.replace("_", " ") for word in text.split())
-
-
-TRADES = _trades()
+TRADES = (
+    "baker", "bookbinder", "botanist", "bricklayer", "cabinet maker", "carpenter", "chemist", "clockmaker", "cook",
+    "cooper", "customs officer", "dentist", "doctor", "ferryman", "fisherman", "gardener", "glassblower",
+    "goldsmith", "harbour pilot", "innkeeper", "journalist", "judge", "lawyer", "librarian", "lighthouse keeper",
+    "locksmith", "map maker", "mason", "midwife", "miller", "miner", "notary", "nurse", "organ builder", "painter",
+    "photographer", "piano tuner", "postmaster", "potter", "printer", "saddler", "sailmaker", "schoolteacher",
+    "shepherd", "shipwright", "shoemaker", "stonecutter", "surveyor", "tailor", "telegraph clerk", "translator",
+    "watchmaker", "weaver",
+)  # fmt: skip
 BEASTS = ("dog", "cat", "grey horse", "goat", "parrot", "donkey", "raven", "tame fox", "tortoise", "white goose")
 PETS = (
     "Acorn Barnaby Biscuit Bramble Button Captain Cinder Clover Copper Domino Ember Fiddle Ginger Hazel Hector Juniper "
@@ -101,7 +95,7 @@ INTRODUCTIONS = (
     "In {home} there lived a {job} by the name of {p}, born in {born}, [and the whole street knew {him}|"
     "about whom many stories were told|whom everybody trusted with their keys].",
 )
-"""State the loud facts of a new person: town, trade and year of birth."""
+"""Sentences that introduce a person with the facts that are repeated later: town, trade and year of birth."""
 
 RETURNS = (
     "It was {p} again, the {job} from {home}, who [had the answer|brought the news|asked the awkward question].",
@@ -111,7 +105,7 @@ RETURNS = (
     "By then {p}, the {job}, was [no longer young|known far beyond {home}|tired of explaining that {he} came from {home}].",
     "Those who had known {p} since {born} [were not surprised|could only laugh|said that a {job} could do no less].",
 )
-"""Take up a person met long ago; restate loud facts."""
+"""Sentences that return to a person who was absent for long and repeat these facts."""
 
 OPENINGS = (
     "{when} {p} [met|ran into|sent for|called on] {q} at the {place}, [as had been agreed|without a word of explanation|"
@@ -121,7 +115,7 @@ OPENINGS = (
     "but there was work to do].",
     "[One evening|One morning|Some time] in {month}, {p} and {q} [were seen|stood waiting|sat down to {food}] near the {place}.",
 )
-"""Begin a paragraph about people who have just been spoken of."""
+"""Sentences that begin a paragraph about people who were mentioned lately."""
 
 ACTIONS = (
     "{when} {n} [walked|went|hurried|drove] to the {place} [to fetch|to look for|to return|to pay for] a {thing}.",
@@ -156,7 +150,7 @@ ACTIONS = (
     "{he} kept the {thing} under the bed, beside {few} [books|boxes|bottles] and a bag of {goods}.",
     "The cart, loaded with {goods} and [driven by|followed by|hidden from] {m}, [got stuck near|passed|never reached] the {place}.",
 )
-"""What people do; most of a text."""
+"""What people do; most sentences of a text."""
 
 SPEECH = (
     '"[Have you seen|Where did you put|Who gave you] the {thing}?" asked {n}. "[I left it at the {place}|'
