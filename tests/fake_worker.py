@@ -20,8 +20,8 @@ import zlib
 from typing import Any
 
 from d2obench.errors import OutOfMemory
-from d2obench.run.operations import Worker
 from d2obench.run.worker import main
+from d2obench.run.worker_model import Worker
 
 FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
 MODEL = {

@@ -12,8 +12,8 @@ from runs import FAKE, Silent, checked
 
 from d2obench.record import Run, read_run
 from d2obench.run.check import Checked
+from d2obench.run.engines import run_suite
 from d2obench.run.engines.ray import RayEngine
-from d2obench.run.suite_run import run_suite
 
 CORES = 1.0
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine starts a node slowly

@@ -10,9 +10,8 @@ from typing import Any
 
 from d2obench.record import Axes, Run, read_run
 from d2obench.run.check import Checked
-from d2obench.run.engines.local import LocalEngine
-from d2obench.run.protocol import WorkerClient
-from d2obench.run.suite_run import run_suite
+from d2obench.run.engines import LocalEngine, run_suite
+from d2obench.run.worker_client import WorkerClient
 from d2obench.suite.definition import AxesTable, Cell, Suite, Timing, WorkerTable
 
 FAKE = str(Path(__file__).with_name("fake_worker.py"))

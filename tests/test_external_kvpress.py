@@ -19,7 +19,7 @@ from d2obench.cli import main
 from d2obench.errors import D2OBenchError, PolicyError, UsageError, WorkerError
 from d2obench.external.setup import marks, prepare
 from d2obench.policies import other, parse_policy, takes_budget
-from d2obench.run import environments
+from d2obench.run import isolated_workers as environments
 
 TESTS = Path(__file__).parent
 RECENT = "kvpress:RecentPress"
@@ -235,7 +235,7 @@ def test_a_run_under_another_interpreter_says_so(tmp_path: Path) -> None:
 def test_the_real_one() -> None:
     python = environments.interpreter("kvpress")
     assert python is not None
-    from d2obench.run.protocol import WorkerClient
+    from d2obench.run.worker_client import WorkerClient
 
     axes = {"task": "speed", "model": "shape:tiny", "dtype": "float32", "device": "cpu", "seed": 0}
     axes |= {"policy": "kvpress:SnapKVPress(window_size=8)", "budget": "0.5", "shape": "64+4", "batch": 2}

@@ -9,7 +9,7 @@ import pytest
 
 from d2obench.errors import OutOfMemory, WorkerError
 from d2obench.gate.arm import Arm
-from d2obench.run.protocol import UNKNOWN
+from d2obench.run.worker_client import UNKNOWN
 from d2obench.suite.definition import Cell, Suite, cells, load_suite
 
 

@@ -21,7 +21,7 @@ from d2obench.measure.trace import RequestTrace
 from d2obench.policies import d2o
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value
-from d2obench.run.operations import Worker
+from d2obench.run.worker_model import Worker
 from d2obench.suite.definition import Cell, Quality, cells, load_suite
 
 SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.policy == "d2o")
@@ -120,7 +120,7 @@ def test_a_wrong_merge_is_caught_by_fidelity(worker):
 
 
 def test_every_fault_can_be_asked_of_a_worker_process():
-    from d2obench.run.protocol import WorkerClient
+    from d2obench.run.worker_client import WorkerClient
 
     with WorkerClient(command=command("extra-cat", 1)) as client:
         assert client.call("hello")["torch"]

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from d2obench.openmp_wait import SPIN_S, VARIABLE, bounded_spin, pause_s
-from d2obench.run.protocol import WorkerClient
+from d2obench.run.worker_client import WorkerClient
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="measured on x86 only")
 

@@ -14,7 +14,7 @@ from d2obench import tasks
 from d2obench.errors import DataError
 from d2obench.record import read_run
 from d2obench.run.check import Checked, check
-from d2obench.run.folder import suite_of
+from d2obench.run.run_folder import suite_of
 from d2obench.suite.definition import load_suite
 
 ROW = '{"question": "%s", "answer": "#### 4"}\n'

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_worker import trace
 
-from d2obench.run.live import MIB, Vitals, so_far
+from d2obench.run.progress import MIB, Vitals, so_far
 from d2obench.suite.definition import Timing
 
 TIMING = Timing(rounds=3, max_rounds=9, warmup=1, interval=0.5)

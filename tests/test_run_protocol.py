@@ -13,7 +13,7 @@ import pytest
 from runs import FAKE, cell, client
 
 from d2obench.errors import OutOfMemory, PolicyError, WorkerError
-from d2obench.run.protocol import DeadWorkerError, WorkerClient, again, describe, revive
+from d2obench.run.worker_client import DeadWorkerError, WorkerClient, again, describe, revive
 
 REQUEST = {"axes": {"policy": "full", "budget": None, "shape": "32+8"}, "batch": 2, "round": 0}
 

@@ -18,11 +18,10 @@ from tiny_families import tiny_model
 from d2obench.errors import D2OBenchError, PolicyError, SuiteError, UsageError
 from d2obench.record import Axes
 from d2obench.run.check import check
-from d2obench.run.divide import combined, share
-from d2obench.run.placed import check_one, check_placement
-from d2obench.run.process import DeadWorkerError
-from d2obench.run.protocol import WorkerClient
-from d2obench.run.ranks import RankedClient, client_for
+from d2obench.run.device_placement import check_one, check_placement
+from d2obench.run.tensor_parallel import RankedClient, client_for, combined, share
+from d2obench.run.worker_client import WorkerClient
+from d2obench.run.worker_process import DeadWorkerError
 from d2obench.suite.definition import Cell, Quality, Suite, cells, load_suite
 from d2obench.suite.placement import Placement
 

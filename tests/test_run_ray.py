@@ -22,10 +22,10 @@ from runs import CELLS, FAKE, Silent, cell, checked, run
 from d2obench import record
 from d2obench.errors import UsageError, WorkerError
 from d2obench.record import Run
+from d2obench.run.engines import run_suite
 from d2obench.run.engines.ray_cluster import connect, spots
-from d2obench.run.engines.ray_place import Place
-from d2obench.run.resume import Samples, forget_cut_round
-from d2obench.run.suite_run import run_suite
+from d2obench.run.engines.ray_device import Place
+from d2obench.run.run_log import Samples, forget_cut_round
 from d2obench.suite.definition import Timing
 
 pytestmark = pytest.mark.needs("ray")
@@ -205,13 +205,13 @@ run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), delay=0.15)
 
 def test_nothing_of_a_sweep_stays_in_the_driver(tmp_path: Path, nodes: Nodes) -> None:
     """Sixty cells, each asked of the cluster once; the book keeps heads of rows only."""
-    from d2obench.run.ledger import Ledger
+    from d2obench.run.run_log import RunLog
 
     cells = [cell("full", f"0.{n:02}", task="recall") for n in range(1, 61)]
     found = run_on(nodes.address, tmp_path / "run", checked(cells), log=str(tmp_path / "log"))
     assert [one.status for one in found.cells] == ["ok"] * 60
     assert len((tmp_path / "log").read_text().splitlines()) == 60
-    ledger = Ledger(tmp_path / "run", Silent(), {one.id: one for one in found.cells})
+    ledger = RunLog(tmp_path / "run", Silent(), {one.id: one for one in found.cells})
     assert not any(one.values or one.details for one in ledger.records.values())
 
 
@@ -292,7 +292,7 @@ def test_a_round_that_was_cut_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_group_comes_back_a_few_times_only() -> None:
-    from d2obench.run.engines.work import LOSSES, Work, model_of
+    from d2obench.run.engines.group_queue import LOSSES, Work, model_of
 
     cells = [[cell("full")], [cell("h2o")]]
     work = Work(cells)

@@ -21,7 +21,7 @@ from runs import CELLS, FAKE, cell, checked, run
 from d2obench import record
 from d2obench.errors import RecordError
 from d2obench.record import Run
-from d2obench.run.lock import locked
+from d2obench.run.run_folder import locked
 from d2obench.suite.definition import Timing
 
 fork = multiprocessing.get_context("fork")

@@ -20,12 +20,9 @@ from d2obench import record
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.run.check import Checked
-from d2obench.run.engines import slurm
-from d2obench.run.engines.local import LocalEngine
-from d2obench.run.merge import merge
-from d2obench.run.plan import group
-from d2obench.run.shards import parse_shard, part, shard
-from d2obench.run.suite_run import run_suite
+from d2obench.run.engines import LocalEngine, run_suite, slurm
+from d2obench.run.plan import group, parse_shard, part, shard
+from d2obench.run.run_folder import merge
 from d2obench.suite.definition import cells, load_suite
 
 WORDS = ["quick", "--set=axes.policy=full,d2o", "--set=quality.data.fidelity=/a b/c'd.txt"]

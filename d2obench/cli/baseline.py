@@ -46,7 +46,7 @@ def _measured(suite: str) -> Path:
     from d2obench.report.display import display
     from d2obench.run.check import check
     from d2obench.run.engines import open_engine
-    from d2obench.run.folder import new_folder
+    from d2obench.run.run_folder import new_folder
     from d2obench.suite.definition import load_suite
 
     chosen = load_suite(suite)

@@ -17,6 +17,6 @@ def bridges() -> None:
 @app.command()
 def install(name: Annotated[str, typer.Argument(help="kvpress")]) -> None:
     """Make or renew an environment in the cache folder with pip; it says first what it downloads."""
-    from d2obench.run.environments import install as make
+    from d2obench.run.isolated_workers import install as make
 
     typer.echo(f"{name}: {make(name, lambda words: typer.echo(words, err=True))}")

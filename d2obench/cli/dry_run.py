@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2obench.run.check import Checked
-    from d2obench.run.client import Client
     from d2obench.run.plan import Device
+    from d2obench.run.worker_client import Client
 
 
 def show_plan(checked: Checked, client: Client) -> None:

@@ -15,7 +15,7 @@ def command(
     """Make one run of shards (run --shard, run --engine slurm); cells that no shard has are missing in it."""
     from d2obench.cli.run import show_results
     from d2obench.record import read_run
-    from d2obench.run.merge import merge
+    from d2obench.run.run_folder import merge
 
     for warning in merge(runs, out):
         typer.echo(f"d2obench: {warning}", err=True)

@@ -44,8 +44,8 @@ def command(
     from d2obench.cli.run import overrides
     from d2obench.record import dump, write_atomic
     from d2obench.run.check import check_words
-    from d2obench.run.folder import new_folder
-    from d2obench.run.placed import check_one
+    from d2obench.run.device_placement import check_one
+    from d2obench.run.run_folder import new_folder
     from d2obench.suite.definition import cells, load_suite
 
     axes = {

@@ -85,9 +85,9 @@ def command(
     from d2obench.report.display import display
     from d2obench.run.check import check
     from d2obench.run.engines import open_engine
-    from d2obench.run.folder import new_folder, suite_of
-    from d2obench.run.shards import parse_shard, part
-    from d2obench.run.shards import shard as shard_of
+    from d2obench.run.plan import parse_shard, part
+    from d2obench.run.plan import shard as shard_of
+    from d2obench.run.run_folder import new_folder, suite_of
     from d2obench.suite.definition import load_suite
 
     axes = {
@@ -151,7 +151,7 @@ def command(
 
 def execute(checked: Checked, folder: Path, engine: Engine, earlier: Run | None, shown: Display) -> bool:
     """Runs all cells; true when the user stopped it."""
-    from d2obench.run.suite_run import run_suite
+    from d2obench.run.engines import run_suite
 
     shown.start([cell.id for cell in checked.cells])
     for cell in earlier.cells if earlier else ():

@@ -40,8 +40,8 @@ def sweep(
     from d2obench.errors import UsageError
     from d2obench.run.check import check_words
     from d2obench.run.engines import slurm
-    from d2obench.run.folder import new_folder
     from d2obench.run.plan import group
+    from d2obench.run.run_folder import new_folder
     from d2obench.suite.definition import cells
 
     check_words(suite)

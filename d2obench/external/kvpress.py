@@ -1,6 +1,6 @@
 """NVIDIA's kvpress on the same loop: one of its presses compresses the prompt, layer by layer, in a hook of its own.
 
-It runs where kvpress can be imported, under another transformers than ours (``d2obench.run.environments``). A press
+It runs where kvpress can be imported, under another transformers than ours (``d2obench.run.isolated_workers``). A press
 knows no padding, so that prompts of different lengths are read one by one. What it masks by head instead of evicting
 (AdaKV and its kin) stays in memory and is counted as held.
 """

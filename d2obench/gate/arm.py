@@ -15,8 +15,8 @@ import msgspec
 
 from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.environment import COMPARED
-from d2obench.run.protocol import UNKNOWN, WORKER, WorkerClient
 from d2obench.run.speed import warm_up
+from d2obench.run.worker_client import UNKNOWN, WORKER, WorkerClient
 from d2obench.suite.definition import Cell, Suite
 
 _PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"

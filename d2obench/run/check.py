@@ -14,9 +14,8 @@ import msgspec
 from d2obench.errors import DataError, ModelError, SuiteError, UsageError
 from d2obench.models.gguf_file import check_gguf
 from d2obench.policies import other, parse_policy
-from d2obench.run.client import Client
-from d2obench.run.placed import check_placement, sharing, taken
-from d2obench.run.protocol import again
+from d2obench.run.device_placement import check_placement, sharing, taken
+from d2obench.run.worker_client import Client, again
 from d2obench.suite.definition import SPEED, Cell, Quality, Suite, cells
 from d2obench.suite.grammar import parse_memory, parse_shape
 from d2obench.tasks import parse_task

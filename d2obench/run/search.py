@@ -13,8 +13,8 @@ import msgspec
 
 from d2obench.errors import OutOfMemory
 from d2obench.record import Axes
-from d2obench.run.client import Client
 from d2obench.run.plan import memory_of
+from d2obench.run.worker_client import Client
 from d2obench.suite.definition import Cell
 from d2obench.suite.grammar import parse_memory
 

@@ -19,14 +19,12 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.summarise import tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
-from d2obench.run.client import Client
-from d2obench.run.ledger import Ledger
-from d2obench.run.live import so_far
 from d2obench.run.plan import abba
-from d2obench.run.protocol import again
-from d2obench.run.resume import Samples
+from d2obench.run.progress import so_far
+from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.search import find_batch
 from d2obench.run.speed_row import DeviceRates, SpeedRows
+from d2obench.run.worker_client import Client, again
 from d2obench.suite.definition import Cell, Suite, Timing
 
 
@@ -49,7 +47,7 @@ class SpeedGroup:
         suite: Suite,
         cells: Sequence[Cell],
         worker_of: Callable[[Cell], Client],
-        ledger: Ledger,
+        ledger: RunLog,
         rates: DeviceRates,
     ) -> None:
         self.timing, self.cells, self.ledger = suite.timing, list(cells), ledger

@@ -16,10 +16,8 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.summarise import Machine, Summary, summarise
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
-from d2obench.run.client import Client
-from d2obench.run.ledger import Ledger, Watcher
-from d2obench.run.protocol import again
-from d2obench.run.resume import Samples
+from d2obench.run.run_log import Display, RunLog, Samples
+from d2obench.run.worker_client import Client, again
 from d2obench.stats.bootstrap import paired_ratio
 from d2obench.suite.definition import Cell
 from d2obench.suite.grammar import parse_shape
@@ -31,7 +29,7 @@ Round = Mapping[str, Any]
 class DeviceRates:
     """Copy bandwidth and idle power of each device: measured when first needed, once a run."""
 
-    def __init__(self, client: Client, watcher: Watcher) -> None:
+    def __init__(self, client: Client, watcher: Display) -> None:
         self._client, self._watcher = client, watcher
         self._known: dict[tuple[str, str], float | None] = {}
 
@@ -70,7 +68,7 @@ class SpeedRows:
     """
 
     def __init__(
-        self, cells: Sequence[Cell], samples: Mapping[str, Samples], ledger: Ledger, rates: DeviceRates
+        self, cells: Sequence[Cell], samples: Mapping[str, Samples], ledger: RunLog, rates: DeviceRates
     ) -> None:
         self._cells, self._samples, self._ledger, self._rates = list(cells), samples, ledger, rates
         self._summaries: dict[str, Summary] = {}

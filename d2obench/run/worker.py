@@ -1,8 +1,8 @@
-"""The worker process: answers one request at a time with an operation of ``d2obench.run.operations``.
+"""The worker process: answers one request at a time with an operation of ``d2obench.run.worker_model``.
 
 ``python -m d2obench.run.worker [PLACEMENT] REQUESTS ANSWERS`` with ``[models]`` of the suite as JSON and the numbers
-of two inherited pipes; the protocol is ``d2obench.run.protocol``. Requests are read by a thread of their own, which
-ends the process the moment the parent is gone, even in the middle of a long operation.
+of two inherited pipes; the protocol is ``d2obench.run.worker_client``. Requests are read by a thread of their own,
+which ends the process the moment the parent is gone, even in the middle of a long operation.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import traceback
 import msgspec
 
 from d2obench.errors import WorkerError
-from d2obench.run.operations import Worker
-from d2obench.run.operations_machine import Args
-from d2obench.run.protocol import UNKNOWN, describe
+from d2obench.run.worker_client import UNKNOWN, describe
+from d2obench.run.worker_machine import Args
+from d2obench.run.worker_model import Worker
 from d2obench.suite.placement import Placement
 
 OPS = (

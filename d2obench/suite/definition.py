@@ -69,7 +69,7 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[worker]``: ``shared`` keeps one process with the model warm, ``fresh`` starts one for each cell.
 
-    Fresh processes of cells that are timed together live side by side (see ``d2obench.run.bench``).
+    Fresh processes of cells that are timed together live side by side (see ``d2obench.run.runner``).
     """
 
     mode: Literal["shared", "fresh"] = "shared"

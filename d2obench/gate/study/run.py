@@ -26,7 +26,7 @@ from d2obench.gate.rules import confirm, tolerance
 from d2obench.gate.study import faults
 from d2obench.gate.study.trials import Pairs, Rule, Study, Trial, live_outcomes, replay
 from d2obench.gate.verdict import Row, Verdict
-from d2obench.run.protocol import WORKER
+from d2obench.run.worker_client import WORKER
 from d2obench.suite.definition import Cell, Suite, cells, load_suite
 
 SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}

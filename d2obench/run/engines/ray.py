@@ -22,18 +22,16 @@ import msgspec
 from d2obench import __version__
 from d2obench.errors import D2OBenchError, RecordError, WorkerError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.run.bench import Bench
 from d2obench.run.check import Checked
-from d2obench.run.engines import ray_needs as needs
-from d2obench.run.engines.ray_cluster import Spot, connect, spots
+from d2obench.run.engines.group_queue import Work, model_of
+from d2obench.run.engines.ray_cluster import Spot, check_devices, connect, gpus_to_reserve, memory_to_reserve, spots
+from d2obench.run.engines.ray_device import PATIENCE_S, LostError, Place, RayClient, ScoutClient, StoppedError
 from d2obench.run.engines.ray_host import Settings
-from d2obench.run.engines.ray_place import PATIENCE_S, LostError, Place, RayClient, ScoutClient, StoppedError
-from d2obench.run.engines.watchers import OneAtATime
-from d2obench.run.engines.work import Work, model_of
-from d2obench.run.ledger import Ledger
 from d2obench.run.plan import group
-from d2obench.run.protocol import again
-from d2obench.run.resume import forget_cut_round
+from d2obench.run.progress import LockedDisplay
+from d2obench.run.run_log import RunLog, forget_cut_round
+from d2obench.run.runner import GroupRunner
+from d2obench.run.worker_client import again
 from d2obench.suite.definition import Cell, Suite
 
 SCAN_S = 2.0
@@ -70,7 +68,7 @@ class RayEngine:
         env: dict[str, str] | None = None,
         say: Callable[[str], None] = lambda words: None,
     ) -> None:
-        needs.check_devices(suite)
+        check_devices(suite)
         self._ray, self._ours = connect(address)
         self._cpus, self._resource, self._patience, self._say = cpus, resource, patience, say
         self._stop, self._allow_busy = threading.Event(), allow_busy
@@ -108,11 +106,11 @@ class RayEngine:
             self._known = self._facts(self.client, device)
         return self._known
 
-    def run(self, checked: Checked, ledger: Ledger) -> None:
+    def run(self, checked: Checked, ledger: RunLog) -> None:
         """Every cell gets its row on some device."""
-        ledger.watcher = OneAtATime(ledger.watcher)
+        ledger.watcher = LockedDisplay(ledger.watcher)
         work = Work([one for one in group(checked.cells) if any(ledger.open(cell) for cell in one)])
-        memory = needs.memory(checked)
+        memory = memory_to_reserve(checked)
         threads: dict[Spot, threading.Thread] = {}
         failures: dict[Spot, int] = {}
         if self._scout is not None:
@@ -175,7 +173,7 @@ class RayEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(self, spot: Spot, checked: Checked, ledger: Ledger, work: Work, failures: dict[Spot, int]) -> None:
+    def _serve(self, spot: Spot, checked: Checked, ledger: RunLog, work: Work, failures: dict[Spot, int]) -> None:
         """Runs group after group on one device, until none is left or the device is lost."""
         place = self._places[spot] = Place(self._ray, spot, self._settings, self._stop)
         watcher, device = ledger.watcher, checked.suite.axes.device[0]
@@ -192,7 +190,7 @@ class RayEngine:
                 return
             if self._kind == "cuda" and not self._allow_busy:
                 client.call("refuse_busy", {"device": device, "own": [os.getpid()]})
-            bench, warm = Bench(checked, client, ledger), None
+            bench, warm = GroupRunner(checked, client, ledger), None
             while (cells := work.take(warm)) is not None:
                 warm = model_of(cells)
                 try:
@@ -217,7 +215,7 @@ class RayEngine:
             place.dismiss("*")
             place.leave()
 
-    def _moved(self, cells: Sequence[Cell], spot: Spot, loss: LostError, ledger: Ledger, work: Work) -> None:
+    def _moved(self, cells: Sequence[Cell], spot: Spot, loss: LostError, ledger: RunLog, work: Work) -> None:
         """The group of a lost device waits for another one, or is given up; rows first, so that none is missing."""
         if work.back(cells):
             ledger.watcher.note(f"{spot}: {loss}; its cells go on elsewhere")
@@ -237,7 +235,7 @@ class RayEngine:
         return facts
 
     def _spots(self, memory: int = 0) -> list[Spot]:
-        gpus = needs.gpus(self.suite)
+        gpus = gpus_to_reserve(self.suite)
         return spots(self._ray, self._kind, gpus=gpus, cpus=self._cpus, memory=memory, resource=self._resource)
 
     def _first(self, wanted: Sequence[Spot]) -> Place:

@@ -1,6 +1,6 @@
 """The actor that holds one device of a node: it hosts the same worker process, by the same protocol, as a local run.
 
-A crash, a hang and an out of memory are met by :class:`d2obench.run.protocol.WorkerClient` on the node, and travel
+A crash, a hang and an out of memory are met by :class:`d2obench.run.worker_client.WorkerClient` on the node, and travel
 as data. Messages are JSON: nothing but bytes is handed to Ray. This file imports no ray.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from d2obench.run.process import DeadWorkerError
-from d2obench.run.protocol import WorkerClient, describe
-from d2obench.run.ranks import client_for
+from d2obench.run.tensor_parallel import client_for
+from d2obench.run.worker_client import WorkerClient, describe
+from d2obench.run.worker_process import DeadWorkerError
 from d2obench.suite.definition import Suite
 
 
@@ -55,7 +55,7 @@ class Request(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """``ok`` or ``error`` (see :func:`d2obench.run.protocol.describe`), and the process that gave it."""
+    """``ok`` or ``error`` (see :func:`d2obench.run.worker_client.describe`), and the process that gave it."""
 
     token: str
     ok: dict[str, Any] | None = None

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, RecordError
+from d2obench.measure.trace import RequestTrace
 from d2obench.metric import METRICS, show
-from d2obench.record import CellRecord, append_cell
-from d2obench.run.folder import now
+from d2obench.record import CellRecord, append_cell, dump, write_atomic
 from d2obench.run.plan import larger
-from d2obench.run.resume import Samples
+from d2obench.run.progress import Display
 from d2obench.suite.definition import Cell
 
 
-class Watcher(Protocol):
-    """Who is told how a run goes on, such as a ``Display`` of d2obench.report.display."""
-
-    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """A cell is ``running``, with a share of its work done, or ended with a status."""
-
-    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """What is going on now, and how far it is."""
-
-    def note(self, text: str) -> None:
-        """Something to know about the whole run."""
-
-
-class Ledger:
+class RunLog:
     """Rows of one run.
 
     Args:
@@ -48,7 +36,7 @@ class Ledger:
     def __init__(
         self,
         folder: Path,
-        watcher: Watcher,
+        watcher: Display,
         records: Mapping[str, CellRecord] | None = None,
         environment: str = "",
     ) -> None:
@@ -104,3 +92,90 @@ def headline(record: CellRecord) -> str:
     return "  ".join(
         f"{METRICS[key].header} {show(key, value, unit=True)}" for key, value in known if value is not None
     )
+
+
+KEPT = ("ok", "oom", "skipped", "incomparable")
+"""Statuses that stand when a run goes on; a failed cell is tried again."""
+
+
+class Samples:
+    """The samples file of one cell: ``data`` is what it holds, ``name`` its path in the run folder.
+
+    A file that is damaged, or that belongs to other content, counts as empty.
+    """
+
+    def __init__(self, folder: Path, cell: Cell) -> None:
+        self.name = f"samples/{cell.hash}.json"
+        self._path = folder / self.name
+        self.data: dict[str, Any] = self._read() or {"cell": cell.id, "rounds": []}
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """Raw rounds, in the order they were measured."""
+        rounds: list[dict[str, Any]] = self.data.setdefault("rounds", [])
+        return rounds
+
+    def has(self, number: int) -> bool:
+        """Whether round ``number`` was measured."""
+        return any(found.get("round") == number for found in self.rounds)
+
+    def add(self, one: dict[str, Any]) -> None:
+        """Adds a round and writes the file."""
+        self.rounds.append(one)
+        self.save()
+
+    def save(self, **values: Any) -> None:
+        """Sets keys beside the rounds and writes the file."""
+        self.data.update(values)
+        write_atomic(self._path, dump(self.data))
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = msgspec.json.decode(self._path.read_bytes(), type=_File)
+            whole: dict[str, Any] = msgspec.json.decode(self._path.read_bytes())
+        except (OSError, msgspec.DecodeError, RecursionError):
+            return None
+        complete = not found.rounds or (found.batch > 0 and found.model and found.counts is not None)
+        return whole if complete else None
+
+
+class _Round(RequestTrace, kw_only=True):
+    """A round as it must be on the disk."""
+
+    seconds: float
+
+
+class _File(msgspec.Struct):
+    """What a samples file must hold to be gone on with."""
+
+    cell: str
+    rounds: list[_Round] = []
+    batch: int = 0
+    model: dict[str, Any] = {}
+    counts: dict[str, float] | None = None
+
+
+def forget_cut_round(folder: Path, cells: Iterable[Cell]) -> None:
+    """Takes the last round of a group back where only some of its cells have it.
+
+    The rest of it would be measured on another device, and rounds are paired: both times of a ratio must come from one.
+    """
+    group = [one for one in (Samples(folder, cell) for cell in cells) if "stopped" not in one.data]
+    last = max((part["round"] for one in group for part in one.rounds), default=0)
+    if all(one.has(last) for one in group):
+        return
+    for one in group:
+        if one.has(last):
+            one.rounds[:] = [part for part in one.rounds if part["round"] != last]
+            one.save()
+
+
+def finished(cells: Iterable[Cell], records: Iterable[CellRecord]) -> dict[str, CellRecord]:
+    """Records that still stand, by cell id: the content hash is the same and the cell came to an end."""
+    hashes = {cell.id: cell.hash for cell in cells}
+    return {one.id: one for one in records if one.status in KEPT and hashes.get(one.id) == one.hash}
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from d2obench.run.apart import Apart
+import msgspec
+
+from d2obench.errors import D2OBenchError
+from d2obench.record import Value
 from d2obench.run.check import Checked
-from d2obench.run.client import Client
-from d2obench.run.ledger import Ledger
+from d2obench.run.isolated_workers import IsolatedWorkers
 from d2obench.run.plan import memory_of
-from d2obench.run.protocol import again
-from d2obench.run.quality import evaluate
+from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.speed import SpeedGroup
 from d2obench.run.speed_row import DeviceRates
-from d2obench.suite.definition import SPEED, Cell
+from d2obench.run.worker_client import Client, again
+from d2obench.suite.definition import SPEED, Cell, Suite
 
 SHARE = 0.8
 """How much of the free memory the processes of a group may be predicted to take together."""
@@ -29,7 +31,7 @@ PROCESS_BYTES = 512 * 2**20
 """A process with its libraries, before it loads a model; rough."""
 
 
-class Bench:
+class GroupRunner:
     """Runs groups one after another on one device.
 
     Args:
@@ -39,7 +41,7 @@ class Bench:
         apart: the workers of cells that can't share ``client``.
     """
 
-    def __init__(self, checked: Checked, client: Client, ledger: Ledger, apart: Apart | None = None) -> None:
+    def __init__(self, checked: Checked, client: Client, ledger: RunLog, apart: IsolatedWorkers | None = None) -> None:
         self._checked, self._common, self._ledger, self._apart = checked, client, ledger, apart
         self._last = client
         self._rates = DeviceRates(client, ledger.watcher)
@@ -105,3 +107,31 @@ class Bench:
         words = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
         self._ledger.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {words}")
         return False
+
+
+def evaluate(suite: Suite, cell: Cell, client: Client, ledger: RunLog) -> None:
+    """Brings a quality cell to its row."""
+    ledger.begin(cell)
+    ledger.watcher.cell(cell.id, "running")
+    request = {"cell": msgspec.to_builtins(cell), "quality": msgspec.to_builtins(suite.quality)}
+
+    def progress(done: int, total: int, words: str) -> None:
+        ledger.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)
+        if not words:
+            ledger.watcher.cell(cell.id, "running", share=done / max(1, total))
+
+    try:
+        found = again(lambda: client.call("evaluate", request, progress=progress))
+    except D2OBenchError as problem:
+        ledger.fail(cell, problem)
+        return
+    samples = Samples(ledger.folder, cell)
+    samples.save(items=found["items"])
+    ledger.end(
+        cell,
+        "ok",
+        values=msgspec.convert(found["values"], dict[str, Value]),
+        details={**found["details"], "model": found["model"]},
+        flags=tuple(found["flags"]),
+        samples=samples.name,
+    )

@@ -14,7 +14,7 @@ import msgspec
 
 from d2obench.models.devices import beside
 from d2obench.record import Axes
-from d2obench.run.operations_machine import Args, MachineOperations, Report
+from d2obench.run.worker_machine import Args, MachineOperations, Report
 from d2obench.suite.definition import Cell, Quality
 from d2obench.suite.grammar import parse_shape
 from d2obench.suite.placement import Placement

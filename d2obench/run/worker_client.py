@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -22,8 +22,7 @@ from d2obench import errors
 from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.memory import is_out_of_memory
 from d2obench.openmp_wait import bounded_spin
-from d2obench.run.client import Progress
-from d2obench.run.process import DeadWorkerError, WorkerProcess
+from d2obench.run.worker_process import DeadWorkerError, WorkerProcess
 
 T = TypeVar("T")
 WORKER = ("-P", "-m", "d2obench.run.worker")
@@ -185,3 +184,29 @@ def _own_code() -> dict[str, str]:
 
 def _first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or ["no message"])[0][:500]
+
+
+Progress = Callable[[int, int, str], None]
+
+
+class Client(Protocol):
+    """One worker process; started at the first call, and again at the first call after it ended."""
+
+    @property
+    def generation(self) -> int:
+        """How many processes were started so far: a new number means a cold worker."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while one runs, as far as is known; None means that the next call starts one."""
+
+    def call(
+        self, op: str, args: Any = None, *, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Runs one operation and returns its result; raises what :meth:`WorkerClient.call` raises."""
+
+    def beside(self) -> Client:
+        """Another worker like this one, on the same device; its process starts at its first call."""
+
+    def close(self) -> None:
+        """Lets the process end."""

@@ -6,8 +6,9 @@ Nothing is asked of the worker for it: a measurement is not disturbed to show ho
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import psutil
@@ -16,10 +17,23 @@ from d2obench.measure.nvml import slowdown_names
 from d2obench.measure.summarise import narrowness, tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.metric import show
-from d2obench.run.protocol import WorkerClient
+from d2obench.run.worker_client import WorkerClient
 from d2obench.suite.definition import Timing
 
 MIB = 2**20
+
+
+class Display(Protocol):
+    """Who is told how a run goes on, such as a ``Display`` of d2obench.report.display."""
+
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
+        """A cell is ``running``, with a share of its work done, or ended with a status."""
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """What is going on now, and how far it is."""
+
+    def note(self, text: str) -> None:
+        """Something to know about the whole run."""
 
 
 def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: int) -> tuple[str, float]:
@@ -97,3 +111,25 @@ def _share(done: int, likely: int, timing: Timing) -> float:
 def _newest(rows: Sequence[Sequence[float | None]], columns: Sequence[str], column: str) -> float | None:
     place = columns.index(column) + 1 if column in columns else 0
     return next((row[place] for row in reversed(rows) if row[place] is not None), None) if place else None
+
+
+class LockedDisplay:
+    """Passes everything on to ``watcher``, which hears one thing at a time."""
+
+    def __init__(self, watcher: Display) -> None:
+        self._watcher, self._lock = watcher, threading.Lock()
+
+    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
+        """A cell is running or ended."""
+        with self._lock:
+            self._watcher.cell(cell, state, text, share)
+
+    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """What is going on now."""
+        with self._lock:
+            self._watcher.phase(text, done, total)
+
+    def note(self, text: str) -> None:
+        """Something to know about the whole run."""
+        with self._lock:
+            self._watcher.note(text)

@@ -14,11 +14,10 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
-from d2obench.run.client import Progress
 from d2obench.run.engines.ray_cluster import Spot, alive
 from d2obench.run.engines.ray_host import Answer, Host, Request
-from d2obench.run.process import DeadWorkerError
-from d2obench.run.protocol import revive
+from d2obench.run.worker_client import Progress, revive
+from d2obench.run.worker_process import DeadWorkerError
 
 POLL_S = 0.5
 PATIENCE_S = 600.0
@@ -140,7 +139,7 @@ class Place:
 
 
 class RayClient:
-    """One worker process at a place; the runner's :class:`d2obench.run.client.Client`."""
+    """One worker process at a place; the runner's :class:`d2obench.run.worker_client.Client`."""
 
     def __init__(self, place: Place, name: str = "") -> None:
         self._place, self._name = place, name

@@ -1,0 +1,182 @@
+"""Python environments of other libraries, which can't be imported into ours: kvpress wants an older transformers.
+
+A managed one is a plain ``venv`` in the cache folder with pinned packages and nothing of ours; d2obench's own code
+reaches it by a folder that holds a link to this package and nothing else, so that no package of ours gets in.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from d2obench import errors
+from d2obench.errors import UsageError, WorkerError
+from d2obench.models.embedded import cache_folder
+from d2obench.policies import other
+from d2obench.policies.others import Other
+from d2obench.run.worker_client import WorkerClient, again
+from d2obench.suite.definition import Suite
+
+PINS = {
+    "kvpress": (
+        "kvpress==0.5.5", "transformers==5.2.0", "gguf>=0.17", "msgspec>=0.20", "nvidia-ml-py>=12", "psutil>=6",
+    ),
+}  # fmt: skip
+"""What goes into each environment, beside torch in our own version."""
+MARKER = "environment.json"
+
+
+def requirements(name: str) -> list[str]:
+    """What ``install`` asks pip for.
+
+    Raises:
+        UsageError: no environment of that name is known.
+    """
+    if name not in PINS:
+        raise UsageError(f"no bridge is called '{name}'", remedy=f"use {', '.join(PINS)}")
+    try:
+        torch = [f"torch=={version('torch').partition('+')[0]}"]
+    except PackageNotFoundError:
+        torch = ["torch"]
+    return [*PINS[name], *torch]
+
+
+def folder(name: str) -> Path:
+    """Where a managed environment lies."""
+    return cache_folder() / "environments" / name
+
+
+def interpreter(name: str) -> Path | None:
+    """The interpreter of a finished managed environment; None where there is none, or it was made to other pins."""
+    place = folder(name)
+    try:
+        made = msgspec.json.decode((place / MARKER).read_bytes(), type=list[str])
+    except (OSError, msgspec.DecodeError):
+        return None
+    python = place / "bin" / "python"
+    return python if made == requirements(name) and python.exists() else None
+
+
+def install(name: str, say: Callable[[str], None]) -> Path:
+    """Makes a managed environment anew; what pip says goes to the terminal.
+
+    Raises:
+        UsageError: an unknown name.
+        WorkerError: venv or pip failed; nothing of it stays.
+    """
+    wanted, place = requirements(name), folder(name)
+    say(f"downloads with pip into {place}:")
+    say(f"  {', '.join(wanted)}, and what they depend on (about 1.5 GB on a CPU, more with CUDA)")
+    shutil.rmtree(place, ignore_errors=True)
+    python = place / "bin" / "python"
+    done = False
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for words in ([sys.executable, "-m", "venv", str(place)], [str(python), "-m", "pip", "install", *wanted]):
+            subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+        (place / MARKER).write_bytes(msgspec.json.encode(wanted))
+        done = True
+    except (OSError, subprocess.CalledProcessError) as problem:
+        raise WorkerError(
+            f"the environment of {name} could not be made",
+            why=str(problem)[:300],
+            remedy="see what pip says above; or make one yourself and give its interpreter as --python PATH",
+        ) from None
+    finally:
+        if not done:
+            shutil.rmtree(place, ignore_errors=True)
+    return python
+
+
+def code_only() -> tempfile.TemporaryDirectory[str]:
+    """A folder for another interpreter's PYTHONPATH: it holds this package and nothing beside it."""
+    made = tempfile.TemporaryDirectory(prefix="d2obench-code-")
+    package = Path(errors.__file__).resolve().parent
+    Path(made.name, package.name).symlink_to(package, target_is_directory=True)
+    return made
+
+
+class IsolatedWorkers:
+    """The workers apart of one suite.
+
+    Args:
+        suite: whose policies may need them.
+        python: an interpreter in place of the managed environments'.
+
+    Raises:
+        UsageError: an environment is missing, or ``python`` is given and nothing needs it.
+    """
+
+    def __init__(self, suite: Suite, python: Path | None = None) -> None:
+        needed = {policy: found for policy in suite.axes.policy if (found := other(policy)) is not None and found.apart}
+        self._code = code_only() if any(one.environment for one in needed.values()) else None
+        if python is not None and self._code is None:
+            raise UsageError("--python is for kvpress", why="no policy here needs another interpreter")
+        if needed and not suite.models.single:
+            raise UsageError(
+                f"{next(iter(needed))} can't use a model over several devices", remedy="give no --device-map with it"
+            )
+        self._clients: dict[str, WorkerClient] = {}
+        self._policies: dict[str, list[str]] = {}
+        for policy, found in needed.items():
+            if found.environment:
+                self._policies.setdefault(found.name, []).append(policy)
+            if found.name not in self._clients:
+                self._clients[found.name] = self._open(found, suite, python)
+
+    def of(self, policy: str) -> WorkerClient | None:
+        """The worker of a policy's cells; None where the common one measures them."""
+        found = other(policy)
+        return self._clients[found.name] if found is not None and found.apart else None
+
+    def check(self) -> dict[str, dict[str, Any]]:
+        """Starts every environment once, reads its policies there, and gives the versions in it, by environment.
+
+        Raises:
+            UsageError, PolicyError: it lacks what a policy needs, or the policy can't be read.
+        """
+        found = {}
+        for name, policies in self._policies.items():
+            versions: dict[str, Any] = again(self._asking(self._clients[name], policies))["versions"]
+            found[name] = versions
+        return found
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for client in self._clients.values():
+            client.close()
+
+    def remove(self) -> None:
+        """Ends the workers for good."""
+        self.close()
+        if self._code is not None:
+            self._code.cleanup()
+
+    @staticmethod
+    def _asking(client: WorkerClient, policies: Sequence[str]) -> Any:
+        return lambda: client.call("prepare", {"policies": list(policies)})
+
+    def _open(self, found: Other, suite: Suite, python: Path | None) -> WorkerClient:
+        timeout_s, threads = suite.worker.timeout_s, suite.worker.threads
+        if not found.environment:
+            return WorkerClient(timeout_s=timeout_s, threads=threads)
+        chosen = python or interpreter(found.environment)
+        if chosen is None:
+            raise UsageError(
+                f"{found.name} needs a Python environment of its own",
+                why="it can't share ours: it wants an older transformers",
+                remedy=f"run d2obench bridges install {found.environment}, "
+                "or give --python an interpreter that can import it, torch, msgspec, psutil and pynvml",
+            )
+        assert self._code is not None
+        return WorkerClient(
+            str(Path(chosen).absolute()), {"PYTHONPATH": self._code.name}, timeout_s=timeout_s, threads=threads
+        )
