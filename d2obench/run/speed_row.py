@@ -16,7 +16,8 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.summarise import Machine, Summary, summarise
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
-from d2obench.run.progress import Display, RunLog, Samples
+from d2obench.run.progress import Display
+from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.worker_client import Client, again
 from d2obench.stats.bootstrap import paired_ratio
 from d2obench.suite.definition import Cell
