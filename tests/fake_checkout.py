@@ -94,7 +94,7 @@ class Checkout:
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root, self.scratch = root, scratch
-        for name in ("", "runner", "engine", "policies", "models"):
+        for name in ("", "run", "cache", "policies", "models"):
             folder = root / "d2obench" / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "__init__.py").write_text("")

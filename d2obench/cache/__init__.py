@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,3 +23,19 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{'policy_cache' if name == 'PolicyCache' else 'session'}"), name)
+
+
+class _CallableModule(ModuleType):
+    """This package, called as the public function ``d2obench.cache(…)``.
+
+    Importing a package puts it as an attribute on its parent, where it hides the function of the same name.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> PolicyCache:
+        """See :func:`d2obench.cache.build.cache`."""
+        from d2obench.cache.build import cache
+
+        return cache(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
