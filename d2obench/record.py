@@ -13,7 +13,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,11 +24,16 @@ MAX_LINE = 8 * 2**20
 STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
 
 
+Bounded = Literal["", "interval", "range", "exact"]
+
+
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     """One figure of a cell in base units (see ``d2obench.metric``).
 
-    ``lo`` and ``hi`` bound the 95 % interval of ``value`` over ``n`` samples; ``note`` says why a value is missing or
-    how it was made.
+    ``lo`` and ``hi`` bound ``value`` over ``n`` independent samples (rounds, windows, documents); ``kind`` says what
+    they are: a 95 % ``interval``, the ``range`` of samples that are too few for one, or ``exact`` where all samples
+    were alike. ``method`` and its degrees of freedom ``df`` are those of ``d2obench.stats.intervals``. ``note`` says
+    why a value is missing or how it was made.
     """
 
     value: float | None
@@ -36,6 +41,9 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     hi: float | None = None
     n: int = 1
     note: str = ""
+    kind: Bounded = ""
+    method: str = ""
+    df: int = 0
 
 
 class Axes(msgspec.Struct, frozen=True):

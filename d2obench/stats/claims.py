@@ -1,0 +1,276 @@
+"""Which figures may be called better, best, met or impossible: by their intervals alone.
+
+A range, a figure without bounds and an interval that holds both answers tell nothing: "not told apart". Three rules
+stand behind every word:
+
+* **Many comparisons.** Words of one report are right together with 95 % (Bonferroni): with ``comparisons`` of
+  them, each interval is widened to the level 1 − 0.05 ÷ comparisons before it is looked at.
+* **Processes.** Where a process happens to lie in memory moves its times by percents (Mytkowicz et al., ASPLOS 2009);
+  the gate's study saw medians of fresh processes differ by BIAS beyond their sampling error. A time or a ratio of times
+  is widened by it, the less the more fresh processes it was measured in.
+* **What bytes allow.** A speed-up whose whole interval lies above what bytes and measured bandwidth allow is
+  impossible: something else was measured, and it never wins.
+
+Nothing here reads a file or draws a view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+from scipy import special
+
+from d2obench.metric import METRICS
+from d2obench.record import Value
+from d2obench.stats.intervals import LEVEL, proportion
+
+Verdict = Literal["better", "worse", "not told apart", "impossible"]
+Outcome = Literal["met", "missed", "no verdict"]
+BIAS = 0.015
+"""Standard deviation of the logs of fresh processes' medians (``reports/gate-study-cpu``), sampling error taken off."""
+PROCESSES = 2
+"""Fresh processes a sentence on speed rests on; with fewer it says so."""
+K = TypeVar("K", bound=Hashable)
+
+
+class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A sentence of a report, a bold figure or a target, as data: what a study of false sentences looks at.
+
+    Args:
+        word: ``better`` or ``worse`` than ``same``, ``best`` of ``others``, ``met`` or ``missed``.
+        cell: the cell whose figure it is about.
+        metric: the figure, as in ``results.csv``.
+        same: what the figure is held against: 1 for ratios, 0 for differences, a target's bound.
+        others: cells it is said to be better than, for ``best``.
+        lo, hi: the interval it rests on.
+        comparisons: that the interval was widened for.
+        processes: fresh processes behind it; 0 where times play no part.
+    """
+
+    word: Literal["better", "worse", "best", "met", "missed"]
+    cell: str
+    metric: str
+    same: float | None = None
+    others: tuple[str, ...] = ()
+    lo: float | None = None
+    hi: float | None = None
+    comparisons: int = 1
+    processes: int = 0
+
+
+class Leader(NamedTuple):
+    """The best of several figures, and those that can't be told from it; it is told to be best where there are none."""
+
+    best: Hashable
+    near: tuple[Hashable, ...]
+
+
+def widened(value: Value, comparisons: int = 1, *, timed: bool = False, processes: int = 1) -> Value:
+    """The interval as it must be for one of ``comparisons`` words that are right together.
+
+    A range stays what it is, and tells nothing.
+
+    Args:
+        value: an interval, or an exact figure, which stays as it is.
+        comparisons: how many words rest on intervals of the same report.
+        timed: the figure is a time, a rate or a ratio of times.
+        processes: fresh processes it was measured in.
+    """
+    if value.value is None or value.kind == "exact":
+        return value
+    if value.kind != "interval" or value.lo is None or value.hi is None:
+        return value
+    level = 1 - (1 - LEVEL) / max(1, comparisons)
+    if value.method == "binomial":
+        return proportion(round(value.value * value.n), value.n, level)
+    df = value.df or max(1, value.n - 1)
+    factor = float(special.stdtrit(df, (1 + level) / 2) / special.stdtrit(df, (1 + LEVEL) / 2))
+    logs = timed and value.lo > 0
+    middle, lo, hi = (math.log(end) if logs else end for end in (value.value, value.lo, value.hi))
+    below, above = factor * (middle - lo), factor * (hi - middle)
+    if logs:
+        bias = float(special.ndtri((1 + level) / 2)) * BIAS / math.sqrt(max(1, processes))
+        below, above = math.hypot(below, bias), math.hypot(above, bias)
+    lo, hi = (math.exp(end) if logs else end for end in (middle - below, middle + above))
+    return msgspec.structs.replace(value, lo=lo, hi=hi)
+
+
+def timed(metric: str) -> bool:
+    """Whether a figure depends on how fast the machine was: times, rates and ratios of times."""
+    found = METRICS.get(metric.partition(":")[0])
+    return found is not None and found.kind in ("timed", "ratio") and found.group != "memory"
+
+
+def same(metric: str) -> float:
+    """What a ratio or a difference is when two policies are alike."""
+    return 1.0 if METRICS[metric.partition(":")[0]].kind == "ratio" else 0.0
+
+
+def told(
+    metric: str, value: Value | None, comparisons: int = 1, *, processes: int = 1, bound: float | None = None
+) -> Verdict:
+    """Whether a ratio or a difference shows its policy to be better or worse than the one it is held against.
+
+    Args:
+        metric: its key, for example ``speedup`` or ``kl_rival:h2o``.
+        value: the figure.
+        comparisons, processes: see :func:`widened`.
+        bound: the largest ratio that bytes and measured bandwidth allow, where known.
+    """
+    if value is None or value.value is None:
+        return "not told apart"
+    if impossible(value, bound):
+        return "impossible"
+    wide = widened(value, comparisons, timed=timed(metric), processes=processes)
+    ends, direction = _ends(metric, wide), METRICS[metric.partition(":")[0]].direction
+    if ends is None or direction == "none" or ends[0] <= same(metric) <= ends[1]:
+        return "not told apart"
+    return "better" if (ends[0] > same(metric)) == (direction == "higher") else "worse"
+
+
+def impossible(value: Value, bound: float | None) -> bool:
+    """Whether a ratio lies above its bound by more than its own noise; a single figure is noise throughout."""
+    return bound is not None and value.lo is not None and value.lo > bound * math.exp(2 * BIAS)
+
+
+def apart(metric: str, mine: Value, theirs: Value, comparisons: int = 1, *, processes: int = 1) -> Verdict:
+    """Two policies' figures of one metric: told apart where their widened intervals do not touch.
+
+    Where a paired ratio or difference of the two is at hand, :func:`told` sees more.
+    """
+    wide = [widened(one, comparisons, timed=timed(metric), processes=processes) for one in (mine, theirs)]
+    a, b = (_ends(metric, one) for one in wide)
+    direction = METRICS[metric.partition(":")[0]].direction
+    if a is None or b is None or direction == "none":
+        return "not told apart"
+    if a[1] < b[0]:
+        return "better" if direction == "lower" else "worse"
+    if b[1] < a[0]:
+        return "worse" if direction == "lower" else "better"
+    return "not told apart"
+
+
+def leader(
+    metric: str,
+    figures: Mapping[K, Value],
+    comparisons: int | None = None,
+    *,
+    processes: int = 1,
+    pair: Callable[[K, K], Verdict] | None = None,
+) -> Leader | None:
+    """The best figure, with all that it can't be told from; None where fewer than two are known.
+
+    Exact figures that are equal share the first place, and are in ``near``.
+
+    Args:
+        metric: of all figures.
+        figures: by row; leave out impossible ones.
+        comparisons: words of the same report; as many as there are figures where it is left out.
+        processes: see :func:`widened`.
+        pair: whether the first row is better than the second; by their own intervals where it is left out.
+    """
+    direction = METRICS[metric.partition(":")[0]].direction
+    known = {key: one for key, one in figures.items() if one.value is not None}
+    if direction == "none" or len(known) < 2:
+        return None
+    sign = 1.0 if direction == "lower" else -1.0
+    best = min(known, key=lambda key: sign * (known[key].value or 0.0))
+    count = comparisons or len(known)
+
+    def better(other: K) -> bool:
+        if pair is not None:
+            return pair(best, other) == "better"
+        return apart(metric, known[best], known[other], count, processes=processes) == "better"
+
+    return Leader(best, tuple(key for key in known if key != best and not better(key)))
+
+
+def front(sizes: Mapping[K, float | None], better: Callable[[K, K], bool]) -> set[K]:
+    """Rows that are shown to be undominated: every other row that is as small or smaller is told to be worse.
+
+    Args:
+        sizes: what each row holds, for example KV bytes; a row without a size is never on the front.
+        better: whether the first row's quality is told to be better than the second's.
+    """
+    known = {key: size for key, size in sizes.items() if size is not None and math.isfinite(size)}
+    return {
+        key
+        for key, size in known.items()
+        if all(better(key, other) for other, theirs in known.items() if other != key and theirs <= size)
+    }
+
+
+def outcome(
+    metric: str,
+    value: Value,
+    at_least: float | None,
+    at_most: float | None,
+    comparisons: int = 1,
+    *,
+    processes: int = 1,
+) -> Outcome:
+    """Whether a figure keeps its bounds: the whole widened interval inside is met, all of it outside is missed.
+
+    Args:
+        metric: its key.
+        value: the figure.
+        at_least, at_most: the bounds; one may be left out.
+        comparisons: targets of the same suite.
+        processes: see :func:`widened`.
+    """
+    ends = _ends(metric, widened(value, comparisons, timed=timed(metric), processes=processes))
+    if ends is None:
+        return "no verdict"
+    lo, hi = ends
+    low, high = (-math.inf if at_least is None else at_least), (math.inf if at_most is None else at_most)
+    if low <= lo and hi <= high:
+        return "met"
+    return "missed" if hi < low or lo > high else "no verdict"
+
+
+def resting_on(processes: int) -> str:
+    """What a sentence on speed adds; nothing where it rests on enough fresh processes."""
+    return "" if processes >= PROCESSES else "measured in one process"
+
+
+def across_runs(metric: str) -> bool:
+    """Whether two runs made at different times may be judged by it: bytes, counts, quality, and ratios inside a run."""
+    found = METRICS.get(metric.partition(":")[0])
+    return found is None or found.kind != "timed"
+
+
+def ratio_of_ratios(base: Value, head: Value) -> Value:
+    """head ÷ base of two independent runs, each with its interval; a range where either has none.
+
+    The logs' distances from value to bound add as squares (Donner and Zou 2012, MOVER).
+    """
+    assert base.value and head.value
+    value, n = head.value / base.value, min(base.n, head.n)
+    ends = [end for end in (base.lo, base.hi, head.lo, head.hi) if end is not None and end > 0]
+    if len(ends) < 4:
+        return Value(value, n=n)
+    below, above, low, high = (math.log(end) for end in ends)
+    b, h = math.log(base.value), math.log(head.value)
+    lo = h - b - math.hypot(h - low, above - b)
+    hi = h - b + math.hypot(high - h, b - below)
+    certain = {base.kind, head.kind} <= {"interval", "exact"}
+    df = min(base.df or base.n, head.df or head.n)
+    return Value(value, math.exp(lo), math.exp(hi), n, kind="interval" if certain else "range", method="MOVER", df=df)
+
+
+def _ends(metric: str, value: Value) -> tuple[float, float] | None:
+    """The bounds a word may rest on: of an interval, or of a figure that is the same on every repeat.
+
+    Peaks of memory are nearly the same, and judged by the range of all of them.
+    """
+    kind = METRICS[metric.partition(":")[0]].kind
+    if value.value is None:
+        return None
+    if value.kind == "exact" or kind in ("exact", "info"):
+        return value.value, value.value
+    if value.lo is None or value.hi is None:
+        return (value.value, value.value) if kind == "bounded" else None
+    return (value.lo, value.hi) if value.kind == "interval" or kind == "bounded" else None
