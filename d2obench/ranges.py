@@ -1,4 +1,4 @@
-"""Named ranges around the engine's parts, for a profiler or a stopwatch; free when nobody asks for them."""
+"""Named ranges around parts of the engine, for a profiler or a timer. They cost nothing while neither is active."""
 
 from __future__ import annotations
 
@@ -7,23 +7,43 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+ENGINE_RANGES = (
+    "prefill attention",
+    "scores",
+    "allocate",
+    "similarity",
+    "evict",
+    "merge",
+    "decode attention",
+    "bookkeeping",
+)
+MODEL_PARTS = {
+    "mlp": "MLP",
+    "self_attn": "projections",
+    "attention": "projections",
+    "lm_head": "lm head",
+    "embed_out": "lm head",
+}
+"""Last part of a module's name → its range. What the engine names inside of it counts for the engine's range."""
+RANGES = (*ENGINE_RANGES, *dict.fromkeys(MODEL_PARTS.values()))
+
 _OFF: AbstractContextManager[None] = nullcontext()
 _made: Callable[[str], AbstractContextManager[object]] | None = None
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A range of that name while :func:`naming` or :func:`into` is active, otherwise nothing."""
+    """A context: a range of that name inside :func:`profiler_ranges` or :func:`ranges_as`, otherwise nothing."""
     return _OFF if _made is None else _made(name)
 
 
-def wanted() -> bool:
-    """Whether :func:`naming` or :func:`into` is active."""
+def active() -> bool:
+    """Whether ranges are recorded now."""
     return _made is not None
 
 
 @contextmanager
-def into(make: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
-    """Inside the block a range is whatever ``make(name)`` gives."""
+def ranges_as(make: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
+    """Inside this context a range is the context that ``make(name)`` returns."""
     global _made
     before, _made = _made, make
     try:
@@ -32,6 +52,6 @@ def into(make: Callable[[str], AbstractContextManager[object]]) -> Iterator[None
         _made = before
 
 
-def naming() -> AbstractContextManager[None]:
-    """Inside the block ranges are the profiler's."""
-    return into(torch.profiler.record_function)
+def profiler_ranges() -> AbstractContextManager[None]:
+    """Inside this context ranges are those of torch.profiler."""
+    return ranges_as(torch.profiler.record_function)

@@ -19,11 +19,12 @@ from d2obench.measure import environment
 from d2obench.measure.counters import count, count_step
 from d2obench.measure.disturbance import Load, between, load
 from d2obench.measure.environment import COMPARED, differences, environment_hash, fingerprint
+from d2obench.measure.memory import PHASES
 from d2obench.measure.noise import LEVEL, measure_noise, noise_of
 from d2obench.measure.nvml import Nvml
-from d2obench.measure.profile_costs import BETWEEN, ENGINE_RANGES, PHASES, RANGES, REST
-from d2obench.measure.profiler import Files, fold_stacks, profile_request
+from d2obench.measure.profiler import BETWEEN, REST, Files, fold_stacks, profile_request
 from d2obench.measure.roofline import copy_bandwidth
+from d2obench.ranges import ENGINE_RANGES, RANGES
 from d2obench.stats.bootstrap import paired_ratio
 
 PROMPTS = [[3 + i for i in range(60)], [9 + i for i in range(60)]]
@@ -151,7 +152,7 @@ def test_ranges_and_operators_of_a_phase_both_add_up_to_it(tiny: Any, monkeypatc
     from d2obench.cache import Session
     from d2obench.decode.cpu import backend as host
 
-    monkeypatch.setattr(host, "serves", lambda state: False)  # one loop there is one range: attention
+    monkeypatch.setattr(host, "offer", lambda state: "")  # one loop there is one range: attention
     found = profile_request(
         lambda mark: Session(tiny, "d2o", "0.3", max_new=12, mark=mark), tiny.model, PROMPTS, steps=2
     )

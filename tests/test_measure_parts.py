@@ -13,9 +13,9 @@ from d2obench.cache import Session
 from d2obench.decode.cpu import backend as host
 from d2obench.errors import UsageError
 from d2obench.measure.clock import HostClock, clock_for
-from d2obench.measure.parts import Book, cost_of_parts, parts_named
+from d2obench.measure.parts import PartTimer, cost_of_parts, parts_named
 from d2obench.models import LoadedModel
-from d2obench.ranges import into, span, wanted
+from d2obench.ranges import active, ranges_as, span
 from d2obench.record import Axes, Value
 from d2obench.suite.definition import Cell, Quality, cells, load_suite
 from d2obench.tasks import evaluate, parse_task
@@ -25,11 +25,11 @@ PROMPTS = [[5, 9, 2, 7] * 8, [4, 6] * 16]
 
 def test_own_time_is_less_what_lies_inside() -> None:
     ticks = itertools.chain([0.0, 1.0, 3.0, 7.0, 15.0, 31.0], itertools.repeat(99.0))
-    book = Book(HostClock(lambda: next(ticks)))
-    with into(book.range), span("outer"), span("inner"), span("outer"):  # 0 … 31, 1 … 15, 3 … 7
+    book = PartTimer(HostClock(lambda: next(ticks)))
+    with ranges_as(book.range), span("outer"), span("inner"), span("outer"):  # 0 … 31, 1 … 15, 3 … 7
         pass
-    assert book.own() == {"outer": 1.0 + 4.0 + 16.0, "inner": 2.0 + 8.0}
-    assert book.own() == {}
+    assert book.own_times() == {"outer": 1.0 + 4.0 + 16.0, "inner": 2.0 + 8.0}
+    assert book.own_times() == {}
 
 
 def test_ranges_are_there_inside_the_block_only(tiny: LoadedModel) -> None:
@@ -47,12 +47,12 @@ def test_ranges_are_there_inside_the_block_only(tiny: LoadedModel) -> None:
 
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
-        with into(Range), parts_named(tiny.model, "all"):
-            assert wanted()
+        with ranges_as(Range), parts_named(tiny.model, "all"):
+            assert active()
             tiny.model(ids)
         inside = len(seen)
         tiny.model(ids)
-    assert not wanted()
+    assert not active()
     assert len(seen) == inside
     assert (seen[0], seen[-1]) == ("all", "/all")
     assert seen.count("MLP") == seen.count("/MLP") == tiny.layers
@@ -70,7 +70,7 @@ def test_ranges_are_there_inside_the_block_only(tiny: LoadedModel) -> None:
 def test_a_request_by_parts(
     tiny: LoadedModel, policy: str, budget: str | None, expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "serves", lambda state: False)  # one loop there is one part: attention
+    monkeypatch.setattr(host, "offer", lambda state: "")  # one loop there is one part: attention
 
     def session(mark: Any) -> Session:
         return Session(tiny, policy, budget, max_new=20, mark=mark)

@@ -99,7 +99,7 @@ class Steps:
             return False  # a policy that defers compresses after its first step
         if self.reason is None:
             self.reason = obstacle(session)
-        return not self.reason and not ranges.wanted() and not torch._C._len_torch_dispatch_stack()
+        return not self.reason and not ranges.active() and not torch._C._len_torch_dispatch_stack()
 
     def _stands(self, session: Session) -> bool:
         """Whether there is a graph, and it is of what the cache holds now."""

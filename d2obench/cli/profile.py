@@ -15,8 +15,7 @@ from d2obench.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from d2obench.measure.profile_costs import Cost
-    from d2obench.measure.profiler import Profile
+    from d2obench.measure.profiler import Cost, Profile
     from d2obench.suite.definition import Cell
 
 

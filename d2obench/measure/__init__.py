@@ -1,1 +1,5 @@
-"""What a request costs: time, memory and energy of its phases, and the machine it was measured on."""
+"""Measurements: time, memory, energy, operators and the state of the machine.
+
+Each module measures one thing and returns plain records; nothing here prints or decides. Modules import the cache, the
+models and the CPU runtime below them, and are imported by ``tasks``, ``run``, ``gate``, ``bridges`` and ``cli``.
+"""

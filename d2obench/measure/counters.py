@@ -1,5 +1,7 @@
-"""What one decode step does, counted and not timed: operators, FLOPs, allocations, and the three things a decode loop
-must not do: concatenate, wait for the device, or allocate a cache anew. The same on every machine and every repeat.
+"""What one decode step does, counted and not timed, so the same on every machine and in every repeat.
+
+Counted are operators, FLOPs, allocations, and the three things that a decode loop must not do: concatenate tensors,
+wait for the device, and allocate a cache again.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ _WAIT = (
     "aten._unique2",
     "aten.repeat_interleave",
 )
-"""Operators whose result the host must know before it goes on, on a device that runs behind it."""
+"""Operators whose result the host needs before it can go on, so that it waits for a device that runs behind it."""
 
 
 class StepCounts(NamedTuple):
-    """One decode step.
+    """The counts of one decode step.
 
     Args:
-        ops: aten operators dispatched, and loops of ours launched (``loop.NAME``).
+        ops: aten operators dispatched, and compiled CPU loops of this project launched (``loop.NAME``).
         flops: floating-point operations of matrix products and attention.
-        by_op: operator → times.
-        concatenations: operator → times, of those that build a new tensor out of others.
-        waits: operator → times, of those that make the host wait on a GPU.
-        allocated_bytes: fresh storage of all results.
-        largest_bytes: fresh storage of the largest one, and
-        largest_op: the operator that asked for it.
+        by_op: operator → how often.
+        concatenations: operator → how often, for those that build a new tensor from others.
+        waits: operator → how often, for those that make the host wait for a GPU.
+        allocated_bytes: newly allocated storage of all results.
+        largest_bytes: newly allocated storage of the largest result.
+        largest_op: the operator that returned it.
         launches: kernels launched; None on a CPU.
     """
 
@@ -57,8 +59,10 @@ class StepCounts(NamedTuple):
 
 
 def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
-    """Prefills and compresses ``prompts``, makes one step to settle buffers, and counts the next one (and, on a GPU,
-    the launches of the one after)."""
+    """Prefills and compresses ``prompts``, decodes one step that may still allocate buffers, and counts the next one.
+
+    On a GPU the launches are counted in one more step.
+    """
     with torch.inference_mode():
         logits = session.prefill(prompts)
         session.compress()
@@ -88,7 +92,7 @@ def count(work: Callable[[], object]) -> StepCounts:
 
 
 def launches(work: Callable[[], object]) -> int:
-    """Kernels that ``work`` launches on a CUDA device, copies and fills among them; a replayed graph counts its own."""
+    """Kernels that ``work`` launches on a CUDA device, with copies, fills and those of a replayed CUDA graph."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -100,6 +104,8 @@ def launches(work: Callable[[], object]) -> int:
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator that PyTorch dispatches inside ``with``."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: Counter[str] = Counter()
@@ -108,16 +114,18 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.largest = (0, "")
 
     def launched(self, loop: cpu.Loop, arguments: cpu.Arguments) -> None:
-        """Counts a loop of ours, which is no operator to PyTorch; its results are allocated by one."""
+        """Counts a compiled loop, which PyTorch does not see. An operator allocates its results, so these count."""
         self.ops[f"loop.{loop.name}"] += 1
         self.flops += loop.flops(arguments)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # inside inference mode composite operators arrive whole
+        # 1. In inference mode composite operators arrive here whole. Split them, so that their parts are counted.
+        with self:
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
+        # 2. Run a basic operator; count it, its FLOPs, and whether the host must wait for it.
         held = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         out = func(*args, **kwargs)
         packet = func._overloadpacket
@@ -126,6 +134,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _WAIT or _indexes_by_mask(name, args) or _leaves_device(name, args, out):
             self.waits[name] += 1
         self.flops += _flops(packet, name, args, kwargs, out)
+        # 3. A result whose storage belongs to no argument was newly allocated.
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and _storage(leaf) not in held:
                 size = leaf.untyped_storage().nbytes()
@@ -143,14 +152,14 @@ def _flops(packet: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _indexes_by_mask(name: str, args: Any) -> bool:
-    """Indexing by a boolean tensor looks for its true places, which the host has to count."""
+    """Whether an operator indexes by a boolean tensor: the size of the result is then known only to the device."""
     if name not in ("aten.index", "aten.index_put", "aten.index_put_") or len(args) < 2:
         return False
     return any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
 def _leaves_device(name: str, args: Any, out: Any) -> bool:
-    """A copy to or from the host that waits."""
+    """Whether an operator copies between host and device, for which the host waits."""
     if name not in ("aten._to_copy", "aten.copy_") or not isinstance(out, torch.Tensor):
         return False
     source = args[1] if name == "aten.copy_" else args[0]

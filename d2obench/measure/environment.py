@@ -1,6 +1,6 @@
-"""The machine and the software a run was measured on: facts for the reader, and a hash of what makes runs comparable.
+"""The machine and the software of a run: facts for the reader, and a hash over those that make runs comparable.
 
-No name of a host, user or folder is in it. Torch is asked only where it is already loaded.
+No fact names a host, a user or a folder. Torch is asked only where it is already imported.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ COMPARED = (
     "numba",
     "attention",
 )
-"""What must be equal for timed or bounded figures of two runs to be compared. The code's own commit is not among
-them, since comparing commits is what a comparison is for."""
+"""What must be equal so that times and peaks of memory of two runs can be compared. This project's own commit is not
+among them, because a comparison is made to compare commits."""
 _PACKAGES = ("torch", "transformers", "triton", "numba", "accelerate", "numpy", "d2obench")
 
 
 def fingerprint(device: str = "cpu", *, attention: str = "", gpu: Nvml | None = None) -> dict[str, Any]:
-    """Facts by name; what can't be told is None.
+    """Facts by name; an unknown one is None.
 
     Args:
         device: where the model runs, ``cpu`` or ``cuda:0``.
-        attention: the attention kernel in use, in words.
+        attention: a description of the attention in use; by default what this process would use.
         gpu: the GPU to describe; found by ``device`` where it is not given.
     """
     facts: dict[str, Any] = {
@@ -76,7 +76,7 @@ def fingerprint(device: str = "cpu", *, attention: str = "", gpu: Nvml | None = 
 
 
 def environment_hash(facts: Mapping[str, Any]) -> str:
-    """Sixteen hex digits over the facts in COMPARED."""
+    """Sixteen hex digits that are equal where all facts in COMPARED are."""
     return hashlib.sha256(dump([facts.get(key) for key in COMPARED])).hexdigest()[:16]
 
 
@@ -104,21 +104,21 @@ def _threads() -> int | None:
     return int(asked) if asked.isdecimal() else None
 
 
-OURS = "; column sums: blocks of queries; decode: products over slots"
-COMPILED = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
-KERNELS = "; column sums and decode: Triton kernels"
-"""Where they serve: a cell that they don't serve says so by itself."""
+_PYTORCH_PATH = "; column sums: blocks of queries; decode: products over slots"
+_CPU_PATH = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
+_TRITON_PATH = "; column sums and decode: Triton kernels"
+"""What computes scores and decodes where it is supported. A cell that runs otherwise says so in its row."""
 
 
 def _attention(device: str) -> str | None:
-    """The attention in use: torch's kernels where no statistics of the map are wanted, ours where they are."""
+    """The attention in use: torch's kernels for plain attention, this project's where scores are needed."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
     if not device.startswith("cuda"):
         from d2obench import cpu
 
-        return f"sdpa: flash (CPU){COMPILED if cpu.available() else OURS}"
+        return f"sdpa: flash (CPU){_CPU_PATH if cpu.available() else _PYTORCH_PATH}"
     on = torch.backends.cuda
     kinds = {
         "flash": on.flash_sdp_enabled(),
@@ -128,8 +128,8 @@ def _attention(device: str) -> str | None:
     }
     from d2obench.compiler import missing
 
-    ours = OURS if missing(torch.device(device)) else KERNELS
-    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{ours}"
+    path = _PYTORCH_PATH if missing(torch.device(device)) else _TRITON_PATH
+    return f"sdpa: {', '.join(kind for kind, enabled in kinds.items() if enabled)}{path}"
 
 
 def _gpu(device: str) -> Nvml | None:
@@ -141,7 +141,7 @@ def _gpu(device: str) -> Nvml | None:
 
 
 def _code() -> dict[str, Any]:
-    """Commit of this package's own checkout and whether files differ from it; None where it is not run from one."""
+    """Commit of this package's checkout and whether files differ from it; None where it does not run from one."""
     package = Path(__file__).resolve().parents[1]
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "dirty": None}
@@ -149,10 +149,15 @@ def _code() -> dict[str, Any]:
     return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "--no-optional-locks", *words], cwd=folder, capture_output=True, text=True, timeout=20, check=True
+            ["git", "--no-optional-locks", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

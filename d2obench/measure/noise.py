@@ -1,7 +1,7 @@
-"""How noisy this machine is: the same decode loop twice, interleaved, as if it were two versions.
+"""How noisy this machine is: the same decode loop is timed twice, interleaved, as if it were two versions (A/A).
 
 Any difference between the two arms is noise. From their paired log-ratios follows the smallest true change that the
-gate's rule (lower 98 % bound of the median log-ratio above its limit) would see four times of five.
+gate's rule (the lower 98 % bound of the median log-ratio is above its limit) would detect four times out of five.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _TRIALS, _RESAMPLES = 300, 500
 
 
 class Noise(NamedTuple):
-    """An A/A run.
+    """The result of an A/A run.
 
     Args:
-        pairs: median step of arm A and of arm B in each round, seconds.
-        single: spread of one arm's rounds: standard deviation of their logs.
-        paired: the same of the log-ratios B ÷ A.
-        offset: median ratio B ÷ A less 1; nothing but noise.
-        detectable: rounds → the smallest relative change seen with probability POWER.
+        pairs: the median step of arm A and of arm B in each round, in seconds.
+        single: the standard deviation of the logarithms of one arm's rounds.
+        paired: the standard deviation of the log-ratios B ÷ A.
+        offset: the median ratio B ÷ A less 1; it is noise alone.
+        detectable: number of rounds → the smallest relative change that is detected with probability POWER.
     """
 
     pairs: list[tuple[float, float]]
@@ -40,17 +40,19 @@ class Noise(NamedTuple):
 
 
 class DecodeLoop:
-    """A stand-in for a model's decode step that needs no model: weights and a cache read once a step, small operators
-    around them. Sized to be far larger than a CPU's caches (about 100 MB) and a GPU's (about 800 MB)."""
+    """Stands in for a model's decode step: weights and a cache that are read once a step, and small operators.
+
+    It is far larger than the caches of a processor: about 100 MB on a CPU and 800 MB on a GPU.
+    """
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         large = device.type == "cuda"
         width, layers, self._heads, batch, held = (2048, 6, 16, 8, 1024) if large else (512, 4, 8, 4, 1024)
         kind = torch.bfloat16 if large else torch.float32
-        dice = torch.Generator(device).manual_seed(seed)
+        rng = torch.Generator(device).manual_seed(seed)
 
         def weights(*shape: int) -> torch.Tensor:
-            drawn: torch.Tensor = torch.randn(*shape, generator=dice, device=device, dtype=kind)
+            drawn: torch.Tensor = torch.randn(*shape, generator=rng, device=device, dtype=kind)
             return drawn.div_(shape[0] ** 0.5)
 
         matrices = ((width, 3 * width), (width, 3 * width), (3 * width, width))
@@ -77,9 +79,9 @@ def measure_noise(
 
     Args:
         device: where the loops run.
-        seconds: how long.
-        steps: steps of a sample; the sample is their median.
-        progress: told the share that is done.
+        seconds: how long to measure.
+        steps: steps of a sample, whose median is recorded.
+        progress: called with the share that is done.
     """
     arms = (DecodeLoop(device, 0), DecodeLoop(device, 1))
     clock = clock_for(device)
@@ -108,7 +110,7 @@ def measure_noise(
 
 
 def noise_of(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Noise:
-    """The figures of an A/A run of two or more rounds; deterministic in ``seed``."""
+    """The figures of an A/A run of two or more rounds; the same ``seed`` gives the same figures."""
     logs = np.log(np.asarray(pairs, dtype=np.float64))
     ratios = logs[:, 1] - logs[:, 0]
     return Noise(
@@ -121,11 +123,13 @@ def noise_of(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Noise:
 
 
 def _detectable(ratios: np.ndarray, rounds: int, seed: int) -> float:
-    """The change whose lower bound is above 0 with probability POWER: runs of ``rounds`` are drawn from the noise,
-    each one's lower bound is taken, and the change must lift the one at 1 − POWER to 0."""
-    dice = np.random.default_rng(seed)
+    """The smallest relative change whose lower bound is above 0 with probability POWER."""
+    # 1. Draw many runs of ``rounds`` log-ratios from the measured noise, centred on no change.
+    rng = np.random.default_rng(seed)
     noise = ratios - np.median(ratios)
-    runs = noise[dice.integers(0, len(noise), (_TRIALS, rounds))]
-    draws = dice.integers(0, rounds, (_RESAMPLES, rounds))
+    runs = noise[rng.integers(0, len(noise), (_TRIALS, rounds))]
+    # 2. The lower bound of each run's median, by bootstrap.
+    draws = rng.integers(0, rounds, (_RESAMPLES, rounds))
     lower = np.quantile(np.median(runs[:, draws], axis=2), (1 - LEVEL) / 2, axis=1)
+    # 3. A change shifts all bounds alike. It must lift the bound at the quantile 1 − POWER to 0.
     return float(np.expm1(-np.quantile(lower, 1 - POWER)))

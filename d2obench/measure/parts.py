@@ -1,9 +1,10 @@
-"""What each part of a request costs: stamps where its ranges begin and end, own time booked on the innermost one.
+"""What each part of a request costs: its own time, without the parts inside it, measured by stamps at both ends.
 
-Ranges are the engine's (``d2obench.ranges``) and the model's own parts, named by hooks. A stamp is a reading of the
-clock on a CPU and an event in the stream on a GPU: no wait, no profiler. That costs microseconds a range; how much, is
-measured by taking turns with blocks of steps whose ranges are off. Where one kernel does several parts at once they are
-booked on the range around it. A captured graph has no ranges, so steps whose ranges are on run without one.
+The parts are the engine's ranges (``d2obench.ranges``) and the model's own parts, named by hooks. A stamp is a reading
+of the clock on a CPU and an event in the stream on a GPU, so nothing waits and no profiler runs. A stamp still costs
+microseconds; how much the ranges cost is measured too, by alternating with blocks of steps whose ranges are off. Where
+one kernel does the work of several parts, its time is counted for the range around it. A CUDA graph has no ranges
+inside, so steps whose ranges are on run without one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import torch
 
 from d2obench.measure.clock import Clock
 from d2obench.measure.phases import Mark, Request
-from d2obench.measure.profile_costs import PARTS
-from d2obench.ranges import into, span
+from d2obench.ranges import MODEL_PARTS, ranges_as, span
 
 MODEL, LOOP = "rest of the model", "loop"
-NAMES = {
+PART_OF_RANGE = {
     "prefill attention": "attention",
     "decode attention": "attention",
     "allocate": "allocation",
@@ -29,28 +29,28 @@ NAMES = {
     "bookkeeping": "rest of the policy",
     "compression": "rest of the policy",
 }
-"""Ranges whose part has another name; the others are called as they are."""
-WARM = 2
+"""Range → part. Ranges that are not listed are parts of the same name."""
+WARM_STEPS = 2
 Seconds = dict[str, float]
 
 
 class Block(NamedTuple):
-    """Seconds of some decode steps: all of them, and where ranges were on, own time by part (else empty)."""
+    """Some decode steps: their time in seconds and, where ranges were on, the own time of each part (else empty)."""
 
     whole: float
     parts: Seconds
 
 
-class Costs(NamedTuple):
-    """One request: prefill with compression by part, and its blocks of decode steps, ranges on and off in turn."""
+class RequestCost(NamedTuple):
+    """One request: prefill with compression, and blocks of ``steps`` decode steps with ranges on and off in turn."""
 
     prompt: Block
     decode: list[Block]
     steps: int
 
 
-class Book:
-    """Collects stamps at the ends of ranges and adds up own times afterwards."""
+class PartTimer:
+    """Collects stamps at both ends of every range and adds up the own time of each part afterwards."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -58,48 +58,50 @@ class Book:
         self._ranges: dict[str, _Range] = {}
 
     def range(self, name: str) -> AbstractContextManager[object]:
-        """A range that stamps when it begins and when it ends."""
+        """A context that stamps when it begins and when it ends."""
         if name not in self._ranges:
-            self._ranges[name] = _Range(self, NAMES.get(name, name))
+            self._ranges[name] = _Range(self, PART_OF_RANGE.get(name, name))
         return self._ranges[name]
 
-    def stamp(self, name: str | None) -> None:
-        """A range begins, or the innermost one ends."""
-        self._ends.append((self._clock.stamp(), name))
+    def stamp(self, part: str | None) -> None:
+        """A range of ``part`` begins; None: the innermost range ends."""
+        self._ends.append((self._clock.stamp(), part))
 
-    def own(self) -> Seconds:
-        """Seconds by part since the last call; time outside of every range is not among them."""
+    def own_times(self) -> Seconds:
+        """Seconds of each part since the last call; time outside of every range is not among them."""
         times = self._clock.read([stamp for stamp, _ in self._ends])
         found: Seconds = {}
-        stack: list[str] = []
+        open_parts: list[str] = []
         before = 0.0
-        for now, (_, name) in zip(times, self._ends, strict=True):
-            if stack:
-                found[stack[-1]] = found.get(stack[-1], 0.0) + now - before
-            if name is None:
-                stack.pop()
+        for now, (_, part) in zip(times, self._ends, strict=True):
+            # 1. The time since the last stamp belongs to the innermost part that is open.
+            if open_parts:
+                found[open_parts[-1]] = found.get(open_parts[-1], 0.0) + now - before
+            # 2. At this stamp a part begins or the innermost one ends.
+            if part is None:
+                open_parts.pop()
             else:
-                stack.append(name)
+                open_parts.append(part)
             before = now
         self._ends.clear()
         return found
 
 
 class _Range:
-    """Reusable and reentrant: all it knows is its name."""
+    """Can be entered again, even inside itself: it holds nothing but its name."""
 
-    __slots__ = ("_book", "_name")
+    __slots__ = ("_part", "_timer")
 
-    def __init__(self, book: Book, name: str) -> None:
-        self._book, self._name = book, name
+    def __init__(self, timer: PartTimer, part: str) -> None:
+        self._timer, self._part = timer, part
 
     def __enter__(self) -> None:
-        self._book.stamp(self._name)
+        self._timer.stamp(self._part)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._book.stamp(None)
+        self._timer.stamp(None)
 
 
 def cost_of_parts(
@@ -110,38 +112,40 @@ def cost_of_parts(
     steps: int,
     blocks: int,
     clock: Clock,
-) -> Costs:
-    """Runs one request and books it.
+) -> RequestCost:
+    """Runs one request and measures what its parts cost.
 
     Args:
-        session_factory: as of :func:`d2obench.measure.phases.measure_request`; for ``2 + steps × blocks`` new tokens.
+        session_factory: as in :func:`d2obench.measure.phases.measure_request`; for ``2 + steps × blocks`` new tokens.
         model: its model.
         prompts: token ids of each sequence.
         steps: decode steps of a block.
-        blocks: how many; every other one has its ranges on.
+        blocks: number of blocks; every other one has its ranges on.
         clock: of the model's device.
     """
-    book = Book(clock)
+    timer = PartTimer(clock)
     session = session_factory(lambda phase: None)
     try:
         with torch.inference_mode():
+            # 1. Prefill and compression, with ranges.
             clock.start()
-            with into(book.range), parts_named(model, MODEL), span(LOOP):
-                tokens = _read(session, prompts)
-            own = book.own()
+            with ranges_as(timer.range), parts_named(model, MODEL), span(LOOP):
+                tokens = _prefill(session, prompts)
+            own = timer.own_times()
             prompt = Block(sum(own.values()), own)
-            for _ in range(WARM):
+            # 2. A few decode steps warm up. 3. Then blocks of steps, ranges on and off in turn.
+            for _ in range(WARM_STEPS):
                 tokens = session.step(tokens).argmax(-1)
             decode = []
             for number in range(blocks):
-                tokens, block = _block(session, model, tokens, steps, book if number % 2 == 0 else None, clock)
+                tokens, block = _block(session, model, tokens, steps, timer if number % 2 == 0 else None, clock)
                 decode.append(block)
     finally:
         session.close()
-    return Costs(prompt, decode, steps)
+    return RequestCost(prompt, decode, steps)
 
 
-def _read(session: Request, prompts: list[list[int]]) -> torch.Tensor:
+def _prefill(session: Request, prompts: list[list[int]]) -> torch.Tensor:
     logits = session.prefill(prompts)
     with span("compression"):
         session.compress()
@@ -149,25 +153,28 @@ def _read(session: Request, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def _block(
-    session: Request, model: torch.nn.Module, tokens: torch.Tensor, steps: int, book: Book | None, clock: Clock
+    session: Request, model: torch.nn.Module, tokens: torch.Tensor, steps: int, timer: PartTimer | None, clock: Clock
 ) -> tuple[torch.Tensor, Block]:
     clock.start()
-    if book is None:
+    if timer is None:
         before = clock.stamp()
         for _ in range(steps):
             tokens = session.step(tokens).argmax(-1)
         start, end = clock.read([before, clock.stamp()])
         return tokens, Block(end - start, {})
-    with into(book.range), parts_named(model, MODEL), span(LOOP):
+    with ranges_as(timer.range), parts_named(model, MODEL), span(LOOP):
         for _ in range(steps):
             tokens = session.step(tokens).argmax(-1)
-    own = book.own()
+    own = timer.own_times()
     return tokens, Block(sum(own.values()), own)
 
 
 @contextmanager
 def parts_named(model: torch.nn.Module, whole: str = "") -> Iterator[None]:
-    """Ranges around the model's parts, and around ``whole`` of it, by hooks that are there inside the block only."""
+    """Ranges around the model's parts, and around the model itself where ``whole`` names one.
+
+    They are made by hooks that exist inside this context only.
+    """
     opened: list[AbstractContextManager[object]] = []
     hooks = []
 
@@ -175,7 +182,7 @@ def parts_named(model: torch.nn.Module, whole: str = "") -> Iterator[None]:
         opened.pop().__exit__(None, None, None)
 
     for path, module in model.named_modules():
-        name = PARTS.get(path.rpartition(".")[2]) if path else whole
+        name = MODEL_PARTS.get(path.rpartition(".")[2]) if path else whole
         if name:
 
             def enter(*_: object, name: str = name) -> None:

@@ -1,7 +1,8 @@
 """Where the time and memory of a request go: torch.profiler over prefill, compression and a few decode steps.
 
 The engine names its own ranges (``d2obench.ranges``); the model's parts are named by hooks that exist only while
-profiling. Profiling slows everything down, so read the shares and not the times.
+profiling. Profiling slows everything down, so read the shares and not the times. The own cost of each event, without
+what it calls, counts for the nearest named range around it, so that the ranges of a phase and its rest add up to it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,35 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from d2obench.measure.counters import StepCounts, count_step
+from d2obench.measure.memory import PHASES
 from d2obench.measure.parts import parts_named
 from d2obench.measure.phases import Mark, Request
-from d2obench.measure.profile_costs import CostTable, costs_of
-from d2obench.ranges import naming
+from d2obench.ranges import RANGES, profiler_ranges
 
 _WARM_UP = "warm-up"
+REST = "(rest)"
+BETWEEN = "(between operators)"
 _INSTANCE = re.compile(r"_at_0x[0-9a-f]+|(?<=nn\.Module:_)(\w+?)_\d+(?=;|$)")
 """An object's address, and the number that torch gives each module of a class."""
+
+
+class Cost(NamedTuple):
+    """Own cost of a range or operator in one phase; for decode, of one step. Seconds and bytes."""
+
+    calls: float
+    cpu_s: float
+    device_s: float
+    allocated_bytes: float
+
+    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def per(self, steps: int) -> Cost:
+        return Cost(*(value / steps for value in self))
+
+
+CostTable = dict[str, dict[str, Cost]]
+"""Phase → name of a range or an operator → its cost."""
 
 
 class Profile(NamedTuple):
@@ -76,7 +98,7 @@ def profile_request(
 
     def run(**settings: Any) -> Any:
         with ExitStack() as stack:
-            for each in (_quiet(), torch.inference_mode(), naming(), parts_named(model)):
+            for each in (_quiet(), torch.inference_mode(), profiler_ranges(), parts_named(model)):
                 stack.enter_context(each)
             session = session_factory(lambda phase: None)
             stack.callback(session.close)
@@ -107,7 +129,7 @@ def nvtx_request(
 ) -> None:
     """Runs the same request and sends its ranges and operators to Nsight Systems; for use under ``nsys profile``."""
     sent = torch.autograd.profiler.emit_nvtx()  # type: ignore[no-untyped-call]
-    with torch.inference_mode(), naming(), parts_named(model), sent:
+    with torch.inference_mode(), profiler_ranges(), parts_named(model), sent:
         session = session_factory(lambda phase: None)
         try:
             _request(session, prompts, steps, torch.cuda.synchronize)
@@ -176,3 +198,54 @@ def fold_stacks(path: Path, root: str) -> None:
                 spent[_INSTANCE.sub(r"\1", ";".join(frames[at + 1 :]))] += int(cost)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{stack} {cost}\n" for stack, cost in sorted(spent.items()))
+
+
+def costs_of(events: Any, steps: int) -> tuple[CostTable, CostTable]:
+    """Adds up the events of a profile.
+
+    Args:
+        events: of torch.profiler.
+        steps: decode steps among them; costs of the phase ``decode`` are those of one step.
+
+    Returns:
+        The costs by range, and the costs by operator.
+    """
+    ranges: CostTable = {phase: {} for phase in PHASES}
+    operators: CostTable = {phase: {} for phase in PHASES}
+    nothing = Cost(0, 0, 0, 0)
+    for event in events:
+        # 1. The phase and the innermost range that the event lies in; events outside of all phases don't count.
+        phase, name = _phase_and_range(event)
+        if phase is None:
+            continue
+        # 2. The event's own cost. Kernels named like the event are the range's own mark on the device, not work.
+        cost = Cost(
+            0,
+            event.self_cpu_time_total * 1e-6,
+            sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) * 1e-6,
+            max(0, event.self_cpu_memory_usage) + max(0, event.self_device_memory_usage),
+        )
+        # 3. Add it to its range and to its operator. The own time of a range itself is Python and the dispatcher.
+        each = steps if phase == "decode" else 1
+        named, operator = event.name in RANGES, event.name
+        if named or event.name in PHASES:
+            operator = BETWEEN
+        own = cost._replace(calls=1 if named else 0).per(each)
+        ranges[phase][name] = ranges[phase].get(name, nothing) + own
+        own = cost._replace(calls=0 if operator == BETWEEN else 1).per(each)
+        operators[phase][operator] = operators[phase].get(operator, nothing) + own
+    return ranges, operators
+
+
+def _phase_and_range(event: Any) -> tuple[str | None, str]:
+    """The phase an event lies in, None outside of all, and the innermost range around it."""
+    name, at = REST, event
+    if event.device_type != torch._C._autograd.DeviceType.CPU:
+        return None, name
+    while at is not None:
+        if at.name in PHASES:
+            return at.name, name
+        if name == REST and at.name in RANGES:
+            name = at.name
+        at = at.cpu_parent
+    return None, name

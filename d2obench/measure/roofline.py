@@ -1,8 +1,7 @@
-"""What memory traffic alone would allow: measured copy bandwidth, bytes of a decode step, MBU, bound on speed-up.
+"""What memory traffic alone would allow: measured copy bandwidth, bytes of a decode step, MBU.
 
-A decode step of a batch must read every weight once and every sequence's cache once; at the batch sizes of decoding
-its arithmetic hides behind that. So ``t >= step bytes / bandwidth``, and of two policies the quotient of their step
-bytes bounds the speed-up.
+A decode step of a batch must read every weight once and every sequence's cache once. At the batch sizes of decoding its
+arithmetic takes less time than these reads, so a step takes at least ``step bytes / bandwidth``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Bandwidth(NamedTuple):
-    """Copy bandwidth, read + written bytes per second: the best and the median of ``n`` copies."""
+    """Copy bandwidth in bytes per second, read and written bytes together: the best and the median of ``n`` copies."""
 
     best: float
     median: float
@@ -26,12 +25,13 @@ class Bandwidth(NamedTuple):
 
 
 def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: float = 1.0) -> Bandwidth:
-    """Copies a buffer far larger than the caches for about ``seconds``, at least five times.
+    """Copies a buffer that is far larger than the caches, for about ``seconds`` and at least five times.
 
     Args:
         device: where the decode steps run.
-        size: bytes of the buffer; by default 1 GiB on a GPU and 256 MiB elsewhere, a quarter of what is free at most.
-        seconds: how long.
+        size: bytes of the buffer; by default 1 GiB on a GPU and 256 MiB elsewhere, but at most a quarter of the free
+            memory.
+        seconds: how long to measure.
     """
     import torch
 
@@ -54,13 +54,16 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: fl
 
 
 def read_weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights that a decode step reads: all of them but an input embedding that is not also the output's.
+    """Bytes of weights that a decode step reads.
 
-    Of an embedding table a step reads one row a sequence.
+    These are all weights, without the input embedding where the output layer does not share it: of an embedding table a
+    step reads only one row a sequence.
     """
+    # 1. Every storage once, since weights can be shared.
     seen: dict[int, int] = {}
     for tensor in map(local, (*model.parameters(), *model.buffers())):
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    # 2. Leave out the input embedding unless it is the output layer's weight as well.
     of = {name: getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")}
     table, head = (local(getattr(of[name], "weight", None)) for name in ("input", "output"))
     if table is not None and (head is None or head.data_ptr() != table.data_ptr()):
@@ -69,13 +72,13 @@ def read_weights_bytes(model: torch.nn.Module) -> int:
 
 
 def step_bytes(weights: int, kv_at_end: int, kept: float, held: float) -> float:
-    """Bytes a decode step must read, mean over the generation.
+    """Bytes that a decode step must read, on average over the generation.
 
     Args:
         weights: see :func:`read_weights_bytes`.
-        kv_at_end: storage of keys and values when the last token is out.
-        kept, held: entries right after compression and at the end, summed alike. A cache that grows does so evenly
-            and is read up to where it is filled; one that does not is read whole.
+        kv_at_end: bytes of keys and values that are stored when the last token is generated.
+        kept, held: entries right after compression and at the end, added up in the same way. A growing cache grows
+            evenly and is read as far as it is filled; one that does not grow is read whole.
     """
     return weights + (kv_at_end * (kept + held) / 2 / held if held else kv_at_end)
 

@@ -6,18 +6,37 @@ import msgspec
 
 
 class RequestTrace(msgspec.Struct):
-    """Every raw value of one request; times in seconds, memory in bytes.
+    """Every raw value of one request. Times are in seconds and count from the start of prefill; memory is in bytes.
 
-    ``marks`` are ``[t, phase]`` from the start of prefill, ending with ``end``; ``token`` is the first token's.
-    ``step_at`` are the indices of the decode steps in ``step_s`` and empty where all were measured. ``decode_s`` is
-    the time of all ``gen - 1`` steps: their sum, or the integral where sampled. ``loop_s`` is the part of the measured
-    steps outside the session. ``peaks`` is phase → metric → bytes. ``kept`` and ``held`` are tokens per layer and
-    sequence after compression and at the end; ``over`` says that they are more than asked. ``merged`` and ``evicted``
-    count entries of all layers, ``merged_layers`` and ``evicted_layers`` those of each. ``timeline`` rows are
-    ``[t, …timeline_columns]``, ``device_timeline`` likewise; ``sampler_overhead`` is the share of one core that
-    taking them cost. ``sampled_s`` is the decode time to which a sampled run of the same request, made beside it,
-    integrates. ``remarks`` tell what of a GPU's fast path the
-    session went without. ``round``, ``order`` and ``flags`` are set by the runner; flags also say what went wrong here.
+    Args:
+        batch: sequences decoded together.
+        gen: tokens that each sequence generated.
+        prompt_tokens: tokens of all prompts together.
+        ttft_s: time to the first token, with compression.
+        prefill_s, compress_s: time of these phases.
+        decode_s: time of all ``gen - 1`` decode steps: their sum, or the integral where only some were measured.
+        e2e_s: the whole request.
+        loop_s: time of the measured steps outside of the session.
+        step_s: every measured decode step.
+        marks: ``[t, phase]``, ending with the phase ``end``; ``token`` is when the first token was on the host.
+        peaks: phase → metric → bytes.
+        kv_bytes, kv_prompt_bytes: bytes of keys and values at the end, and right after the prompt.
+        state_bytes: bytes of the policy's state.
+        requested, effective: the share of the prompt that was asked for and that was kept.
+        kept, held: entries of each layer and sequence after compression and at the end.
+        over: whether these are more than asked for.
+        merged, evicted: number of entries, over all layers.
+        tokens_digest: identifies the generated tokens.
+        merged_layers, evicted_layers: number of entries of each layer.
+        step_at: the index of each step in ``step_s``; empty where all steps were measured.
+        uss_bytes: memory that belongs to this process alone, after the request.
+        flags: what disturbed or spoiled the request; set by the runner and by the measurement.
+        remarks: why a GPU's faster path was not used.
+        sampler_overhead: the share of one core that sampling took.
+        sampled_s: the integrated decode time of a sampled run of the same request, made beside it.
+        round, order: set by the runner: which round, and the place in it.
+        timeline, device_timeline: rows ``[t, …]`` with the values of ``timeline_columns`` or ``device_columns``.
+        timeline_columns, device_columns: the names of these values.
     """
 
     batch: int

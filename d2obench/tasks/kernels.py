@@ -17,7 +17,7 @@ from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Evaluation, Item, Quality, Report, Task, Work, shape_of
 
 if TYPE_CHECKING:
-    from d2obench.measure.parts import Block, Costs
+    from d2obench.measure.parts import Block, RequestCost
     from d2obench.models import LoadedModel
 
 
@@ -34,7 +34,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """See :meth:`Task.evaluate`. Each request is an item; one more request before them warms up."""
         from d2obench.cache import Session
         from d2obench.measure.clock import clock_for
-        from d2obench.measure.parts import WARM, cost_of_parts
+        from d2obench.measure.parts import WARM_STEPS, cost_of_parts
         from d2obench.tasks.prompts import timing_prompts
 
         axes = cell.axes
@@ -45,11 +45,11 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 remedy="use a policy of this engine: d2obench list policies",
             )
         shape = shape_of(cell)
-        blocks = 2 * ((shape.gen - WARM) // (2 * self.steps))
+        blocks = 2 * ((shape.gen - WARM_STEPS) // (2 * self.steps))
         if blocks < 2:
             raise UsageError(
                 f"the shape {shape} is too short for kernels",
-                why=f"the task needs {WARM + 2 * self.steps} generated tokens",
+                why=f"the task needs {WARM_STEPS + 2 * self.steps} generated tokens",
                 remedy="use a longer shape, or kernels(steps=2)",
             )
         texts = timing_prompts(loaded, shape.prompt, quality.batch, axes.seed)
@@ -97,7 +97,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 Blocks = Sequence[Sequence[Item]]
 
 
-def _item(number: int, costs: Costs) -> Item:
+def _item(number: int, costs: RequestCost) -> Item:
     """What is recorded of a request: seconds of prefill and of each block of steps, in all and by part."""
 
     def record(block: Block, steps: int) -> Item:
