@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from d2obench.record import Axes, CellRecord, RunInfo, Value, append_cell, dump, write_atomic
-from d2obench.run.speed_row import against_full
 from d2obench.stats.bootstrap import interval
+from d2obench.stats.ratios import against_full
 from d2obench.tasks.base import values_of
 
 POLICIES = [("full", None), *((policy, budget) for budget in ("0.2", "0.4") for policy in ("streaming", "h2o", "d2o"))]

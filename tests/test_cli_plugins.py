@@ -13,7 +13,7 @@ from report_runs import usual
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.models import REGISTRY as MODELS
-from d2obench.report.formats import RENDERERS
+from d2obench.report.render import RENDERERS
 from d2obench.report.write import check
 
 SOURCE = '''

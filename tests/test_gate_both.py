@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2obench.errors import WorkerError
-from d2obench.gate.arm import Arm
-from d2obench.gate.both import both
+from d2obench.gate.arm import Arm, both
 from d2obench.suite.definition import load_suite
 
 SLEEPER = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(120)"

@@ -13,8 +13,6 @@ from d2obench.cache.compress import Packing
 from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cache.session import Session
 from d2obench.gate.facts import Facts, facts_of, judge_facts
-from d2obench.gate.study import faults
-from d2obench.gate.study.faults import FAULTS, command
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.measure.summarise import Machine, summarise
 from d2obench.measure.trace import RequestTrace
@@ -22,6 +20,8 @@ from d2obench.policies import d2o
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value
 from d2obench.run.worker_model import Worker
+from d2obench.study import faults
+from d2obench.study.faults import FAULTS, command
 from d2obench.suite.definition import Cell, Quality, cells, load_suite
 
 SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.policy == "d2o")

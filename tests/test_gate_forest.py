@@ -13,8 +13,9 @@ from d2obench.errors import UsageError
 from d2obench.gate.rules import judge_bounded, judge_exact, judge_sampled, judge_timed
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.report.charts import spec, svg
-from d2obench.report.forest import MAX_ROWS, forest
-from d2obench.report.verdicts import render
+from d2obench.report.render.html import html
+from d2obench.report.verdicts import MAX_POINTS, forest, view
+from d2obench.report.write import draw
 
 BASE = [0.0100 + 0.0001 * (i % 3) for i in range(24)]
 
@@ -33,6 +34,11 @@ def found() -> Verdicts:
         judge_sampled("fidelity/d2o@0.2", "kl", items, worse, 0.02),
     ]
     return gather("gate ci", "abc", "work tree", rows)
+
+
+def page_of(verdicts: Verdicts) -> str:
+    page = view(verdicts)
+    return html(page, draw(page))
 
 
 def test_points_and_bands() -> None:
@@ -76,7 +82,7 @@ def test_the_spec_draws_band_interval_point_and_no_change() -> None:
 def test_nothing_to_draw_is_no_figure() -> None:
     same = gather("gate", "a", "b", [Row("c", "status", Verdict.OK, "exact", "ok", "ok")])
     assert forest(same) == []
-    assert "<figure" not in render("html", same)
+    assert "<figure" not in page_of(same)
 
 
 @pytest.mark.parametrize("effect", [float("inf"), float("nan"), -1.0])
@@ -85,19 +91,19 @@ def test_numbers_no_axis_can_show_are_left_to_the_table(effect: float) -> None:
 
 
 def test_many_rows_and_long_names_stay_apart() -> None:
-    rows = [judge_bounded(f"{'x' * 300}{i}", "rss_peak_bytes", 100.0, 100.0 + i, 0.02) for i in range(MAX_ROWS + 9)]
+    rows = [judge_bounded(f"{'x' * 300}{i}", "rss_peak_bytes", 100.0, 100.0 + i, 0.02) for i in range(MAX_POINTS + 9)]
     (ratio,) = forest(gather("gate", "a", "b", rows))
     labels = [row["label"] for row in ratio.records()]
-    assert len(set(labels)) == MAX_ROWS
+    assert len(set(labels)) == MAX_POINTS
     assert "9 more rows" in ratio.about
-    assert len({row["label"] for row in spec(ratio)["data"]["values"]}) == MAX_ROWS
+    assert len({row["label"] for row in spec(ratio)["data"]["values"]}) == MAX_POINTS
 
 
 def test_hostile_names_do_no_harm() -> None:
     name = "<script>alert(1)</script>|\n\u202e" + "\"'`"
     (ratio,) = forest(gather("gate", "a", "b", [judge_bounded(name, "rss_peak_bytes", 100.0, 150.0, 0.02)]))
     assert "<script" not in svg(ratio)
-    page = render("html", gather(name, name, name, [judge_bounded(name, "rss_peak_bytes", 100.0, 150.0, 0.02)]))
+    page = page_of(gather(name, name, name, [judge_bounded(name, "rss_peak_bytes", 100.0, 150.0, 0.02)]))
     assert "<script>alert" not in page
     assert "\u202e" not in page
 
@@ -105,9 +111,10 @@ def test_hostile_names_do_no_harm() -> None:
 def test_files_of_a_folder(tmp_path: Path, capsys: Any) -> None:
     show(found(), ["json", "markdown", "html"], tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    pictures = {"forest-ratio.svg", "forest-quality.svg"}
-    assert names == {"verdicts.json", "verdicts.md", "verdicts.html", "comment.md"} | pictures
-    assert "![forest-ratio](forest-ratio.svg)" in (tmp_path / "verdicts.md").read_text()
+    assert names == {"verdicts.json", "verdicts.md", "verdicts.html", "comment.md", "figures"}
+    pictures = {path.name for path in (tmp_path / "figures").iterdir() if path.suffix == ".svg"}
+    assert pictures == {"forest-ratio.svg", "forest-quality.svg"}
+    assert "](figures/forest-ratio.svg)" in (tmp_path / "verdicts.md").read_text()
     assert "forest-ratio.svg" not in (tmp_path / "comment.md").read_text()  # a comment has no files beside it
     page = (tmp_path / "verdicts.html").read_text()
     assert page.count("<figure ") == 2

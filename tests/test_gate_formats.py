@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from xml.etree import ElementTree as ET
 
 import pytest
+from rich.console import Console
 
+from d2obench.cli.verdicts import FORMATS, check
 from d2obench.errors import UsageError
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
-from d2obench.report.verdicts import FORMATS, render
-from d2obench.report.verdicts_markdown import COMMENT_BYTES, SUMMARY_BYTES, comment, markdown
-from d2obench.report.verdicts_text import text
+from d2obench.report.render.console import show_verdicts
+from d2obench.report.render.github import summary, workflow_commands
+from d2obench.report.render.markdown import COMMENT_BYTES, SUMMARY_BYTES, markdown
+from d2obench.report.verdicts import as_json, view
+from d2obench.report.write import render
 
 ROWS = [
     Row("speed/d2o@0.2/b2", "tpot_s", Verdict.REGRESSED, "timed", 0.010, 0.012, 0.2, 0.15, 0.25, 0.05, 16,
@@ -26,57 +31,61 @@ ROWS = [
 ]  # fmt: skip
 FOUND = gather("gate ci", "abc123", "work tree", ROWS, ["a note"], ['d2obench baseline update --suite ci --reason "…"'])
 
-MARKDOWN = """### ❌ gate ci: REGRESSED
-
-`abc123` → `work tree`: 3 REGRESSED, 1 INCONCLUSIVE, 2 OK
-
-- a note
-
-```console
-d2obench baseline update --suite ci --reason "…"
-```
-
-| verdict | cell | metric | base | head | change | why |
-|---|---|---|--:|--:|--:|---|
-| ❌ REGRESSED | speed/d2o\\@0.2/b2 | kept tokens a layer | 42 in 2 layers | 44 in 2 layers | +4.8 % | 2 of 2 layers changed, first layer 0: 20 → 21 |
-| ❌ REGRESSED | speed/d2o\\@0.2/b2 | TPOT | 10.00 ms | 12.00 ms | +20.0 % \\[+15.0, +25.0\\] | confirmed by fresh processes: +19.0 % |
-| ❌ REGRESSED | speed/h2o\\@0.2/b2 | status | ok | oom |  | head: out of memory |
-| ❔ INCONCLUSIVE | speed/full/b2 | TPOT | 10.00 ms | 10.50 ms | +5.0 % \\[-1.0, +8.0\\] | the interval reaches over the limit of 5% after 32 rounds |
-
-<details><summary>2 OK</summary>
-
-| verdict | cell | metric | base | head | change | why |
-|---|---|---|--:|--:|--:|---|
-| ✔️ OK | fidelity/d2o\\@0.2 | KL to full | 0.1000 nats/token | 0.1010 nats/token | +0.00100 nats/token \\[-0.00100, +0.00300\\] | 8 items changed |
-| ✔️ OK | speed/full/b2 | KV | 1.00 MiB | 1.00 MiB | +0.0 % |  |
-
-</details>
-"""  # noqa: E501
-
-GITHUB = """::error title=REGRESSED kept tokens a layer::speed/d2o@0.2/b2; 42 in 2 layers → 44 in 2 layers; +4.8 %25; 2 of 2 layers changed, first layer 0: 20 → 21
-::error title=REGRESSED TPOT::speed/d2o@0.2/b2; 10.00 ms → 12.00 ms; +20.0 %25 [+15.0, +25.0]; confirmed by fresh processes: +19.0 %25
+GITHUB = """::error title=REGRESSED kept tokens a layer::speed/d2o@0.2/b2; 42 in 2 layers → 44 in 2 layers +4.8 %25; 2 of 2 layers changed, first layer 0: 20 → 21
+::error title=REGRESSED TPOT::speed/d2o@0.2/b2; 10.00 ms → 12.00 ms +20.0 %25 [+15.0, +25.0]; confirmed by fresh processes: +19.0 %25
 ::error title=REGRESSED status::speed/h2o@0.2/b2; ok → oom; head: out of memory
-::warning title=INCONCLUSIVE TPOT::speed/full/b2; 10.00 ms → 10.50 ms; +5.0 %25 [-1.0, +8.0]; the interval reaches over the limit of 5%25 after 32 rounds
-::notice title=d2obench gate REGRESSED::REGRESSED: 3 REGRESSED, 1 INCONCLUSIVE, 2 OK
+::warning title=INCONCLUSIVE TPOT::speed/full/b2; 10.00 ms → 10.50 ms +5.0 %25 [-1.0, +8.0]; the interval reaches over the limit of 5%25 after 32 rounds
+::notice title=d2obench gate ci%3A REGRESSED::REGRESSED: 3 REGRESSED, 1 INCONCLUSIVE, 2 OK
 """  # noqa: E501
 
 
-def test_markdown_is_golden():
-    assert markdown(FOUND) == MARKDOWN
+def shown_by(verdicts: Verdicts, name: str) -> str:
+    """Verdicts in one of the command's formats."""
+    page = view(verdicts)
+    if name == "json":
+        return as_json(verdicts)
+    if name == "text":
+        return text(verdicts)
+    if name == "github":
+        return workflow_commands(page)
+    return "".join(words for _, words in render(FORMATS[name], page, {}))
 
 
-def test_annotations_are_golden():
-    assert render("github", FOUND) == GITHUB
+def text(verdicts: Verdicts, width: int = 140, every: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    show_verdicts(view(verdicts), console, every=every)
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_text_shows_what_needs_eyes_and_drops_what_all_cells_share():
+def test_markdown_holds_every_row_worst_first() -> None:
+    shown = shown_by(FOUND, "markdown")
+    lines = shown.splitlines()
+    assert lines[0] == "# gate ci: REGRESSED"
+    assert lines[2] == "abc123 → work tree"
+    assert "- REGRESSED: 3 REGRESSED, 1 INCONCLUSIVE, 2 OK" in lines
+    assert "> **Note.** a note" in lines
+    assert 'd2obench baseline update --suite ci --reason "…"' in lines
+    rows = [line for line in lines if line.startswith("| ") and ("/b2" in line or "fidelity" in line)]
+    assert [row.split(" | ")[0] for row in rows] == [*["| ❌ REGRESSED"] * 3, "| ❔ INCONCLUSIVE", *["| ✔️ OK"] * 2]
+    assert rows[1] == (
+        "| ❌ REGRESSED | speed/d2o@0.2/b2 | TPOT | 10.00 ms | 12.00 ms | +20.0 % [+15.0, +25.0]"
+        " | confirmed by fresh processes: +19.0 % |"
+    )
+    assert "+0.00100 nats/token" in rows[4]
+
+
+def test_annotations_are_golden() -> None:
+    assert shown_by(FOUND, "github") == GITHUB
+
+
+def test_text_shows_what_needs_a_look() -> None:
     shown = text(FOUND, width=200)
-    lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert lines[0] == "gate ci: abc123 → work tree"
-    assert lines[2] == (
+    lines = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
+    assert lines[0] == "gate ci: REGRESSED; abc123 → work tree"
+    assert (
         "REGRESSED speed/d2o@0.2/b2 kept tokens a layer 42 in 2 layers 44 in 2 layers +4.8 %"
         " 2 of 2 layers changed, first layer 0: 20 → 21"
-    )
+    ) in lines
     assert lines[-3:] == [
         "note: a note",
         'run: d2obench baseline update --suite ci --reason "…"',
@@ -84,11 +93,9 @@ def test_text_shows_what_needs_eyes_and_drops_what_all_cells_share():
     ]
     assert "KV" not in shown
     assert "KV" in text(FOUND, width=200, every=True)
-    assert "\x1b[" not in shown
-    assert "\x1b[" in text(FOUND, color=True)
 
 
-def test_text_drops_the_words_that_all_cells_share():
+def test_text_drops_the_words_that_all_cells_share() -> None:
     rows = [
         Row(f"speed/embedded/float32/{policy}/b2", "kv_bytes", Verdict.REGRESSED, "exact") for policy in ("full", "d2o")
     ]
@@ -97,25 +104,29 @@ def test_text_drops_the_words_that_all_cells_share():
     assert "embedded" not in shown
 
 
-def test_json_holds_every_row_and_the_exit_code():
-    found = json.loads(render("json", FOUND))
+def test_json_holds_every_row_and_the_exit_code() -> None:
+    found = json.loads(as_json(FOUND))
     assert (found["verdict"], found["exit_code"], len(found["rows"])) == ("REGRESSED", 1, 6)
     row = next(row for row in found["rows"] if row["metric"] == "tpot_s")
     assert (row["base"], row["head"], row["lo"], row["hi"], row["n"]) == (0.01, 0.012, 0.15, 0.25, 16)
 
 
-def test_junit_says_failure_error_and_skipped():
-    root = ET.fromstring(render("junit", FOUND))
-    suite = root.find("testsuite")
-    assert suite.attrib == {"name": "gate ci", "tests": "6", "failures": "2", "errors": "1", "skipped": "1"}
-    cases = {(case.get("classname"), case.get("name")): case for case in suite.iter("testcase")}
+def test_junit_says_failure_error_and_skipped() -> None:
+    root = ET.fromstring(shown_by(FOUND, "junit"))
+    suites = {str(suite.get("name")): suite.attrib for suite in root.iter("testsuite")}
+    counted = {key: sum(int(found[key]) for found in suites.values()) for key in ("tests", "failures", "errors")}
+    assert counted == {"tests": 6, "failures": 2, "errors": 1}
+    assert suites["gate ci: speed/full/b2"]["skipped"] == "1"
+    cases = {(case.get("classname"), case.get("name")): case for case in root.iter("testcase")}
     failure = cases["speed/d2o@0.2/b2", "TPOT"].find("failure")
+    assert failure is not None
     assert (
         failure.text == "REGRESSED: 10.00 ms → 12.00 ms +20.0 % [+15.0, +25.0]; confirmed by fresh processes: +19.0 %"
     )
     assert cases["speed/h2o@0.2/b2", "status"].find("error") is not None
     assert cases["speed/full/b2", "TPOT"].find("skipped") is not None
     assert len(cases["speed/full/b2", "KV"]) == 0
+    assert "a note" in "".join(root.itertext())
 
 
 def many(n: int) -> Verdicts:
@@ -124,12 +135,15 @@ def many(n: int) -> Verdicts:
     return gather("gate", "a", "b", [*rows, Row("c", "kv_bytes", Verdict.OK, "exact")])
 
 
-def test_outputs_stay_within_what_github_takes():
+def test_outputs_stay_within_what_github_takes() -> None:
     found = many(5000)
-    assert len(markdown(found).encode()) <= SUMMARY_BYTES
-    assert len(comment(found).encode()) <= COMMENT_BYTES
-    assert "more rows" in comment(found)
-    lines = render("github", found).splitlines()
+    page = view(found)
+    assert len(summary(page).encode()) <= SUMMARY_BYTES
+    comment = markdown(page, limit=COMMENT_BYTES)
+    assert len(comment.encode()) <= COMMENT_BYTES
+    assert "more rows" in comment
+    assert comment.count("| ❌ REGRESSED |") > 10
+    lines = workflow_commands(page).splitlines()
     assert len(lines) == 10
     assert "4991 more" in lines[-1]
 
@@ -138,9 +152,9 @@ HOSTILE = "<script>alert(1)</script>|`*_[x](y)\n::error::boo\x00\x1b[31m%0A@team
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_hostile_names_stay_text(name):
+def test_hostile_names_stay_text(name: str) -> None:
     row = Row(HOSTILE, "tokens_digest", Verdict.REGRESSED, "exact", HOSTILE, HOSTILE, reason=HOSTILE)
-    shown = render(name, gather(HOSTILE, HOSTILE, HOSTILE, [row], [HOSTILE]))
+    shown = shown_by(gather(HOSTILE, HOSTILE, HOSTILE, [row], [HOSTILE]), name)
     assert "\x00" not in shown
     assert "\x1b" not in shown
     if name == "markdown":
@@ -155,6 +169,6 @@ def test_hostile_names_stay_text(name):
         ET.fromstring(shown)
 
 
-def test_an_unknown_format_names_the_known():
+def test_an_unknown_format_names_the_known() -> None:
     with pytest.raises(UsageError, match="text, json, markdown, html, github, junit"):
-        render("sarif", FOUND)
+        check(["sarif"])

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from d2obench.gate.rules import tolerance
-from d2obench.gate.study import run as study
-from d2obench.gate.study.trials import Outcome, Pairs, Rule, Study, Trial, replay, wilson
 from d2obench.gate.verdict import Verdict
-from d2obench.report.study import markdown, write_study
+from d2obench.study import gate as study
+from d2obench.study.gate import as_markdown, write_study
+from d2obench.study.trials import Outcome, Pairs, Rule, Study, Trial, replay, wilson
 from d2obench.suite.definition import load_suite
 from tests.fake_checkout import Checkout
 from tests.machine import rounds
@@ -90,7 +90,7 @@ def test_the_files_say_how_often_and_how_sure(tmp_path: Path):
     assert stored["trials"][0]["parts"] == [[[1.0], [1.1]]]
     assert stored["outcomes"][0]["counts"] == {"REGRESSED": 11, "INCONCLUSIVE": 1}
     text = (tmp_path / "README.md").read_text()
-    assert text == markdown(found)
+    assert text == as_markdown(found)
     assert "| +10% | live | 12 | 11 | 1 | 0 | 91.7% (64.6% … 98.5%) |" in text
     assert "one core busy" in text
     assert "--load" in text

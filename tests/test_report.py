@@ -420,10 +420,10 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     for table in (*report.headline, *report.tables, report.machine[1], report.cells):
         marks = {row[0].text for row in table.rows}
         assert marks == {"a", "b ≠"}, table.title
-    assert {row.run for row in report.tidy} == {"a", "b ≠"}
+    assert {row.run for row in report.results} == {"a", "b ≠"}
     assert any("≠" in line for line in report.reading)
     alike = build([first, made.usual(tmp_path / "c", tasks=("fidelity",), shapes=("512+24",))])
-    assert {row.run for row in alike.tidy} == {"a", "c"}
+    assert {row.run for row in alike.results} == {"a", "c"}
     assert not any("≠" in line for line in alike.reading)
     facts_row = next(row for row in report.environment[0].rows if row[0].text == "cpu")
     assert [entry.text for entry in facts_row[1:]] == ["Example CPU", "Other CPU"]
@@ -463,7 +463,7 @@ def test_a_torn_sample_file_costs_only_its_comparison(usual: Path, tmp_path: Pat
         path.write_bytes(path.read_bytes()[:100])
     report: Report = build([folder])
     assert report.headline[0].rows
-    assert not [row for row in report.tidy if row.metric.endswith("_diff")]
+    assert not [row for row in report.results if row.metric.endswith("_diff")]
 
 
 def test_last_record_of_a_cell_stands(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ import report_runs as made
 from test_gate_forest import found
 
 from d2obench.report import build, write_views
-from d2obench.report.verdicts import render
+from d2obench.report.render.html import html
+from d2obench.report.verdicts import view
+from d2obench.report.write import draw
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -202,7 +204,7 @@ def test_prints_with_every_figure(page: Browser, folder: Path) -> None:
 
 
 def test_a_gates_page_draws_its_forest_plots(page: Browser, tmp_path: Path) -> None:
-    (tmp_path / "verdicts.html").write_text(render("html", found()), "utf-8")
+    (tmp_path / "verdicts.html").write_text(html(view(found()), draw(view(found()))), "utf-8")
     before = len(page.events)
     page.call("Page.navigate", url=f"file://{tmp_path}/verdicts.html")
     page.wait("document.querySelectorAll('.chart[data-state=drawn]').length === 2")

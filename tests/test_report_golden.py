@@ -48,7 +48,7 @@ def rendered(report: Report) -> dict[str, str]:
     return {
         "console.txt": "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n",  # type: ignore[attr-defined]
         "report.md": markdown.markdown(report, [figure.id for figure in report.figures]),
-        "results.csv": csvs.tidy(report),
+        "results.csv": csvs.results(report),
         "results-wide.csv": csvs.wide(report),
         "junit.xml": junit.junit(report),
         "summary.md": github.summary(report),

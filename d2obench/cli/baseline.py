@@ -26,7 +26,7 @@ def update(
 ) -> None:
     """Rewrite a baseline on purpose: reports/baselines/SUITE/DEVICE.json. The diff is the review."""
     from d2obench.gate.baseline import baseline_of, path_of, write_baseline
-    from d2obench.gate.collect import facts_of_run
+    from d2obench.gate.facts import facts_of_run
     from d2obench.record import read_run
 
     if not reason.strip():

@@ -77,7 +77,7 @@ def command(
 
 def _stored(folder: Path, baseline: Path | None, kinds: Collection[str]) -> Verdicts:
     from d2obench.gate.baseline import device_class, judge_run, path_of, read_baseline
-    from d2obench.gate.collect import facts_of_run
+    from d2obench.gate.facts import facts_of_run
     from d2obench.run.run_folder import suite_of
 
     run, suite = suite_of(folder)

@@ -98,14 +98,14 @@ def _models(plugins: bool) -> tuple[Row, Iterable[Row]]:
 
 
 def _formats(plugins: bool) -> tuple[Row, Iterable[Row]]:
-    from d2obench.report.formats import RENDERERS
+    from d2obench.report.render import RENDERERS
 
     return ("format", "what it writes", "from"), _described(RENDERERS, plugins, lambda made: (_first_line(made),))
 
 
 def _plugins(plugins: bool) -> tuple[Row, Iterable[Row]]:
     from d2obench import models, policies, tasks
-    from d2obench.report.formats import RENDERERS
+    from d2obench.report.render import RENDERERS
 
     registries = (policies.REGISTRY, tasks.REGISTRY, models.REGISTRY, RENDERERS)
     return ("plugin", "kind", "distribution", "version", "class", "problem"), [

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from d2obench.gate.study.trials import Study
+    from d2obench.study.trials import Study
 
 
 def show_study(console: Console, gates: int, output: Path | None, *, load: bool) -> None:
     """Runs it and prints what came out; with ``output`` files are kept up to date after every gate."""
-    from d2obench.gate.study.run import CHANGES, study
-    from d2obench.report.study import write_study
+    from d2obench.study.gate import CHANGES, study, write_study
 
     def keep(found: Study) -> None:
         if output is not None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d2obench.gate.verdict import Verdicts
 from d2obench.record import cannot_write
 
-FILES = {
-    "json": "verdicts.json",
-    "markdown": "verdicts.md",
-    "html": "verdicts.html",
-    "github": "annotations.txt",
-    "junit": "junit.xml",
-}
+if TYPE_CHECKING:
+    from d2obench.gate.verdict import Verdicts
+
+FORMATS = {"text": "", "json": "", "markdown": "md", "html": "html", "github": "", "junit": "junit"}
+"""The words of ``--format``, and the renderer's name where one writes the file as it is."""
 
 
 def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, every: bool = False) -> None:
@@ -24,58 +22,58 @@ def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, eve
 
     ``text`` goes to stdout in any case. With a folder, markdown and HTML have the forest plots beside them as SVG.
     ``github`` prints annotations to stdout and appends the markdown to the file that ``GITHUB_STEP_SUMMARY`` names.
+
+    Raises:
+        UsageError: no such format; nothing has been written then.
     """
-    from d2obench.report.verdicts import check, render
-    from d2obench.report.verdicts_markdown import comment, markdown
-    from d2obench.report.verdicts_text import text
+    from rich.console import Console
+
+    from d2obench.report.render.console import show_verdicts
+    from d2obench.report.render.github import summary, workflow_commands
+    from d2obench.report.render.markdown import COMMENT_BYTES, markdown
+    from d2obench.report.verdicts import as_json, view
+    from d2obench.report.write import draw, render, write_report
 
     names = list(dict.fromkeys(formats))
     check(names)
-    drawn = _figures(verdicts, output) if output is not None and {"markdown", "html"} & set(names) else {}
+    page = view(verdicts)
     for name in names:
         if name == "text":
-            color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            _print(text(verdicts, color=color, width=_width(), every=every))
-            continue
-        made = render(name, verdicts, drawn)
-        if name == "github":
-            _print(made)
-            summary = os.environ.get("GITHUB_STEP_SUMMARY")
-            if summary:
-                _append(Path(summary), markdown(verdicts))
-        if output is None and name != "github":
-            _print(made)
-        elif output is not None:
-            _write(output / FILES[name], made)
+            width = max(80, shutil.get_terminal_size((160, 24)).columns)
+            show_verdicts(page, Console(width=width), every=every)
+        elif name == "json":
+            _put(as_json(verdicts), output, "verdicts.json")
+        elif name == "github":
+            print(workflow_commands(page), end="")
+            if output is not None:
+                _put(workflow_commands(page), output, "annotations.txt")
+            if target := os.environ.get("GITHUB_STEP_SUMMARY"):
+                _append(Path(target), summary(page))
+        elif output is None:
+            print(
+                "".join(text for _, text in render(FORMATS[name], page, draw(page) if name == "html" else {})), end=""
+            )
     if output is not None:
-        _write(output / "comment.md", comment(verdicts))
+        write_report(page, output, [FORMATS[name] for name in names if FORMATS[name]])
+        _put(markdown(page, limit=COMMENT_BYTES), output, "comment.md")
 
 
-def _figures(verdicts: Verdicts, output: Path) -> dict[str, str]:
-    from d2obench.report.verdicts_html import draw
+def check(names: Iterable[str]) -> None:
+    """An unknown format is a UsageError."""
+    from d2obench.errors import UsageError
 
-    drawn = draw(verdicts)
-    for name, picture in drawn.items():
-        _write(output / f"{name}.svg", picture)
-    return drawn
-
-
-def _width() -> int:
-    import shutil
-
-    return max(80, shutil.get_terminal_size((160, 24)).columns)
+    for name in names:
+        if name not in FORMATS:
+            raise UsageError(f"unknown format '{name}'", remedy=f"use one of {', '.join(FORMATS)}")
 
 
-def _print(words: str) -> None:
-    print(words, end="")
+def _put(words: str, output: Path | None, name: str) -> None:
+    from d2obench.record import write_atomic
 
-
-def _write(path: Path, words: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(words, encoding="utf-8")
-    except OSError as problem:
-        raise cannot_write(path, problem) from None
+    if output is None:
+        print(words, end="")
+    else:
+        write_atomic(output / name, words.encode("utf-8", "replace"))
 
 
 def _append(path: Path, words: str) -> None:

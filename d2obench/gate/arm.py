@@ -1,4 +1,7 @@
-"""One side of an A/B gate: a checkout, and a long-lived worker process that imports d2obench from it."""
+"""One side of an A/B gate: a checkout, and a long-lived worker process that imports d2obench from it.
+
+``both`` lets the two sides work at the same time where nothing is timed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +26,9 @@ from d2obench.suite.definition import Cell, Suite
 
 _PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"
 _PROBE_S = 300.0
+PATIENCE_S = 30.0
+"""How long threads may take to notice that their processes are gone."""
+T = TypeVar("T")
 
 
 class Arm:
@@ -171,3 +179,44 @@ class Arm:
             self.client.close()
         else:
             self.client.kill()
+
+
+def both(arms: Mapping[str, Arm], work: Callable[[Arm], T], *, at_once: bool = True) -> dict[str, T]:
+    """``work`` of every arm, by name. Counts and scores do not depend on what else runs; times do.
+
+    Args:
+        arms: by name.
+        work: uses that arm and nothing else.
+        at_once: False does one after the other, where the two would share one device's memory.
+
+    Raises:
+        Exception: the first arm's whose work failed. Ctrl-C ends the processes before it goes on.
+    """
+    if not at_once:
+        return {name: work(arm) for name, arm in arms.items()}
+    found: dict[str, T] = {}
+    failed: dict[str, Exception] = {}
+
+    def one(name: str, arm: Arm) -> None:
+        try:
+            found[name] = work(arm)
+        except Exception as problem:
+            failed[name] = problem
+
+    threads = [Thread(target=one, args=item, daemon=True) for item in arms.items()]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        until = time.monotonic() + PATIENCE_S
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
+            for arm in arms.values():  # again and again: one may be starting a process just now
+                arm.end()
+            time.sleep(0.05)
+        raise
+    for name in arms:
+        if name in failed:
+            raise failed[name]
+    return {name: found[name] for name in arms}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from d2obench.gate.collect import facts_of_run
-from d2obench.gate.facts import judge_facts
+from d2obench.gate.facts import facts_of_run, judge_facts
 from d2obench.gate.rules import judge_unpaired, tolerance
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.measure.environment import differences

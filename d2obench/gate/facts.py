@@ -23,7 +23,9 @@ from d2obench.gate.rules import (
 )
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.metric import METRICS
-from d2obench.record import Value
+from d2obench.record import CellRecord, Run, Value, read_samples
+from d2obench.stats.ratios import STREAMING, ratio
+from d2obench.suite.definition import SPEED
 
 REPEATED = {
     "kv_bytes": "kv_bytes",
@@ -82,6 +84,33 @@ def facts_of(cell: str, status: str, values: Mapping[str, Value], samples: Mappi
             exact.setdefault(key, repeats[0])
     sampled, clusters = items_of(samples.get("items") or ())
     return Facts(status, exact, bounded, ratio, sampled, clusters, tuple(unstable))
+
+
+def facts_of_run(run: Run) -> dict[str, Facts]:
+    """Facts by cell id, ``to_streaming`` among the ratios; a cell that did not end well has only its status."""
+    found = {}
+    for cell in run.cells:
+        samples = read_samples(run.path, cell) if cell.status == "ok" else {}
+        values = {**cell.values, **_to_streaming(run, cell, samples)}
+        found[cell.id] = facts_of(cell.id, cell.status, values, samples)
+    return found
+
+
+def _to_streaming(run: Run, cell: CellRecord, samples: dict[str, Any]) -> dict[str, Value]:
+    """The cell's decode time against streaming's at the same budget, round by round."""
+    partner = next((other for other in run.cells if _is_streaming_of(other, cell)), None)
+    if partner is None or cell.axes.task != SPEED or cell.status != "ok":
+        return {}
+    theirs = read_samples(run.path, partner).get("rounds", ())
+    found = ratio("to_streaming", cell.id, samples.get("rounds", ()), theirs)
+    return {} if found is None else {"to_streaming": found}
+
+
+def _is_streaming_of(other: CellRecord, cell: CellRecord) -> bool:
+    """Whether ``other`` is streaming where everything but the policy is like in ``cell``."""
+    same = ("task", "model", "dtype", "device", "budget", "shape", "batch", "seed")
+    alike = all(getattr(other.axes, key) == getattr(cell.axes, key) for key in same)
+    return alike and other.axes.policy == STREAMING != cell.axes.policy
 
 
 def items_of(items: Any) -> tuple[dict[str, dict[str, float]], dict[str, str]]:

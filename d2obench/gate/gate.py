@@ -22,11 +22,10 @@ from typing import NamedTuple
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, SuiteError, WorkerError
-from d2obench.gate.arm import Arm
+from d2obench.gate.arm import Arm, both
 from d2obench.gate.baseline import differences, settings_of
-from d2obench.gate.both import both
 from d2obench.gate.facts import Facts, facts_of, judge_facts, judge_status
-from d2obench.gate.rounds import RATIOS, Failure, Rounds, measure_group
+from d2obench.gate.rounds import JUDGED_RATIOS, Failure, Rounds, measure_group
 from d2obench.gate.rules import confirm
 from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
 from d2obench.gate.worktree import Repository, terminable, worktrees
@@ -223,7 +222,7 @@ def _needed(together: Sequence[Cell], bad: Mapping[tuple[str, str], Row]) -> lis
     group_ = Rounds(together)
     names = {cell for cell, _ in bad}
     for cell in together:
-        for metric in RATIOS:
+        for metric in JUDGED_RATIOS:
             partner = group_.partner(cell, metric)
             if (cell.id, metric) in bad and partner is not None:
                 names.add(partner.id)

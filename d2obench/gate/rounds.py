@@ -21,14 +21,13 @@ from d2obench.gate.arm import Arm
 from d2obench.gate.rules import judge_timed, tolerance
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.run.plan import abba
-from d2obench.run.speed_row import FULL
 from d2obench.stats.bootstrap import seed_of
+from d2obench.stats.ratios import RATIOS, pairs
 from d2obench.suite.definition import Cell, Suite
 
 SLOWED = "GPU "
 """How the flags of a round begin that say the device's clocks were held back."""
 REPEATS = 4
-STREAMING = "streaming"
 Trace = dict[str, Any]
 
 TIMES: dict[str, Callable[[Trace], float]] = {
@@ -40,13 +39,8 @@ TIMES: dict[str, Callable[[Trace], float]] = {
 }
 """Timed figures of one round."""
 
-RATIOS: dict[str, tuple[str, Callable[[Trace], float], bool]] = {
-    "speedup": (FULL, lambda one: float(one["decode_s"]), True),
-    "speedup_e2e": (FULL, lambda one: float(one["e2e_s"]), True),
-    "prefill_cost": (FULL, lambda one: float(one["ttft_s"]), False),
-    "to_streaming": (STREAMING, lambda one: float(one["decode_s"]), True),
-}
-"""Ratio → the policy it is taken against, the time, and whether that policy's time stands above the line."""
+JUDGED_RATIOS = ("speedup", "speedup_e2e", "prefill_cost", "to_streaming")
+"""Ratios inside a group that a gate can judge: each side's own, compared with the other side's."""
 
 
 class Failure(NamedTuple):
@@ -74,12 +68,11 @@ class Rounds:
             partner = self.partner(cell, metric)
             if partner is None:
                 return [], []
-            _, time, above = RATIOS[metric]
             sides = []
             for arm in ("base", "head"):
-                pairs = zip(self.traces[partner.id][arm], mine[arm], strict=False)
-                times = [(time(theirs), time(ours)) for theirs, ours in pairs]
-                sides.append([a / b if above else b / a for a, b in times if min(a, b) > 0])
+                ours, theirs = pairs(metric, _numbered(mine[arm]), _numbered(self.traces[partner.id][arm]))
+                over, under = (theirs, ours) if RATIOS[metric].speedup else (ours, theirs)
+                sides.append([a / b for a, b in zip(over, under, strict=True)])
         base, head = sides
         if self.failed[cell.id]:
             return [], []
@@ -88,7 +81,7 @@ class Rounds:
 
     def partner(self, cell: Cell, metric: str) -> Cell | None:
         """The cell of this group that a ratio of ``cell`` is taken against."""
-        policy = RATIOS[metric][0]
+        policy = RATIOS[metric].partner
         if cell.axes.policy == policy:
             return None
         for other in self.cells:
@@ -148,7 +141,7 @@ def _undecided(rounds: Rounds, rows: Mapping[tuple[str, str], Row]) -> list[Cell
     for (name, metric), row in rows.items():
         if row.verdict is Verdict.INCONCLUSIVE:
             cell = next(cell for cell in rounds.cells if cell.id == name)
-            partner = rounds.partner(cell, metric) if metric in RATIOS else None
+            partner = rounds.partner(cell, metric) if metric in JUDGED_RATIOS else None
             needed |= {cell.id} | ({partner.id} if partner else set())
     return [cell for cell in rounds.cells if cell.id in needed and not rounds.failed[cell.id]]
 
@@ -173,3 +166,8 @@ def _pair(arms: Mapping[str, Arm], cell: Cell, rounds: Rounds, order: tuple[str,
         rounds.repeated += 1
     for name, trace in found.items():
         rounds.traces[cell.id][name].append(trace)
+
+
+def _numbered(traces: Iterable[Trace]) -> list[Trace]:
+    """The traces of one arm with the number of their round."""
+    return [{**trace, "round": number} for number, trace in enumerate(traces)]

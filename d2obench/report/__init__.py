@@ -5,7 +5,7 @@ terminal. The live display is ``d2obench.report.display``.
 """
 
 from d2obench.report.build import build
-from d2obench.report.formats import FORMATS
+from d2obench.report.render import FORMATS
 from d2obench.report.write import check, print_tables, write_report, write_views
 
 __all__ = ["FORMATS", "build", "check", "print_tables", "write_report", "write_views"]

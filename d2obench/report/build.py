@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from d2obench.errors import RecordError
-from d2obench.record import Run, read_run
-from d2obench.report.derive import entries
-from d2obench.report.fields import UNLIKE, WORDS
+from d2obench.metric import METRICS, show
+from d2obench.record import Run, Value, read_run
+from d2obench.report.derive import metric_of, results
 from d2obench.report.figures import figures
-from d2obench.report.headline import headline
 from d2obench.report.machine import again, cards, environment, suites, unlike
-from d2obench.report.parts import parts
-from d2obench.report.rows import Entry, join
-from d2obench.report.targets import ratios, sentence, targets
-from d2obench.report.tidy import cases, tidy
-from d2obench.report.view import Column, Report, Table
-from d2obench.report.view import Entry as Field
-from d2obench.report.words import verdict
+from d2obench.report.rows import Result, join
+from d2obench.report.sentences import verdict
+from d2obench.report.tables import ENDINGS, UNLIKE, headline, parts, ratios, signed
+from d2obench.report.targets import sentence, targets
+from d2obench.report.view import Case, Column, CsvRow, Field, Outcome, Report, Table
 
 MAX_CELLS, MAX_FLAGS = 2500, 5
 EMBEDDED = (
     "The model embedded is SmolLM2-135M-Instruct with weights dequantised from 4 bits (GGUF Q4_1); "
     "its KV cache is full precision."
 )
+_PLACES = {key: place for place, key in enumerate(METRICS)}
 
 
 def build(folders: Sequence[Path]) -> Report:
@@ -43,7 +41,7 @@ def build(folders: Sequence[Path]) -> Report:
 def assemble(runs: Sequence[Run]) -> Report:
     """The report of runs that were read."""
     named = list(zip(_names(runs), runs, strict=True))
-    found = entries(named)
+    found = results(named)
     rows = join(found)
     tables, goals = headline(found, rows), targets(named, found)
     return Report(
@@ -59,11 +57,67 @@ def assemble(runs: Sequence[Run]) -> Report:
         environment=environment(named),
         suites=suites(named),
         again=again(named),
-        tidy=tuple(tidy(found)),
-        cases=tuple(cases(found, named)),
+        results=tuple(csv_rows(found)),
+        cases=tuple(_cases(found, named)),
         targets=goals,
         tables=(*ratios(rows), *parts(found)),
     )
+
+
+def csv_rows(found: Iterable[Result]) -> Iterable[CsvRow]:
+    """One row for each cell and metric; a cell without figures still has the row of its time."""
+    for result in found:
+        cell, axes = result.record, result.record.axes
+        policy, budget, shape, batch = (
+            "" if x is None else str(x) for x in (axes.policy, axes.budget, axes.shape, axes.batch)
+        )
+        where = (result.name, cell.id, axes.task, axes.model, axes.dtype, axes.device)
+        head = (*where, policy, budget, shape, batch, axes.seed, cell.status)
+        flags = "; ".join(cell.flags)
+        for key in sorted(result.values, key=_place):
+            value = result.values[key]
+            figure = (value.value, _unit(key), value.lo, value.hi, value.n)
+            yield CsvRow(*head, key, *figure, _in_words(key, value), flags, value.note)
+        spent = round(cell.seconds, 1)
+        yield CsvRow(*head, "seconds", spent, "s", None, None, None, f"{spent:.1f}", flags, cell.reason)
+
+
+def _cases(found: Iterable[Result], runs: Sequence[tuple[str, Run]]) -> Iterable[Case]:
+    """Every cell that ran, then those that have no record."""
+    outcomes: dict[str, Outcome] = {"ok": "passed", "skipped": "skipped"}
+    for result in found:
+        cell = result.record
+        known = [(metric_of(key), key, value) for key, value in result.values.items()]
+        text = "\n".join(f"{metric.header}: {_in_words(key, value)}" for metric, key, value in known if metric)
+        outcome = outcomes.get(cell.status, "error")
+        seconds = round(cell.seconds, 3)
+        yield Case(result.name, cell.id, cell.axes.task, cell.status, cell.reason, seconds, text, outcome)
+    for name, run in runs:
+        for cell_id in run.missing:
+            yield Case(name, cell_id, "missing", "missing", "no record yet", 0.0, "", "skipped")
+
+
+def _in_words(key: str, value: Value) -> str:
+    """A figure as the views print it: value, interval, unit."""
+    metric = metric_of(key)
+    if metric is None or value.value is None:
+        return "" if value.value is None else f"{value.value:g}"
+    bounds = ""
+    if value.lo is not None and value.hi is not None:
+        bounds = f" [{show(metric.key, value.lo)} … {show(metric.key, value.hi)}]"
+    return f"{signed(metric.key, value.value)}{bounds} {metric.unit}".rstrip()
+
+
+def _unit(key: str) -> str:
+    """The unit of the recorded value; what is shown as a percentage is recorded as a fraction, without a unit."""
+    metric = metric_of(key)
+    return "" if metric is None or (metric.scale != 1 and not metric.base) else metric.base or metric.unit
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Metrics in the order of their table, unknown ones last."""
+    metric = metric_of(key)
+    return (_PLACES[metric.key] if metric else len(_PLACES), key)
 
 
 def _published(folder: Path) -> bool:
@@ -105,28 +159,28 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
     return words
 
 
-def _reading(found: Sequence[Entry], tables: Sequence[Table]) -> tuple[str, ...]:
+def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...]:
     """How to read the headline table; only what applies to it."""
-    fields = [entry for table in tables for row in table.rows for entry in row]
+    fields = [field for table in tables for row in table.rows for field in row]
     lines = []
-    if any(entry.interval for entry in fields):
+    if any(field.interval for field in fields):
         apart = "where intervals overlap, figures are not clearly apart"
         lines.append(f"a … b is the 95 % interval of the figure before it; {apart}.")
     if any(column.direction != "none" for table in tables for column in table.columns):
         best = "; bold is the best among rows of the same model, shape and batch"
-        known = best if any(entry.mark == "best" for entry in fields) else ""
+        known = best if any(field.mark == "best" for field in fields) else ""
         lines.append(f"↓ lower is better, ↑ higher is better{known}.")
-    rounds = sorted({n for entry in found if isinstance(n := entry.record.details.get("rounds"), int)})
+    rounds = sorted({n for result in found if isinstance(n := result.record.details.get("rounds"), int)})
     if rounds:
         count = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
         lines.append(
             f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round."
         )
-    if any(entry.text.endswith(" ◆") for entry in fields):
+    if any(field.text.endswith(" ◆") for field in fields):
         lines.append(
             "◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes."
         )
-    if any(entry.name.endswith(f" {UNLIKE}") for entry in found):
+    if any(result.name.endswith(f" {UNLIKE}") for result in found):
         lines.append(
             f"{UNLIKE} after a run's name: made in another environment than the first run; compare its times with care."
         )
@@ -144,7 +198,7 @@ def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:
         first = [Field(name)] if several else []
         for cell in run.cells:
             ok = cell.status == "ok"
-            status = Field("ok") if ok else Field(WORDS[cell.status], mark="bad")
+            status = Field("ok") if ok else Field(ENDINGS[cell.status], mark="bad")
             seconds = Field(f"{cell.seconds:.1f}", sort=round(cell.seconds, 1))
             remark = Field("; ".join(word for word in (cell.reason, *cell.flags) if word))
             (good if ok else bad).append((*first, Field(cell.id), status, seconds, remark))

@@ -1,8 +1,8 @@
-"""What follows from two cells: quality against the full cache, D2O against its rivals, and the roofline's ceiling.
+"""What follows from two cells of one run: quality against the full cache, ratios of speed, D2O against its rivals.
 
-Differences of quality are paired on the items both cells have (documents are the clusters), ratios of speed on the
-rounds both have. A figure that the record already holds is never replaced. Cells are compared within one run where
-they differ in policy and budget only; a rival is another policy at D2O's own budget.
+Differences of quality are paired on the items both cells have, with documents as clusters; ratios are paired on the
+rounds both have (``d2obench.stats.ratios``). A figure that the record already holds is never replaced. Cells are
+compared where they differ in policy and budget only; a rival is another policy at D2O's own budget.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2obench.metric import METRICS, Metric
+from d2obench.policies import YARDSTICKS
 from d2obench.record import CellRecord, Run, Value, read_samples
-from d2obench.report.pairs import STREAMING, pairs
-from d2obench.report.rows import Entry, yardstick
-from d2obench.stats.bootstrap import paired_ratio
+from d2obench.report.rows import Result, yardstick
 from d2obench.stats.paired import paired_difference
+from d2obench.stats.ratios import FULL, STREAMING, ratio
 
-FULL, OURS, RIVAL = "full", "d2o", "_rival"
+OURS, RIVAL = "d2o", "_rival"
 MAX_RIVALS = 8
 Samples = dict[str, Any]
+Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def entries(runs: Sequence[tuple[str, Run]]) -> list[Entry]:
+def results(runs: Sequence[tuple[str, Run]]) -> list[Result]:
     """Every cell of every run, in order, with its derived figures; ``runs`` are (shown name, run)."""
-    found: dict[int, Entry] = {}
+    found: dict[int, Result] = {}
     for name, run in runs:
         groups: dict[tuple[Any, ...], list[CellRecord]] = {}
         for cell in run.cells:
             groups.setdefault(yardstick(cell.axes), []).append(cell)
         for group in groups.values():
             for cell, values in _group(run, group):
-                found[id(cell)] = Entry(run, name, cell, values)
+                found[id(cell)] = Result(run, name, cell, values)
     return [found[id(cell)] for _, run in runs for cell in run.cells]
 
 
@@ -46,19 +47,14 @@ def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict
     good = [cell for cell in group if cell.status == "ok"]
     needed = len(good) > 1 and any(cell.axes.policy in (FULL, STREAMING) or _ours(cell) for cell in good)
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}
-    full = next((cell for cell in good if cell.axes.policy == FULL), None)
     rounds = {name: _dicts(sample.get("rounds")) for name, sample in samples.items()}
     done = []
     for cell in group:
-        extra = _alone(cell) if cell.status == "ok" else {}
-        if needed and cell.id in samples:
-            extra |= pairs(cell, good, rounds)
-            if full is not None and full is not cell:
-                extra |= _items(cell.id, samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
-            rivals = [other for other in good if other.axes.budget == cell.axes.budget and not _ours(other)]
-            for rival in rivals[:MAX_RIVALS] if _ours(cell) and cell.axes.budget else ():
-                extra |= _against(cell, rival, samples)
-        done.append((cell, extra | cell.values))
+        derived = _ceiling(cell) if cell.status == "ok" else {}
+        if cell.id in samples:
+            derived |= _ratios(cell, good, rounds)
+            derived |= _differences(cell, good, samples)
+        done.append((cell, derived | cell.values))
     return done
 
 
@@ -66,24 +62,61 @@ def _ours(cell: CellRecord) -> bool:
     return cell.axes.policy.split("(")[0].split("+")[0] == OURS
 
 
-def _alone(cell: CellRecord) -> dict[str, Value]:
+def _rivals(cell: CellRecord, good: Sequence[CellRecord]) -> list[CellRecord]:
+    """Other policies at the budget of a cell of D2O; none for other cells."""
+    if not _ours(cell) or not cell.axes.budget:
+        return []
+    return [other for other in good if other.axes.budget == cell.axes.budget and not _ours(other)][:MAX_RIVALS]
+
+
+def _ceiling(cell: CellRecord) -> dict[str, Value]:
     """The rate at which a step would only move its bytes: the measured rate ÷ the share of the bandwidth it reached."""
     rate, share = (cell.values[key].value if key in cell.values else None for key in ("decode_tok_s", "mbu"))
     return {"ceiling_tok_s": Value(rate / share)} if rate and share else {}
 
 
-def _against(cell: CellRecord, rival: CellRecord, samples: Mapping[str, Samples]) -> dict[str, Value]:
-    """``kl_rival:h2o`` and the like."""
-    mine, theirs = samples[cell.id], samples[rival.id]
-    name = f"{cell.id}:{rival.axes.policy}"
-    found = _items(name, mine, theirs, ("kl", "score", "gold_bpb"), RIVAL)
-    base = {part.get("round"): part for part in _dicts(theirs.get("rounds"))}
-    pairs = [(base[part["round"]], part) for part in _dicts(mine.get("rounds")) if part.get("round") in base]
-    times = [(a, b) for one, other in pairs if (a := one.get("decode_s")) and (b := other.get("decode_s"))]
-    if times and cell.axes.batch != "max":
-        ratio = paired_ratio([b for _, b in times], [a for a, _ in times], seed=f"{name}:decode_rival")
-        found["decode_rival"] = Value(*ratio, n=len(times))
-    return {f"{key}:{rival.axes.policy}": value for key, value in found.items()}
+def _ratios(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> dict[str, Value]:
+    """The ratios that the runner doesn't record. Cells at batch ``max`` have a batch of their own and get none."""
+    if cell.axes.batch == "max":
+        return {}
+    policy, mine = cell.axes.policy, rounds[cell.id]
+    found: dict[str, Value | None] = {}
+    for other in good:
+        if other.axes.policy == STREAMING != policy and other.axes.budget == cell.axes.budget:
+            found["to_streaming"] = ratio("to_streaming", cell.id, mine, rounds[other.id])
+        if other.axes.policy == FULL != policy:
+            found["prefill_peak_cost"] = ratio("prefill_peak_cost", cell.id, mine, rounds[other.id])
+    for other in _rivals(cell, good):
+        name = f"{cell.id}:{other.axes.policy}"
+        found[f"decode_rival:{other.axes.policy}"] = ratio("decode_rival", name, mine, rounds[other.id])
+    if policy == FULL:
+        found["to_library"] = _fastest_library(cell, good, rounds)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> Value | None:
+    """``full`` against the fastest of the library's own caches."""
+    rivals = {other.axes.policy: rounds[other.id] for other in good if other.axes.policy in YARDSTICKS}
+    named = {name: ratio("to_library", f"{cell.id}:{name}", rounds[cell.id], theirs) for name, theirs in rivals.items()}
+    known = {name: value for name, value in named.items() if value and value.value}
+    if not known:
+        return None
+    best = min(known, key=lambda name: known[name].value or math.inf)
+    value, note = known[best], f"The fastest of {', '.join(rivals)} is {best}."
+    return Value(value.value, value.lo, value.hi, value.n, note)
+
+
+def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> dict[str, Value]:
+    """Quality less the full cache's, and less each rival's (``kl_rival:h2o``)."""
+    found: dict[str, Value] = {}
+    full = next((other for other in good if other.axes.policy == FULL), None)
+    if full is not None and full is not cell:
+        found |= _items(cell.id, samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
+    for rival in _rivals(cell, good):
+        name = f"{cell.id}:{rival.axes.policy}"
+        values = _items(name, samples[cell.id], samples[rival.id], ("kl", "score", "gold_bpb"), RIVAL)
+        found |= {f"{key}:{rival.axes.policy}": value for key, value in values.items()}
+    return found
 
 
 def _items(name: str, mine: Samples, theirs: Samples, metrics: Sequence[str], suffix: str) -> dict[str, Value]:

@@ -7,28 +7,33 @@ Raw samples are read for the largest setting only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from statistics import median
+from typing import Any
 
-from d2obench.metric import METRICS
+from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
-from d2obench.report.fields import varying
-from d2obench.report.layers import layers
-from d2obench.report.memory import Point, Samples, axis_title, rounds_of, split, timeline
-from d2obench.report.needle import needles
-from d2obench.report.quality import front, held, loss, primary, tasks_of
-from d2obench.report.rows import Entry, Row, grouped, volume
+from d2obench.report.rows import Result, Row, front, grouped, kv_bytes, loss, primary, tasks_of, volume
+from d2obench.report.tables import varying
 from d2obench.report.view import Figure
 from d2obench.suite.definition import SPEED
 
 MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 3, 6, 64, 12, 24
+MAX_TIMELINES, MAX_TIMELINE_POINTS, MAX_HEATMAPS = 8, 200, 12
+ALLOCATOR, RESIDENT, DEVICE = "alloc_peak_bytes", "rss_peak_bytes", "nvml_used_bytes"
+PHASES = ("prefill", "compress", "decode")
+FATES = ("merged", "lost")
+Point = tuple[str | int | float | bool | None, ...]
+Samples = dict[str, Any]
+Grid = dict[tuple[float, float], tuple[float, int]]
 
 
-def figures(found: Sequence[Entry], rows: Sequence[Row]) -> list[Figure]:
+def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
     """Every figure the records can carry, in the order of the page."""
     main = _main(rows)
     timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
     made: list[Figure | None] = [*_tradeoffs(rows), _speedups(rows), _throughput(rows), _positions(timed)]
-    made += [split(main), timeline(timed), *layers(found), *needles(found)]
+    made += [_peak(main), _timeline(timed), *_layers(found), *_needles(found)]
     return [figure for figure in made if figure is not None]
 
 
@@ -43,10 +48,10 @@ def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
     """Quality against KV bytes, one figure a task, one panel a setting."""
     for number, task in enumerate(tasks_of(rows)[:MAX_TASKS], 1):
         points: list[Point] = []
-        panel = panels(rows)
+        panel = _panels(rows)
         metric, stands = METRICS[primary(rows, task)], front(rows, task)
         for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
-            quality, kv = loss(row, task, metric.key), held(row)
+            quality, kv = loss(row, task, metric.key), kv_bytes(row)
             if quality is None or kv is None:
                 continue
             shown = (
@@ -54,13 +59,13 @@ def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
                 quality * metric.scale,
                 *_bounds(row.value(task, metric.key), metric.scale),
             )
-            points.append((panel(row), row.key.policy, row.key.label, budget_of(row), *shown, row.key in stands))
+            points.append((panel(row), row.key.policy, row.key.label, _budget_of(row), *shown, row.key in stands))
         if len({point[2] for point in points}) > 1:
             yield Figure(
                 f"tradeoff-{number}-{_slug(task)}", "tradeoff", f"Quality against KV memory: {task}",
                 f"{metric.header}: {metric.about}. The line joins the points that nothing beats in both.",
                 ("setting", "policy", "label", "budget", "kv", "quality", "lo", "hi", "front"), tuple(points),
-                {"x": axis_title("kv_bytes"), "y": axis_title(metric.key), "wide": _wide(points)},
+                {"x": _axis_title("kv_bytes"), "y": _axis_title(metric.key), "wide": _wide(points)},
             )  # fmt: skip
 
 
@@ -71,7 +76,7 @@ def _wide(points: Sequence[Point]) -> bool:
 
 def _speedups(rows: Sequence[Row]) -> Figure | None:
     points: list[Point] = []
-    panel, (rows, said) = panels(rows), _lean(rows, MAX_BARS)
+    panel, (rows, said) = _panels(rows), _lean(rows, MAX_BARS)
     for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
         value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
         if value and value.value is not None:
@@ -83,21 +88,21 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
         f"Bar: median of the rounds; line: its 95 % interval; tick: what memory traffic alone would allow.{said}",
         ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
-        {"x": axis_title("speedup"), "wide": _wide(points)},
+        {"x": _axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
 
 
 def _throughput(rows: Sequence[Row]) -> Figure | None:
     """Decode tok/s against batch; out of memory is the wall."""
     points: list[Point] = []
-    panel, (rows, said) = panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
+    panel, (rows, said) = _panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
     shown = list(dict.fromkeys(panel(row) for row in rows))[:MAX_SETTINGS]
     for row in (row for row in rows if panel(row) in shown):
         value = row.value(SPEED, "decode_tok_s")
         wall = row.speed is not None and row.speed.record.status == "oom"
         if isinstance(row.key.batch, int) and (wall or value):
             rate = value.value if value else None
-            where = (panel(row), row.key.policy, row.key.label, budget_of(row))
+            where = (panel(row), row.key.policy, row.key.label, _budget_of(row))
             points.append((*where, row.key.batch, rate, *_bounds(value, 1), wall))
     if len({point[4] for point in points if point[5] is not None}) < 2:
         return None
@@ -105,7 +110,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
         "throughput", "throughput", "Decode throughput against batch",
         f"Band: 95 % interval; ✕: the batch at which memory ended.{said}",
         ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
-        {"y": axis_title("decode_tok_s"), "wide": _wide(points)},
+        {"y": _axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip
 
 
@@ -115,7 +120,7 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
     scale = METRICS["tpot_s"].scale
     for row, samples in timed:
         at: dict[int, list[float]] = {}
-        for part in rounds_of(samples):
+        for part in _rounds_of(samples):
             steps = part.get("step_s") or []
             for place, step in zip(part.get("step_at") or range(len(steps)), steps, strict=False):
                 if isinstance(step, int | float):
@@ -126,7 +131,7 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
             bin_ = places[start : start + width]
             values = [step for place in bin_ for step in at[place]]
             points.append(
-                (row.key.policy, row.key.label, budget_of(row), bin_[-1] + 1, round(median(values) * scale, 4))
+                (row.key.policy, row.key.label, _budget_of(row), bin_[-1] + 1, round(median(values) * scale, 4))
             )
     if len({point[3] for point in points}) < 4:
         return None
@@ -134,7 +139,7 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         "position", "position", f"Time of a decode step against its position ({timed[0][0].key.setting})",
         "Median of all rounds; a cache of bounded size should stay flat while a full one climbs.",
         ("policy", "label", "budget", "position", "tpot"), tuple(points),
-        {"x": "decode step", "y": axis_title("tpot_s")},
+        {"x": "decode step", "y": _axis_title("tpot_s")},
     )  # fmt: skip
 
 
@@ -150,12 +155,12 @@ def _lean(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], str]:
     return [row for row in rows if row.key.label in kept], " Only the first budget of each policy is drawn."
 
 
-def budget_of(row: Row) -> str:
+def _budget_of(row: Row) -> str:
     """The budget of a row; a policy without one keeps everything."""
     return row.key.budget or "all"
 
 
-def panels(rows: Sequence[Row], inside: tuple[str, ...] = ("policy", "budget")) -> Callable[[Row], str]:
+def _panels(rows: Sequence[Row], inside: tuple[str, ...] = ("policy", "budget")) -> Callable[[Row], str]:
     """Names the panel of a row by the axes that vary and are not shown inside a panel."""
     names = [name for name in varying(list(rows)) if name not in inside]
 
@@ -182,3 +187,192 @@ def _slug(text: str) -> str:
     return (
         "".join(char if char.isascii() and char.isalnum() else "-" for char in text)[:40].strip("-").lower() or "task"
     )
+
+
+def _timeline(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
+    """Memory in the last round of each row: the device's where NVML gave it, else the process's resident set."""
+    points: list[Point] = []
+    phases: list[list[str | float]] = []
+    metric = RESIDENT
+    for row, samples in timed[:MAX_TIMELINES]:
+        rounds = _rounds_of(samples)
+        line, found = _memory_line(rounds[-1]) if rounds else ([], metric)
+        if not line or not rounds[-1].get("marks"):
+            continue
+        metric = found
+        width = -(-len(line) // MAX_TIMELINE_POINTS)
+        for start in range(0, len(line), width):
+            t, memory = max(line[start : start + width], key=lambda point: point[1])
+            points.append((row.key.policy, row.key.label, round(t, 4), round(memory * METRICS[metric].scale, 1)))
+        phases += [[row.key.label, *span] for span in _spans(rounds[-1]["marks"])]
+    if not points:
+        return None
+    whose = "used on the device, all processes" if metric == DEVICE else "resident memory of the process"
+    return Figure(
+        "timeline", "timeline", f"Memory over time ({timed[0][0].key.setting})",
+        f"Line: {whose}, weights included, in the last round; shaded: prefill, compress, decode.",
+        ("policy", "label", "t", "memory"), tuple(points),
+        {"x": "time, s", "y": f"memory, {METRICS[metric].unit}", "phases": phases, "wide": True},
+    )  # fmt: skip
+
+
+def _memory_line(part: dict[str, Any]) -> tuple[list[tuple[float, float]], str]:
+    """(t, bytes) of a round, and the metric it is."""
+    for rows, columns, column, metric in (
+        (part.get("device_timeline"), part.get("device_columns"), "used_bytes", DEVICE),
+        (part.get("timeline"), part.get("timeline_columns"), "rss_bytes", RESIDENT),
+    ):
+        if rows and columns and column in columns:
+            place = 1 + list(columns).index(column)
+            line = [(row[0], row[place]) for row in rows if len(row) > place and row[place] is not None and row[0] >= 0]
+            if line:
+                return line, metric
+    return [], RESIDENT
+
+
+def _spans(marks: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
+    """(phase, from, to) of each phase; phases that take turns layer by layer are joined while they do."""
+    found: dict[str, tuple[float, float]] = {}
+    for (start, phase), (stop, _) in pairwise(marks):
+        if stop > start and phase in PHASES:
+            low, high = found.get(phase, (start, stop))
+            found[phase] = (min(low, start), max(high, stop))
+    return [(phase, round(low, 4), round(high, 4)) for phase, (low, high) in found.items()]
+
+
+def _peak(group: Sequence[Row]) -> Figure | None:
+    """The peak as weights, KV and what remains."""
+    points: list[Point] = []
+    scale, metric = METRICS["kv_bytes"].scale, RESIDENT
+    for row in group:
+        values = row.speed.values if row.speed else {}
+        known = {key: values[key].value for key in (ALLOCATOR, RESIDENT, "weights_bytes", "kv_bytes") if key in values}
+        metric = ALLOCATOR if known.get(ALLOCATOR) else RESIDENT
+        peak, weights, kv = known.get(metric), known.get("weights_bytes"), known.get("kv_bytes")
+        if peak is None or weights is None or kv is None:
+            continue
+        rest = max(0.0, peak - weights - kv)
+        for order, (part, size) in enumerate((("weights", weights), ("KV", kv), ("workspace and the rest", rest))):
+            points.append((row.key.policy, row.key.label, part, order, round(size * scale, 2)))
+    if not points:
+        return None
+    return Figure(
+        "peak", "peak", f"What the peak of memory is made of ({group[0].key.setting})",
+        "Weights and KV as counted from their tensors; the rest of the peak is activations, workspace and the runtime.",
+        ("policy", "label", "part", "order", "memory"), tuple(points), {"x": f"memory, {METRICS[metric].unit}"},
+    )  # fmt: skip
+
+
+def _rounds_of(samples: Samples) -> list[dict[str, Any]]:
+    """The rounds of a timed cell, in order."""
+    parts = samples.get("rounds")
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+
+
+def _axis_title(metric: str) -> str:
+    """``TPOT, ms``: an axis title from the metric table."""
+    return f"{METRICS[metric].header}, {METRICS[metric].unit}" if METRICS[metric].unit else METRICS[metric].header
+
+
+def _layers(found: Sequence[Result]) -> Iterator[Figure]:
+    """Both figures, of each policy and budget at its largest setting, where a layer differs from another at all."""
+    shown = _largest(found)
+    kept: list[Point] = []
+    gone: list[Point] = []
+    for label, result in shown.items():
+        details, policy = result.record.details, result.key.policy
+        merged = result.values.get("merged")
+        share = f"{show('merged', merged.value)} {METRICS['merged'].unit} merged" if merged and merged.value else ""
+        for layer, tokens in enumerate(_numbers(details.get("kept_layers"))):
+            kept.append((policy, f"{label}, {share}" if share else label, layer, round(tokens, 2)))
+        pairs = zip(_numbers(details.get("merged_layers")), _numbers(details.get("evicted_layers")), strict=False)
+        for layer, (into, out) in enumerate(pairs):
+            for fate, count in zip(FATES, (into, out - into), strict=True):
+                gone.append((policy, label, layer, fate, int(count), round(100 * count / out, 2) if out else None))
+    if _layered(kept):
+        yield Figure(
+            "layers", "layers", "Tokens kept in each layer after compression",
+            "Mean over sequences and KV heads; a policy that gives layers unequal budgets is not flat.",
+            ("policy", "label", "layer", "kept"), tuple(kept), {"x": "layer", "y": "tokens kept", "wide": True},
+        )  # fmt: skip
+    if _layered(gone):
+        yield Figure(
+            "merges", "merges", "Entries evicted from each layer: merged into a kept one, or lost",
+            "Counted over the sequences and KV heads of a request, at the prompt and while decoding.",
+            ("policy", "label", "layer", "fate", "entries", "percent"), tuple(gone),
+            {"x": "layer", "y": "entries evicted", "wide": True},
+        )  # fmt: skip
+
+
+def _largest(found: Sequence[Result]) -> dict[str, Result]:
+    best: dict[str, Result] = {}
+    for result in found:
+        if result.record.status == "ok" and result.key.budget and _numbers(result.record.details.get("kept_layers")):
+            label = result.key.label
+            if label not in best or volume(result.key) > volume(best[label].key):
+                best[label] = result
+    return dict(list(best.items())[:MAX_LINES])
+
+
+def _layered(points: Sequence[Point]) -> bool:
+    return len({point[2] for point in points}) > 1
+
+
+def _numbers(value: Any) -> list[float]:
+    """A list of numbers, empty where it is something else."""
+    good = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return [float(x) for x in value] if good else []
+
+
+def _needles(found: Sequence[Result]) -> Iterator[Figure]:
+    """Two figures where a needle task left its grid: found by policy, and less what full finds."""
+    grids: dict[tuple[str, str], Grid] = {}
+    for result in found:
+        if result.record.status == "ok" and "needle" in result.record.axes.task:
+            grid = _grid(result)
+            if grid:
+                grids.setdefault((result.key.policy, result.key.label), grid)
+    if not grids:
+        return
+    panels = list(grids.items())[:MAX_HEATMAPS]
+    points = [
+        (policy, label, context, depth, round(100 * total / n, 1), f"{total:.3g}/{n}")
+        for (policy, label), grid in panels
+        for (context, depth), (total, n) in sorted(grid.items())
+    ]
+    columns = ("policy", "label", "context", "depth", "found", "text")
+    yield Figure(
+        "heatmap-needle", "heatmap", "Needles found, by context length and depth",
+        "Share of the needles found, %; a field holds k of n.",
+        columns, tuple(points), {"low": 0, "high": 100, "title": "found, %", "wide": True},
+    )  # fmt: skip
+    full = next((grid for (policy, _), grid in panels if policy == "full"), None)
+    if full is None or len(panels) < 2:
+        return
+    points = []
+    for (policy, label), grid in panels:
+        for place, (total, n) in sorted(grid.items()):
+            if policy != "full" and place in full:
+                change = round(100 * (total / n - full[place][0] / full[place][1]), 1)
+                points.append((policy, label, *place, change, f"{change:+.0f}" if round(change) else "0"))
+    yield Figure(
+        "heatmap-difference", "heatmap", "Needles found: difference to the full cache",
+        "Points above or below what the full cache finds.",
+        columns, tuple(points), {"low": -100, "high": 100, "title": "points", "wide": True},
+    )  # fmt: skip
+
+
+def _grid(result: Result) -> Grid:
+    """(context, depth) → (sum of scores, items), from the cell's details."""
+    grid: Grid = {}
+    points = result.record.details.get("grid")
+    for point in points if isinstance(points, list) else ():
+        match point:
+            case {
+                "context": int() | float() as context,
+                "depth": int() | float() as depth,
+                "score": int() | float() as score,
+                "n": int() as n,
+            } if n:
+                grid[context, depth] = (score * n, n)
+    return grid

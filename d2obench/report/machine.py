@@ -9,10 +9,9 @@ from typing import Any
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Run
-from d2obench.report.fields import axis, axis_column, column, field, varying
-from d2obench.report.headline import MAX_ROWS
 from d2obench.report.rows import Row
-from d2obench.report.view import Column, Entry, Table
+from d2obench.report.tables import show_value, table_of, value_column
+from d2obench.report.view import Column, Field, Table
 from d2obench.suite.definition import SPEED
 
 ROOFLINE = (
@@ -132,27 +131,16 @@ def _roofline(rows: Sequence[Row]) -> list[Table]:
     metrics = [metric for metric in ROOFLINE if any(row.value(SPEED, metric) for row in known)]
     if not known or not metrics:
         return []
-    names = varying(known)
-    columns = [axis_column(name) for name in names] + [column(METRICS[metric]) for metric in metrics]
-    body = []
-    for row in known[:MAX_ROWS]:
-        figures = (field(metric, row.value(SPEED, metric)) for metric in metrics)
-        body.append((*(axis(row.key, name) for name in names), *figures))
-    groups = [i for i, row in enumerate(known[:MAX_ROWS]) if not i or row.key.group != known[i - 1].key.group]
     note = (
         "A decode step has to read the weights once and the KV cache of every sequence; "
         "the copy bandwidth measured in this run bounds how fast."
     )
-    return [
-        Table(
-            "Roofline of a decode step",
-            tuple(columns),
-            tuple(body),
-            tuple(groups),
-            (note,),
-            max(0, len(known) - MAX_ROWS),
-        )
-    ]
+    columns = [value_column(METRICS[metric]) for metric in metrics]
+
+    def figures(row: Row) -> list[Field]:
+        return [show_value(metric, row.value(SPEED, metric)) for metric in metrics]
+
+    return [table_of("Roofline of a decode step", known, columns, figures, notes=(note,))]
 
 
 def _facts(
@@ -165,7 +153,7 @@ def _facts(
     for key in keys:
         values = [facts.get(key, "–") for facts in flat]
         mark = "warn" if len(set(values)) > 1 and key not in MEASURED else ""
-        body.append((Entry(key), *(Entry(value, mark=mark) for value in values)))  # type: ignore[arg-type]
+        body.append((Field(key), *(Field(value, mark=mark) for value in values)))  # type: ignore[arg-type]
     return Table(title, tuple(columns), tuple(body))
 
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from d2obench.errors import UsageError
+from d2obench.metric import METRICS
 from d2obench.record import Axes, CellRecord, Run, Value
+from d2obench.stats.pareto import non_dominated
 from d2obench.suite.definition import SPEED
 from d2obench.suite.grammar import parse_shape
 
 Scalar = str | int | None
+STANDS = ("kl", "score_diff", "score", "gold_bpb_diff", "ppl", "nll")
+"""Which quality figure stands for a task, best first: a difference to full before a bare value."""
 
 
 class Key(NamedTuple):
@@ -53,33 +57,33 @@ class Row:
     """One point: its figures by (task, metric) and the cells they come from."""
 
     key: Key
-    cells: list[Entry] = field(default_factory=list)
+    cells: list[Result] = field(default_factory=list)
 
     def value(self, task: str, metric: str) -> Value | None:
         """The figure of one task, None where that cell has none."""
-        for entry in self.cells:
-            if entry.record.axes.task == task and metric in entry.values:
-                return entry.values[metric]
+        for result in self.cells:
+            if result.record.axes.task == task and metric in result.values:
+                return result.values[metric]
         return None
 
-    def of(self, task: str) -> Entry | None:
+    def of(self, task: str) -> Result | None:
         """The cell of one task."""
-        return next((entry for entry in self.cells if entry.record.axes.task == task), None)
+        return next((result for result in self.cells if result.record.axes.task == task), None)
 
     @property
     def foreign(self) -> bool:
         """Whether another engine or environment made any of its figures: it is shown, but wins nothing."""
-        models = (entry.record.details.get("model") for entry in self.cells)
+        models = (result.record.details.get("model") for result in self.cells)
         return any(isinstance(model, dict) and bool(model.get("flags")) for model in models)
 
     @property
-    def speed(self) -> Entry | None:
+    def speed(self) -> Result | None:
         """The speed cell, if there is one."""
         return self.of(SPEED)
 
 
 @dataclass
-class Entry:
+class Result:
     """A cell of a run with the figures derived by comparing it to full laid over its own."""
 
     run: Run
@@ -96,20 +100,20 @@ class Entry:
         )
 
 
-def join(entries: Iterable[Entry]) -> list[Row]:
+def join(results: Iterable[Result]) -> list[Row]:
     """Rows, each axis in the order its values were first run, so that comparable rows stand together."""
-    entries = list(entries)
+    results = list(results)
     homes: dict[tuple[Scalar, ...], list[Row]] = {}
-    for entry in sorted(entries, key=_specific):
-        shape, batch = entry.record.axes.shape, entry.record.axes.batch
-        point = homes.setdefault(_point(entry.key), [])
+    for result in sorted(results, key=_specific):
+        shape, batch = result.record.axes.shape, result.record.axes.batch
+        point = homes.setdefault(_point(result.key), [])
         found = [row for row in point if shape in (None, row.key.shape) and batch in (None, row.key.batch)]
         if not found:
-            found = [Row(entry.key)]
+            found = [Row(result.key)]
             point.extend(found)
         for row in found:
-            row.cells.append(entry)
-    return sorted((row for point in homes.values() for row in point), key=_order(entries))
+            row.cells.append(result)
+    return sorted((row for point in homes.values() for row in point), key=_order(results))
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
@@ -148,16 +152,55 @@ def _point(key: Key) -> tuple[Scalar, ...]:
     return (key.run, key.model, key.dtype, key.device, key.seed, key.policy, key.budget)
 
 
-def _specific(entry: Entry) -> int:
+def _specific(result: Result) -> int:
     """Cells with the most axes first: they make the rows that the others join."""
-    axes = entry.record.axes
+    axes = result.record.axes
     return (axes.task != SPEED) + 2 * (axes.batch is None) + 4 * (axes.shape is None)
 
 
-def _order(entries: list[Entry]) -> Callable[[Row], list[int]]:
+def _order(results: list[Result]) -> Callable[[Row], list[int]]:
     """Sort key: each axis in the order its values first appear."""
     seen: list[dict[Scalar, int]] = [{} for _ in Key._fields]
-    for entry in entries:
-        for place, value in zip(seen, entry.key, strict=True):
+    for result in results:
+        for place, value in zip(seen, result.key, strict=True):
             place.setdefault(value, len(place))
     return lambda row: [place[value] for place, value in zip(seen, row.key, strict=True)]
+
+
+def tasks_of(rows: Iterable[Row]) -> list[str]:
+    """The quality tasks of the rows, each once, in the order they were run."""
+    found = dict.fromkeys(result.record.axes.task for row in rows for result in row.cells)
+    return [task for task in found if task != SPEED]
+
+
+def primary(rows: Iterable[Row], task: str) -> str:
+    """The metric that stands for a task: the first of STANDS that a row has."""
+    rows = list(rows)
+    return next((metric for metric in STANDS if any(row.value(task, metric) for row in rows)), "score")
+
+
+def loss(row: Row, task: str, metric: str) -> float | None:
+    """A quality figure; what is a difference to full is 0 for full itself."""
+    value = row.value(task, metric)
+    if value is not None and value.value is not None:
+        return value.value
+    result = row.of(task)
+    same = result is not None and result.record.status == "ok" and row.key.policy == "full"
+    return 0.0 if same and (metric.endswith("_diff") or metric == "kl") else None
+
+
+def kv_bytes(row: Row) -> float | None:
+    """KV bytes of the row's timed cell."""
+    value = row.value(SPEED, "kv_bytes")
+    return value.value if value else None
+
+
+def front(rows: Sequence[Row], task: str) -> set[Key]:
+    """Rows that no other row of their group beats in both quality (in ``task``) and KV bytes."""
+    best: set[Key] = set()
+    for group in grouped(row for row in rows if not row.foreign):
+        metric = primary(group, task)
+        points = [(loss(row, task, metric), kv_bytes(row)) for row in group]
+        stands = non_dominated(points, (METRICS[metric].direction, "lower"))
+        best |= {row.key for row, stand in zip(group, stands, strict=True) if stand}
+    return best

@@ -1,4 +1,4 @@
-"""A suite's targets beside the run's figures, and every ratio inside a run in one table.
+"""A suite's targets beside the run's figures.
 
 A target that several cells meet has a row for each; one that no cell gave a figure for says so.
 """
@@ -13,25 +13,16 @@ import msgspec
 
 from d2obench.metric import METRICS
 from d2obench.record import Run, Value
-from d2obench.report.fields import SHORT, axis, axis_column, column, field, varying
-from d2obench.report.headline import MAX_ROWS
-from d2obench.report.rows import Entry, Key, Row, largest
-from d2obench.report.view import Column, Mark, Table
-from d2obench.report.view import Entry as Field
-from d2obench.suite.definition import SPEED
+from d2obench.report.rows import Key, Result
+from d2obench.report.tables import SHORT_ENDINGS, show_value
+from d2obench.report.view import Column, Field, Mark, Table
 from d2obench.suite.target import Target
 
-RATIOS = (
-    "speedup", "speedup_e2e", "speedup_memory", "to_streaming", "to_library", "prefill_cost", "prefill_peak_cost",
-    "sampled_error", "mbu", "loop_overhead",
-)  # fmt: skip
-ENOUGH = 2
-"""Ratios that make a table; fewer stand in the headline."""
 NOT_MEASURED = "not measured"
 MARKS: dict[str, Mark] = {"met": "best", "missed": "bad", "no verdict": "warn", NOT_MEASURED: "quiet"}
 
 
-def targets(runs: Sequence[tuple[str, Run]], found: Sequence[Entry]) -> tuple[Table, ...]:
+def targets(runs: Sequence[tuple[str, Run]], found: Sequence[Result]) -> tuple[Table, ...]:
     """The table of every run's targets; none where no suite states any."""
     rows = [row for name, run in runs for goal in of_suite(run.info.suite) for row in _rows(name, goal, found)]
     if not rows:
@@ -54,30 +45,6 @@ def targets(runs: Sequence[tuple[str, Run]], found: Sequence[Entry]) -> tuple[Ta
     return (Table("Targets of the suite", tuple(columns), tuple(rows), notes=(note,)),)
 
 
-def ratios(rows: Sequence[Row]) -> tuple[Table, ...]:
-    """Every timed row's ratios to the other caches of its run; none where there are hardly any."""
-    timed = [row for row in rows if row.speed is not None and row.speed.record.status == "ok"]
-    known = [key for key in RATIOS if any(_there(row.value(SPEED, key)) for row in timed)]
-    if sum(METRICS[key].kind == "ratio" for key in known) < ENOUGH:
-        return ()
-    names, shown = varying(timed), largest(timed, MAX_ROWS)
-    columns = [*map(axis_column, names), *(column(METRICS[key]) for key in known)]
-    columns.append(Column("remarks", "remarks", numeric=False))
-    body = [
-        (
-            *(axis(row.key, name) for name in names),
-            *(field(key, row.value(SPEED, key)) for key in known),
-            Field("; ".join(flags := row.speed.record.flags if row.speed else ()), mark="warn" if flags else ""),
-        )
-        for row in shown
-    ]
-    if not any(fields[-1].text for fields in body):
-        columns, body = columns[:-1], [fields[:-1] for fields in body]
-    groups = [i for i, row in enumerate(shown) if not i or row.key.group != shown[i - 1].key.group]
-    left_out = max(0, len(timed) - MAX_ROWS)
-    return (Table("Ratios inside the run", tuple(columns), tuple(body), tuple(groups), left_out=left_out),)
-
-
 def sentence(tables: Sequence[Table]) -> tuple[str, ...]:
     """``Targets: 5 met, 1 missed (decode, ÷ streaming of d2o@0.2).``"""
     rows = [row for table in tables for row in table.rows]
@@ -97,26 +64,26 @@ def of_suite(suite: Mapping[str, Any]) -> list[Target]:
     return [goal for goal in goals if not goal.fault()]
 
 
-def _rows(name: str, goal: Target, found: Sequence[Entry]) -> Iterator[tuple[Field, ...]]:
+def _rows(name: str, goal: Target, found: Sequence[Result]) -> Iterator[tuple[Field, ...]]:
     metric = METRICS[goal.metric]
     what = Field(metric.header, note=metric.about)
-    cells = [entry for entry in found if entry.name == name and goal.covers(entry.record.axes)]
-    timed = [entry for entry in cells if _there(entry.values.get(goal.metric))]
-    for entry in timed:
-        value = entry.values[goal.metric]
+    cells = [result for result in found if result.name == name and goal.covers(result.record.axes)]
+    timed = [result for result in cells if _there(result.values.get(goal.metric))]
+    for result in timed:
+        value = result.values[goal.metric]
         assert value.value is not None
         outcome, margin = goal.outcome(value), 100 * goal.margin(value.value)
         yield (
             Field(name),
             what,
-            Field("; ".join([_cell(entry.key), *entry.record.flags, *([value.note] if value.note else [])])),
-            field(goal.metric, value),
+            Field("; ".join([_cell(result.key), *result.record.flags, *([value.note] if value.note else [])])),
+            show_value(goal.metric, value),
             Field(goal.bound),
             Field(f"{margin:+.1f}", sort=round(margin, 1)),
             Field(outcome, mark=MARKS[outcome]),
         )
     if not timed:
-        words = [SHORT[entry.record.status] for entry in cells if entry.record.status != "ok"]
+        words = [SHORT_ENDINGS[result.record.status] for result in cells if result.record.status != "ok"]
         why = Field(words[0], mark="bad", note=cells[0].record.reason) if words else Field("–", mark="quiet")
         where = Field(", ".join(goal.axes.values()) or "any cell")
         end = Field(NOT_MEASURED, mark="quiet")

@@ -1,40 +1,179 @@
-"""The formats of a gate's or comparison's outcome: name → function from :class:`Verdicts` to text."""
+"""A gate's or comparison's outcome as the view model that a run's report has too, and as JSON.
+
+The page holds what needs a look, then what is in order, and forest plots: each figure's change with its interval on
+the band that is let pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
-from d2obench.errors import UsageError
-from d2obench.gate.verdict import Verdicts
-from d2obench.report.verdicts_github import workflow_commands
-from d2obench.report.verdicts_html import draw, page
-from d2obench.report.verdicts_json import to_json
-from d2obench.report.verdicts_junit import junit
-from d2obench.report.verdicts_markdown import markdown
-from d2obench.report.verdicts_text import text
+import msgspec
 
-FORMATS: dict[str, Callable[[Verdicts, Mapping[str, str] | None], str]] = {
-    "text": lambda verdicts, drawn: text(verdicts),
-    "json": lambda verdicts, drawn: to_json(verdicts),
-    "markdown": lambda verdicts, drawn: markdown(verdicts, figures=drawn or ()),
-    "html": lambda verdicts, drawn: page(verdicts, draw(verdicts) if drawn is None else drawn),
-    "github": lambda verdicts, drawn: workflow_commands(verdicts),
-    "junit": lambda verdicts, drawn: junit(verdicts),
+from d2obench.gate.verdict import Row, Verdict, Verdicts, short_names
+from d2obench.metric import METRICS
+from d2obench.record import finite
+from d2obench.report.view import Case, Column, Field, Figure, Mark, Outcome, Report, Table
+
+SCHEMA = 1
+"""Of the JSON."""
+MAX_ROWS, MAX_POINTS, MAX_NAME, LONGEST = 2500, 40, 48, 90
+MARKS: dict[Verdict, Mark] = {
+    Verdict.REGRESSED: "bad",
+    Verdict.INCOMPARABLE: "bad",
+    Verdict.INCONCLUSIVE: "warn",
+    Verdict.IMPROVED: "best",
+    Verdict.OK: "quiet",
 }
+COLUMNS = (
+    Column("verdict", "verdict", numeric=False),
+    Column("cell", "cell", numeric=False),
+    Column("metric", "metric", numeric=False),
+    Column("base", "base"),
+    Column("head", "head"),
+    Column("change", "change", about="head ÷ base − 1, or head − base for quality, with its interval"),
+    Column("why", "why", numeric=False),
+)
+POINT_COLUMNS = ("label", "cell", "metric", "verdict", "value", "lo", "hi", "least", "most")
+Point = tuple[str | float | None, ...]
 
 
-def render(name: str, verdicts: Verdicts, drawn: Mapping[str, str] | None = None) -> str:
-    """``verdicts`` in the format ``name``; ``drawn`` are forest plots that lie beside the file, SVG by id.
+def view(verdicts: Verdicts) -> Report:
+    """The page of a comparison; the rows that are OK stand in a table of their own."""
+    names = short_names(verdicts.rows)
+    attention, fine = verdicts.of(*list(Verdict)[:-1]), verdicts.of(Verdict.OK)
+    return Report(
+        title=f"{verdicts.title}: {verdicts.worst.value}",
+        subtitle=f"{verdicts.base} → {verdicts.head}",
+        verdict=(verdicts.summary,),
+        warnings=verdicts.notes,
+        headline=tuple(_table("What needs a look", attention, names)),
+        tables=tuple(_table("What is in order", fine, names)),
+        figures=tuple(forest(verdicts)),
+        again=verdicts.commands,
+        cases=tuple(_case(verdicts.title, row) for row in verdicts.rows),
+        name="verdicts",
+        again_title="What to do next",
+    )
 
-    Raises:
-        UsageError: no such format.
+
+def as_json(verdicts: Verdicts) -> str:
+    """One document: ``schema``, ``verdict``, ``counts``, ``exit_code`` and the fields of :class:`Verdicts`."""
+    document = {
+        "schema": SCHEMA,
+        "verdict": verdicts.worst.value,
+        "counts": {verdict.value: count for verdict, count in verdicts.counts.items()},
+        "exit_code": verdicts.exit_code(),
+        **msgspec.to_builtins(verdicts),
+    }
+    return json.dumps(finite(document), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _table(title: str, rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Table]:
+    if rows:
+        body = tuple(_fields(row, names) for row in rows[:MAX_ROWS])
+        rest = len(rows) - len(body)
+        notes = (f"{rest} more rows are in the JSON output.",) if rest else ()
+        yield Table(f"{title}: {len(rows)} figures", COLUMNS, body, notes=notes)
+
+
+def _fields(row: Row, names: Mapping[str, str]) -> tuple[Field, ...]:
+    figures = (
+        Field(row.shown(figure), sort=float(figure) if isinstance(figure, int | float) else None)
+        for figure in (row.base, row.head)
+    )
+    return (
+        Field(row.verdict.value, sort=float(row.verdict.severity), mark=MARKS[row.verdict]),
+        Field(names[row.cell], note=row.cell),
+        Field(row.header),
+        *figures,
+        Field(row.change, sort=row.effect),
+        Field(row.reason),
+    )
+
+
+def _case(title: str, row: Row) -> Case:
+    outcomes: dict[Verdict, Outcome] = {
+        Verdict.REGRESSED: "error" if row.metric == "status" else "failure",
+        Verdict.INCOMPARABLE: "error",
+        Verdict.INCONCLUSIVE: "skipped",
+    }
+    figures = f"{row.shown(row.base)} → {row.shown(row.head)} {row.change}".strip()
+    said = "; ".join(filter(None, (figures if row.base is not None or row.head is not None else "", row.reason)))
+    outcome = outcomes.get(row.verdict, "passed")
+    return Case(title, row.header, row.cell, row.verdict.value, said, 0.0, "", outcome)
+
+
+def forest(verdicts: Verdicts) -> list[Figure]:
+    """One figure of ratios (head ÷ base) and one of quality (difference ÷ limit), worst first; none without numbers.
+
+    The band of a ratio is 1 ÷ (1 + δ) … 1 + δ. A figure that must not change is shown where it did.
     """
-    check([name])
-    return FORMATS[name](verdicts, drawn)
+    names = short_names(verdicts.rows)
+    ratios = [row for row in verdicts.rows if row.kind != "sampled" and _moved(row)]
+    quality = [row for row in verdicts.rows if row.kind == "sampled" and _moved(row) and row.limit > 0]
+    made = []
+    if ratios:
+        made.append(
+            Figure(
+                "forest-ratio", "forest", "Each figure against its limit, worst first",
+                f"Point: head ÷ base; line: its interval; grey: the band that is let pass.{_rest(ratios)}",
+                POINT_COLUMNS, _points(ratios, names, middle=1.0),
+                {"x": "head ÷ base", "middle": 1.0, "longest": LONGEST, "wide": True},
+            )
+        )  # fmt: skip
+    if quality:
+        made.append(
+            Figure(
+                "forest-quality", "forest", "Each quality figure against its limit, worst first",
+                f"Point: mean of head − base ÷ the limit; line: its 95 % interval; grey: what is let pass."
+                f"{_rest(quality)}",
+                POINT_COLUMNS, _points(quality, names, middle=0.0),
+                {"x": "(head − base) ÷ limit", "middle": 0.0, "longest": LONGEST, "wide": True},
+            )
+        )  # fmt: skip
+    return made
 
 
-def check(names: Iterable[str]) -> None:
-    """An unknown format is a UsageError, before anything is written."""
-    for name in names:
-        if name not in FORMATS:
-            raise UsageError(f"unknown format '{name}'", remedy=f"use one of {', '.join(FORMATS)}")
+def _moved(row: Row) -> bool:
+    """Whether there is something to draw: a change, or one that might have been within an interval or a limit."""
+    numbers = [row.effect, *(end for end in (row.lo, row.hi) if end is not None)]
+    if any(end is None or not math.isfinite(end) or (row.kind != "sampled" and end <= -1) for end in numbers):
+        return False
+    return row.effect != 0 or row.lo is not None or row.limit > 0
+
+
+def _rest(rows: Sequence[Row]) -> str:
+    return f" {len(rows) - MAX_POINTS} more rows are in the table." if len(rows) > MAX_POINTS else ""
+
+
+def _points(rows: Sequence[Row], names: dict[str, str], middle: float) -> tuple[Point, ...]:
+    points: list[Point] = []
+    seen: Counter[str] = Counter()
+    for row in rows[:MAX_POINTS]:
+        label = f"{_cut(names[row.cell])} · {_headed(row)}"
+        seen[label] += 1
+        label += f" ({seen[label]})" if seen[label] > 1 else ""
+        assert row.effect is not None
+        unit = 1.0 if middle else row.limit
+        value, lo, hi = (_round(end, middle, unit) for end in (row.effect, row.lo, row.hi))
+        band = (1 / (1 + row.limit), 1 + row.limit) if middle else (-1.0, 1.0)
+        points.append((label, row.cell, row.metric, row.verdict.value, value, lo, hi, round(band[0], 6), band[1]))
+    return tuple(points)
+
+
+def _round(end: float | None, middle: float, unit: float) -> float | None:
+    return None if end is None else round(middle + end / unit, 6)
+
+
+def _headed(row: Row) -> str:
+    """The metric with the direction that is better."""
+    direction = METRICS[row.metric].direction if row.metric in METRICS else "none"
+    return row.header + {"lower": " ↓", "higher": " ↑", "none": ""}[direction]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"

@@ -18,6 +18,7 @@ Kind = Literal[
     "tradeoff", "speedup", "throughput", "position", "timeline", "peak", "layers", "merges", "heatmap", "forest"
 ]
 KINDS = get_args(Kind)
+Outcome = Literal["passed", "failure", "error", "skipped"]
 SCHEMA = 1
 
 
@@ -38,7 +39,7 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.header}, {self.unit}{arrow}" if self.unit else f"{self.header}{arrow}"
 
 
-class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+class Field(msgspec.Struct, frozen=True, omit_defaults=True):
     """One field of a table: ``text`` and the bounds ``lo``, ``hi`` of its 95 % interval as shown, ``sort`` as a number.
 
     ``half`` is the wider half of the interval, for views that have no room for both bounds.
@@ -65,7 +66,7 @@ class Table(msgspec.Struct, frozen=True, omit_defaults=True):
 
     title: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[Field, ...], ...]
     groups: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     left_out: int = 0
@@ -90,7 +91,7 @@ class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
-class Tidy(msgspec.Struct, frozen=True):
+class CsvRow(msgspec.Struct, frozen=True):
     """One row of ``results.csv``: one figure of one cell, in base units, and ``shown`` as every view prints it."""
 
     run: str
@@ -117,7 +118,18 @@ class Tidy(msgspec.Struct, frozen=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """One cell as a test case: what JUnit and the GitHub summary list."""
+    """A cell of a run, or a row of a gate, as a test case: what JUnit and GitHub list.
+
+    Args:
+        run: the run or the gate.
+        id: the cell, or the figure that a gate judged.
+        group: the task, or the cell whose figure it is.
+        status: a cell's status, or a verdict.
+        reason: why it is not well.
+        seconds: it took.
+        text: its figures.
+        outcome: ``failure`` something became worse, ``error`` there is no figure, ``skipped`` it can't be told.
+    """
 
     run: str
     id: str
@@ -126,25 +138,57 @@ class Case(msgspec.Struct, frozen=True):
     reason: str
     seconds: float
     text: str
+    outcome: Outcome = "passed"
 
 
-class Report(msgspec.Struct, frozen=True):
-    """A whole page; ``targets`` and ``tables`` (ratios, costs of parts) stand between headline and machine."""
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole page, from top to bottom; of a run or several, or of a gate's verdicts.
+
+    Args:
+        title: of the page.
+        subtitle: what the suite is for, or what was compared with what.
+        verdict: what the figures say, in sentences; the most important first.
+        warnings: what a reader must know before he believes a figure.
+        headline: tables; the first is the one that everybody should see.
+        reading: how to read them.
+        targets: the suite's targets; at most one table.
+        tables: more tables: ratios, costs of parts, what a gate found in order.
+        machine: the machine card and the roofline.
+        figures: pictures as data.
+        cells: every planned cell with how it ended.
+        environment: every fact of it.
+        suites: run and its suite as TOML.
+        again: commands: how to run it again, or what to do next.
+        results: every figure of every cell, for CSV.
+        cases: for JUnit and GitHub.
+        name: begins the names of the files.
+        again_title: stands above the commands.
+    """
 
     title: str
-    subtitle: str
-    verdict: tuple[str, ...]
-    warnings: tuple[str, ...]
-    headline: tuple[Table, ...]
-    reading: tuple[str, ...]
-    machine: tuple[Table, ...]
-    figures: tuple[Figure, ...]
-    cells: Table
-    environment: tuple[Table, ...]
-    suites: tuple[tuple[str, str], ...]
-    again: tuple[str, ...]
-    tidy: tuple[Tidy, ...]
-    cases: tuple[Case, ...]
+    subtitle: str = ""
+    verdict: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    headline: tuple[Table, ...] = ()
+    reading: tuple[str, ...] = ()
+    machine: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    cells: Table = msgspec.field(default_factory=lambda: Table("Cells", (), ()))
+    environment: tuple[Table, ...] = ()
+    suites: tuple[tuple[str, str], ...] = ()
+    again: tuple[str, ...] = ()
+    results: tuple[CsvRow, ...] = msgspec.field(name="tidy", default=())
+    cases: tuple[Case, ...] = ()
     schema: int = SCHEMA
     targets: tuple[Table, ...] = ()
     tables: tuple[Table, ...] = ()
+    name: str = "report"
+    again_title: str = "Run it again"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Control characters, ANSI among them, and those that turn the direction of text become a replacement sign.
+
+    Every renderer passes what it shows through this, and then through the escaping of its own format.
+    """
+    return "".join(char if char.isprintable() or char in keep else "�" for char in text)

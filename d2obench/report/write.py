@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2obench.errors import RecordError, UsageError
 from d2obench.record import write_atomic
 from d2obench.report.build import build
-from d2obench.report.formats import DRAWN, FORMATS, RENDERERS, Renderer
+from d2obench.report.render import DRAWN, FORMATS, RENDERERS, Renderer
 from d2obench.report.view import KINDS, Report
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def write_views(folder: Path, formats: Sequence[str] = USUAL) -> list[Path]:
 
     Args:
         folder: a finished or partial run.
-        formats: names of ``d2obench.report.formats``.
+        formats: names of ``d2obench.report.render``.
 
     Returns: the files, the most useful first.
     """
@@ -39,7 +39,7 @@ def write_report(report: Report, folder: Path, formats: Sequence[str] = USUAL) -
     drawn = _figures(report, folder) if DRAWN & set(formats) else {}
     written: list[Path] = []
     for form in [*(name for name in FORMATS if name in formats), *(name for name in formats if name not in FORMATS)]:
-        for name, text in _render(form, report, drawn):
+        for name, text in render(form, report, drawn):
             write_atomic(folder / name, text.encode("utf-8", "replace"))
             written.append(folder / name)
     return [*written, *(folder / "figures" / f"{name}.svg" for name in drawn)]
@@ -58,7 +58,7 @@ def check(formats: Iterable[str]) -> None:
         RENDERERS.get(form)
 
 
-def _render(form: str, report: Report, drawn: dict[str, str]) -> list[tuple[str, str]]:
+def render(form: str, report: Report, drawn: Mapping[str, str]) -> list[tuple[str, str]]:
     """Files of one format; whatever goes wrong in another package's renderer is a UsageError that names it."""
     renderer: Renderer = RENDERERS.get(form)
     if form in FORMATS:
@@ -80,14 +80,21 @@ def _render(form: str, report: Report, drawn: dict[str, str]) -> list[tuple[str,
     return files
 
 
+def draw(report: Report) -> dict[str, str]:
+    """Every figure as SVG, by id."""
+    if not report.figures:
+        return {}
+    from d2obench.report.charts import svg
+
+    return {figure.id: svg(figure) for figure in report.figures}
+
+
 def _figures(report: Report, folder: Path) -> dict[str, str]:
     """Every figure as SVG and CSV in ``figures/``; figures of an earlier rendering that are no more are removed."""
-    from d2obench.report.charts import svg
     from d2obench.report.render.csvs import figure as data
 
-    drawn = {}
+    drawn = draw(report)
     for figure in report.figures:
-        drawn[figure.id] = svg(figure)
         write_atomic(folder / "figures" / f"{figure.id}.svg", drawn[figure.id].encode())
         write_atomic(folder / "figures" / f"{figure.id}.csv", data(figure).encode("utf-8", "replace"))
     for old in (folder / "figures").glob("*.*"):

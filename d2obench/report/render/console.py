@@ -1,4 +1,4 @@
-"""The report on a terminal: the verdict and the headline tables, by rich."""
+"""A report on a terminal: what it says, the headline tables and the notes, by rich."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from d2obench.report.view import Entry, Report, Table
+from d2obench.report.view import Field, Report, Table, printable
 
 STYLES = {"": "", "best": "bold green", "warn": "yellow", "bad": "red", "quiet": "dim"}
 
 
-def show_report(report: Report, console: Console) -> None:
-    """Prints what a reader wants first; the files hold the rest."""
+def show_report(report: Report, console: Console, *, every: bool = False) -> None:
+    """Prints what a reader wants first; the files hold the rest. ``every`` adds the tables that stand below."""
     for table in report.headline[:1] or report.tables:
         show_table(table, console)
-    for table in report.targets:
+    for table in (*report.targets, *(report.tables if every else ())):
         show_whole(table, console)
     for line in report.reading:
-        console.print(Text(_clean(line), style="dim"))
+        console.print(Text(printable(line), style="dim"))
     for line in report.warnings:
-        console.print(Text(f"! {_clean(line)}", style="yellow"))
+        console.print(Text(f"! {printable(line)}", style="yellow"))
     for line in report.verdict:
-        console.print(Text(f"• {_clean(line)}"))
+        console.print(Text(f"• {printable(line)}"))
+
+
+def show_verdicts(report: Report, console: Console, *, every: bool = False) -> None:
+    """A gate's or comparison's outcome; ``every`` adds what is in order."""
+    console.print(Text(printable(f"{report.title}; {report.subtitle}")))
+    for table in (*report.headline, *(report.tables if every else ())):
+        show_whole(table, console)
+    for line in report.warnings:
+        console.print(Text(f"note: {printable(line)}"))
+    for line in report.again:
+        console.print(Text(f"run: {printable(line)}"), soft_wrap=True)
+    for line in report.verdict:
+        console.print(Text(printable(line), style="bold"))
 
 
 def show_table(table: Table, console: Console) -> None:
@@ -32,7 +45,7 @@ def show_table(table: Table, console: Console) -> None:
     blocks = _blocks(table, first, console)
     for number, places in enumerate(blocks):
         made = _rich(table, places, first if number else 0)
-        made.title = Text(_clean(table.title) + (" (continued)" if number else ""), style="bold")
+        made.title = Text(printable(table.title) + (" (continued)" if number else ""), style="bold")
         console.print(made)
     if table.left_out:
         console.print(Text(f"{table.left_out} more rows are in results.csv", style="dim"))
@@ -41,7 +54,7 @@ def show_table(table: Table, console: Console) -> None:
 def show_whole(table: Table, console: Console) -> None:
     """A table of few columns in one piece; what is too wide for the terminal is broken inside its fields."""
     made = _rich(table, list(range(len(table.columns))))
-    made.title = Text(_clean(table.title), style="bold")
+    made.title = Text(printable(table.title), style="bold")
     console.print(made)
 
 
@@ -73,7 +86,7 @@ def _rich(table: Table, places: list[int], first: int = 0) -> RichTable:
     made = RichTable(title_justify="left", header_style="bold", pad_edge=False)
     for place in places:
         column = table.columns[place]
-        head = Text(_clean(column.title).replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
+        head = Text(printable(column.title).replace(" − ", " −\n").replace(", ", "\n").replace(" · ", "\n· "))
         made.add_column(head, justify="right" if column.numeric else "left", overflow="fold")
     for number, row in enumerate(table.rows):
         if only and not any(row[place].text for place in words):
@@ -84,13 +97,8 @@ def _rich(table: Table, places: list[int], first: int = 0) -> RichTable:
     return made
 
 
-def _text(entry: Entry) -> Text:
-    text = Text(_clean(entry.text), style=STYLES[entry.mark])
-    if entry.half:
-        text.append(f" ±{entry.half}", style="not bold dim")
+def _text(field: Field) -> Text:
+    text = Text(printable(field.text), style=STYLES[field.mark])
+    if field.half:
+        text.append(f" ±{field.half}", style="not bold dim")
     return text
-
-
-def _clean(text: str) -> str:
-    """Control characters, ANSI among them, and those that turn the direction of text are taken out."""
-    return "".join(char if char.isprintable() else "�" for char in text)

@@ -1,4 +1,4 @@
-"""CSV: tidy (one row per cell and metric) and wide (one row per cell), and the data of each figure."""
+"""CSV: one row for each figure of each cell, one row for each cell, the targets, and the data of each picture."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from d2obench.report.view import Figure, Report, Tidy
+from d2obench.report.render import Drawn, Files
+from d2obench.report.view import CsvRow, Figure, Report
 
-HEAD = Tidy.__struct_fields__[: Tidy.__struct_fields__.index("metric")]
+HEAD = CsvRow.__struct_fields__[: CsvRow.__struct_fields__.index("metric")]
 
 
-def tidy(report: Report) -> str:
+def files(report: Report, drawn: Drawn) -> Files:
+    """One line for each figure, one for each row, and one for each target where the suite states any."""
+    made = [("results.csv", results(report)), ("results-wide.csv", wide(report))]
+    return [*made, ("targets.csv", targets(report))] if report.targets else made
+
+
+def results(report: Report) -> str:
     """Values in base units in full precision; ``shown`` is the text every view prints."""
     return _text(
-        Tidy.__struct_fields__, ([getattr(row, name) for name in Tidy.__struct_fields__] for row in report.tidy)
+        CsvRow.__struct_fields__, ([getattr(row, name) for name in CsvRow.__struct_fields__] for row in report.results)
     )
 
 
 def wide(report: Report) -> str:
     """One row per cell: its axes, then each metric with the bounds of its interval."""
-    metrics = list(dict.fromkeys(row.metric for row in report.tidy))
-    bounded = {row.metric for row in report.tidy if row.lo is not None}
+    metrics = list(dict.fromkeys(row.metric for row in report.results))
+    bounded = {row.metric for row in report.results if row.lo is not None}
     columns = [name for key in metrics for name in ((key, f"{key}_lo", f"{key}_hi") if key in bounded else (key,))]
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in report.tidy:
+    for row in report.results:
         found = cells.setdefault(tuple(getattr(row, name) for name in HEAD), {"flags": row.flags})
         found |= {row.metric: row.value, f"{row.metric}_lo": row.lo, f"{row.metric}_hi": row.hi}
     rows = ([*head, *(values.get(name) for name in columns), values["flags"]] for head, values in cells.items())

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.resources
 import json
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from d2obench.report.view import Figure, Report
+from d2obench.report.render import Drawn, Files
+from d2obench.report.view import Figure, Report, printable
 
 MAX_POINTS = 200
+
+
+def files(report: Report, drawn: Drawn) -> Files:
+    """One self-contained page."""
+    return [(f"{report.name}.html", html(report, drawn))]
 
 
 def html(report: Report, drawn: Mapping[str, str]) -> str:
@@ -58,7 +64,7 @@ def _number(value: Any) -> str:
 
 
 def _themes() -> Markup:
-    from d2obench.report.palette import DARK, LIGHT
+    from d2obench.report.charts import DARK, LIGHT
 
     return Markup(json.dumps({"light": LIGHT, "dark": DARK}, sort_keys=True))
 
@@ -74,7 +80,7 @@ def _bundle() -> str:
 
 @cache
 def _read(name: str) -> str:
-    return (files("d2obench.report") / "templates" / name).read_text("utf-8")
+    return (importlib.resources.files("d2obench.report") / "templates" / name).read_text("utf-8")
 
 
 @cache
@@ -87,10 +93,5 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["plain"] = _plain
+    environment.filters["plain"] = lambda text: printable(str(text), keep="\n")
     return environment.get_template("page.html")
-
-
-def _plain(text: str) -> str:
-    """Control characters and those that turn the direction of text become a replacement sign."""
-    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import Run, Value
-from d2obench.report.fields import WORDS, signed
-from d2obench.report.quality import held, primary, tasks_of
-from d2obench.report.rows import Row, grouped, volume
+from d2obench.report.rows import Row, grouped, kv_bytes, primary, tasks_of, volume
+from d2obench.report.tables import ENDINGS, signed
 from d2obench.suite.definition import SPEED
 
 MAX_SETTINGS, MAX_D2O = 4, 4
@@ -39,7 +38,7 @@ def _outcome(runs: Sequence[tuple[str, Run]]) -> str:
     found: Counter[str] = Counter()
     planned = 0
     for _, run in runs:
-        found.update(WORDS[cell.status] for cell in run.cells if cell.status != "ok")
+        found.update(ENDINGS[cell.status] for cell in run.cells if cell.status != "ok")
         found.update(["not run"] * len(run.missing))
         planned += len(run.cells) + len(run.missing)
     if not planned:
@@ -159,7 +158,7 @@ def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:
     full = next((other for other in group if other.key.policy == "full"), None)
     gains = [row_value(row, SPEED, metric) for metric in ("speedup", "speedup_memory")]
     words = [word for word in gains if word]
-    if full is not None and (mine := held(row)) is not None and (theirs := held(full)) is not None:
+    if full is not None and (mine := kv_bytes(row)) is not None and (theirs := kv_bytes(full)) is not None:
         words.append(f"KV {show('kv_bytes', mine)} MiB instead of {show('kv_bytes', theirs)} MiB")
     for task in tasks_of([row]):
         metric = primary(group, task)

@@ -7,6 +7,7 @@ last look even where an earlier one decides, so that further gates can be replay
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -19,19 +20,20 @@ import msgspec
 
 from d2obench import errors
 from d2obench.errors import WorkerError
-from d2obench.gate.arm import Arm
-from d2obench.gate.both import both
+from d2obench.gate.arm import Arm, both
 from d2obench.gate.rounds import Rounds, measure_group
 from d2obench.gate.rules import confirm, tolerance
-from d2obench.gate.study import faults
-from d2obench.gate.study.trials import Pairs, Rule, Study, Trial, live_outcomes, replay
 from d2obench.gate.verdict import Row, Verdict
+from d2obench.record import finite, write_atomic
 from d2obench.run.worker_client import WORKER
+from d2obench.study import faults
+from d2obench.study.trials import Outcome, Pairs, Rule, Study, Trial, live_outcomes, replay
 from d2obench.suite.definition import Cell, Suite, cells, load_suite
 
 SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}
 METRIC = "tpot_s"
 CHANGES = (0.0, 0.1, 0.2)
+_HEAD = "| head | gates | n | REGRESSED | INCONCLUSIVE | OK | share REGRESSED (95 %) |\n|---|---|--:|--:|--:|--:|--:|\n"
 FACTS = ("cpu", "cores", "logical_cores", "threads", "torch", "transformers", "python", "commit", "dirty")
 
 
@@ -142,3 +144,48 @@ def burning(wanted: bool) -> Iterator[None]:
 def root() -> Path:
     """Where this d2obench is imported from."""
     return Path(errors.__file__).resolve().parents[1]
+
+
+def write_study(folder: Path, found: Study) -> None:
+    """Writes ``study.json`` with every recorded pair, and ``README.md`` with the shares of each verdict."""
+    text = json.dumps(finite(msgspec.to_builtins(found)), indent=None, sort_keys=True, separators=(",", ":"))
+    write_atomic(folder / "study.json", text.replace('{"change"', '\n{"change"').encode() + b"\n")
+    write_atomic(folder / "README.md", as_markdown(found).encode())
+
+
+def as_markdown(found: Study) -> str:
+    """What was tried, on which machine, and how it came out."""
+    rule, facts = found.rule, found.environment
+    limit, level, looks = _percent(rule["limit"]), _percent(rule["level"]), ", ".join(map(str, _list(rule["looks"])))
+    others = "another process kept one core busy" if found.load else "nothing else was started"
+    seconds = sum(one.seconds for one in found.trials)
+    commit = str(facts.get("commit") or "unknown")[:12] + (" and changes" if facts.get("dirty") else "")
+    lines = [
+        "# The gate's timed rule, tried\n",
+        f"`{rule['metric']}` of `{rule['cell']}`; REGRESSED beyond {limit} at {level}"
+        f" after {looks} rounds, and only where fresh processes find it again. Every"
+        " live gate starts its own processes; a slower head has a real delay in its decode loop. Replayed gates are"
+        " made of what the live gates of equal code recorded, the head's times multiplied.\n",
+        f"{facts.get('cpu', 'unknown processor')}, {facts.get('logical_cores', '?')} threads, torch"
+        f" {facts.get('torch', '?')}, commit {commit}; {others}."
+        f" {len(found.trials)} live gates took {seconds:.0f} s.\n",
+        _HEAD + "".join(map(_line, found.outcomes)),
+        "`study.json` holds every pair of rounds. Made by `d2obench doctor --study --output FOLDER"
+        f"{' --load' if found.load else ''}`.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _line(one: Outcome) -> str:
+    share, lo, hi = one.share(Verdict.REGRESSED)
+    shown = (Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.OK)
+    counts = " | ".join(str(one.counts.get(verdict, 0)) for verdict in shown)
+    return f"| {one.change:+.0%} | {one.kind} | {one.total} | {counts} | {share:.1%} ({lo:.1%} … {hi:.1%}) |\n"
+
+
+def _percent(value: object) -> str:
+    return f"{value:.0%}" if isinstance(value, float) else str(value)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Faults put into a worker on purpose, to try a gate on them: ``python -m d2obench.gate.study.faults NAME=AMOUNT …``.
+"""Faults put into a worker on purpose, to try a gate on them: ``python -m d2obench.study.faults NAME=AMOUNT …``.
 
 Each is one small change at a seam of the engine, made in that process only and before it answers. Each names the
 figure that must catch it.
@@ -113,7 +113,7 @@ FAULTS: dict[str, Callable[[float], None]] = {
 
 def command(name: str, amount: float) -> Sequence[str]:
     """The words after ``python`` that start a worker with this fault."""
-    return ("-P", "-m", "d2obench.gate.study.faults", f"{name}={amount:g}")
+    return ("-P", "-m", "d2obench.study.faults", f"{name}={amount:g}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""Ratios of two caches that were measured in the same rounds: the one place where they are defined and computed.
+
+The runner records the ratios to the full cache, a report adds those to StreamingLLM, to the library's caches and to
+D2O's rivals, and a gate compares the same ratios of two revisions. All of them are pairs of rounds: what slows the
+machine down for a while slows both sides of a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from d2obench.record import Value
+from d2obench.stats.bootstrap import paired_ratio
+
+FULL, STREAMING = "full", "streaming"
+Round = Mapping[str, Any]
+"""One measured request as a run keeps it: ``round``, ``ttft_s``, ``decode_s``, ``e2e_s``, ``peaks``."""
+
+
+class Ratio(NamedTuple):
+    """How a ratio is formed.
+
+    Args:
+        partner: the policy on the other side; empty where the caller chooses it.
+        figure: what is compared of a round; None or 0 leaves the round out.
+        speedup: True for partner ÷ own (above 1 is better), False for own ÷ partner (a cost, below 1 is better).
+    """
+
+    partner: str
+    figure: Callable[[Round], float | None]
+    speedup: bool
+
+
+def seconds(key: str) -> Callable[[Round], float | None]:
+    """The time ``key`` of a round."""
+
+    def read(one: Round) -> float | None:
+        value = one.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    return read
+
+
+def peak_to_first_token(one: Round) -> float | None:
+    """The highest memory of a round until its first token: the allocator's where there is one, else the process's."""
+    peaks = one.get("peaks")
+    phases = [peaks.get(name) or {} for name in ("prefill", "compress")] if isinstance(peaks, dict) else []
+    for key in ("allocated_bytes", "rss_bytes"):
+        known = [phase[key] for phase in phases if isinstance(phase.get(key), int | float)]
+        if known:
+            return float(max(known))
+    return None
+
+
+RATIOS: dict[str, Ratio] = {
+    "speedup": Ratio(FULL, seconds("decode_s"), True),
+    "speedup_e2e": Ratio(FULL, seconds("e2e_s"), True),
+    "speedup_memory": Ratio(FULL, seconds("decode_s"), True),
+    "prefill_cost": Ratio(FULL, seconds("ttft_s"), False),
+    "prefill_peak_cost": Ratio(FULL, peak_to_first_token, False),
+    "to_streaming": Ratio(STREAMING, seconds("decode_s"), True),
+    "to_library": Ratio("", seconds("decode_s"), True),
+    "decode_rival": Ratio("", seconds("decode_s"), True),
+}
+"""Every paired ratio of the metric table. ``speedup_memory`` compares each at its own largest batch."""
+
+
+def pairs(metric: str, mine: Iterable[Round], partner: Iterable[Round]) -> tuple[list[float], list[float]]:
+    """The figures of ``mine`` and of ``partner`` in the rounds that both have and in which both are above 0."""
+    figure = RATIOS[metric].figure
+    theirs = {one.get("round"): figure(one) for one in partner}
+    both = [(figure(one), theirs.get(one.get("round"))) for one in mine]
+    good = [(a, b) for a, b in both if a and b and min(a, b) > 0]
+    return [a for a, _ in good], [b for _, b in good]
+
+
+def ratio(metric: str, seed: str, mine: Iterable[Round], partner: Iterable[Round], per: float = 1.0) -> Value | None:
+    """One ratio with its interval; None where the two share no round.
+
+    Args:
+        metric: a key of RATIOS.
+        seed: names what is compared, so that the resampling can be repeated.
+        mine: rounds of the cell.
+        partner: rounds of the cell it is compared with.
+        per: own batch ÷ the partner's batch, where the two differ on purpose.
+    """
+    ours, theirs = pairs(metric, mine, partner)
+    if not ours:
+        return None
+    ours = [value / per for value in ours]
+    below, above = (ours, theirs) if RATIOS[metric].speedup else (theirs, ours)
+    return Value(*paired_ratio(below, above, seed=f"{seed}:{metric}"), n=len(ours))
+
+
+def against_full(
+    cell: str, mine: Sequence[Round], full: Sequence[Round], *, batches: tuple[int, int] | None = None
+) -> dict[str, Value]:
+    """What the runner records of a cell beside the full cache.
+
+    Args:
+        cell: the cell's id.
+        mine: its rounds.
+        full: rounds of the full cache.
+        batches: batch of the cell and of the full cache where each ran at its own largest one; then only their
+            throughputs can be compared, and equal batch and equal memory are never mixed.
+    """
+    if batches is not None:
+        found = {"speedup_memory": ratio("speedup_memory", cell, mine, full, batches[0] / batches[1])}
+    else:
+        found = {name: ratio(name, cell, mine, full) for name in ("speedup", "speedup_e2e", "prefill_cost")}
+    return {name: value for name, value in found.items() if value is not None}
