@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from d2obench.external import open_session
 from d2obench.attention.prompt import prompt_attention
-from d2obench.cache import Session
 from d2obench.errors import D2OBenchError, ModelError, UsageError
 from d2obench.models import load
 from d2obench.policies.base import Needs
@@ -21,7 +21,7 @@ def prompts(*lengths, seed=0, vocab=256):
 
 
 def run(loaded, policy, budget, given, steps=16):
-    session = Session(loaded, policy, None if policy in ("full", "hf-dynamic", "hf-static") else budget, max_new=steps)
+    session = open_session(loaded, policy, None if policy in ("full", "hf-dynamic", "hf-static") else budget, max_new=steps)
     logits = session.prefill(given)
     session.compress()
     out = []
@@ -82,10 +82,10 @@ def test_the_full_cache_equals_the_library_own(tiny, yardstick):
 def test_half_precision_stays_near_float32(policy, dtype):
     given = prompts(60)
     half = load("shape:tiny", dtype, "cpu")
-    session = Session(half, policy, None if policy == "full" else "0.3", max_new=4)
+    session = open_session(half, policy, None if policy == "full" else "0.3", max_new=4)
     logits = session.prefill(given)
     session.compress()
-    full = Session(half, "full", None, max_new=4)
+    full = open_session(half, "full", None, max_new=4)
     assert torch.allclose(logits, full.prefill(given), atol=0.05)
     full.compress()
     assert torch.isfinite(session.step(logits.argmax(-1))).all()
@@ -121,7 +121,7 @@ class Trace(TorchDispatchMode):
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "d2o"])
 def test_a_decode_step_neither_concatenates_nor_reallocates_nor_waits(tiny, policy):
-    session = Session(tiny, policy, None if policy == "full" else "0.5", max_new=8)
+    session = open_session(tiny, policy, None if policy == "full" else "0.5", max_new=8)
     logits = session.prefill(prompts(2000))
     session.compress()
     logits = session.step(logits.argmax(-1))
@@ -143,7 +143,7 @@ def test_a_decode_step_neither_concatenates_nor_reallocates_nor_waits(tiny, poli
 
 def test_a_fork_comes_back_to_where_it_was(tiny):
     for policy in POLICIES:
-        session = Session(tiny, policy, None if policy == "full" else "0.3", max_new=20)
+        session = open_session(tiny, policy, None if policy == "full" else "0.3", max_new=20)
         logits = session.prefill(prompts(70, 52))
         session.compress()
         saved = session.snapshot()
@@ -155,12 +155,12 @@ def test_a_fork_comes_back_to_where_it_was(tiny):
 
 def test_what_cannot_run_says_so(tiny):
     with pytest.raises(UsageError, match="can see"):
-        Session(tiny, "full", None, max_new=10).prefill(prompts(4090))
+        open_session(tiny, "full", None, max_new=10).prefill(prompts(4090))
     with pytest.raises(UsageError, match="empty prompt"):
-        Session(tiny, "full", None, max_new=10).prefill([[]])
+        open_session(tiny, "full", None, max_new=10).prefill([[]])
     with pytest.raises(D2OBenchError, match="needs a budget"):
-        Session(tiny, "h2o", None, max_new=10).prefill(prompts(10))
-    session = Session(tiny, "d2o", "0.5", max_new=10)
+        open_session(tiny, "h2o", None, max_new=10).prefill(prompts(10))
+    session = open_session(tiny, "d2o", "0.5", max_new=10)
     session.prefill(prompts(10))
     with pytest.raises(ModelError, match="compressed policy cache"):
         session.skip_to(5)
@@ -169,7 +169,7 @@ def test_what_cannot_run_says_so(tiny):
 @pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "d2o"])
 def test_skipping_ahead_keeps_sizes_and_positions_true(tiny, policy):
     budget = None if policy == "full" else "0.3"
-    session = Session(tiny, policy, budget, max_new=64)
+    session = open_session(tiny, policy, budget, max_new=64)
     logits = session.prefill(prompts(40))
     session.compress()
     for _ in range(3):

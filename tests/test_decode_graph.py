@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from d2obench.external import open_session
 from d2obench import cpu
 from d2obench.cache import Session
 from d2obench.cache import cuda_graph as graph
@@ -82,7 +83,7 @@ def launches_on(tape: Tape) -> Iterator[None]:
 
 def opened(policy: str, family: str = "llama-gqa2", steps: int = STEPS) -> tuple[Session, torch.Tensor]:
     budget = None if policy in ("full", "quant", "hf-static") else "0.4"
-    session = Session(tiny_model(family), policy, budget, max_new=steps)
+    session = open_session(tiny_model(family), policy, budget, max_new=steps)
     logits = session.prefill(prompts(26, 17))
     session.compress()
     return session, logits
@@ -350,7 +351,7 @@ class TestOnGPU:
                 patch.setattr(kernels, "fused", lambda state: "asked for")
             loaded = load("shape:tiny", dtype, "cuda")
             budget = None if policy == "full" else "0.3"
-            session = Session(loaded, policy, budget, max_new=self.STEPS + 1)
+            session = open_session(loaded, policy, budget, max_new=self.STEPS + 1)
             generator = torch.Generator().manual_seed(0)
             given = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (300, 211)]
             logits = session.prefill(given)
@@ -402,7 +403,7 @@ class TestOnGPU:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         fill(model, 7)
         wide = as_loaded("wide", model.to(torch.bfloat16).cuda(), None, digest="wide", has_sense=False)
-        session = Session(wide, policy, None if policy == "full" else "0.2", max_new=12)
+        session = open_session(wide, policy, None if policy == "full" else "0.2", max_new=12)
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(0, 256, (batch, 1000), generator=generator)
         session.prefill(prompt.tolist())

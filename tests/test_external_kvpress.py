@@ -17,7 +17,7 @@ from tiny_families import prompts, tiny_model
 from d2obench.cache import Session
 from d2obench.cli import main
 from d2obench.errors import D2OBenchError, PolicyError, UsageError, WorkerError
-from d2obench.external.setup import marks, prepare
+from d2obench.external import check_installed, open_session, record_of
 from d2obench.policies import other, parse_policy, takes_budget
 from d2obench.run import isolated_workers as environments
 
@@ -43,7 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def decoded(policy: str, budget: str, texts: list[list[int]], steps: int = 3) -> tuple[torch.Tensor, Session]:
-    session = Session(tiny_model("llama-gqa2"), policy, budget, max_new=steps)
+    session = open_session(tiny_model("llama-gqa2"), policy, budget, max_new=steps)
     session.prefill(texts)
     session.compress()
     return torch.stack([session.step(torch.full((len(texts),), 3 + i)) for i in range(steps)], 1), session
@@ -53,7 +53,7 @@ def decoded(policy: str, budget: str, texts: list[list[int]], steps: int = 3) ->
 @pytest.mark.parametrize("budget", ["0.3", "7", "0.29", "1", "1.0", "64"])
 def test_a_budget_is_kept_to_the_token(budget: str) -> None:
     marked: list[str] = []
-    session = Session(tiny_model("llama-gqa2"), RECENT, budget, max_new=4, mark=marked.append)
+    session = open_session(tiny_model("llama-gqa2"), RECENT, budget, max_new=4, mark=marked.append)
     session.prefill(prompts(30, 30))
     session.compress()
     keep = {"0.3": 9, "7": 7, "0.29": 9, "1": 1, "1.0": 30, "64": 30}[budget]
@@ -93,7 +93,7 @@ def test_a_batch_of_unlike_lengths_is_its_sequences() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_a_snapshot_is_come_back_to_any_number_of_times() -> None:
-    session = Session(tiny_model("llama-gqa2"), RECENT, "0.4", max_new=4)
+    session = open_session(tiny_model("llama-gqa2"), RECENT, "0.4", max_new=4)
     session.prefill(prompts(30, 19))
     session.compress()
     saved, first = session.snapshot(), []
@@ -109,7 +109,7 @@ def test_a_snapshot_is_come_back_to_any_number_of_times() -> None:
 def test_presses_hold_presses_and_what_is_wrong_is_one_line() -> None:
     nested = "kvpress:WrapperPress(press=RecentPress(window_size=2))"
     assert decoded(nested, "6", prompts(20))[1].footprint().kept == [[6]] * 2
-    assert prepare([nested])["kvpress"] == "9.9"
+    assert check_installed([nested])["kvpress"] == "9.9"
     for text, said in {
         "kvpress:RecentPres": "did you mean 'RecentPress'?",
         "kvpress:BasePresss": "has no press",
@@ -120,7 +120,7 @@ def test_presses_hold_presses_and_what_is_wrong_is_one_line() -> None:
         "kvpress:WrapperPress(press=NoPress)": "has no press 'NoPress'",
     }.items():
         with pytest.raises(PolicyError, match=said.replace("?", r"\?")):
-            prepare([text])
+            check_installed([text])
 
 
 def test_the_words_of_a_policy() -> None:
@@ -141,7 +141,7 @@ def test_the_words_of_a_policy() -> None:
             other(text)
     with pytest.raises(PolicyError, match="no policy cache"):
         parse_policy("kvpress:SnapKVPress")
-    assert marks("d2o") == {}
+    assert record_of("d2o") == {}
 
 
 def test_without_it_is_one_line_with_both_ways(
@@ -150,7 +150,7 @@ def test_without_it_is_one_line_with_both_ways(
     monkeypatch.setenv("D2OBENCH_CACHE", str(tmp_path))
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(UsageError, match="can't be imported here"):
-        prepare(["kvpress:SnapKVPress"])
+        check_installed(["kvpress:SnapKVPress"])
     for words, said in (
         (["--policy", "kvpress:SnapKVPress"], ("bridges install kvpress", "--python")),
         (["--policy", "full", "--python", sys.executable], ("no policy here needs another interpreter",)),

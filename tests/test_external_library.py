@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from d2obench.cache import Session
 from d2obench.errors import ModelError, UsageError
+from d2obench.external import open_session
 from d2obench.models import LoadedModel, load
 from d2obench.models.base import bound_of
 from d2obench.policies import YARDSTICKS
@@ -22,7 +22,7 @@ def tiny() -> LoadedModel:
 
 
 def logits_of(loaded: LoadedModel, policy: str, steps: int = 5) -> list[torch.Tensor]:
-    session = Session(loaded, policy, None, max_new=steps)
+    session = open_session(loaded, policy, None, max_new=steps)
     found = [session.prefill(PROMPTS)]
     session.compress()
     for _ in range(steps):
@@ -39,7 +39,7 @@ def test_a_yardstick_says_what_full_says(tiny: LoadedModel, name: str) -> None:
 
 @pytest.mark.parametrize("name", YARDSTICKS)
 def test_a_jump_leaves_a_yardstick_as_long_as_the_real_thing(tiny: LoadedModel, name: str) -> None:
-    jumped, whole = (Session(tiny, name, None, max_new=24) for _ in range(2))
+    jumped, whole = (open_session(tiny, name, None, max_new=24) for _ in range(2))
     for session in (jumped, whole):
         session.prefill(PROMPTS)
         session.compress()
@@ -54,7 +54,7 @@ def test_a_jump_leaves_a_yardstick_as_long_as_the_real_thing(tiny: LoadedModel, 
 
 
 def test_a_preallocated_cache_hands_out_what_is_filled_only(tiny: LoadedModel) -> None:
-    session = Session(tiny, "sdpa-static", None, max_new=8)
+    session = open_session(tiny, "sdpa-static", None, max_new=8)
     session.prefill(PROMPTS)
     layer = session.cache.layers[0]
     assert layer.keys.shape[2] == 15
@@ -65,8 +65,8 @@ def test_a_preallocated_cache_hands_out_what_is_filled_only(tiny: LoadedModel) -
 def test_beyond_the_context_only_where_it_was_asked_for(tiny: LoadedModel) -> None:
     long = [[1] * 4090]
     with pytest.raises(UsageError, match="its context is 4096 tokens"):
-        Session(tiny, "streaming", "32", max_new=10).prefill(long)
-    session = Session(tiny, "streaming", "32", max_new=10, beyond=True)
+        open_session(tiny, "streaming", "32", max_new=10).prefill(long)
+    session = open_session(tiny, "streaming", "32", max_new=10, beyond=True)
     session.prefill(long)
     session.compress()
     for _ in range(10):
@@ -114,7 +114,7 @@ def test_a_sliding_window_is_not_jumped_over() -> None:
 def test_two_sessions_on_one_model_do_not_change_what_the_other_says(tiny: LoadedModel, other: str) -> None:
     """Their steps alternate on one model, although each needs an attention function of its own."""
     expected = logits_of(tiny, "full")
-    ours, theirs = (Session(tiny, policy, None, max_new=5) for policy in ("full", other))
+    ours, theirs = (open_session(tiny, policy, None, max_new=5) for policy in ("full", other))
     for session in (ours, theirs):
         torch.testing.assert_close(session.prefill(PROMPTS), expected[0], atol=1e-4, rtol=1e-4)
         session.compress()

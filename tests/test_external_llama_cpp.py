@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from d2obench.cache import Session
+from d2obench.external import open_session
 from d2obench.cli import main
 from d2obench.errors import ModelError, PolicyError, UsageError, WorkerError
 from d2obench.external.llama_cpp import GgufModel, load
@@ -71,7 +71,7 @@ def loaded(**changes: Any) -> LoadedModel:
 def test_tokens_come_in_the_order_of_their_sequences(fake: type[Server]) -> None:
     fake.script = [(1, "b", 1), (0, "a", 1), (0, "é", 3), (1, "a", 2), (1, "?", 3)]
     marked: list[str] = []
-    session = Session(loaded(), "llama.cpp(cache=q8_0)", None, max_new=2, mark=marked.append)
+    session = open_session(loaded(), "llama.cpp(cache=q8_0)", None, max_new=2, mark=marked.append)
     steps = [session.prefill([[1, 2, 3], [1, 2]])]
     session.compress()
     steps += [session.step(torch.tensor([0, 0])) for _ in range(2)]
@@ -95,7 +95,7 @@ def test_tokens_come_in_the_order_of_their_sequences(fake: type[Server]) -> None
 def test_the_cache_takes_what_llama_cpp_says(fake: type[Server], cache: str, size: int) -> None:
     """Two sequences of 256 cells: its own log says 11.25, 5.98 and 3.16 MiB."""
     fake.script = [(0, "a", 1), (1, "a", 1)]
-    session = Session(loaded(), f"llama.cpp(cache={cache})", None, max_new=8)
+    session = open_session(loaded(), f"llama.cpp(cache={cache})", None, max_new=8)
     session.prefill([[1] * 64, [1] * 64])
     assert session.footprint().kv_bytes == size
     session.close()
@@ -104,9 +104,9 @@ def test_the_cache_takes_what_llama_cpp_says(fake: type[Server], cache: str, siz
 def test_what_goes_wrong_is_said(fake: type[Server]) -> None:
     fake.script = []
     with pytest.raises(WorkerError, match="out of slots"):
-        Session(loaded(), "llama.cpp", None, max_new=2).prefill([[1]])
+        open_session(loaded(), "llama.cpp", None, max_new=2).prefill([[1]])
     fake.script = [(0, "a", 1)]
-    session = Session(loaded(), "llama.cpp", None, max_new=2)
+    session = open_session(loaded(), "llama.cpp", None, max_new=2)
     session.prefill([[1]])
     with pytest.raises(WorkerError, match="before all tokens came"):
         session.step(torch.tensor([0]))
@@ -115,7 +115,7 @@ def test_what_goes_wrong_is_said(fake: type[Server]) -> None:
     with pytest.raises(ModelError, match="forked"):
         session.snapshot()
     with pytest.raises(UsageError, match="its context is 8 tokens"):
-        Session(loaded(context=8), "llama.cpp", None, max_new=2).prefill([[1] * 8])
+        open_session(loaded(context=8), "llama.cpp", None, max_new=2).prefill([[1] * 8])
     with pytest.raises(ModelError, match="on the CPU"):
         load("embedded", "float32", "cuda:0")
 
@@ -143,7 +143,7 @@ def test_what_it_can_not_do_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     monkeypatch.setattr("d2obench.policies.others._found", lambda module: True)
-    monkeypatch.setattr("d2obench.external.setup._versions", lambda asked: {})
+    monkeypatch.setattr("d2obench.external._versions", lambda asked: {})
     with pytest.raises(SystemExit) as done:
         main(["run", "quick", "--policy", "llama.cpp", *words])
     assert done.value.code == 2

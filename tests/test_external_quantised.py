@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from d2obench.cache import Session
 from d2obench.errors import PolicyError
+from d2obench.external import open_session
 from d2obench.models import load
 from d2obench.policies import other
 
@@ -31,7 +31,7 @@ def quanto(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_bytes_are_those_of_packed_numbers_and_scales(bits: int) -> None:
     tiny = load("shape:tiny", "float32", "cpu")
-    full, packed = (Session(tiny, name, None, max_new=8) for name in ("full", f"hf-quantized(bits={bits})"))
+    full, packed = (open_session(tiny, name, None, max_new=8) for name in ("full", f"hf-quantized(bits={bits})"))
     ours, theirs = (session.prefill(TEXT) for session in (full, packed))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     packed.compress()

@@ -141,10 +141,10 @@ def test_a_decode_step_of_a_policy_never_waits_and_adds_no_concatenation(tiny: A
 
 
 def test_a_library_cache_that_concatenates_is_caught(tiny: Any) -> None:
-    from d2obench.cache import Session
+    from d2obench.external import open_session
 
-    ours = count_step(Session(tiny, "full", None, max_new=8), PROMPTS)
-    theirs = count_step(Session(tiny, "hf-dynamic", None, max_new=8), PROMPTS)
+    ours = count_step(open_session(tiny, "full", None, max_new=8), PROMPTS)
+    theirs = count_step(open_session(tiny, "hf-dynamic", None, max_new=8), PROMPTS)
     assert theirs.concatenations["aten.cat"] == ours.concatenations.get("aten.cat", 0) + 2 * tiny.layers
 
 

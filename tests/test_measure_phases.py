@@ -253,12 +253,12 @@ def test_peaks_belong_to_the_phase_they_were_reached_in() -> None:
 
 @pytest.mark.parametrize(("policy", "budget"), [("full", None), ("d2o", "0.3"), ("hf-dynamic", None)])
 def test_the_engine_gives_the_tokens_of_a_plain_greedy_loop(tiny: Any, policy: str, budget: str | None) -> None:
-    from d2obench.cache import Session as Engine
+    from d2obench.external import open_session
 
     prompts = [[3 + i for i in range(40)], [9 + i for i in range(25)]]
 
     def factory(mark: Any) -> Any:
-        return Engine(tiny, policy, budget, max_new=8, mark=mark)
+        return open_session(tiny, policy, budget, max_new=8, mark=mark)
 
     def run(force: torch.Tensor | None = None) -> Any:
         clock, memory = clock_for(tiny.device), probe_for(tiny.device)
@@ -270,7 +270,7 @@ def test_the_engine_gives_the_tokens_of_a_plain_greedy_loop(tiny: Any, policy: s
     assert set(runs[0].peaks) == {"prefill", "compress", "decode"}
     assert [phase for _, phase in runs[0].marks][-1] == "end"
 
-    session = Engine(tiny, policy, budget, max_new=8)
+    session = open_session(tiny, policy, budget, max_new=8)
     tokens = [session.prefill(prompts).argmax(-1)]
     session.compress()
     for _ in range(7):

@@ -1,7 +1,8 @@
 """One batch of sequences through prefill, compression and decoding under one policy.
 
-The loop that every figure comes from. All policies go through the same model code and the same calls; the library's
-own caches (``d2obench.external.library``) are yardsticks that differ in their cache and attention function alone.
+Every figure comes from this loop. All policies go through the same model code and the same calls. Caches and engines of
+others (``d2obench.external``) have sessions derived from this one; ``d2obench.external.open_session`` makes the right
+one for what an axis names.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cache.ranks import shard_of
 from d2obench.decode.cpu.backend import compile_loops
 from d2obench.errors import ModelError, UsageError
-from d2obench.external import library
 from d2obench.models import LoadedModel, rotary
 from d2obench.models.base import bound_of
-from d2obench.policies import other, parse_policy
+from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
 from d2obench.suite.grammar import Budget, parse_budget
 
@@ -84,7 +84,8 @@ class Session:
 
     Args:
         loaded: the model.
-        policy: a policy, as written (``d2o(merge=values)``) or built, or a yardstick's name.
+        policy: a policy, as written (``d2o(merge=values)``) or built; None in a derived class that brings a cache of
+            its own.
         budget: as written (``0.2``, ``512``) or built; None for a policy without one. The ratio 1.0 keeps everything,
             decoded tokens included.
         max_new: decode steps at most.
@@ -93,16 +94,10 @@ class Session:
         beyond: go past the model's context where its positions can: for time and memory, never for what it says.
     """
 
-    def __new__(cls, loaded: LoadedModel, policy: Policy | str, *_: Any, **__: Any) -> Session:
-        """What stands in for a policy has a session of its own; as ``pathlib.Path`` does, this class gives that one."""
-        found = other(policy) if cls is Session and isinstance(policy, str) else None
-        kind: type[Session] = found.opens() if found and found.session else cls
-        return object.__new__(kind)
-
     def __init__(
         self,
         loaded: LoadedModel,
-        policy: Policy | str,
+        policy: Policy | str | None,
         budget: Budget | str | None,
         *,
         max_new: int,
@@ -112,9 +107,8 @@ class Session:
     ) -> None:
         self.loaded, self.max_new, self.seed, self.beyond = loaded, max_new, seed, beyond
         self.mark: Mark = mark or (lambda phase: None)
-        self.yardstick = policy if isinstance(policy, str) and other(policy) else None
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
-        self.policy = None if self.yardstick else parse_policy(policy) if isinstance(policy, str) else policy
+        self.policy = parse_policy(policy) if isinstance(policy, str) else policy
         self._device = loaded.device
         if cpu.suits(loaded.dtype, loaded.device):
             compile_loops()
@@ -161,10 +155,7 @@ class Session:
     @torch.inference_mode()
     def compress(self) -> None:
         """Brings the cache down to the budget."""
-        if isinstance(self.cache, PolicyCache):
-            self.cache.compress()
-        else:
-            self.mark("decode")
+        self.cache.compress()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -175,10 +166,7 @@ class Session:
     def run(self, tokens: Tensor) -> Tensor:
         """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
         what a CUDA graph captures: tensors that outlive the step are changed in place."""
-        mask = self._mask
-        if self.yardstick and mask is not None:
-            self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        out = self._forward(tokens, self._positions, mask if self.yardstick else None)
+        out = self._forward(tokens, self._positions, None)
         self._positions += 1
         return out
 
@@ -211,15 +199,10 @@ class Session:
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
         """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
-        if self.yardstick:
-            library.skip(self.cache, tokens)
-            if self._mask is not None:
-                self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
-        elif self.cache.state is None:
+        if self.cache.state is None:
             raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
-        else:
-            self.cache.state.skip(tokens)
-            self.cache.seen += tokens
+        self.cache.state.skip(tokens)
+        self.cache.seen += tokens
         self._positions += tokens
 
     @torch.inference_mode()
@@ -229,8 +212,6 @@ class Session:
         return own if shard is None else shard.whole(own)
 
     def _footprint(self) -> Footprint:
-        if not isinstance(self.cache, PolicyCache):
-            return _yardstick_footprint(self.cache, self._lengths)
         cache, held = self.cache, self.cache.held()
         requested = None
         if cache.budget is not None and cache.policy.takes_budget:
@@ -253,9 +234,7 @@ class Session:
     @torch.inference_mode()
     def snapshot(self) -> Any:
         """The compressed state, to come back to by :meth:`restore` any number of times."""
-        if isinstance(self.cache, PolicyCache):
-            return self.cache.snapshot(), self._positions.clone(), self._mask
-        raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
+        return self.cache.snapshot(), self._positions.clone(), self._mask
 
     @torch.inference_mode()
     def restore(self, saved: Any) -> None:
@@ -269,10 +248,8 @@ class Session:
         self.cache, self._steps = None, Steps()
 
     def _new_cache(self, longest: int) -> Any:
+        """The cache of a prompt of ``longest`` tokens."""
         model = self.loaded.model
-        if self.yardstick:
-            families.restore(model)
-            return library.library_cache(self.yardstick, model, longest + self.max_new)
         assert self.policy is not None
         return build.cache(
             self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True
@@ -290,16 +267,3 @@ class Session:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-
-def _storage(layer: Any) -> int:
-    held = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
-
-
-def _yardstick_footprint(cache: Any, lengths: list[int]) -> Footprint:
-    size = sum(_storage(layer) for layer in cache.layers)
-    tokens = float(cache.get_seq_length())
-    rows = [[tokens] * len(lengths) for _ in cache.layers]
-    kept = [[float(length) for length in lengths] for _ in cache.layers]
-    none = [0] * len(kept)
-    return Footprint(size, size, 0, lengths, None, kept, rows, 1.0, none, none)

@@ -214,7 +214,7 @@ def _to_nsys(cells: Sequence[Cell], steps: int) -> None:
 
 def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
-    from d2obench.cache import Session
+    from d2obench.external import open_session
     from d2obench.models import load
     from d2obench.suite.grammar import parse_shape
     from d2obench.tasks.prompts import timing_prompts
@@ -229,7 +229,8 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     assert isinstance(axes.batch, int)
 
     def factory(mark: Any) -> Any:
-        return Session(loaded, axes.policy, axes.budget, max_new=max(shape.gen, steps + 2), seed=axes.seed, mark=mark)
+        steps_most = max(shape.gen, steps + 2)
+        return open_session(loaded, axes.policy, axes.budget, max_new=steps_most, seed=axes.seed, mark=mark)
 
     return factory, loaded, timing_prompts(loaded, shape.prompt, axes.batch, axes.seed)
 

@@ -1,4 +1,97 @@
 """Caches and engines that are not ours: transformers' own caches, kvpress and llama.cpp.
 
-Imported by ``run`` and ``tasks``; imports ``cache``.
+``open_session`` makes the session of a policy, ours or another's, and is the one way to a session for the rooms above:
+``tasks``, ``measure``, ``run``, ``bridges`` and ``cli`` import this package. It imports ``cache`` and what is below.
+A library is imported only when its session is opened; importing this package loads nothing of them.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from d2obench.policies import other, parse_policy
+from d2obench.policies.others import Other
+
+if TYPE_CHECKING:
+    from d2obench.cache import Session
+    from d2obench.models import LoadedModel
+    from d2obench.policies.base import Policy
+    from d2obench.suite.grammar import Budget
+
+__all__ = ["check_installed", "loader_of", "open_session", "record_of"]
+
+
+def open_session(
+    loaded: LoadedModel, policy: Policy | Other | str, budget: Budget | str | None, **options: Any
+) -> Session:
+    """The session that runs ``policy``: one on our cache, or that of another library or engine.
+
+    Args:
+        loaded: the model.
+        policy: as written on an axis (``d2o(merge=values)``, ``hf-static``, ``kvpress:SnapKVPress``) or built.
+        budget: as written (``0.2``, ``512``) or built; None for a policy without one.
+        options: ``max_new``, ``seed``, ``mark`` and ``beyond``, as :class:`d2obench.cache.Session` has them.
+
+    Raises:
+        PolicyError: an unknown policy, or one that needs a budget and has none.
+        UsageError: the library it needs is not installed.
+    """
+    from d2obench.cache import Session
+
+    asked = (other(policy) or parse_policy(policy)) if isinstance(policy, str) else policy
+    if isinstance(asked, Other):
+        session: Session = asked.opens()(loaded, asked, budget, **options)
+        return session
+    return Session(loaded, asked, budget, **options)
+
+
+def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
+    """Imports what ``policies`` need and reads their parameters, before anything runs.
+
+    Returns:
+        The version of each distribution they need; None for one whose version can't be told.
+
+    Raises:
+        D2OBenchError: one line for the first thing that is wrong.
+    """
+    found: dict[str, str | None] = {}
+    for text in policies:
+        asked = other(text)
+        if asked is not None:
+            asked.opens().ready(asked)
+            found |= _versions(asked)
+    return found
+
+
+def record_of(policy: str) -> dict[str, Any]:
+    """``versions`` and ``flags`` that the record of a cell must have; empty for a policy of ours."""
+    asked = other(policy)
+    if asked is None or not asked.packages:
+        return {}
+    versions = _versions(asked)
+    return {"versions": versions, "flags": asked.flags(versions)}
+
+
+def loader_of(policy: str) -> Callable[..., LoadedModel]:
+    """What loads the model of a policy's cells: ``d2obench.models.load``, or another engine's own, called alike."""
+    from d2obench.models import load
+
+    asked = other(policy)
+    if asked is None or not asked.loads:
+        return load
+    module, _, name = asked.loads.partition(":")
+    found: Callable[..., LoadedModel] = getattr(import_module(module), name)
+    return found
+
+
+def _versions(asked: Other) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in asked.packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

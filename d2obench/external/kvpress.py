@@ -17,33 +17,32 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from d2obench.attention import families
-from d2obench.cache.session import Footprint, Session
+from d2obench.cache.session import Footprint
 from d2obench.errors import ModelError, PolicyError, UsageError
-from d2obench.policies import other
-from d2obench.policies.others import Kvpress
-from d2obench.suite.grammar import parse_spec
+from d2obench.external.library import LibrarySession
+from d2obench.models import LoadedModel
+from d2obench.policies.others import Kvpress, Other
+from d2obench.suite.grammar import Budget, parse_spec
 
 WHILE_DECODING = ("DecodingPress", "PrefillDecodingPress", "CompressionRatioDecodingPress")
 
 
-class KvpressSession(Session):
+class KvpressSession(LibrarySession):
     """A press at ``compression_ratio`` 1 − budget; a count of tokens becomes the ratio of each prompt."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        asked = other(str(self.yardstick))
-        assert isinstance(asked, Kvpress)
+    def __init__(self, loaded: LoadedModel, asked: Kvpress, budget: Budget | str | None, **options: Any) -> None:
+        super().__init__(loaded, asked, budget, **options)
         if self.budget is None:
-            raise PolicyError(f"'{self.yardstick}' needs a budget", remedy="give one, for example --budget 0.2")
-        self._asked = asked
+            raise PolicyError(f"'kvpress:{asked.method}' needs a budget", remedy="give one, for example --budget 0.2")
         self._parts: list[tuple[Any, Tensor, list[Any]]] = []
         """Cache, positions of the next tokens and masks by head, of each group of sequences."""
         self._prompt_bytes = 0
         self._kept: list[list[float]] = []
 
     @staticmethod
-    def ready(asked: Kvpress) -> None:
+    def ready(asked: Other) -> None:
         """Raises what :func:`build` raises."""
+        assert isinstance(asked, Kvpress)
         build(asked)
 
     @torch.inference_mode()
@@ -144,8 +143,8 @@ class KvpressSession(Session):
     @contextmanager
     def _pressing(self, prompt: int) -> Iterator[None]:
         """The press's hooks on the model, their time marked as compression."""
-        press = build(self._asked)
-        assert self.budget is not None
+        assert isinstance(self.asked, Kvpress) and self.budget is not None
+        press = build(self.asked)
         keep = min(self.budget.of(prompt), prompt)
         # kvpress keeps int(prompt × (1 − ratio)): half a token more makes that exact whatever the last bit
         press.compression_ratio = 0.0 if keep == prompt else 1 - (keep + 0.5) / prompt

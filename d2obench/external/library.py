@@ -2,18 +2,25 @@
 
 ``hf-dynamic`` and ``hf-static`` are transformers' own. ``sdpa-static`` is what one would write by hand: torch's SDPA
 over a preallocated cache, up to where it is filled; transformers' static cache attends to all of it under a mask.
+``hf-quantized`` is transformers' quantised cache (on optimum-quanto), to compare ``quant`` with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from d2obench.attention import families
+from d2obench.cache.session import Footprint, Session
 from d2obench.errors import ModelError
+from d2obench.models import LoadedModel
+from d2obench.policies.others import HfQuantized, Other
+from d2obench.suite.grammar import Budget
 
 PATHS = {
     "hf-dynamic": "transformers' DynamicCache",
@@ -45,6 +52,72 @@ class FilledLayer(StaticLayer):
     def get_seq_length(self) -> int:
         """Tokens held."""
         return self.filled
+
+
+class LibrarySession(Session):
+    """A session on a full cache of transformers' own.
+
+    Args:
+        asked: which cache.
+        options: as :class:`Session` has them.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """Where a layer of the cache holds tensors."""
+
+    def __init__(self, loaded: LoadedModel, asked: Other, budget: Budget | str | None, **options: Any) -> None:
+        super().__init__(loaded, None, budget, **options)
+        self.asked = asked
+
+    def compress(self) -> None:
+        """Nothing is compressed; decoding begins."""
+        self.mark("decode")
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """See :meth:`Session.run`; a library's cache needs the padding mask in every step."""
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        out = self._forward(tokens, self._positions, self._mask)
+        self._positions += 1
+        return out
+
+    @torch.inference_mode()
+    def skip_to(self, tokens: int) -> None:
+        """See :meth:`Session.skip_to`."""
+        skip(self.cache, tokens)
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
+        self._positions += tokens
+
+    @torch.inference_mode()
+    def snapshot(self) -> Any:
+        """Not offered.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
+
+    @staticmethod
+    def ready(asked: Other) -> None:
+        """Raises a UsageError where something that the session needs is missing."""
+        asked.installed()
+
+    def _footprint(self) -> Footprint:
+        size = self._bytes()
+        tokens = float(self.cache.get_seq_length())
+        rows = [[tokens] * len(self._lengths) for _ in self.cache.layers]
+        kept = [[float(length) for length in self._lengths] for _ in self.cache.layers]
+        none = [0] * len(kept)
+        return Footprint(size, size, 0, self._lengths, None, kept, rows, 1.0, none, none)
+
+    def _bytes(self) -> int:
+        """Storage of keys and values now."""
+        return sum(_storage(getattr(layer, name, None)) for layer in self.cache.layers for name in self.parts)
+
+    def _new_cache(self, longest: int) -> Any:
+        families.restore(self.loaded.model)
+        return library_cache(self.asked.name, self.loaded.model, longest + self.max_new)
 
 
 def library_cache(name: str, model: PreTrainedModel, most: int) -> Cache:
@@ -87,3 +160,92 @@ def skip(cache: Cache, tokens: int) -> None:
             layer.filled += tokens
         elif isinstance(layer, StaticLayer):
             layer.cumulative_length.add_(tokens)
+
+
+class QuantisedSession(LibrarySession):
+    """Everything is kept: the prompt and, every ``residual`` tokens, what was decoded since, in ``bits``.
+
+    Raises:
+        UsageError: optimum-quanto is not installed.
+    """
+
+    parts = ("_quantized_keys", "_quantized_values", "keys", "values")
+
+    def __init__(self, loaded: LoadedModel, asked: HfQuantized, budget: Budget | str | None, **options: Any) -> None:
+        super().__init__(loaded, asked, budget, **options)
+        asked.installed()
+        self._prompt_bytes = 0
+        if self._device.type == "cpu":
+            _compile_quanto()
+
+    @torch.inference_mode()
+    def compress(self) -> None:
+        """The prompt was quantised when it was read; remembers how much it takes."""
+        super().compress()
+        self._prompt_bytes = self._bytes()
+
+    @torch.inference_mode()
+    def skip_to(self, tokens: int) -> None:
+        """Stand-ins would have to be quantised anew: not offered."""
+        raise ModelError("a quantised library cache can't be moved on", remedy="use --decode full")
+
+    @torch.inference_mode()
+    def footprint(self) -> Footprint:
+        """As of any full cache, with the bytes of packed numbers, scales and shifts, and of what is still in full."""
+        size = self._bytes()
+        return dataclasses.replace(super().footprint(), kv_bytes=size, prompt_kv_bytes=self._prompt_bytes or size)
+
+    @torch.inference_mode()
+    def snapshot(self) -> Any:
+        """Its layers never write into a tensor they hold, so that holding the tensors is enough."""
+        return [dict(vars(layer)) for layer in self.cache.layers], self._positions.clone(), self._mask
+
+    @torch.inference_mode()
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot` of this session."""
+        for layer, held in zip(self.cache.layers, saved[0], strict=True):
+            vars(layer).clear()
+            vars(layer).update(held)
+        self._positions, self._mask = saved[1].clone(), saved[2]
+
+    def _new_cache(self, longest: int) -> Any:
+        from transformers.cache_utils import QuantizedCache
+
+        asked = self.asked
+        assert isinstance(asked, HfQuantized)
+        families.restore(self.loaded.model)
+        return QuantizedCache(
+            backend="quanto",
+            config=self.loaded.model.config,
+            nbits=asked.bits,
+            q_group_size=asked.group,
+            residual_length=asked.residual,
+        )
+
+
+def _compile_quanto() -> None:
+    """Has optimum-quanto compile its CPU kernel, which it does at the first use on a machine, before anything is timed.
+
+    Raises:
+        ModelError: it can't; its reason.
+    """
+    from optimum.quanto.library.extensions import get_extension
+
+    try:
+        get_extension("quanto_cpp").lib  # noqa: B018 - compiles and loads
+    except (OSError, RuntimeError, ImportError) as problem:
+        raise ModelError(
+            "optimum-quanto can't compile its kernel",
+            why=str(problem).strip().splitlines()[0][:300],
+            remedy="install a C++ compiler and ninja",
+        ) from None
+
+
+def _storage(tensor: Any) -> int:
+    """Storage of a tensor; of a tensor made of others, theirs."""
+    if not isinstance(tensor, Tensor):
+        return 0
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor) is Tensor or flatten is None:
+        return tensor.untyped_storage().nbytes()
+    return sum(_storage(getattr(tensor, name)) for name in flatten()[0])

@@ -22,8 +22,8 @@ from torch import Tensor
 from d2obench.cache.session import Footprint, Session
 from d2obench.errors import ModelError, UsageError, WorkerError
 from d2obench.models.base import LoadedModel, Progress
-from d2obench.policies import other
-from d2obench.policies.others import LlamaCpp
+from d2obench.policies.others import LlamaCpp, Other
+from d2obench.suite.grammar import Budget
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 """Of a stored number: blocks of 32 carry one scale of 16 bits."""
@@ -86,13 +86,11 @@ def load(name: str, dtype: str, device: str, progress: Progress | None = None, p
 class LlamaCppSession(Session):
     """One request; the server and its cache are made anew for each, before the clock starts."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        asked = other(str(self.yardstick))
-        assert isinstance(asked, LlamaCpp)
+    def __init__(self, loaded: LoadedModel, asked: LlamaCpp, budget: Budget | str | None, **options: Any) -> None:
+        super().__init__(loaded, None, budget, **options)
         if not isinstance(self.loaded.model, GgufModel):
             raise UsageError("llama.cpp runs as a cell of a suite only", remedy="use d2obench run")
-        self._asked = asked
+        self.asked = asked
         self._ready: list[queue.SimpleQueue[int | BaseException]] = []
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -103,7 +101,7 @@ class LlamaCppSession(Session):
         return "llama.cpp's own kernels"
 
     @staticmethod
-    def ready(asked: LlamaCpp) -> None:
+    def ready(asked: Other) -> None:
         """Raises a UsageError where xllamacpp is missing."""
         asked.installed()
 
@@ -155,7 +153,7 @@ class LlamaCppSession(Session):
         """What the cache was allocated, by its types' sizes: it is filled up to what was decoded."""
         size = self._cells(max(self._lengths)) * len(self._lengths)
         numbers = 2 * self.loaded.layers * size * self.loaded.kv_heads * self.loaded.head_dim
-        bytes_ = int(numbers * BITS[self._asked.cache] / 8)
+        bytes_ = int(numbers * BITS[self.asked.cache] / 8)
         layers = range(self.loaded.layers)
         kept = [[float(length) for length in self._lengths] for _ in layers]
         held = [[float(length + self._fed) for length in self._lengths] for _ in layers]
@@ -182,7 +180,7 @@ class LlamaCppSession(Session):
         import xllamacpp
 
         kinds = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
-        kind = getattr(xllamacpp.ggml_type, kinds[self._asked.cache])
+        kind = getattr(xllamacpp.ggml_type, kinds[self.asked.cache])
         asked = xllamacpp.CommonParams()
         asked.model.path = str(self.loaded.model.path)
         asked.n_ctx, asked.n_parallel = self._cells(longest) * batch, batch

@@ -1,7 +1,7 @@
 """What stands in for a policy of ours on an axis: another library's cache or method, another engine.
 
 An :class:`Other` is a dataclass of its parameters, as a policy is, and is named in the same registry. It has no rule
-for our cache; it names the session that runs it instead (``d2obench.cache.session.Session`` opens it by itself).
+for our cache; it names the session that runs it instead, which ``d2obench.external.open_session`` makes.
 Nothing of the other library is imported until that session is.
 """
 
@@ -24,8 +24,9 @@ class Other:
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = False
-    session: ClassVar[str] = ""
-    """``module:class`` of its :class:`d2obench.cache.session.Session`; empty where that class itself runs it."""
+    session: ClassVar[str] = "d2obench.external.library:LibrarySession"
+    """``module:class`` of its session, called with the model, this instance, the budget and the options of
+    :class:`d2obench.cache.session.Session`."""
     methods: ClassVar[bool] = False
     """Whether the name goes on behind a colon, as in ``kvpress:SnapKVPress``; ``method`` is that word then."""
     loads: ClassVar[str] = ""
@@ -100,7 +101,7 @@ class HfQuantized(Other):
     group: int = 64
     residual: int = 128
     name: ClassVar[str] = "hf-quantized"
-    session: ClassVar[str] = "d2obench.external.library_quantised:QuantisedSession"
+    session: ClassVar[str] = "d2obench.external.library:QuantisedSession"
     packages: ClassVar[tuple[str, ...]] = ("optimum-quanto",)
     imports: ClassVar[tuple[str, str]] = ("optimum.quanto", "hf-quantized")
 

@@ -57,9 +57,9 @@ class MachineOperations:
 
     def prepare(self, args: Args, report: Report) -> Args:
         """Whether ``policies`` that stand for other libraries can run here, and the ``versions`` of those."""
-        from d2obench.external.setup import prepare
+        from d2obench.external import check_installed
 
-        return {"versions": prepare(args["policies"])}
+        return {"versions": check_installed(args["policies"])}
 
     def environment(self, args: Args, report: Report) -> Args:
         """The fingerprint of machine and software that a run on ``device`` is bound to."""

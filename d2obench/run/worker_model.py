@@ -50,7 +50,7 @@ class Worker(MachineOperations):
         ``warm_up`` cuts the generation short, for a gate whose base may know no other way.
         ``limit`` bounds a GPU's memory, in bytes.
         """
-        from d2obench.external.setup import marks
+        from d2obench.external import record_of
         from d2obench.measure.clock import clock_for, shared_clock, shared_load
         from d2obench.measure.disturbance import between, gpu_flags, load
         from d2obench.measure.memory import probe_for, settle
@@ -80,7 +80,7 @@ class Worker(MachineOperations):
         trace.flags += between(before, shared_load(load(), loaded.model)).flags()
         if trace.device_timeline:
             trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
-        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | marks(axes.policy)}
+        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | record_of(axes.policy)}
 
     def warm_up(self, args: Args, report: Report) -> Args:
         """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
@@ -139,7 +139,7 @@ class Worker(MachineOperations):
 
     def evaluate(self, args: Args, report: Report) -> Args:
         """A quality cell: ``cell`` and ``quality`` as in the suite."""
-        from d2obench.external.setup import marks
+        from d2obench.external import record_of
         from d2obench.tasks import evaluate
 
         cell = msgspec.convert(args["cell"], Cell)
@@ -147,7 +147,7 @@ class Worker(MachineOperations):
         found = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
         values = {key: msgspec.to_builtins(value) for key, value in found.values.items()}
         flags = list(found.details.get("flags", ()))
-        about = self._about(loaded) | marks(cell.axes.policy)
+        about = self._about(loaded) | record_of(cell.axes.policy)
         flags += about.get("flags", ())
         return {"values": values, "items": found.items, "details": found.details, "flags": flags, "model": about}
 
@@ -164,7 +164,7 @@ class Worker(MachineOperations):
 
     def _model(self, axes: Axes, report: Report) -> Any:
         from d2obench.cpu import memory as host_memory
-        from d2obench.external.setup import loader
+        from d2obench.external import loader_of
         from d2obench.measure.memory import GarbageCollection
 
         key = (axes.model, axes.dtype, axes.device)
@@ -172,7 +172,7 @@ class Worker(MachineOperations):
             self._loaded = self._key = None
             GarbageCollection.release_model()
             self.release()
-            load = loader(axes.policy)
+            load = loader_of(axes.policy)
             self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
             self._key = key
             GarbageCollection.exempt_model()
@@ -213,6 +213,6 @@ def _axes(args: Args) -> Axes:
 
 def _session(loaded: Any, axes: Axes, gen: int, mark: Any) -> Any:
     """The session of a speed cell: it says nothing of quality, so it may go beyond the model's context."""
-    from d2obench.cache import Session
+    from d2obench.external import open_session
 
-    return Session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark, beyond=True)
+    return open_session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark, beyond=True)

@@ -142,11 +142,11 @@ def _steps(
     """
     import torch
 
-    from d2obench.cache import Session
+    from d2obench.external import open_session
 
     gen, axes = len(texts[0]) - prompt - 1, cell.axes
     asked = (policy, None) if policy else (axes.policy, axes.budget)
-    session = Session(loaded, *asked, max_new=gen, seed=axes.seed)
+    session = open_session(loaded, *asked, max_new=gen, seed=axes.seed)
     try:
         session.prefill([list(text[:prompt]) for text in texts])
         session.compress()

@@ -140,10 +140,10 @@ def compressed(
     """
     import torch
 
-    from d2obench.cache import Session
+    from d2obench.external import open_session
 
     held = min(map(len, prompts)) > 1
-    session = Session(loaded, policy, budget, max_new=max_new, seed=seed)
+    session = open_session(loaded, policy, budget, max_new=max_new, seed=seed)
     try:
         first = session.prefill([ids[:-1] for ids in prompts] if held else list(prompts))
         session.compress()

@@ -32,7 +32,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
         """See :meth:`Task.evaluate`. Each request is an item; one more request before them warms up."""
-        from d2obench.cache import Session
+        from d2obench.external import open_session
         from d2obench.measure.clock import clock_for
         from d2obench.measure.parts import WARM_STEPS, cost_of_parts
         from d2obench.tasks.prompts import timing_prompts
@@ -56,7 +56,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         items: list[Item] = []
         for number in range(self.requests + 1):
             costs = cost_of_parts(
-                lambda mark: Session(
+                lambda mark: open_session(
                     loaded, axes.policy, axes.budget, max_new=shape.gen, seed=axes.seed, mark=mark, beyond=True
                 ),
                 loaded.model,
