@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2obench.external import open_session
 from d2obench.attention.prompt import prompt_attention
 from d2obench.errors import D2OBenchError, ModelError, UsageError
+from d2obench.external import open_session
 from d2obench.models import load
 from d2obench.policies.base import Needs
 
@@ -21,7 +21,9 @@ def prompts(*lengths, seed=0, vocab=256):
 
 
 def run(loaded, policy, budget, given, steps=16):
-    session = open_session(loaded, policy, None if policy in ("full", "hf-dynamic", "hf-static") else budget, max_new=steps)
+    session = open_session(
+        loaded, policy, None if policy in ("full", "hf-dynamic", "hf-static") else budget, max_new=steps
+    )
     logits = session.prefill(given)
     session.compress()
     out = []

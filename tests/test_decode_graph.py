@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from d2obench.external import open_session
 from d2obench import cpu
 from d2obench.cache import Session
 from d2obench.cache import cuda_graph as graph
 from d2obench.decode import triton as kernels
+from d2obench.external import open_session
 from d2obench.models import load
 from d2obench.models.linear import QuickNorm, ThinLinear
 

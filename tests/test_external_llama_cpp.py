@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from d2obench.external import open_session
 from d2obench.cli import main
 from d2obench.errors import ModelError, PolicyError, UsageError, WorkerError
+from d2obench.external import open_session
 from d2obench.external.llama_cpp import GgufModel, load
 from d2obench.models.base import LoadedModel
 from d2obench.policies import other, takes_budget

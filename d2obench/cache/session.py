@@ -266,4 +266,3 @@ class Session:
         )
         logits: Tensor = out.logits[:, -1]
         return logits
-
