@@ -179,11 +179,7 @@ class Session:
     def decode_path(self) -> str:
         """What executes a decode step, in words: PyTorch operators, compiled CPU loops or Triton kernels, and whether a
         CUDA graph replays it; empty before the prompt is compressed."""
-        if self.yardstick:
-            path = library.decode_path(self.yardstick, self.loaded.model)
-        else:
-            state = self.cache.state if isinstance(self.cache, PolicyCache) else None
-            path = state.decode_path if state is not None else ""
+        path = self._decode_path()
         return path + (", replayed by a CUDA graph" if path and self._steps.captured else "")
 
     @property
@@ -210,6 +206,9 @@ class Session:
         """What the cache holds now; where ranks share the heads, all of them ask, and are told of the whole."""
         own, shard = self._footprint(), shard_of(self.loaded.model)
         return own if shard is None else shard.whole(own)
+
+    def _decode_path(self) -> str:
+        return "" if self.cache is None or self.cache.state is None else str(self.cache.state.decode_path)
 
     def _footprint(self) -> Footprint:
         cache, held = self.cache, self.cache.held()

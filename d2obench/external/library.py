@@ -111,6 +111,10 @@ class LibrarySession(Session):
         none = [0] * len(kept)
         return Footprint(size, size, 0, self._lengths, None, kept, rows, 1.0, none, none)
 
+    def _decode_path(self) -> str:
+        path = PATHS.get(self.asked.name, "the library")
+        return f"{path}, {self.loaded.model.config._attn_implementation} attention of PyTorch"
+
     def _bytes(self) -> int:
         """Storage of keys and values now."""
         return sum(_storage(getattr(layer, name, None)) for layer in self.cache.layers for name in self.parts)
@@ -128,13 +132,6 @@ def library_cache(name: str, model: PreTrainedModel, most: int) -> Cache:
     if name == "sdpa-static":
         cache.layers = [FilledLayer(most) if type(layer) is StaticLayer else layer for layer in cache.layers]
     return cache
-
-
-def decode_path(name: str, model: PreTrainedModel) -> str:
-    """What executes a yardstick's decode step, in words."""
-    return (
-        f"{PATHS.get(name.partition('(')[0], 'the library')}, {model.config._attn_implementation} attention of PyTorch"
-    )
 
 
 def skip(cache: Cache, tokens: int) -> None:
