@@ -140,7 +140,7 @@ def test_truthfulqa_reads_the_authors_csv(tmp_path: Path) -> None:
         "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
         'A,B,"Why, then?",Because,Because; It is so ; ,"No; never",x\n'
     )
-    (found,) = records("truthfulqa", HUB, str(path), Question, from_csv)
+    (found,) = records("truthfulqa", HUB, str(path), Question, prepare=from_csv)
     assert found.question == "Why, then?"
     assert [answer.strip() for answer in found.correct_answers] == ["Because", "It is so", ""]
     assert found.incorrect_answers == ["No", " never"]
@@ -171,8 +171,6 @@ def test_coqa_asks_the_last_turn_or_all(tmp_path: Path, tiny: LoadedModel) -> No
     assert [(item.id, item.document) for item in found] == [("0.1", "0"), ("0.2", "0"), ("1.1", "1"), ("1.2", "1")]
     assert found[1].keep["references"] == ["no", "No.", "it was old"]
     assert msgspec.convert(STORY, Story).references == []
-    with pytest.raises(DataError, match="story 1 is malformed"):
-        examples("coqa", tmp_path / "a.jsonl", [{**STORY, "questions": ["Who?"]}], tiny)
 
 
 def test_lambada_takes_the_last_word_off(tmp_path: Path, tiny: LoadedModel) -> None:
@@ -220,3 +218,61 @@ def test_a_missing_score_package_is_one_line() -> None:
     with pytest.raises(UsageError, match=r"needs the package no-such-package; install it: pip install 'd2obench\[acc"):
         accuracy_package("no_such_package.sub")
     assert issubclass(DataError, D2OBenchError)
+
+
+LONG = {"input": "Which?", "context": "Text.", "answers": ["b"], "all_classes": None, "_id": "f00"}
+GSM = {"question": "How many?", "answer": "2 + 2 = 4\n#### 4"}
+TRUTH = {"question": "Why?", "best_answer": "So.", "correct_answers": ["So."], "incorrect_answers": ["No."]}
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad", "field"),
+    [
+        (
+            "longbench/passage_retrieval_en",
+            {**LONG, "answers": ["Paragraph 7"]},
+            {"answers": ["seventh"]},
+            "answers",
+        ),
+        ("longbench/passage_retrieval_zh", {**LONG, "answers": ["段落7"]}, {"answers": ["Paragraph 7"]}, "answers"),
+        ("longbench/passage_count", {**LONG, "answers": ["7"], "input": ""}, {"answers": ["seven"]}, "answers"),
+        ("longbench/trec", {**LONG, "all_classes": ["b"]}, {"all_classes": None}, "all_classes"),
+        ("longbench/trec", {**LONG, "all_classes": ["b"]}, {"all_classes": []}, "all_classes"),
+        ("longbench/qasper", LONG, {"answers": "b"}, "answers"),
+        ("longbench/qasper", LONG, {"answers": ["", " "]}, "answers"),
+        ("longbench/qasper", LONG, {"input": " "}, "input"),
+        ("longbench/qasper", LONG, {"context": ""}, "context"),
+        ("longbench/gov_report", {**LONG, "input": ""}, {"context": ""}, "context"),
+        ("gsm8k", GSM, {"answer": "It is four."}, "answer"),
+        ("gsm8k", GSM, {"answer": "The answer is 4."}, "answer"),
+        ("gsm8k", {**GSM, "answer": "$1,234"}, {"answer": ""}, "answer"),
+        ("gsm8k", GSM, {"question": "\n"}, "question"),
+        ("coqa", STORY, {"story": ""}, "story"),
+        ("coqa", STORY, {"questions": ["Who?"]}, "answers.input_text"),
+        ("coqa", STORY, {"questions": [], "answers": {"input_text": []}}, "questions"),
+        ("coqa", STORY, {"questions": ["Who had a dog?", ""]}, "questions"),
+        ("coqa", STORY, {"questions": "Who?"}, "questions"),
+        ("coqa", STORY, {"answers": {"input_text": ["Otto", ""]}}, "answers.input_text"),
+        ("coqa", STORY, {"references": [["Otto"]]}, "references"),
+        ("coqa", STORY, {"references": [["Otto"], []]}, "references"),
+        ("coqa", STORY, {"references": ["Otto", "no"]}, "references"),
+        ("lambada", {"text": "Two words"}, {"text": "One"}, "text"),
+        ("lambada", {"text": "Two words"}, {"text": " "}, "text"),
+        ("truthfulqa", TRUTH, {"question": ""}, "question"),
+        ("truthfulqa", TRUTH, {"best_answer": " "}, "best_answer"),
+        ("truthfulqa", TRUTH, {"incorrect_answers": []}, "incorrect_answers"),
+        ("truthfulqa", TRUTH, {"incorrect_answers": [" "]}, "incorrect_answers"),
+        ("truthfulqa", TRUTH, {"correct_answers": "So."}, "correct_answers"),
+        ("truthfulqa", {**TRUTH, "correct_answers": []}, {"best_answer": "\ud800"}, "best_answer"),
+    ],
+)
+def test_a_record_that_can_not_be_scored_is_named_when_its_file_is_read(
+    tmp_path: Path, tiny: LoadedModel, task: str, good: dict[str, Any], bad: dict[str, Any], field: str
+) -> None:
+    """A gold answer without a number ended a run in the middle; others scored 0 for every policy, in silence."""
+    path = tmp_path / "own.jsonl"
+    assert examples(task, path, [good, good], tiny)
+    with pytest.raises(DataError) as caught:
+        examples(task, path, [good, {**good, **bad}], tiny, limit=1)
+    assert f"{path} line 2, field '{field}" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import msgspec
 
-from d2obench.errors import DataError
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work
-from d2obench.tasks.data import Source, records
+from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import coqa_scores
@@ -55,12 +54,11 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """One prompt a story, or one a question with ``turns=all``; ``quality.limit`` counts stories."""
-        found = records(self.name, SOURCE, quality.data.get(self.name), Story)[: quality.limit or None]
+        path = quality.data.get(self.name)
+        found = records(self.name, SOURCE, path, Story, check=unscorable, limit=quality.limit)
         examples = []
         for i, story in enumerate(found):
             answers, count = story.answers.input_text, len(story.questions)
-            if not count or len(answers) != count or len(story.references) not in (0, count):
-                raise DataError(f"story {i + 1} is malformed", why="it has not one answer for each question")
             for turn in range(count) if self.turns == "all" else [count - 1]:
                 asked = zip(story.questions[:turn], answers[:turn], strict=True)
                 past = "".join(f"\n\nQ: {question}\nA: {answer}" for question, answer in asked)
@@ -79,3 +77,17 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """F1 and exact match of the first line."""
         em, f1 = coqa_scores(item["text"].strip(), item["references"])
         return {"score": f1, "em": em}
+
+
+def unscorable(story: Story) -> BadField | None:
+    """A text that is empty, or a question without its answer and references."""
+    count = len(story.questions)
+    if not story.story.strip():
+        return BadField("story", "it is empty")
+    if not count or not all(map(str.strip, story.questions)):
+        return BadField("questions", "it is empty or holds an empty question")
+    if len(story.answers.input_text) != count or not all(map(str.strip, story.answers.input_text)):
+        return BadField("answers.input_text", f"it does not hold one answer for each of the {count} questions")
+    if story.references and (len(story.references) != count or not all(map(any, story.references))):
+        return BadField("references", f"it does not hold a list of answers for each of the {count} questions")
+    return None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,6 +23,13 @@ from d2obench.errors import DataError
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 Row = dict[str, Any]
+
+
+class BadField(NamedTuple):
+    """Why a record can't be scored although its types are right: the field, and what is wrong with it."""
+
+    field: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,16 @@ class Source:
 
 
 def records(
-    task: str, source: Source, path: str | None, kind: type[Record], prepare: Callable[[Row], Row] = lambda row: row
+    task: str,
+    source: Source,
+    path: str | None,
+    kind: type[Record],
+    *,
+    prepare: Callable[[Row], Row] = lambda row: row,
+    check: Callable[[Record], BadField | None] = lambda record: None,
+    limit: int = 0,
 ) -> list[Record]:
-    """Every record of a data set.
+    """The records of a data set; all of them are checked.
 
     Args:
         task: the task's name, for messages.
@@ -57,26 +71,32 @@ def records(
         path: a local file in its place.
         kind: the fields that the task needs, with their types; other fields are ignored.
         prepare: brings a row of another known format into the schema of ``kind``.
+        check: finds what makes a record impossible to score, beyond its types.
+        limit: the largest number of records to return; 0: all.
 
     Raises:
         DataError: the file or data set is missing, can't be read, or is malformed.
     """
     path = path and str(Path(path).expanduser())
     rows = _local(path) if path else _hub(task, source)
-    found = []
+    found: list[Record] = []
     for place, row in rows:
         try:
             if not isinstance(row, dict):
                 raise msgspec.ValidationError(f"Expected an object, got `{type(row).__name__}`")
-            found.append(msgspec.convert(_typed(prepare(row), kind), kind))
+            record = msgspec.convert(_typed(prepare(row), kind), kind)
+            bad = check(record) or _not_unicode(record)
         except msgspec.ValidationError as problem:
             why, _, field = str(problem).partition(" - at `$.")
-            name = f", field '{field.rstrip('`')}'" if field else ""
+            bad = BadField(field.rstrip("`"), why)
+        if bad is not None:
+            name = f", field '{bad.field}'" if bad.field else ""
             remedy = f"the task {task} reads {', '.join(item.encode_name for item in msgspec.structs.fields(kind))}"
-            raise DataError(f"{place}{name} is malformed", why=why, remedy=remedy) from None
+            raise DataError(f"{place}{name} is malformed", why=bad.why, remedy=remedy)
+        found.append(record)
     if not found:
         raise DataError(f"{path or source.hub} has no records")
-    return found
+    return found[: limit or None]
 
 
 def read_text(path: str) -> str:
@@ -129,6 +149,16 @@ def _typed(row: Row, kind: type[msgspec.Struct]) -> Row:
             with suppress(json.JSONDecodeError):
                 typed[item.encode_name] = json.loads(value)
     return typed
+
+
+def _not_unicode(record: msgspec.Struct) -> BadField | None:
+    """A field whose text can't be encoded: JSON lets half of a character stand alone, and no tokenizer reads it."""
+    for item in msgspec.structs.fields(record):
+        try:
+            str(getattr(record, item.name)).encode()
+        except UnicodeEncodeError as problem:
+            return BadField(item.encode_name, f"it is not valid Unicode: {problem.reason}")
+    return None
 
 
 def _local(path: str) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 from d2obench.tasks.base import Cell, Count, Item, Quality
-from d2obench.tasks.data import Source, records
+from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
 
@@ -63,7 +63,8 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's problems in order, at most ``quality.limit``."""
         shots = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in SHOTS)
-        found = records(self.name, SOURCE, quality.data.get(self.name), Problem)[: quality.limit or None]
+        path = quality.data.get(self.name)
+        found = records(self.name, SOURCE, path, Problem, check=unscorable, limit=quality.limit)
         return [
             Example(
                 str(i),
@@ -82,6 +83,15 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "score": float(plain_number(flexible_number(text)) == gold),
             "score_strict": float(plain_number(strict_number(text)) == gold),
         }
+
+
+def unscorable(problem: Problem) -> BadField | None:
+    """What would make every answer wrong, or the question empty."""
+    if not problem.question.strip():
+        return BadField("question", "it is empty")
+    if not strict_number(problem.answer) and not re.fullmatch(r"-?[\d.]+", plain_number(problem.answer)):
+        return BadField("answer", "it is neither a number nor a solution that ends in '#### ' and a number")
+    return None
 
 
 def strict_number(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 from d2obench.tasks.base import Cell, Item, Quality
-from d2obench.tasks.data import Source, records
+from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.recall import begins_with
@@ -36,7 +36,8 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """Passages without their last word."""
-        found = records(self.name, SOURCE, quality.data.get(self.name), Passage)[: quality.limit or None]
+        path = quality.data.get(self.name)
+        found = records(self.name, SOURCE, path, Passage, check=unscorable, limit=quality.limit)
         examples = []
         for i, passage in enumerate(found):
             context, _, word = passage.text.strip().rpartition(" ")
@@ -46,3 +47,8 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def marks(self, item: Item) -> dict[str, float]:
         """Whether the answer begins with the very word."""
         return {"score": float(begins_with(item["text"], item["gold"]))}
+
+
+def unscorable(passage: Passage) -> BadField | None:
+    """A passage that leaves nothing to read when its last word is taken away."""
+    return None if len(passage.text.split()) > 1 else BadField("text", "it has fewer than two words")

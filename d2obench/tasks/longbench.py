@@ -16,7 +16,7 @@ import msgspec
 
 from d2obench.errors import UsageError
 from d2obench.tasks.base import Cell, Item, Quality
-from d2obench.tasks.data import Source, records
+from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import accuracy_package, normalized, rouge_l, token_f1
@@ -86,13 +86,16 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             accuracy_package(PACKAGES[self.set.rule])
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)
-        found = records(self.name, source, quality.data.get(self.name), Sample)[: quality.limit or None]
+        path, chosen = quality.data.get(self.name), self.set
+        found = records(
+            self.name, source, path, Sample, check=lambda sample: unscorable(sample, chosen), limit=quality.limit
+        )
         return [
             Example(
                 str(i),
                 sample.key or str(i),
                 self.set.template.format(context=sample.context, input=sample.input),
-                candidates=(" " + sample.answers[0],),
+                candidates=(" " + next(filter(str.strip, sample.answers)),),
                 keep={"references": sample.answers, "classes": sample.all_classes or []},
             )
             for i, sample in enumerate(found)
@@ -105,6 +108,21 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             text = text.lstrip("\n").split("\n")[0]
         rule = RULES[self.set.rule]
         return {"score": max(rule(text, reference, item["classes"]) for reference in item["references"])}
+
+
+def unscorable(sample: Sample, chosen: LongBenchSet) -> BadField | None:
+    """An empty prompt or gold answer, or one that the set's rule can't read, so that every answer would score 0."""
+    for field in ("context", "input"):
+        if "{" + field + "}" in chosen.template and not getattr(sample, field).strip():
+            return BadField(field, "it is empty")
+    if not any(map(str.strip, sample.answers)):
+        return BadField("answers", "it holds no answer")
+    number = GOLD_NUMBERS.get(chosen.rule)
+    if number and not all(map(number.search, sample.answers)):
+        return BadField("answers", f"it holds an answer without a number; the score looks for {number.pattern}")
+    if chosen.rule == "classes" and not sample.all_classes:
+        return BadField("all_classes", "it is missing, and the score compares with the names in it")
+    return None
 
 
 _PUNCTUATION_ZH = (
@@ -161,12 +179,14 @@ def count(prediction: str, gold: str, classes: Sequence[str]) -> float:
 
 def retrieval(prediction: str, gold: str, classes: Sequence[str]) -> float:
     """:func:`count` with the number of a gold answer like ``Paragraph 7``."""
-    return _retrieval(r"Paragraph (\d+)", prediction, gold)
+    found = GOLD_NUMBERS["retrieval"].search(gold)
+    return count(prediction, found[1], classes) if found else 0.0
 
 
 def retrieval_zh(prediction: str, gold: str, classes: Sequence[str]) -> float:
     """:func:`count` with the number of a gold answer like ``段落7``."""
-    return _retrieval(r"段落(\d+)", prediction, gold)
+    found = GOLD_NUMBERS["retrieval_zh"].search(gold)
+    return count(prediction, found[1], classes) if found else 0.0
 
 
 def code(prediction: str, gold: str, classes: Sequence[str]) -> float:
@@ -185,13 +205,14 @@ RULES: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     "retrieval": retrieval, "retrieval_zh": retrieval_zh, "code": code,
 }  # fmt: skip
 """Name → rule: (prediction, gold, class names) → score from 0 to 1."""
+GOLD_NUMBERS = {
+    "count": re.compile(r"^(\d+)$"),
+    "retrieval": re.compile(r"Paragraph (\d+)"),
+    "retrieval_zh": re.compile(r"段落(\d+)"),
+}
+"""Name of a rule that compares numbers → how the number stands in a gold answer."""
 PACKAGES = {"f1_zh": "jieba", "rouge_zh": "jieba", "code": "rapidfuzz.fuzz"}
 """Name of a rule → the module of the extra ``accuracy`` it needs."""
-
-
-def _retrieval(pattern: str, prediction: str, gold: str) -> float:
-    found = re.search(pattern, gold)
-    return count(prediction, found[1], ()) if found else 0.0
 
 
 def _words_zh(text: str) -> list[str]:

@@ -16,7 +16,7 @@ import msgspec
 
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work
-from d2obench.tasks.data import Row, Source, records
+from d2obench.tasks.data import BadField, Row, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits, has_chat
 from d2obench.tasks.scoring import accuracy_package
@@ -54,7 +54,8 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's questions in order, at most ``quality.limit``."""
-        found = records(self.name, SOURCE, quality.data.get(self.name), Question, from_csv)[: quality.limit or None]
+        path = quality.data.get(self.name)
+        found = records(self.name, SOURCE, path, Question, prepare=from_csv, check=unscorable, limit=quality.limit)
         for package in PACKAGES:  # say before the work, not after it, that one is missing
             accuracy_package(package)
         form = "{}" if has_chat(loaded.tokenizer) else "Q: {}\nA:"
@@ -92,6 +93,14 @@ def from_csv(row: Row) -> Row:
         return row
     plain: dict[str, Any] = {key: row[name] for key, name in _CSV.items()}
     return plain | {key: plain[key].split(";") for key in ("correct_answers", "incorrect_answers")}
+
+
+def unscorable(record: Question) -> BadField | None:
+    """An empty question or best answer, or no incorrect answer to compare with."""
+    for field in ("question", "best_answer"):
+        if not getattr(record, field).strip():
+            return BadField(field, "it is empty")
+    return None if with_full_stop(record.incorrect_answers) else BadField("incorrect_answers", "it holds no answer")
 
 
 def with_full_stop(answers: Sequence[str]) -> list[str]:
