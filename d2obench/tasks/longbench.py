@@ -87,9 +87,11 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)
         path, chosen = quality.data.get(self.name), self.set
-        found = records(
-            self.name, source, path, Sample, check=lambda sample: unscorable(sample, chosen), limit=quality.limit
-        )
+
+        def check(sample: Sample) -> BadField | None:
+            return unscorable(sample, chosen)
+
+        found = records(self.name, source, path, Sample, check=check, limit=quality.limit)
         return [
             Example(
                 str(i),
