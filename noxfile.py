@@ -1,4 +1,7 @@
-"""Development sessions: ``nox`` runs all of them, ``nox -s lint`` one."""
+"""Sessions for development. ``nox`` runs all of them, ``nox -s lint`` one, ``nox -l`` lists them.
+
+Each session makes a virtual environment of its own and keeps it for the next time.
+"""
 
 import shutil
 
@@ -10,14 +13,21 @@ nox.options.reuse_existing_virtualenvs = True
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; the embedded model is fetched on first use."""
+    """The tests of the README's second command; words after -- go to pytest. The first run fetches a 93 MB model."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """What the session tests leaves out: slow tests, and those that need lm-eval, ray or triton."""
+    session.install("-e", ".[test-all]")
+    session.run("python", "-m", "pytest", "-m", "slow or needs", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format and types."""
+    """Style and format by ruff, types by mypy."""
     session.install("-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -26,37 +36,37 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def layers(session: nox.Session) -> None:
-    """Imports go one way; the contracts stand in pyproject.toml."""
+    """Imports go one way only: the contracts in pyproject.toml."""
     session.install("-e", ".[dev]")
     session.run("lint-imports", "--no-cache")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The README against the program: commands, links, tree."""
+    """The README says what is true: its commands, links, file tree and example of a policy."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "tests/test_docs.py")
 
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """The exact and sampled figures of this tree against the committed baseline, or the commit before."""
+    """Exact and sampled figures of this tree against the committed baseline, or else against the commit before."""
     session.install("-e", ".")
     session.run("python", ".ci/gate.py", ".", ".")
 
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The page in headless Chromium, which must be installed: figures, console, network, sorting, print."""
+    """The report's page in headless Chromium, which must be installed already."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        session.error("no Chromium is installed")
+        session.error("no Chromium is installed; install the package chromium or google-chrome")
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "tests/test_report_browser.py", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source and wheel distributions, and a look at what they hold."""
+    """Builds the source distribution and the wheel, and checks what they hold."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "pytest", "tests/test_packaging.py")
     session.run("python", "-m", "build", "--no-isolation")

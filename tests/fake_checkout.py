@@ -41,7 +41,7 @@ SCRATCH = Path(os.environ["FAKE_SCRATCH"])
 def measure(args):
     if ARM["hang"]:
         (SCRATCH / "hanging").touch()
-        time.sleep(60)
+        time.sleep(900)
     if ARM["fail"]:
         return {"error": {"kind": ARM["fail"], "what": "it fell over", "why": "", "remedy": ""}}
     slow = ARM["slow_once"] if not (SCRATCH / "second").exists() else 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runs import FAKE, Silent, checked
+from waiting import LIMIT_S
 
 from d2obench.record import Run, read_run
 from d2obench.run.check import Checked
@@ -16,7 +17,7 @@ from d2obench.run.engines import run_suite
 from d2obench.run.engines.ray import RayEngine
 
 CORES = 1.0
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine starts a node slowly
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "900")  # a busy machine starts a node slowly
 
 
 class Nodes:
@@ -51,7 +52,7 @@ class Nodes:
 def engine(work: Checked, address: str, **more: Any) -> RayEngine:
     """A RayEngine of the scripted worker; ``fake`` are its settings."""
     env = {"FAKE": json.dumps(more.pop("fake", {})), "PYTHONPATH": os.pathsep.join([str(Path(FAKE).parent)])}
-    return RayEngine(work.suite, address, command=("-P", FAKE), env=env, patience=more.pop("patience", 60.0), **more)
+    return RayEngine(work.suite, address, command=("-P", FAKE), env=env, patience=more.pop("patience", LIMIT_S), **more)
 
 
 def run_on(
@@ -80,7 +81,7 @@ class Background(threading.Thread):
             self._problem = problem
 
     def result(self) -> Any:
-        self.join(120)
+        self.join(LIMIT_S)
         assert not self.is_alive()
         if self._problem is not None:
             raise self._problem

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from waiting import LIMIT_S
+
 from d2obench.record import Axes, Run, read_run
 from d2obench.run.check import Checked
 from d2obench.run.engines import LocalEngine, run_suite
@@ -34,7 +36,7 @@ class Silent:
         self.notes.append(text)
 
 
-def client(timeout_s: float = 30.0, **fake: Any) -> WorkerClient:
+def client(timeout_s: float = LIMIT_S, **fake: Any) -> WorkerClient:
     """A client of the scripted worker; see ``fake_worker`` for its settings."""
     env = {"FAKE": json.dumps(fake)}
     return WorkerClient(sys.executable, env, timeout_s=timeout_s, command=("-P", FAKE))
@@ -67,7 +69,7 @@ def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, device:
 
 
 def run(
-    folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = 30.0, **fake: Any
+    folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = LIMIT_S, **fake: Any
 ) -> Run:
     """Runs into ``folder``, or goes on with what is there."""
     folder.mkdir(exist_ok=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import cell, checked
+from waiting import LIMIT_S, wait_for
 
 from d2obench import __version__
 from d2obench.cli import COMMANDS, main
@@ -195,14 +196,15 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     """The real worker on a tiny model: exit 130, a readable run, and --resume finishes it."""
     words = [sys.executable, "-m", "d2obench", "run"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = [*words, "quick", *TINY, "--rounds", "200", "--set", "timing.max_seconds=2", "--out", "r"]
-    process = subprocess.Popen(first, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    for _ in range(600):
-        if list(tmp_path.glob("r/samples/*.json")) or process.poll() is not None:
+    for rounds in (10, 200, 4000):  # a run that ended before it could be stopped is made longer
+        shutil.rmtree("r", ignore_errors=True)
+        first = [*words, "quick", *TINY, "--rounds", str(rounds), "--set", "timing.max_seconds=20", "--out", "r"]
+        process = subprocess.Popen(first, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        wait_for(lambda: list(tmp_path.glob("r/samples/*.json")) or process.poll() is not None)  # noqa: B023
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=LIMIT_S)
+        if process.returncode:
             break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.endswith(
         "stopped; go on with: d2obench run --resume r\nd2obench: or look at what is there: d2obench report r\n"
@@ -212,7 +214,7 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     assert len(run.missing) == 2
 
     done = subprocess.run(
-        [*words, "--resume", "r", "-q"], capture_output=True, text=True, env=env, timeout=120, check=False
+        [*words, "--resume", "r", "-q"], capture_output=True, text=True, env=env, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from report_runs import usual
+from waiting import LIMIT_S
 
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
@@ -130,4 +131,4 @@ def test_no_other_library_is_imported_for_its_name() -> None:
         "    takes_budget(text), other(text)\n"
         "assert not {'kvpress', 'xllamacpp', 'optimum', 'transformers'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=LIMIT_S)

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from waiting import LIMIT_S, wait_for
 
 from d2obench.cli import app
 from d2obench.errors import SuiteError, UsageError, WorkerError
@@ -220,12 +220,10 @@ def test_stopping_leaves_no_worker_and_no_worktree(repo, sign):
     code = "from d2obench.cli import main; main(['gate', '--suite', 'fake'])"
     env = {**os.environ, "TMPDIR": str(repo.scratch), "PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-P", "-c", code], cwd=repo.root, env=env, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (repo.scratch / "hanging").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for((repo.scratch / "hanging").exists, alive=lambda: process.poll() is None)
     assert repo.worktrees == 2
     process.send_signal(sign)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert b"Traceback" not in said
 

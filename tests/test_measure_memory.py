@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from d2obench.measure.memory import (
     MemoryProbe,
@@ -104,8 +104,7 @@ def test_the_sampler_keeps_every_row_on_the_given_clock_and_counts_its_cost() ->
     ticks = itertools.count()
     sampler = Sampler(lambda: (7.0, None), ("a", "b"), 0.001, lambda: float(next(ticks)))
     sampler.start()
-    while len(sampler.rows) < 5:
-        time.sleep(0.001)
+    wait_for(lambda: len(sampler.rows) >= 5)
     sampler.sample()
     sampler.stop()
     assert [row[0] for row in sampler.rows] == [float(i) for i in range(len(sampler.rows))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from fake_nvml import FakeNvml
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from d2obench.errors import MeasureError
 from d2obench.measure.disturbance import gpu_flags
@@ -91,9 +91,7 @@ def test_a_driver_that_dies_in_the_middle_leaves_missing_values_and_ends_nothing
     probe = MemoryProbe([], Sampler(lambda: (1.0,), ("rss_bytes",)), Sampler(gpu.read, gpu.columns, 0.001))
     probe.start()
     probe.enter("decode")
-    until = time.monotonic() + 20
-    while not (probe.device.rows and probe.device.rows[-1][1] is None) and time.monotonic() < until:  # type: ignore[union-attr]
-        time.sleep(0.002)
+    wait_for(lambda: probe.device.rows and probe.device.rows[-1][1] is None)  # type: ignore[union-attr]
     probe.stop()
     found = probe.device.rows  # type: ignore[union-attr]
     assert found[0][1] == 10 * GIB

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import report_runs as made
 from test_gate_forest import found
+from waiting import LIMIT_S, wait_for
 
 from d2obench.report import build, write_views
 from d2obench.report.render.html import html
@@ -79,15 +79,12 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, script: str) -> None:
-        end = time.monotonic() + 60
-        while not self.run(script):
-            assert time.monotonic() < end, script
-            time.sleep(0.1)
+        wait_for(lambda: self.run(script))
 
     def close(self) -> None:
         self._out.close()
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(LIMIT_S)
         self._back.close()
 
     def _read(self) -> dict[str, Any]:
@@ -172,7 +169,8 @@ def test_a_click_on_the_legend_leaves_one_policy_standing_out(page: Browser) -> 
 def test_words_stand_out_from_their_ground(page: Browser, folder: Path, media: str, scheme: str) -> None:
     feature = [{"name": "prefers-color-scheme", "value": scheme}]
     page.call("Emulation.setEmulatedMedia", media=media, features=feature)
-    time.sleep(0.3)
+    query = f"matchMedia('{media}').matches && matchMedia('(prefers-color-scheme: {scheme})').matches"
+    page.wait(f"{query} && document.getAnimations().length === 0")
     pairs = page.run(
         "[...document.querySelectorAll('h1, li, td bdi, th, .warning, summary')].map(e => {"
         "let ground = e; while (ground && getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') "

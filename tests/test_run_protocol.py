@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from runs import FAKE, cell, client
+from waiting import is_dead, wait_for
 
 from d2obench.errors import OutOfMemory, PolicyError, WorkerError
 from d2obench.run.worker_client import DeadWorkerError, WorkerClient, again, describe, revive
@@ -66,8 +66,9 @@ def test_a_crash_tells_how_and_the_last_words_and_a_new_worker_follows() -> None
 def test_a_kill_between_two_calls_goes_unnoticed() -> None:
     with client() as worker:
         worker.call("hello")
-        os.kill(worker.pid or 0, signal.SIGKILL)
-        time.sleep(0.1)
+        pid = worker.pid or 0
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: is_dead(pid))
         assert worker.call("hello")
         assert worker.generation == 2
 
@@ -106,25 +107,21 @@ def test_a_worker_that_can_not_start_says_why() -> None:
         worker.call("hello")
 
 
-def test_the_worker_ends_with_its_parent() -> None:
+def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
     """The parent is killed in the middle of a request that would take an hour."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from runs import client\n"
-        "worker = client(hang=['full']); worker.call('hello'); print(worker.pid, flush=True)\n"
+        "worker = client(hang=['full'], log=sys.argv[2]); worker.call('hello'); print(worker.pid, flush=True)\n"
         "worker.call('measure', {'axes': {'policy': 'full', 'budget': None, 'shape': '32+8'}, 'batch': 1})"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(Path(FAKE).parent)], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "log")]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    time.sleep(0.3)
+    wait_for((tmp_path / "log").exists, alive=lambda: parent.poll() is None)
     parent.kill()
     parent.wait()
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the worker outlived its parent")
+    wait_for(lambda: is_dead(pid))
 
 
 def test_a_huge_answer_arrives_whole() -> None:
