@@ -125,7 +125,7 @@ class DecodeState:
             if "threshold" in remembered and isinstance(self.merge_spec, MergeSpec):
                 self.threshold[layer] = remembered["threshold"].flatten()
         if not self.grows:
-            self.rule = self.policy.decode_rule(RowSizes(self.usable - spare, held))
+            self.rule = self.policy.decode_rule(RowSizes(self.usable - spare, self.position, self.now.long() + 1))
             reference.begin(self, self.rule, scores or [])
         if scores is not None:
             self.policy.begin(self, list(memory), scores)

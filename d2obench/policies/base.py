@@ -82,15 +82,28 @@ class SpreadSpec:
 
 @dataclass(frozen=True)
 class RowSizes:
-    """What a decode rule may depend on; int64 ``[layers, rows]`` each, a row being one KV head of one sequence.
+    """What a decode rule may depend on; a row is one KV head of one sequence.
 
     Args:
-        budget: entries that a row holds beside the tokens to come.
-        held: entries of the prompt that a row holds now.
+        budget: entries that a row holds beside the tokens to come, int64 ``[layers, rows]``.
+        position: true position of each slot's entry, in ascending order, ``[layers, rows, C]``; negative without one.
+        length: tokens of each row's sequence so far, int64 ``[rows]``.
     """
 
     budget: Tensor
-    held: Tensor
+    position: Tensor
+    length: Tensor
+
+    @property
+    def held(self) -> Tensor:
+        """Entries that a row holds now, int64 ``[layers, rows]``."""
+        return (self.position >= 0).sum(-1)
+
+    def leading(self, count: Tensor) -> Tensor:
+        """Slots that the first ``count`` ``[layers, rows]`` tokens of a text take: fewer where an earlier, smaller
+        budget has already lost some of them."""
+        there = ((self.position >= 0) & (self.position < count[..., None])).sum(-1)
+        return count - (torch.minimum(count, self.length) - there)
 
 
 @dataclass(frozen=True, eq=False)

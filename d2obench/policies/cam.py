@@ -46,7 +46,7 @@ class CaM(Policy):
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, first, keep)
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        return Ring((sizes.budget * self.start).long())
+        return Ring(sizes.leading((sizes.budget * self.start).long()))
 
     @property
     def merge_spec(self) -> SpreadSpec | None:

@@ -43,7 +43,7 @@ class Streaming(Policy):
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, self.sinks, keep)
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        ring = Ring(sizes.budget.clamp_max(self.sinks))
+        ring = Ring(sizes.leading(sizes.budget.clamp_max(self.sinks)))
         return Custom(ring, "sinks are rotated to new positions") if self.positions == "cache" and self.sinks else ring
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:

@@ -1,15 +1,21 @@
-"""Every baseline in float64, one token at a time, written for reading.
+"""Every policy in float64, one token at a time, written for reading.
 
-From the papers and their authors' code (as summed up in each policy's docstring); shares no code with the engine. A
+From the papers and their authors' code (as summed up in each policy's docstring); shares no code with the package. A
 ``Head`` is one KV head with the query heads of its group and remembers every attention value that each of its tokens
 has ever received. ``Layer`` runs its heads in step.
+
+A rule says how important each token is when a block of tokens was read (``importance``), and which tokens may leave
+while decoding, the lowest number first (``candidates``).
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
-from reference.d2o import Array, causal_map, softmax
+from reference.d2o import Array, cosine, softmax
 
 
 def draw(seed: int, layer: int, head: int, position: int) -> float:
@@ -42,39 +48,52 @@ class Head:
         self.values: dict[int, Array] = {}
         self.seen: dict[int, list[float]] = {}
         self.peers: list[Head] = [self]
-        self.length = 0
+        self.length, self.reading = 0, False
 
     @property
     def held(self) -> list[int]:
         return sorted(self.keys)
 
-    def read(self, queries: Array, keys: Array, values: Array, scale: float) -> None:
-        self.length = len(keys)
-        attention = np.mean([causal_map(q, keys, scale) for q in queries], 0)
-        for j in range(len(keys)):
-            self.keys[j], self.values[j] = keys[j].copy(), values[j].copy()
-            self.seen[j] = list(attention[j:, j])
+    def begin(self) -> None:
+        """A new block begins."""
+
+    def read(self, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+        """A block of tokens ``[n, d]`` after what is held; queries ``[G, n, d]``; outputs ``[n, G, d_v]``."""
+        self.reading = True
+        steps = zip(queries.swapaxes(0, 1), keys, values, strict=True)
+        out = np.stack([self.attend(*given, scale, self.length + i) for i, given in enumerate(steps)])
+        self.reading = False
+        return out
 
     def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
+        """One token; queries ``[G, d]``; outputs ``[G, d_v]``."""
         self.keys[position], self.values[position], self.seen[position] = key.copy(), value.copy(), []
-        weights = softmax(np.stack([queries @ self.keys[j] * scale for j in self.held], -1))
-        for j, received in zip(self.held, weights.mean(0), strict=True):
+        held = self.held
+        weights = softmax(np.stack([queries @ self.turned(j, position) * scale for j in held], -1))
+        for j, received in zip(held, weights.mean(0), strict=True):
             self.seen[j].append(float(received))
-        return weights @ np.stack([self.values[j] for j in self.held])
+        return weights @ np.stack([self.values[j] for j in held])
+
+    def turned(self, held: int, position: int) -> Array:
+        """The key of a held token as a query at a position sees it."""
+        return self.keys[held]
 
     def drop(self, position: int) -> None:
         del self.keys[position], self.values[position], self.seen[position]
 
-    def chosen(self, length: int) -> set[int]:
-        """Positions kept of a prompt of ``length``."""
+    def importance(self) -> dict[int, float]:
+        """How much each held token matters after a block; the highest ``budget`` are kept, the earlier of equals."""
         raise NotImplementedError
 
-    def victim(self) -> int:
-        """The position that leaves when one token is too many."""
+    def candidates(self) -> dict[int, float]:
+        """What may leave when one token is too many; the lowest does, the earlier of equals."""
         raise NotImplementedError
 
-    def leaving(self, position: int) -> None:
-        """What happens to a token just before it leaves while decoding."""
+    def leaving(self, positions: list[int]) -> None:
+        """What happens to tokens that leave together, just before they are dropped; called of the heads in turn."""
+
+    def lost(self, position: int) -> None:
+        """What happens to a token just before it is dropped while decoding."""
 
 
 def best(score: dict[int, float], count: int) -> set[int]:
@@ -89,26 +108,26 @@ def worst(score: dict[int, float]) -> int:
 class Streaming(Head):
     sinks = 4
 
-    def chosen(self, length: int) -> set[int]:
-        first = min(self.sinks, self.budget)
-        return {j for j in range(length) if j < first or j >= length - (self.budget - first)}
+    @property
+    def first(self) -> int:
+        return min(self.sinks, self.budget)
 
-    def victim(self) -> int:
-        return min(j for j in self.held if j >= min(self.sinks, self.budget))
+    def importance(self) -> dict[int, float]:
+        return {j: np.inf if j < self.first else float(j) for j in self.held}
+
+    def candidates(self) -> dict[int, float]:
+        return {j: float(j) for j in self.held if j >= self.first}
 
 
 class StreamingInTheCache(Streaming):
     """A token's position is its place among those held; head_dim 16, rotary base 10,000."""
 
-    def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
-        self.keys[position], self.values[position], self.seen[position] = key.copy(), value.copy(), []
-        logits = []
-        for place, j in enumerate(self.held):
-            moved = (place - j) - (len(self.held) - 1 - position)  # nearer to the query by so much
-            logits.append(queries @ self.turned(self.keys[j], moved) * scale)
-        return softmax(np.stack(logits, -1)) @ np.stack([self.values[j] for j in self.held])
-
-    def turned(self, key: Array, by: int) -> Array:
+    def turned(self, held: int, position: int) -> Array:
+        if self.reading:  # with true positions
+            return self.keys[held]
+        order = self.held
+        by = (order.index(held) - held) - (len(order) - 1 - position)  # nearer to the query by so much
+        key = self.keys[held]
         out = key.copy()
         for i in range(8):
             angle = by * 10_000 ** (-i / 8)
@@ -122,94 +141,192 @@ class Local(Streaming):
 
 
 class H2O(Head):
+    share, sinks, normalised = 0.5, 0, False
+
     @property
     def recent(self) -> int:
-        return max(1, round(self.budget * 0.5))
+        return max(1, round(self.budget * self.share))
 
-    def chosen(self, length: int) -> set[int]:
-        old = {j: sum(self.seen[j]) for j in range(length - self.recent)}
-        return best(old, self.budget - self.recent) | set(range(length - self.recent, length))
+    def score(self, j: int) -> float:
+        return sum(self.seen[j]) / (len(self.seen[j]) if self.normalised else 1)
 
-    def victim(self) -> int:
+    def importance(self) -> dict[int, float]:
+        window = self.length - self.recent
+        found = {j: 1e9 + j if j >= window else self.score(j) for j in self.held}
+        return found | {j: np.inf for j in self.held if j < self.sinks}
+
+    def candidates(self) -> dict[int, float]:
         newest = max(self.held)
-        return worst({j: sum(self.seen[j]) for j in self.held if j <= newest - self.recent})
+        found = {j: self.score(j) for j in self.held if self.sinks <= j <= newest - self.recent}
+        # where nothing but sinks and the window is left, any of the window leaves
+        return found or {j: 0.0 for j in self.held if j >= self.sinks} or {newest: 0.0}
+
+
+class NormalisedH2O(H2O):
+    normalised = True
+
+
+@dataclass
+class Leaving:
+    """An evicted token: what it was, its merge target, their similarity, and whether it was merged."""
+
+    key: Array
+    value: Array
+    score: float
+    similar: dict[int, float]
+    target: int
+    merged: bool = False
+
+    @property
+    def u(self) -> float:
+        return self.similar[self.target]
+
+
+class D2O(H2O):
+    """With uniform layers; τ is None before the first eviction. ``late``: an eviction's merges wait for
+    :meth:`settle`."""
+
+    share, sinks = 0.25, 4
+    beta, merge, important, inherit, per_layer = 0.7, "kv", False, False, False
+    late = False
+
+    def __init__(self, budget: int, layer: int, head: int) -> None:
+        super().__init__(budget, layer, head)
+        self.gained: dict[int, float] = {}
+        self.tau: float | None = None
+        self.merged = 0
+        self.found: list[Leaving] = []
+
+    def score(self, j: int) -> float:
+        return super().score(j) + self.gained.get(j, 0.0)
+
+    def begin(self) -> None:
+        """Thresholds start anew."""
+        self.tau = None
+
+    def leaving(self, positions: list[int]) -> None:
+        """All peers have looked before the first of them merges."""
+        self.look(positions)
+        if self.head == len(self.peers) - 1:
+            for peer in self.peers:
+                peer.judge()
+            if not self.late:
+                for peer in self.peers:
+                    peer.absorb()
+
+    def look(self, positions: list[int]) -> None:
+        """The similarity and the merge target of each token that leaves (Eq. 8–9)."""
+        newest = max(self.held)
+        targets = [j for j in self.held if j not in positions]
+        if self.important:
+            targets = [j for j in targets if self.sinks <= j <= newest - self.recent]
+        self.found = []
+        for i in positions if targets and self.merge != "none" else ():
+            u = {j: cosine(self.keys[i], self.keys[j]) for j in targets}
+            target = max(u, key=lambda j: (u[j], -j))
+            self.found.append(Leaving(self.keys[i].copy(), self.values[i].copy(), self.score(i), u, target))
+
+    def judge(self) -> None:
+        """The threshold (Eq. 10)."""
+        u = [one.u for peer in (self.peers if self.per_layer else [self]) for one in peer.found]
+        if u:
+            newest = float(np.mean(u))
+            self.tau = newest if self.tau is None else self.beta * newest + (1 - self.beta) * self.tau
+        for one in self.found:
+            one.merged = one.u >= self.tau
+
+    def settle(self, merged: bool, target: int, near: float) -> None:
+        """Carries out the late merge of one token as it is told, if its own decision is as near as that."""
+        for one in self.found:
+            assert one.u - one.similar[target] <= near, (target, one)
+            assert one.merged == merged or abs(one.u - self.tau) <= near, (merged, self.tau, one)
+            one.merged, one.target = merged, target
+        self.absorb()
+
+    def absorb(self) -> None:
+        """The merge (Eq. 11–12)."""
+        passed = [one for one in self.found if one.merged]
+        self.merged, self.found = self.merged + len(passed), []
+        for target in {one.target for one in passed}:
+            mine = [(one, math.exp(one.u)) for one in passed if one.target == target]
+            total = math.e + sum(w for _, w in mine)
+            self.values[target] = (math.e * self.values[target] + sum(w * one.value for one, w in mine)) / total
+            if self.merge == "kv":
+                self.keys[target] = (math.e * self.keys[target] + sum(w * one.key for one, w in mine)) / total
+            if self.inherit:
+                self.gained[target] = self.gained.get(target, 0.0) + sum(one.score for one, _ in mine)
 
 
 class RoCo(Head):
     def safe(self) -> set[int]:
         newest = min(10, max(1, self.budget // 2))
         count = max(int(self.budget * 0.3) + 1, newest)
-        last = set(self.held[-newest:])
-        return best({j: np.inf if j in last else float(np.std(self.seen[j])) for j in self.held}, count)
+        after = (max(self.held) if self.keys else 0) - newest
+        return best({j: np.inf if j > after else float(np.std(self.seen[j])) for j in self.held}, count)
 
-    def chosen(self, length: int) -> set[int]:
+    def importance(self) -> dict[int, float]:
         safe = self.safe()
-        others = {j: float(np.mean(self.seen[j])) for j in self.held if j not in safe}
-        return safe | best(others, self.budget - len(safe))
+        return {j: np.inf if j in safe else float(np.mean(self.seen[j])) for j in self.held}
 
-    def victim(self) -> int:
+    def candidates(self) -> dict[int, float]:
         safe = self.safe()
-        return worst({j: float(np.mean(self.seen[j])) for j in self.held if j not in safe})
+        return {j: float(np.mean(self.seen[j])) for j in self.held if j not in safe}
 
 
 class TOVA(Head):
-    def last(self) -> dict[int, float]:
+    def importance(self) -> dict[int, float]:
         return {j: float(np.mean([peer.seen[j][-1] for peer in self.peers])) for j in self.held}
 
-    def chosen(self, length: int) -> set[int]:
-        return best(self.last(), self.budget)
-
-    def victim(self) -> int:
-        return worst(self.last())
+    candidates = importance
 
 
 class Random(Head):
     seed = 0
 
-    def drawn(self) -> dict[int, float]:
+    def importance(self) -> dict[int, float]:
         return {j: draw(self.seed, self.layer, self.head, j) for j in self.held}
 
-    def chosen(self, length: int) -> set[int]:
-        return best(self.drawn(), self.budget)
-
-    def victim(self) -> int:
-        return worst(self.drawn())
+    candidates = importance
 
 
 class SnapKV(Head):
     window, kernel, maximum = 6, 5, False
 
-    def chosen(self, length: int) -> set[int]:
-        recent = min(self.window, self.budget)
-        old = range(length - self.window)
-        sums = {j: sum(self.seen[j][-self.window :]) for j in old}
-        half = self.kernel // 2
-        pooled = {}
-        for j in old:
-            near = [sums.get(i, 0.0) for i in range(j - half, j + half + 1)]
-            pooled[j] = max(near) if self.maximum else sum(near) / self.kernel
-        return best(pooled, self.budget - recent) | set(range(length - recent, length))
+    def importance(self) -> dict[int, float]:
+        held, half = self.held, self.kernel // 2
+        recent = self.length - self.window
+        sums = [sum(self.seen[j][-self.window :]) if j < recent else 0.0 for j in held]
+        found = {}
+        for at, j in enumerate(held):
+            near = sums[max(0, at - half) : at + half + 1]
+            pooled = max(near) if self.maximum else sum(near) / self.kernel
+            found[j] = 1e9 + j if j >= self.length - min(self.window, self.budget) else pooled
+        return found
 
-    def victim(self) -> int:
-        return min(j for j in self.held if j >= self.length - min(self.window, self.budget))
+    def candidates(self) -> dict[int, float]:
+        return {j: float(j) for j in self.held if j >= self.length - min(self.window, self.budget)}
 
 
 class CaM(Head):
-    start, merged, merge, seed = 0.5, 32, True, 0
+    start, parts, merge, seed = 0.5, 32, True, 0
 
-    def chosen(self, length: int) -> set[int]:
-        first = int(self.budget * self.start)
-        return {j for j in range(length) if j < first or j >= length - (self.budget - first)}
+    def __init__(self, budget: int, layer: int, head: int) -> None:
+        super().__init__(budget, layer, head)
+        self.merged = 0
 
-    def victim(self) -> int:
-        return min(j for j in self.held if j >= int(self.budget * self.start))
+    def importance(self) -> dict[int, float]:
+        return {j: np.inf if j < int(self.budget * self.start) else float(j) for j in self.held}
 
-    def leaving(self, position: int) -> None:
+    def candidates(self) -> dict[int, float]:
+        return {j: float(j) for j in self.held if j >= int(self.budget * self.start)}
+
+    def lost(self, position: int) -> None:
         younger = [j for j in self.held if j > position]
         chance = self.seen[position][-1] / np.mean([self.seen[j][-1] for j in younger])
         if self.merge and draw(self.seed, self.layer, self.head, position) < chance:
-            for j in younger[: self.merged]:
-                self.values[j] = self.values[j] + self.values[position] / self.merged
+            self.merged += 1
+            for j in younger[: self.parts]:
+                self.values[j] = self.values[j] + self.values[position] / self.parts
 
 
 class Layer:
@@ -217,33 +334,66 @@ class Layer:
 
     def __init__(self, rule: type[Head], budget: int, layer: int, heads: int, grows: bool = False) -> None:
         self.heads = [rule(budget, layer, head) for head in range(heads)]
-        self.budget, self.grows = budget, grows
+        self.grows = grows
         for head in self.heads:
             head.peers = self.heads
 
-    def prompt(self, queries: Array, keys: Array, values: Array, scale: float) -> None:
-        group, length = len(queries) // len(keys), keys.shape[1]
+    def read(self, queries: Array, keys: Array, values: Array, scale: float) -> Array:
+        """A block ``[…, n, d]`` after what is held; outputs ``[n, Hq, d_v]``."""
+        group, outs = len(queries) // len(keys), []
         for h, head in enumerate(self.heads):
-            head.read(queries[h * group : (h + 1) * group], keys[h], values[h], scale)
-        if length <= self.budget:
-            return
-        kept = [head.chosen(length) for head in self.heads]
-        for head, chosen in zip(self.heads, kept, strict=True):
-            for position in set(head.held) - chosen:
+            head.begin()
+            outs.append(head.read(queries[h * group : (h + 1) * group], keys[h], values[h], scale))
+            head.length += keys.shape[1]
+        return np.concatenate(outs, 1)
+
+    def compress(self, kept: list[set[int]] | None = None, near: float = 0.0) -> None:
+        """Keeps what the rule says; or what is given, which may differ from that by no more than ``near`` in
+        importance."""
+        chosen = []
+        for h, head in enumerate(self.heads):
+            importance = head.importance()
+            own = best(importance, head.budget)
+            given = own if kept is None else kept[h]
+            assert len(given) == len(own), (given, own)
+            for gone, instead in zip(sorted(own - given), sorted(given - own), strict=True):
+                assert importance[gone] - importance[instead] <= near, (gone, instead, importance)
+            chosen.append(given)
+        gone = [sorted(set(head.held) - given) for head, given in zip(self.heads, chosen, strict=True)]
+        for head, positions in zip(self.heads, gone, strict=True):
+            if positions or any(gone):
+                head.leaving(positions)
+        for head, positions in zip(self.heads, gone, strict=True):
+            for position in positions:
                 head.drop(position)
 
-    def step(self, queries: Array, keys: Array, values: Array, scale: float, position: int) -> Array:
+    def step(
+        self, queries: Array, keys: Array, values: Array, scale: float, position: int,
+        victims: list[int] | None = None, near: float = 0.0,
+    ) -> Array:  # fmt: skip
+        """One token; the outputs ``[Hq, d_v]``. ``victims`` are the tokens that left; the rule checks them."""
         group = len(queries) // len(keys)
         out = [
             head.attend(queries[h * group : (h + 1) * group], keys[h], values[h], scale, position)
             for h, head in enumerate(self.heads)
         ]
-        if not self.grows and len(self.heads[0].held) > self.budget:
-            victims = [head.victim() for head in self.heads]
-            for head, victim in zip(self.heads, victims, strict=True):
-                head.leaving(victim)
-                head.drop(victim)
+        if not self.grows and len(self.heads[0].held) > self.heads[0].budget:
+            self.evict(victims, near)
         return np.concatenate(out)
+
+    def evict(self, victims: list[int] | None, near: float) -> None:
+        chosen = []
+        for h, head in enumerate(self.heads):
+            candidates = head.candidates()
+            own = worst(candidates)
+            given = own if victims is None else victims[h]
+            assert given == own or candidates[given] - candidates[own] <= near, (given, own, candidates)
+            chosen.append(given)
+        for head, position in zip(self.heads, chosen, strict=True):
+            head.leaving([position])
+            head.lost(position)
+        for head, position in zip(self.heads, chosen, strict=True):
+            head.drop(position)
 
 
 def pyramid(layers: int, budget: int, length: int, window: int, beta: float) -> list[float]:

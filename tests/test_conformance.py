@@ -1,0 +1,346 @@
+"""Every policy on every backend against models of it in float64 that share no code with the package.
+
+One conversation a case: a padded prompt, decode steps, a second block (a new turn), decode steps. After each of them
+the outputs, the entries held, the thresholds and the counts of merged entries are those of ``reference.rules``.
+Queries, keys and values are random, so no model runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from reference import rules
+
+from d2obench import cpu
+from d2obench.cache.policy_cache import PolicyCache
+from d2obench.decode import backend
+from d2obench.policies import parse_policy
+from d2obench.suite.grammar import parse_budget
+
+LAYERS, SEED = 2, 5
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+"""How far numbers of each dtype may stray from float64's: outputs, thresholds, and the scores of a victim."""
+
+
+def variant(rule: type[rules.Head], **fields: Any) -> type[rules.Head]:
+    return type(rule.__name__, (rule,), fields)
+
+
+RULES: dict[str, type[rules.Head]] = {
+    "full": rules.Head,
+    "local": rules.Local,
+    "streaming": rules.Streaming,
+    "streaming(positions=cache)": rules.StreamingInTheCache,
+    "h2o": rules.H2O,
+    "h2o(sinks=3,recent=0.25)": variant(rules.H2O, sinks=3, share=0.25),
+    "h2o(normalised=true)": rules.NormalisedH2O,
+    "roco": rules.RoCo,
+    "tova": rules.TOVA,
+    "random": variant(rules.Random, seed=SEED),
+    "cam(merged=3)": variant(rules.CaM, seed=SEED, parts=3),
+    "snapkv(window=6,decode=slide)": rules.SnapKV,
+    "d2o(allocate=uniform)": rules.D2O,
+    "d2o(allocate=uniform,merge=values)": variant(rules.D2O, merge="values"),
+    "d2o(allocate=uniform,merge=none)": variant(rules.D2O, merge="none"),
+    "d2o(allocate=uniform,inherit=true)": variant(rules.D2O, inherit=True),
+    "d2o(allocate=uniform,hosts=important)": variant(rules.D2O, important=True),
+    "d2o(allocate=uniform,threshold=layer)": variant(rules.D2O, per_layer=True),
+    "d2o(allocate=uniform,beta=1)": variant(rules.D2O, beta=1.0),
+    "d2o(allocate=uniform,beta=0.2,sinks=0,recent=0.5)": variant(rules.D2O, beta=0.2, sinks=0, share=0.5),
+}
+COMPILED = [policy for policy in RULES if "cache" not in policy and "threshold" not in policy]
+"""What a CPU's loops execute whole."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a conversation; ``lengths`` are the prompts of the batch."""
+
+    policy: str = "d2o(allocate=uniform)"
+    heads: int = 2
+    group: int = 2
+    widths: tuple[int, int] = (16, 16)
+    lengths: tuple[int, ...] = (30, 19)
+    budget: str = "0.4"
+    steps: tuple[int, int] = (7, 5)
+    block: int = 8
+    dtype: torch.dtype = torch.float32
+
+
+class Conversation:
+    """A cache beside its references, fed with the same random tensors."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.generator = case, torch.Generator().manual_seed(SEED)
+        policy = parse_policy(case.policy)
+        self.budget = parse_budget(case.budget) if policy.takes_budget else None
+        self.cache = PolicyCache(
+            policy, self.budget, [None] * LAYERS, case.group, sum(case.steps) + case.block, seed=SEED,
+            rotary=10_000 ** (-torch.arange(8) / 8),
+        )  # fmt: skip
+        self.totals = list(case.lengths)
+        rule = RULES[case.policy]
+        if case.dtype != torch.float32 and issubclass(rule, rules.D2O):
+            rule = variant(rule, late=True)
+        self.references = [
+            [rules.Layer(rule, self.keep(length), layer, case.heads, policy.grows) for layer in range(LAYERS)]
+            for length in case.lengths
+        ]
+        self.near, self.scale = NEAR[case.dtype], case.widths[0] ** -0.5
+        # keys alike, so that merges pass: one direction a layer, with noise
+        self.common = torch.randn(LAYERS, 1, 1, 1, case.widths[0], generator=self.generator)
+        self.merged = [[0] * LAYERS for _ in case.lengths]
+
+    def keep(self, length: int) -> int:
+        return length if self.budget is None else self.budget.of(length)
+
+    def fresh(self, layer: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        """A query, a key and a value ``[B, H, tokens, d]`` as models leave them: views of a fused projection."""
+        case, batch = self.case, len(self.case.lengths)
+        heads = [case.heads * case.group, case.heads, case.heads]
+        made = torch.randn(batch, tokens, sum(heads), max(case.widths), generator=self.generator).transpose(1, 2)
+        query, key, value = made.split(heads, 1)
+        key = 0.7 * key[..., : case.widths[0]] + self.common[layer]
+        made = torch.cat([query[..., : case.widths[0]].mul(0.7), key], 1).to(case.dtype)
+        query, key = made.split([heads[0], heads[1]], 1)
+        return query, key, value[..., : case.widths[1]].to(case.dtype)
+
+    def held(self, layer: int, sequence: int) -> list[set[int]]:
+        state, heads = self.cache.state, self.case.heads
+        where = state.where()[layer, sequence * heads : (sequence + 1) * heads].tolist()
+        return [{j for j in row if j >= 0} for row in where]
+
+    def read(self, tokens: int, mask: torch.Tensor | None) -> None:
+        """A block goes through all layers, and is compressed."""
+        given, outs = [], []
+        for layer in self.cache.layers:
+            given.append(self.fresh(layer.index, tokens))
+            query, keys, values = given[-1]
+            layer.update(keys, values)
+            outs.append(layer.attend(query, self.scale, mask))
+        self.cache.compress()
+        for index, (out, new) in enumerate(zip(outs, given, strict=True)):
+            for sequence, references in enumerate(self.references):
+                real = tokens if self.cache.seen > tokens else self.case.lengths[sequence]
+                query, keys, values = (held[sequence, :, tokens - real :].double().numpy() for held in new)
+                expected = references[index].read(query, keys, values, self.scale)
+                self.close(out[sequence, tokens - real :], expected)
+                if not self.cache.grows:
+                    references[index].compress(self.held(index, sequence), self.near)
+        self.check()
+
+    def step(self) -> None:
+        """One decode step; what left is told to the references, which check it."""
+        before = [[self.held(layer, sequence) for sequence in range(len(self.totals))] for layer in range(LAYERS)]
+        thresholds = [[self.taus(references[layer]) for references in self.references] for layer in range(LAYERS)]
+        merged = [[self.count(references[layer]) for references in self.references] for layer in range(LAYERS)]
+        given, outs = [], []
+        occupied = self.cache.state.position.clone()
+        for layer in self.cache.layers:
+            given.append(self.fresh(layer.index, 1))
+            query, keys, values = given[-1]
+            layer.update(keys, values)
+            outs.append(layer.attend(query, self.scale, None))
+        self.settle(self.cache.state, occupied)
+        for sequence, references in enumerate(self.references):
+            position = self.totals[sequence]
+            self.totals[sequence] += 1
+            for index, reference in enumerate(references):
+                query, keys, values = (held[sequence, :, 0].double().numpy() for held in given[index])
+                after = self.held(index, sequence)
+                left = [was | {position} for was in before[index][sequence]]
+                gone = [sorted(was - now) for was, now in zip(left, after, strict=True)]
+                full = not self.cache.grows and len(left[0]) > reference.heads[0].budget
+                assert [len(one) for one in gone] == [int(full)] * len(gone), gone
+                victims = [one[0] for one in gone] if full else None
+                expected = reference.step(query, keys, values, self.scale, position, victims, self.near)
+                self.close(outs[index][sequence, 0], expected)
+        self.check(thresholds, merged)
+
+    def settle(self, state: Any, occupied: torch.Tensor) -> None:
+        """Tells references that wait for it what became of the entries that the step before evicted."""
+        for sequence, references in enumerate(self.references):
+            for layer, reference in enumerate(references):
+                for h, head in enumerate(reference.heads):
+                    if isinstance(head, rules.D2O) and head.late and head.found:
+                        row = sequence * self.case.heads + h
+                        target = int(occupied[layer, row, state.merge.target[layer, row]])
+                        head.settle(bool(state.merge.weight[layer, row] > 0), target, self.near)
+
+    def check(self, thresholds: Any = None, merged: Any = None) -> None:
+        """What a merge that is pending will change is compared a step later."""
+        state, heads = self.cache.state, self.case.heads
+        for layer in range(LAYERS):
+            counted = 0
+            for sequence, references in enumerate(self.references):
+                for h, head in enumerate(references[layer].heads):
+                    assert self.held(layer, sequence)[h] == set(head.held)
+                taus = self.taus(references[layer]) if thresholds is None else thresholds[layer][sequence]
+                if taus is not None:
+                    found = state.threshold[layer, sequence * heads : (sequence + 1) * heads].double()
+                    torch.testing.assert_close(found, torch.tensor(taus).double(), atol=self.near, rtol=0)
+                if any(getattr(head, "late", False) for head in references[layer].heads):
+                    late = False  # counted when it was settled
+                else:
+                    late = merged is not None
+                late = late and isinstance(references[layer].heads[0], rules.D2O)
+                counted += merged[layer][sequence] if late else self.count(references[layer])
+            assert self.cache.counts()[0][layer] == counted
+
+    def taus(self, layer: rules.Layer) -> list[float] | None:
+        first = layer.heads[0]
+        if not isinstance(first, rules.D2O) or first.merge == "none":
+            return None
+        return [-float("inf") if head.tau is None else head.tau for head in layer.heads]
+
+    def count(self, layer: rules.Layer) -> int:
+        return sum(getattr(head, "merged", 0) for head in layer.heads)
+
+    def close(self, found: torch.Tensor, expected: Any) -> None:
+        torch.testing.assert_close(found.double(), torch.from_numpy(expected), atol=self.near, rtol=self.near)
+
+    def run(self) -> PolicyCache:
+        lengths, case = self.case.lengths, self.case
+        longest = max(lengths)
+        mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+        with torch.inference_mode():
+            self.read(longest, mask if len(set(lengths)) > 1 else None)
+            for _ in range(case.steps[0]):
+                self.step()
+            if not case.block:
+                return self.cache
+            for sequence, references in enumerate(self.references):
+                self.totals[sequence] += case.block
+                for reference in references:
+                    for head in reference.heads:
+                        head.length = self.totals[sequence] - case.block
+                        head.budget = self.keep(self.totals[sequence])
+            self.read(case.block, None)
+            for _ in range(case.steps[1]):
+                self.step()
+        return self.cache
+
+
+@pytest.fixture
+def pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "OFFERS", ())
+
+
+@pytest.mark.parametrize("policy", RULES)
+@pytest.mark.usefixtures("pytorch")
+def test_pytorch_operators(policy: str) -> None:
+    assert Conversation(Case(policy)).run().state.decode_path == "PyTorch operators"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("policy", RULES)
+@pytest.mark.usefixtures("pytorch")
+def test_pytorch_operators_in_half_precision(policy: str, dtype: torch.dtype) -> None:
+    Conversation(half(policy, dtype)).run()
+
+
+def half(policy: str, dtype: torch.dtype) -> Case:
+    """Rounding may decide otherwise about a merge: a reference of D2O then follows, where both are near. So that it can
+    be told, only decode steps evict."""
+    if not policy.startswith("d2o"):
+        return Case(policy, dtype=dtype, steps=(4, 3))
+    return Case(policy, dtype=dtype, lengths=(12, 9), budget="12", steps=(7, 0), block=0)
+
+
+# --- compiled CPU loops ----------------------------------------------------------------------------------------------
+
+on_cpu = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
+
+
+@pytest.mark.parametrize("policy", RULES)
+@on_cpu
+def test_compiled_loops(policy: str) -> None:
+    path = Conversation(Case(policy)).run().state.decode_path
+    assert path == "compiled CPU loops" if policy in COMPILED else "between steps" in path
+
+
+# groups of one to eight, so that every tile and every rest of one is met; heads of all usual widths
+SHAPES = [
+    Case(group=1, heads=3, widths=(80, 80)),
+    Case(group=3, widths=(96, 96), lengths=(50, 49)),
+    Case(group=5, widths=(64, 256), lengths=(21,)),
+    Case(group=7, widths=(64, 128), lengths=(97,), steps=(3, 2)),
+    Case(group=8, widths=(128, 128), lengths=(120, 7), steps=(3, 2)),
+    Case("full", group=4, widths=(64, 64), lengths=(40, 13)),
+    Case("h2o", group=6, widths=(24, 32), lengths=(60,)),
+    Case("h2o", budget="1", lengths=(9, 3)),
+    Case(budget="3", lengths=(9, 3)),
+    Case(budget="25", lengths=(20, 6)),
+    Case("roco", budget="2", lengths=(9, 3)),
+    Case("cam(merged=3)", budget="25", lengths=(20, 6)),
+    Case("tova", budget="25", lengths=(20, 6)),
+    Case("snapkv(window=6,decode=slide)", budget="25", lengths=(20, 6)),
+]
+
+
+def named(case: Case) -> str:
+    return f"{case.policy}-{case.heads}x{case.group}-{case.widths}-{case.lengths}-{case.budget}"
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=named)
+@pytest.mark.parametrize("threads", [1, 3])
+@on_cpu
+def test_compiled_loops_of_every_shape(case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        Conversation(case).run()
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- Triton kernels, in Triton's interpreter -------------------------------------------------------------------------
+
+NAMES = ("attend", "merge", "update")
+KERNELS = [policy for policy in RULES if "threshold" not in policy]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[pytest.MonkeyPatch]:
+    """Kernels made for the interpreter, which is asked for when their modules are imported."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    package = importlib.import_module("d2obench.decode.triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in NAMES:
+            patch.delitem(sys.modules, f"d2obench.decode.triton.{name}", raising=False)
+            patch.delattr(package, name, raising=False)
+        for name in NAMES:
+            patch.setitem(
+                sys.modules, f"d2obench.decode.triton.{name}", importlib.import_module(f"{package.__name__}.{name}")
+            )
+            patch.setattr(package, name, sys.modules[f"{package.__name__}.{name}"])
+        with warnings.catch_warnings():
+            # rows that pad a group to 16 and lanes that are masked compute with −inf; nothing of them is kept
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield patch
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run on the GPU: pytest -m cuda")
+@pytest.mark.usefixtures("interpreter")
+class TestKernels:
+    @pytest.mark.parametrize("policy", KERNELS)
+    def test_float32(self, policy: str) -> None:
+        path = Conversation(Case(policy, steps=(3, 2))).run().state.decode_path
+        assert path.startswith("Triton kernels (interpreted)")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "d2o(allocate=uniform)"])
+    def test_half_precision(self, policy: str, dtype: torch.dtype) -> None:
+        Conversation(half(policy, dtype)).run()
+
+    @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[7], SHAPES[8]], ids=named)
+    def test_shapes(self, case: Case) -> None:
+        Conversation(replace(case, steps=(3, 2))).run()
