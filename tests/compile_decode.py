@@ -1,7 +1,7 @@
 """Compiles every kernel of a decode step for Hopper, to machine code, for the dimensions of Llama-3-8B: from the very
 launches that a step makes.
 
-Run by ``test_kernels_decode.py``; needs Triton, but no GPU. Prints a line a kernel: name, policy, splits, registers of
+Run by ``test_decode_triton.py``; needs Triton, but no GPU. Prints a line a kernel: name, policy, splits, registers of
 a thread, bytes it spills, bytes of shared memory of a program.
 """
 
@@ -90,17 +90,15 @@ launches: list[Any] = []
 path.launch = lambda kernel, grid, *given, **meta: launches.append((kernel, given, meta))
 for policy in ("d2o", "h2o", "streaming", "full"):
     for splits in (1, 5):
-        case = Case(
-            heads=8, group=4, widths=(128, 128), dtype=torch.bfloat16, capacities=(409,), policy=policy, splits=splits
-        )
+        case = Case(heads=8, group=4, widths=(128, 128), dtype=torch.bfloat16, capacities=(409,), policy=policy)
         state = state_of(case)
-        state.path = path.FusedDecode(state, 132, interpreted=False, splits=splits)
+        state.backend = path.TritonKernels(state, 132, interpreted=False, splits=splits)
         launches.clear()
         query, key, value = fresh(case, torch.Generator().manual_seed(1))
-        state.path.write(key, value)
-        state.path.attend(0, query, 0.088)
+        state.write(0, key, value)
+        state.attend(0, query, 0.088)
         if not state.grows:
-            assert state.path.turn()
+            state.backend.update()
         for launch in list(launches):
             compile_once(*launch, policy, splits)
 

@@ -133,7 +133,9 @@ def test_a_prompt_in_blocks_is_the_prompt(tiny: LoadedModel) -> None:
         assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("policy", ["d2o", "d2o(merge=values)", "d2o(threshold=layer)", "d2o(hosts=important)"])
+@pytest.mark.parametrize(
+    "policy", ["d2o", "d2o(merge=values)", "d2o(threshold=layer)", "d2o(hosts=important)", "d2o(inherit=true)"]
+)
 def test_a_pending_merge_is_carried_out_as_the_next_step_would(policy: str, tiny: LoadedModel) -> None:
     session = Session(tiny, policy, "0.3", max_new=12)
     session.prefill(prompts(50, 33))
@@ -142,13 +144,13 @@ def test_a_pending_merge_is_carried_out_as_the_next_step_would(policy: str, tiny
     for token in range(3, 9):
         session.step(torch.tensor([token, token]))
         state, saved = session.cache.state, session.snapshot()
-        before = state.extra["merged"].tolist()
+        before = state.merged.tolist()
         with torch.inference_mode():
             turns = reopen(state, 2)
-        counted = [now - old for now, old in zip(state.extra["merged"].tolist(), before, strict=True)]
+        counted = [now - old for now, old in zip(state.merged.tolist(), before, strict=True)]
         session.restore(saved)
         session.step(torch.tensor([9, 9]))
-        assert [now - old for now, old in zip(state.extra["merged"].tolist(), before, strict=True)] == counted
+        assert [now - old for now, old in zip(state.merged.tolist(), before, strict=True)] == counted
         merged += sum(counted)
         for layer, turn in enumerate(turns):
             stored = state.position[layer]

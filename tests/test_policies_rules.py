@@ -14,12 +14,12 @@ from tiny_families import prompts, tiny_model
 from d2obench.cache import Session
 from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
 from d2obench.models import LoadedModel
-from d2obench.policies import parse_policy, takes_budget
+from d2obench.policies import takes_budget
 from d2obench.policies.base import Entries
 from d2obench.policies.drawing import uniform
 from d2obench.policies.pyramidkv import PyramidKV
 from d2obench.policies.roco import RoCo
-from d2obench.suite.grammar import Budget, parse_budget
+from d2obench.suite.grammar import Budget
 
 LENGTH, STEPS, SEED = 70, 40, 5
 
@@ -74,37 +74,6 @@ def compare(session: Session, logs: dict[int, Log], layers: list[Any], heads: An
             assert np.abs(expected - out[0]).max() < 1e-4 * max(1.0, np.abs(expected).max()), (index, step)
         for head, positions in enumerate(heads(layer)):
             assert held(session, index, head) == positions
-
-
-class Sliding(rules.SnapKV):
-    maximum = True
-
-
-class SeededRandom(rules.Random):
-    seed = SEED
-
-
-class SeededCaM(rules.CaM):
-    seed, merged = SEED, 5
-
-
-@pytest.mark.parametrize(
-    ("policy", "rule"),
-    [
-        ("local", rules.Local), ("streaming", rules.Streaming), ("h2o", rules.H2O), ("roco", rules.RoCo),
-        ("streaming(positions=cache)", rules.StreamingInTheCache),
-        ("tova", rules.TOVA), ("random", SeededRandom), ("cam(merged=5)", SeededCaM),
-        ("snapkv(window=6)", rules.SnapKV), ("snapkv(window=6,pool=max,decode=slide)", Sliding),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("budget", ["0.3", "0.6", "90"])
-def test_a_policy_is_its_reference(
-    policy: str, rule: type[rules.Head], budget: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session, logs = recorded(policy, budget, monkeypatch)
-    keep = parse_budget(budget).of(LENGTH)
-    layers = [rules.Layer(rule, keep, index, 2, parse_policy(policy).grows) for index in range(len(logs))]
-    compare(session, logs, layers, lambda layer: [head.held for head in layer.heads])
 
 
 @pytest.mark.parametrize(("recent", "budget"), [(0.3, 50), (0.0, 50), (0.6, 20), (0.3, 4)])

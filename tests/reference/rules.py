@@ -347,6 +347,11 @@ class Layer:
             head.length += keys.shape[1]
         return np.concatenate(outs, 1)
 
+    def prompt(self, queries: Array, keys: Array, values: Array, scale: float) -> None:
+        """Reads a prompt and keeps what the rule says."""
+        self.read(queries, keys, values, scale)
+        self.compress()
+
     def compress(self, kept: list[set[int]] | None = None, near: float = 0.0) -> None:
         """Keeps what the rule says; or what is given, which may differ from that by no more than ``near`` in
         importance."""
