@@ -1,6 +1,6 @@
-"""Names to classes: the built-in ones and those other packages offer through entry points.
+"""Names to classes: those built in, and those that other packages offer through entry points.
 
-A registry holds import paths, so that listing names imports nothing heavy; ``get`` imports one.
+A registry holds import paths, so that its names can be listed without importing anything; ``get`` imports one class.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Registry:
     """
 
     def __init__(self, kind: str, group: str, builtin: Mapping[str, str], error: type[D2OBenchError]) -> None:
-        self.kind, self.group, self._builtin, self._error = kind, group, dict(builtin), error
+        self.kind, self.group, self.builtin, self._error = kind, group, dict(builtin), error
 
     def names(self) -> list[str]:
         """Built-in names in their order, then plugins by name."""
-        return [*self._builtin, *sorted(self.plugins())]
+        return [*self.builtin, *sorted(self.plugins())]
 
     def plugins(self) -> dict[str, str]:
         """Names from other packages → ``distribution: module:attribute``; a built-in name is never overridden."""
         found = {}
         for point in entry_points(group=self.group):
-            if point.name not in self._builtin:
+            if point.name not in self.builtin:
                 found[point.name] = f"{point.dist.name if point.dist else '?'}: {point.value}"
         return found
 
@@ -55,14 +55,18 @@ class Registry:
         found = []
         for point in entry_points(group=self.group):
             source = (point.dist.name, point.dist.version) if point.dist else ("?", "")
-            problem = f"'{point.name}' is built in and stays so" if point.name in self._builtin else _fault(point)
+            problem = f"'{point.name}' is built in and stays so" if point.name in self.builtin else _fault(point)
             found.append(Offer(self.kind, point.name, *source, point.value, problem))
         return sorted(found)
 
     def get(self, name: str) -> Any:
-        """The class of that name; an unknown one or a plugin that can't be imported is a clear error."""
-        if name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
+        """The class of that name.
+
+        Raises:
+            D2OBenchError: of the registry's own class, for an unknown name or a plugin that can't be imported.
+        """
+        if name in self.builtin:
+            module, _, attribute = self.builtin[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
         for point in entry_points(group=self.group):
             if point.name == name:
@@ -74,9 +78,19 @@ class Registry:
                         why=f"{type(problem).__name__}: {problem}",
                         remedy="reinstall or remove its package",
                     ) from problem
+        raise self._unknown(name)
+
+    def check(self, name: str) -> None:
+        """Raises the error of an unknown name; imports nothing."""
+        if name not in self.builtin and name not in self.plugins():
+            raise self._unknown(name)
+
+    def _unknown(self, name: str) -> D2OBenchError:
         near = difflib.get_close_matches(name, self.names(), 1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise self._error(f"unknown {self.kind} '{name}'", remedy=f"{hint}the known ones are {', '.join(self.names())}")
+        return self._error(
+            f"unknown {self.kind} '{name}'", remedy=f"{hint}the known ones are {', '.join(self.names())}"
+        )
 
 
 def _fault(point: EntryPoint) -> str:

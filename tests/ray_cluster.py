@@ -12,9 +12,9 @@ from runs import FAKE, Silent, checked
 from waiting import LIMIT_S
 
 from d2obench.record import Run, read_run
-from d2obench.run.check import Checked
 from d2obench.run.engines import run_suite
 from d2obench.run.engines.ray import RayEngine
+from d2obench.run.plan import Plan
 
 CORES = 1.0
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "900")  # a busy machine starts a node slowly
@@ -49,15 +49,13 @@ class Nodes:
         self._cluster.shutdown()
 
 
-def engine(work: Checked, address: str, **more: Any) -> RayEngine:
+def engine(work: Plan, address: str, **more: Any) -> RayEngine:
     """A RayEngine of the scripted worker; ``fake`` are its settings."""
     env = {"FAKE": json.dumps(more.pop("fake", {})), "PYTHONPATH": os.pathsep.join([str(Path(FAKE).parent)])}
     return RayEngine(work.suite, address, command=("-P", FAKE), env=env, patience=more.pop("patience", LIMIT_S), **more)
 
 
-def run_on(
-    address: str, folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, **fake: Any
-) -> Run:
+def run_on(address: str, folder: Path, work: Plan | None = None, *, watcher: Silent | None = None, **fake: Any) -> Run:
     """Runs into ``folder`` on the cluster, or goes on with what is there."""
     folder.mkdir(exist_ok=True)
     work = work or checked()

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from waiting import LIMIT_S
 
 from d2obench.record import Axes, Run, read_run
-from d2obench.run.check import Checked
 from d2obench.run.engines import LocalEngine, run_suite
+from d2obench.run.plan import Plan
 from d2obench.run.worker_client import WorkerClient
-from d2obench.suite.definition import AxesTable, Cell, Suite, Timing, WorkerTable
+from d2obench.suite.definition import AxesTable, Suite, Timing, WorkerTable
+from d2obench.tasks import read_cell
+from d2obench.tasks.base import Cell
 
 FAKE = str(Path(__file__).with_name("fake_worker.py"))
 
@@ -49,7 +52,8 @@ def cell(
     shape, batch = (shape, batch) if task == "speed" else (None, None)
     axes = Axes(task, "fake", "float32", "cpu", policy, budget, shape, batch, 0)
     words = [str(word) for word in (task, policy, budget, shape, batch)]
-    return Cell("/".join(words), "-".join(words).replace("+", "_"), axes)
+    hash_ = "-".join(words).replace("+", "_")
+    return read_cell({"id": "/".join(words), "hash": hash_, "axes": msgspec.to_builtins(axes)})
 
 
 CELLS = (
@@ -61,15 +65,15 @@ CELLS = (
 )
 
 
-def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, device: str = "cpu", **worker: Any) -> Checked:
+def checked(cells: Sequence[Cell] = CELLS, timing: Timing | None = None, device: str = "cpu", **worker: Any) -> Plan:
     """A suite of these cells as it comes out of the checks."""
     axes = AxesTable(policy=("full",), model=("fake",), device=(device,))
     timing = timing or Timing(rounds=3, max_rounds=3)
-    return Checked(Suite("fake", "", axes, timing=timing, worker=WorkerTable(**worker)), tuple(cells), {}, {})
+    return Plan(Suite("fake", "", axes, timing=timing, worker=WorkerTable(**worker)), tuple(cells), {}, {})
 
 
 def run(
-    folder: Path, work: Checked | None = None, *, watcher: Silent | None = None, timeout_s: float = LIMIT_S, **fake: Any
+    folder: Path, work: Plan | None = None, *, watcher: Silent | None = None, timeout_s: float = LIMIT_S, **fake: Any
 ) -> Run:
     """Runs into ``folder``, or goes on with what is there."""
     folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from d2obench.attention import prompt as prefill
 from d2obench.cache import PolicyCache, Session, build
 from d2obench.models import LoadedModel
-from d2obench.policies import parse_policy, takes_budget
+from d2obench.policies import parse_choice, parse_policy
 from d2obench.policies.h2o import H2O
 from d2obench.suite.grammar import Budget
 
@@ -36,7 +36,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(model: LoadedModel, policy: str, texts: list[list[int]]) -> tuple[list[str], list[Any]]:
     marks: list[str] = []
-    budget = "0.3" if takes_budget(policy) else None
+    budget = "0.3" if parse_choice(policy).takes_budget else None
     session = Session(model, policy, budget, max_new=6, seed=3, mark=marks.append)
     logits = [session.prefill(texts)]
     marks.append("read")
@@ -61,7 +61,7 @@ def test_early_is_late_bit_by_bit(policy: str, lengths: tuple[int, ...], monkeyp
     late(monkeypatch)
     _, expected = run(model, policy, texts)
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
-    if policy in LATE or not takes_budget(policy):
+    if policy in LATE or not parse_choice(policy).takes_budget:
         assert "compress" not in marks[: marks.index("read")]
     else:
         assert marks[:-1] == ["prefill", *["compress", "prefill"] * 5, "read"], "each layer is stamped apart"
@@ -75,7 +75,7 @@ def test_turns_of_one_block_each_are_turns(policy: str, family: str, monkeypatch
 
     def converse() -> tuple[list[torch.Tensor], Any]:
         model = tiny_model(family).model
-        budget = 0.3 if takes_budget(policy) else None
+        budget = 0.3 if parse_choice(policy).takes_budget else None
         held = build.cache(policy, budget, model=model, max_new=20, seed=1, whole=True)
         with torch.inference_mode():
             blocks = [prompts(30, 30), [[3], [4]], [[5], [6]], prompts(11, 11, seed=2), [[7], [8]], [[9], [10]]]
@@ -100,7 +100,7 @@ def test_a_prompt_in_several_blocks_waits_for_the_last() -> None:
     assert all(layer.keys.shape[2] == 35 for layer in held.own)
 
 
-@pytest.mark.parametrize("policy", [policy for policy in EARLY if takes_budget(policy)])
+@pytest.mark.parametrize("policy", [policy for policy in EARLY if parse_choice(policy).takes_budget])
 def test_a_policy_that_does_not_wait_needs_lengths_only(policy: str) -> None:
     built = parse_policy(policy)
     assert not built.budgets_need_stats

@@ -18,9 +18,10 @@ from waiting import LIMIT_S, wait_for
 from d2obench import __version__
 from d2obench.cli import COMMANDS, main
 from d2obench.cli.dry_run import show_plan
+from d2obench.models import Dimensions
 from d2obench.record import read_run
 from d2obench.report.display import spell
-from d2obench.run.plan import Device, predict
+from d2obench.run.predict import Device, predict
 from d2obench.suite.definition import Timing
 
 TINY = [
@@ -160,18 +161,8 @@ def test_a_dry_run_shows_every_cell_and_runs_nothing(capsys: pytest.CaptureFixtu
     assert not list(tmp_path.iterdir())
 
 
-DIMENSIONS = {
-    "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 16, "parameters": 10**6, "context": 4096,
-}  # fmt: skip
-RATES = {"bandwidth": 1e6, "flops": 1e6}
-
-
-class Rates:
-    """A worker that only knows how fast its device is."""
-
-    def call(self, op: str, args: Any) -> Any:
-        assert op == "rates"
-        return RATES
+DIMENSIONS = Dimensions("llama", 2, 4, 2, 4, 16, 64, 4096, 10**6)
+RATES = Device(1e6, 1e6)
 
 
 @pytest.mark.parametrize(("seconds", "cut"), [(1e9, False), (1.0, True)])
@@ -183,13 +174,43 @@ def test_the_total_of_a_dry_run_is_bounded_but_holds_a_round(
     cells = [cell("full"), cell("h2o", "0.2")]
     work = checked(cells, Timing(rounds=4, max_rounds=4, max_seconds=seconds))
     work = dataclasses.replace(work, models={"fake": DIMENSIONS})
-    show_plan(work, Rates())  # type: ignore[arg-type]
+    show_plan(work, lambda device, dtype: RATES)
     out = capsys.readouterr().out
-    told = [predict(one, work.suite, DIMENSIONS, Device(**RATES)).seconds or 0.0 for one in cells]
+    told = [predict(one, work.suite, DIMENSIONS, RATES).seconds or 0.0 for one in cells]
     total = sum(told) / 4 if cut else sum(told)
     last = next(line for line in out.splitlines() if "2 cells" in line)
     assert last.rstrip().endswith(spell(total))
     assert ("timing.max_seconds" in out) == cut
+
+
+def test_a_dry_run_plans_without_loading_anything() -> None:
+    """780 cells of five models: no worker, no torch, and the first line is there before the last cell is planned."""
+    code = (
+        "import sys, subprocess\nfrom d2obench.cli import main\n"
+        "started = []\nsubprocess.Popen.__init__ = lambda *a, **k: started.append(a)\n"
+        "try: main(['run', 'paper-throughput', '--device', 'cpu', '--dry-run'])\n"
+        "except SystemExit: pass\n"
+        "print(started, [name for name in ('torch', 'transformers', 'pandas', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] []"
+    assert "780 cells" in done.stdout
+
+
+def test_a_run_stopped_before_its_first_record_does_not_point_to_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the environment is read: nothing can be resumed or rendered yet."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d2obench.run.engines.LocalEngine.environment", stopped)
+    code, _, err = say(capsys, "run", "quick", *TINY, "--out", "r", "--quiet")
+    assert code == 130
+    assert "stopped before anything was measured" in err
+    assert "--resume" not in err
+    assert "d2obench report" not in err
 
 
 def test_a_run_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:

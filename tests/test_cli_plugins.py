@@ -126,9 +126,9 @@ def test_a_renderer_is_found_by_its_format(tmp_path: Path, capsys: pytest.Captur
 
 def test_no_other_library_is_imported_for_its_name() -> None:
     code = (
-        "import sys; from d2obench.policies import other, takes_budget; import d2obench.cli.list\n"
+        "import sys; from d2obench.policies import parse_choice; import d2obench.cli.list\n"
         "for text in ('hf-quantized(bits=2)', 'kvpress:SnapKVPress', 'llama.cpp(cache=q8_0)'):\n"
-        "    takes_budget(text), other(text)\n"
+        "    parse_choice(text).takes_budget, parse_choice(text).yardstick\n"
         "assert not {'kvpress', 'xllamacpp', 'optimum', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=LIMIT_S)

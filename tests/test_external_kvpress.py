@@ -18,7 +18,7 @@ from d2obench.cache import Session
 from d2obench.cli import main
 from d2obench.errors import D2OBenchError, PolicyError, UsageError, WorkerError
 from d2obench.external import check_installed, open_session, record_of
-from d2obench.policies import other, parse_policy, takes_budget
+from d2obench.policies import parse_choice, parse_policy
 from d2obench.run import isolated_workers as environments
 
 TESTS = Path(__file__).parent
@@ -124,8 +124,8 @@ def test_presses_hold_presses_and_what_is_wrong_is_one_line() -> None:
 
 
 def test_the_words_of_a_policy() -> None:
-    assert takes_budget("kvpress:SnapKVPress(window_size=64)")
-    found = other("kvpress:SnapKVPress(window_size=64)")
+    assert parse_choice("kvpress:SnapKVPress(window_size=64)").takes_budget
+    found = parse_choice("kvpress:SnapKVPress(window_size=64)").yardstick
     assert found is not None
     assert (found.method, found.apart, found.environment) == ("SnapKVPress", True, "kvpress")
     for text, said in {
@@ -138,7 +138,7 @@ def test_the_words_of_a_policy() -> None:
         "full:SnapKVPress": "unknown policy",
     }.items():
         with pytest.raises(PolicyError, match=said):
-            other(text)
+            parse_choice(text)
     with pytest.raises(PolicyError, match="no policy cache"):
         parse_policy("kvpress:SnapKVPress")
     assert record_of("d2o") == {}

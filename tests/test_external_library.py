@@ -11,7 +11,7 @@ from d2obench.errors import ModelError, UsageError
 from d2obench.external import open_session
 from d2obench.models import LoadedModel, load
 from d2obench.models.base import bound_of
-from d2obench.policies import YARDSTICKS
+from d2obench.policies import LIBRARY_CACHES
 
 PROMPTS = [[5, 9, 2, 7, 1, 8, 3], [4, 4, 6]]
 
@@ -31,13 +31,13 @@ def logits_of(loaded: LoadedModel, policy: str, steps: int = 5) -> list[torch.Te
     return found
 
 
-@pytest.mark.parametrize("name", YARDSTICKS)
+@pytest.mark.parametrize("name", LIBRARY_CACHES)
 def test_a_yardstick_says_what_full_says(tiny: LoadedModel, name: str) -> None:
     for ours, theirs in zip(logits_of(tiny, "full"), logits_of(tiny, name), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", YARDSTICKS)
+@pytest.mark.parametrize("name", LIBRARY_CACHES)
 def test_a_jump_leaves_a_yardstick_as_long_as_the_real_thing(tiny: LoadedModel, name: str) -> None:
     jumped, whole = (open_session(tiny, name, None, max_new=24) for _ in range(2))
     for session in (jumped, whole):
@@ -110,7 +110,7 @@ def test_a_sliding_window_is_not_jumped_over() -> None:
         skip(DynamicCache(config=Gemma3TextConfig(num_hidden_layers=2)), 4)
 
 
-@pytest.mark.parametrize("other", YARDSTICKS)
+@pytest.mark.parametrize("other", LIBRARY_CACHES)
 def test_two_sessions_on_one_model_do_not_change_what_the_other_says(tiny: LoadedModel, other: str) -> None:
     """Their steps alternate on one model, although each needs an attention function of its own."""
     expected = logits_of(tiny, "full")

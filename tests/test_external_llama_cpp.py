@@ -16,7 +16,7 @@ from d2obench.errors import ModelError, PolicyError, UsageError, WorkerError
 from d2obench.external import open_session
 from d2obench.external.llama_cpp import GgufModel, load
 from d2obench.models.base import LoadedModel
-from d2obench.policies import other, takes_budget
+from d2obench.policies import parse_choice
 
 PIECES = {"a": 5, "b": 6, "é": 7}
 
@@ -121,13 +121,13 @@ def test_what_goes_wrong_is_said(fake: type[Server]) -> None:
 
 
 def test_the_words_of_the_policy() -> None:
-    assert not takes_budget("llama.cpp(cache=q4_0)")
-    found = other("llama.cpp")
+    assert not parse_choice("llama.cpp(cache=q4_0)").takes_budget
+    found = parse_choice("llama.cpp").yardstick
     assert found is not None
     assert found.speed_only
     assert "another engine: llama.cpp (xllamacpp 1.2)" in found.flags({"xllamacpp": "1.2"})[0]
     with pytest.raises(PolicyError, match="q9"):
-        other("llama.cpp(cache=q9)")
+        parse_choice("llama.cpp(cache=q9)")
 
 
 @pytest.mark.usefixtures("fake")
@@ -142,7 +142,7 @@ def test_the_words_of_the_policy() -> None:
 def test_what_it_can_not_do_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("d2obench.policies.others._found", lambda module: True)
+    monkeypatch.setattr("d2obench.policies.yardsticks._found", lambda module: True)
     monkeypatch.setattr("d2obench.external._versions", lambda asked: {})
     with pytest.raises(SystemExit) as done:
         main(["run", "quick", "--policy", "llama.cpp", *words])
@@ -156,7 +156,7 @@ def test_what_it_can_not_do_is_one_line(
 def test_without_the_extra_it_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str, extra: str
 ) -> None:
-    monkeypatch.setattr("d2obench.policies.others._found", lambda module: False)
+    monkeypatch.setattr("d2obench.policies.yardsticks._found", lambda module: False)
     with pytest.raises(SystemExit) as done:
         main(["run", "quick", "--task", "speed", "--policy", policy])
     assert done.value.code == 2

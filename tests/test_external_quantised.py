@@ -10,7 +10,7 @@ import torch
 from d2obench.errors import PolicyError
 from d2obench.external import open_session
 from d2obench.models import load
-from d2obench.policies import other
+from d2obench.policies import parse_choice
 
 TEXT = [[i % 200 for i in range(start, start + 128)] for start in (0, 40)]
 
@@ -51,4 +51,4 @@ def test_bytes_are_those_of_packed_numbers_and_scales(bits: int) -> None:
 def test_its_parameters_are_checked() -> None:
     for text in ("hf-quantized(bits=3)", "hf-quantized(group=0)", "hf-quantized(bit=4)"):
         with pytest.raises(PolicyError):
-            other(text)
+            parse_choice(text)

@@ -9,8 +9,10 @@ import pytest
 
 from d2obench.errors import OutOfMemory, WorkerError
 from d2obench.gate.arm import Arm
+from d2obench.run.plan import cells
 from d2obench.run.worker_client import UNKNOWN
-from d2obench.suite.definition import Cell, Suite, cells, load_suite
+from d2obench.suite.definition import Suite, load_suite
+from d2obench.tasks.base import Cell
 
 
 class Scripted:

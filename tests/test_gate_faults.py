@@ -19,10 +19,11 @@ from d2obench.measure.trace import RequestTrace
 from d2obench.policies import d2o
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value
+from d2obench.run.plan import cells
 from d2obench.run.worker_model import Worker
 from d2obench.study import faults
 from d2obench.study.faults import FAULTS, command
-from d2obench.suite.definition import Cell, Quality, cells, load_suite
+from d2obench.suite.definition import Quality, load_suite
 
 SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.policy == "d2o")
 
@@ -49,7 +50,7 @@ def speed_facts(worker: Worker) -> Facts:
 
 
 def fidelity_facts(worker: Worker) -> Facts:
-    request = {"cell": msgspec.to_builtins(Cell("cell", "", FIDELITY)), "quality": msgspec.to_builtins(Quality())}
+    request = {"cell": {"axes": msgspec.to_builtins(FIDELITY)}, "quality": msgspec.to_builtins(Quality())}
     found = worker.evaluate(request, report)
     return facts_of("cell", "ok", msgspec.convert(found["values"], dict[str, Value]), {"items": found["items"]})
 

@@ -10,7 +10,9 @@ import pytest
 from d2obench.errors import OutOfMemory
 from d2obench.gate.rounds import REPEATS, measure_group
 from d2obench.gate.verdict import Verdict
-from d2obench.suite.definition import Cell, Suite, cells, load_suite
+from d2obench.run.plan import cells
+from d2obench.suite.definition import Suite, load_suite
+from d2obench.tasks.base import Cell
 
 Log = list[tuple[str, str]]
 

@@ -12,7 +12,8 @@ import torch
 from d2obench.cli import app, main
 from d2obench.cli.profile import labels, pick
 from d2obench.errors import UsageError
-from d2obench.suite.definition import cells, load_suite
+from d2obench.run.plan import cells
+from d2obench.suite.definition import load_suite
 
 SMALL = ["--model", "shape:tiny", "--policy", "full,d2o", "--budget", "0.3", "--shape", "48+16", "--batch", "2"]
 

@@ -17,8 +17,10 @@ from d2obench.measure.parts import PartTimer, cost_of_parts, parts_named
 from d2obench.models import LoadedModel
 from d2obench.ranges import active, ranges_as, span
 from d2obench.record import Axes, Value
-from d2obench.suite.definition import Cell, Quality, cells, load_suite
-from d2obench.tasks import evaluate, parse_task
+from d2obench.run.plan import cells
+from d2obench.suite.definition import Quality, load_suite
+from d2obench.tasks import evaluate, parse_task, read_cell
+from d2obench.tasks.base import Cell
 
 PROMPTS = [[5, 9, 2, 7] * 8, [4, 6] * 16]
 
@@ -88,7 +90,7 @@ def test_a_request_by_parts(
 
 
 def kernels_cell(policy: str, budget: str | None, shape: str = "64+40", task: str = "kernels(requests=2)") -> Cell:
-    return Cell("c", "h", Axes(task, "shape:tiny", "float32", "cpu", policy, budget, shape, None, 0))
+    return read_cell({"axes": Axes(task, "shape:tiny", "float32", "cpu", policy, budget, shape, None, 0)})
 
 
 def silent(done: int, total: int) -> None:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from d2obench.errors import D2OBenchError, ModelError, OutOfMemory, UsageError
 from d2obench.models import Dimensions, LoadedModel, check, config_of, known, load, pull
+from d2obench.models.base import dimensions_of
 from d2obench.models.reading import fingerprint
-from d2obench.models.shapes import SHAPES
+from d2obench.models.shapes import SHAPES, Shape
 
 # parameter counts as the checkpoints' safetensors headers say (falcon-7b: its tied output layer counted once)
 PUBLISHED = {
@@ -273,3 +274,9 @@ def test_embedded_answers(embedded: LoadedModel) -> None:
     )
     answer = embedded.model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in embedded.tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_described_as_transformers_counts_it(name: str) -> None:
+    """The arithmetic of ``describe`` against a model that transformers builds on the meta device."""
+    assert Shape(name).describe() == dimensions_of(Shape(name)._config())

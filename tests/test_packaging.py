@@ -92,7 +92,7 @@ def test_a_run_imports_no_engine_or_library_that_was_not_asked_for(tmp_path: Pat
     code = (
         "import sys; from d2obench.run.worker import main; import d2obench.cli, d2obench.run.engines\n"
         "import d2obench.cache, d2obench.models, d2obench.policies\n"
-        "d2obench.policies.parse_policy('d2o'); d2obench.policies.other('full')\n"
+        "d2obench.policies.parse_policy('d2o'); d2obench.policies.parse_choice('full')\n"
         "print(sorted({'ray', 'kvpress', 'xllamacpp', 'optimum', 'accelerate'} & {*sys.modules}))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

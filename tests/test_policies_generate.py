@@ -17,7 +17,7 @@ from d2obench.cache import policy_cache as cache_module
 from d2obench.cache.conversation import reopen, rescale
 from d2obench.errors import D2OBenchError
 from d2obench.models import LoadedModel
-from d2obench.policies import takes_budget
+from d2obench.policies import parse_choice
 from d2obench.suite.grammar import Budget
 
 POLICIES = [
@@ -29,7 +29,7 @@ NEW = 12
 
 
 def of(policy: str) -> float | None:
-    return 0.4 if takes_budget(policy) else None
+    return 0.4 if parse_choice(policy).takes_budget else None
 
 
 def generate(model: LoadedModel, held: Any, texts: list[list[int]], new: int = NEW) -> Tensor:
@@ -112,7 +112,7 @@ def test_a_second_turn_is_bounded_and_a_batch_is_its_sequences(policy: str, fami
 def test_a_second_turn_with_room_for_everything_is_full_attention(policy: str, family: str) -> None:
     """Nothing is evicted, so the conversation must be what one long prompt gives."""
     model, text, more = tiny_model(family), prompts(30)[0], prompts(11, seed=4)[0]
-    logits, _ = converse(model, policy, 128 if takes_budget(policy) else None, [text], more)
+    logits, _ = converse(model, policy, 128 if parse_choice(policy).takes_budget else None, [text], more)
     everything = text + list(range(3, 9)) + more + list(range(9, 15))
     session = Session(model, "full", None, max_new=1)
     for step in range(7):

@@ -18,7 +18,7 @@ from torch import Tensor
 from d2obench.cache import Footprint, Session
 from d2obench.cache.build import cache
 from d2obench.models import LoadedModel
-from d2obench.policies import parse_policy, rules, takes_budget
+from d2obench.policies import own_policies, parse_choice, parse_policy
 
 VARIANTS = [
     "snapkv(window=4)", "snapkv(window=4,decode=slide,pool=max)", "pyramidkv(window=3)",
@@ -27,7 +27,7 @@ VARIANTS = [
     "d2o(merge=values)", "d2o(threshold=layer,hosts=important)", "d2o(exempt=[0])", "h2o(normalised=true)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
 ]  # fmt: skip
-POLICIES = [*rules(), *VARIANTS]
+POLICIES = [*own_policies(), *VARIANTS]
 FEW = ["llama-gqa2", "falcon", "gemma3"]
 STEPS = 7
 
@@ -36,7 +36,7 @@ def drive(
     model: LoadedModel, policy: str, budget: str | None, texts: list[list[int]], steps: int = STEPS
 ) -> tuple[Tensor, Footprint]:
     """Logits ``[B, steps + 1, V]`` with the same tokens fed whatever comes out, and the footprint at the end."""
-    session = Session(model, policy, budget if takes_budget(policy) else None, max_new=steps, seed=3)
+    session = Session(model, policy, budget if parse_choice(policy).takes_budget else None, max_new=steps, seed=3)
     logits = [session.prefill(texts)]
     session.compress()
     for step in range(steps):
@@ -51,7 +51,7 @@ def rounding(policy: str) -> float:
 
 @pytest.mark.parametrize(
     ("policy", "family"),
-    [*itertools.product(rules(), CONFIGS), *itertools.product(VARIANTS, FEW)],
+    [*itertools.product(own_policies(), CONFIGS), *itertools.product(VARIANTS, FEW)],
 )
 def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str) -> None:
     model, texts = tiny_model(family), prompts(30, 19, 30)
@@ -74,7 +74,7 @@ def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str)
 
 
 @pytest.mark.parametrize("family", FEW)
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if takes_budget(policy)])
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if parse_choice(policy).takes_budget])
 def test_a_budget_of_everything_is_the_full_cache(policy: str, family: str) -> None:
     model, texts = tiny_model(family), prompts(30, 19)
     same = policy.partition("+")[2] or "full"
@@ -116,7 +116,7 @@ def test_zero_keys_and_values_give_no_nan(policy: str) -> None:
 def test_short_prompts(policy: str, length: int) -> None:
     model, texts = tiny_model("llama-gqa2"), prompts(length)
     for budget in ("0.2", "1", "4"):
-        session = Session(model, policy, budget if takes_budget(policy) else None, max_new=9)
+        session = Session(model, policy, budget if parse_choice(policy).takes_budget else None, max_new=9)
         logits = session.prefill(texts)
         session.compress()
         for _ in range(9):
@@ -127,7 +127,7 @@ def test_short_prompts(policy: str, length: int) -> None:
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_fork_comes_back_to_where_it_was(policy: str, family: str) -> None:
-    session = Session(tiny_model(family), policy, "0.4" if takes_budget(policy) else None, max_new=STEPS)
+    session = Session(tiny_model(family), policy, "0.4" if parse_choice(policy).takes_budget else None, max_new=STEPS)
     session.prefill(prompts(30, 19))
     session.compress()
     saved, tokens = session.snapshot(), torch.tensor([5, 6])
@@ -140,7 +140,7 @@ def test_a_fork_comes_back_to_where_it_was(policy: str, family: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_reset_forgets_the_prompt_before(policy: str) -> None:
     model = tiny_model("llama-gqa2")
-    held = cache(policy, 0.4 if takes_budget(policy) else None, model=model.model, max_new=STEPS)
+    held = cache(policy, 0.4 if parse_choice(policy).takes_budget else None, model=model.model, max_new=STEPS)
     fresh: list[Any] = []
     for text in (*prompts(33, seed=1), *prompts(30), *prompts(30)):
         held.reset()

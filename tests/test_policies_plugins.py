@@ -11,7 +11,7 @@ from tiny_families import prompts, tiny_model
 
 from d2obench.cache import Session
 from d2obench.errors import PolicyError
-from d2obench.policies import REGISTRY, parse_policy, takes_budget
+from d2obench.policies import REGISTRY, own_policies, parse_choice, parse_policy
 
 SOURCE = '''
 from dataclasses import dataclass
@@ -47,9 +47,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         "broken = throwaway_policy:Missing\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    parse_policy.cache_clear()
+    parse_choice.cache_clear()
     yield
-    parse_policy.cache_clear()
+    parse_choice.cache_clear()
     sys.modules.pop("throwaway_policy", None)
 
 
@@ -57,7 +57,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_a_plugin_is_listed_and_runs() -> None:
     assert "keynorm" in REGISTRY.names()
     assert REGISTRY.plugins()["keynorm"] == "throwaway: throwaway_policy:KeyNorm"
-    assert takes_budget("keynorm(recent=2)")
+    assert parse_choice("keynorm(recent=2)").takes_budget
     for policy in ("keynorm(recent=2)", "keynorm+quant(bits=8)"):
         session = Session(tiny_model("llama-gqa2"), policy, "0.3", max_new=5)
         logits = session.prefill(prompts(30, 20))
@@ -81,3 +81,8 @@ def test_without_the_package_it_is_unknown() -> None:
     assert "keynorm" not in REGISTRY.names()
     with pytest.raises(PolicyError, match="unknown policy 'keynorm'"):
         parse_policy("keynorm")
+
+
+@pytest.mark.parametrize("name", own_policies())
+def test_a_plan_knows_without_an_import_which_policies_take_a_budget(name: str) -> None:
+    assert parse_choice(name).takes_budget == REGISTRY.get(name).takes_budget

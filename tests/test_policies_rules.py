@@ -14,7 +14,7 @@ from tiny_families import prompts, tiny_model
 from d2obench.cache import Session
 from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
 from d2obench.models import LoadedModel
-from d2obench.policies import takes_budget
+from d2obench.policies import parse_choice
 from d2obench.policies.base import Entries
 from d2obench.policies.drawing import uniform
 from d2obench.policies.pyramidkv import PyramidKV
@@ -133,7 +133,7 @@ def test_released_is_its_reference(ratio: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def logits_of(model: LoadedModel, policy: str, texts: list[list[int]]) -> torch.Tensor:
-    session = Session(model, policy, "0.3" if takes_budget(policy) else None, max_new=20, seed=2)
+    session = Session(model, policy, "0.3" if parse_choice(policy).takes_budget else None, max_new=20, seed=2)
     out = [session.prefill(texts)]
     session.compress()
     out += [session.step(torch.tensor([step % 100 for _ in texts])) for step in range(20)]

@@ -13,7 +13,8 @@ from runs import client, run
 from d2obench import tasks
 from d2obench.errors import DataError
 from d2obench.record import read_run
-from d2obench.run.check import Checked, check
+from d2obench.run.check import check
+from d2obench.run.plan import Plan
 from d2obench.run.run_folder import suite_of
 from d2obench.suite.definition import load_suite
 
@@ -25,7 +26,7 @@ def written(path: Path, text: str = "two and two?") -> Path:
     return path
 
 
-def checked(**data: Path) -> Checked:
+def checked(**data: Path) -> Plan:
     """gsm8k and recall under full, as they come out of the checks."""
     given = {"axes.policy": "full", "axes.task": "gsm8k,recall", "axes.model": "fake", "axes.shape": "64+8"}
     suite = load_suite("quick", given | {f"quality.data.{task}": str(path) for task, path in data.items()})
@@ -33,7 +34,7 @@ def checked(**data: Path) -> Checked:
         return check(suite, worker)
 
 
-def hashes(work: Checked) -> dict[str, str]:
+def hashes(work: Plan) -> dict[str, str]:
     return {cell.axes.task: cell.hash for cell in work.cells}
 
 
@@ -65,9 +66,9 @@ def test_a_file_that_is_edited_in_the_middle_of_a_run_ends_its_cells(tmp_path: P
     data = written(tmp_path / "a.jsonl")
     quality = checked(gsm8k=data).suite.quality
     written(data, "three and one?")
-    cell: Any = SimpleNamespace(axes=SimpleNamespace(task="gsm8k"))
+    cell: Any = SimpleNamespace(task=tasks.parse_task("gsm8k"))
     loaded: Any = SimpleNamespace(has_sense=True, tokenizer=object(), name="fake")
-    with pytest.raises(DataError, match=r"'gsm8k' changed while the run went on: .*a.jsonl; start a new run"):
+    with pytest.raises(DataError, match=r"'gsm8k' changed during the run: .*a.jsonl; start a new run"):
         tasks.evaluate(loaded, cell, quality, lambda done, total: None)
 
 

@@ -10,9 +10,11 @@ import pytest
 from fake_worker import DIMENSIONS
 from runs import Silent, cell, checked, run
 
+from d2obench.models import Dimensions
 from d2obench.record import read_samples
-from d2obench.run.check import Checked
-from d2obench.suite.definition import Cell, Timing
+from d2obench.run.plan import Plan
+from d2obench.suite.definition import Timing
+from d2obench.tasks.base import Cell
 
 
 def log(path: Path) -> list[tuple[str, str, str]]:
@@ -184,10 +186,10 @@ def test_a_fresh_worker_for_every_group(tmp_path: Path, mode: str) -> None:
     assert [one.status for one in found.cells] == ["ok"] * 3
 
 
-def side_by_side(cells: list[Cell], timing: Timing | None = None) -> Checked:
+def side_by_side(cells: list[Cell], timing: Timing | None = None) -> Plan:
     """Fresh workers, and a model so small that any number of them fits."""
     work = checked(cells, timing or Timing(rounds=3, max_rounds=3), mode="fresh")
-    return dataclasses.replace(work, models={"fake": DIMENSIONS})
+    return dataclasses.replace(work, models={"fake": Dimensions(**DIMENSIONS)})
 
 
 def test_fresh_gives_every_timed_cell_a_process_of_its_own(tmp_path: Path) -> None:

@@ -8,32 +8,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import cell, checked
 
+from d2obench.models import Dimensions
 from d2obench.record import Axes
-from d2obench.run.plan import Device, abba, group, larger, memory_of, predict
+from d2obench.run.plan import abba, group, larger
+from d2obench.run.predict import Device, memory_of, predict
 from d2obench.run.search import MOST, RESOLUTION, largest_batch
-from d2obench.suite.definition import Cell, Quality
-from d2obench.tasks import REGISTRY, parse_task, uses_shape
-from d2obench.tasks.base import Work
+from d2obench.suite.definition import Quality
+from d2obench.tasks import REGISTRY, parse_task, read_cell
+from d2obench.tasks.base import Cell, Work
 
-LLAMA_3_8B = {
-    "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096, "parameters": 8_030_261_248,
-}  # fmt: skip
+LLAMA_3_8B = Dimensions("llama", 32, 32, 8, 128, 4096, 128_256, 8192, 8_030_261_248)
 H200 = Device(4e12, 6e14)
 
 
-def axes(policy: str = "full", budget: str | None = None, shape: str = "2048+8192", batch: int = 1) -> Axes:
-    return Axes("speed", "m", "bfloat16", "cuda", policy, budget, shape, batch, 0)
+def timed(policy: str = "full", budget: str | None = None, shape: str = "2048+8192", batch: int = 1) -> Cell:
+    return read_cell({"axes": Axes("speed", "m", "bfloat16", "cuda", policy, budget, shape, batch, 0)})
 
 
 def test_the_kv_of_a_sequence_is_what_the_dimensions_say() -> None:
     """Llama-3-8B in bfloat16: 128 KiB a token; 2048+8192 is 1.25 GiB with the full cache."""
-    one, two = (memory_of(axes(batch=batch), LLAMA_3_8B, batch) for batch in (1, 2))
+    one, two = (memory_of(timed(batch=batch), LLAMA_3_8B, batch) for batch in (1, 2))
     assert two - one == 1.25 * 2**30
-    assert memory_of(axes(), LLAMA_3_8B, 0) == 2 * LLAMA_3_8B["parameters"]
+    assert memory_of(timed(), LLAMA_3_8B, 0) == 2 * LLAMA_3_8B.parameters
 
 
 def test_a_compressed_cell_peaks_at_the_end_of_prefill() -> None:
-    compressed = memory_of(axes("d2o", "0.2"), LLAMA_3_8B, 1) - memory_of(axes(), LLAMA_3_8B, 0)
+    compressed = memory_of(timed("d2o", "0.2"), LLAMA_3_8B, 1) - memory_of(timed(), LLAMA_3_8B, 0)
     assert 2048 * 128 * 1024 < compressed < 1.25 * 2**30
 
 
@@ -41,9 +41,7 @@ def test_time_grows_with_the_work_and_a_small_cache_is_not_slower() -> None:
     suite = checked().suite
 
     def seconds(**change: str) -> float:
-        point = cell("full")
-        one = type(point)(point.id, point.hash, axes(**change))  # type: ignore[arg-type]
-        return predict(one, suite, LLAMA_3_8B, H200).seconds or 0.0
+        return predict(timed(**change), suite, LLAMA_3_8B, H200).seconds or 0.0
 
     assert seconds(shape="2048+8192") > seconds(shape="2048+4096") > seconds(shape="1024+4096") > 0
     assert seconds(policy="d2o", budget="0.2") < seconds()
@@ -56,8 +54,8 @@ def test_what_can_not_be_told_is_not_told() -> None:
 
 def quality(task: str, shape: str | None = None, **settings: int) -> float:
     suite = msgspec.structs.replace(checked().suite, quality=Quality(**settings))
-    one = Cell("", "", Axes(task, "m", "bfloat16", "cuda", "d2o", "0.2", shape, None, 0))
-    return predict(one, suite, LLAMA_3_8B | {"context": 8192}, H200).seconds or 0.0
+    one = read_cell({"axes": Axes(task, "m", "bfloat16", "cuda", "d2o", "0.2", shape, None, 0)})
+    return predict(one, suite, LLAMA_3_8B, H200).seconds or 0.0
 
 
 def test_a_quality_cell_s_time_grows_with_its_items_and_its_text() -> None:
@@ -67,7 +65,7 @@ def test_a_quality_cell_s_time_grows_with_its_items_and_its_text() -> None:
     assert quality("recall(items=4)", "4096+8") > quality("recall(items=4)", "512+8") > 0
     assert quality("gsm8k") == pytest.approx(1319 / 8 * quality("gsm8k", limit=8))
     assert quality("coqa(turns=all)", limit=8) == pytest.approx(16 * quality("coqa", limit=8))
-    assert all(quality(task, "512+64" if uses_shape(task) else None) > 0 for task in REGISTRY.names())
+    assert all(quality(task, "512+64" if parse_task(task).shaped else None) > 0 for task in REGISTRY.names())
 
 
 def test_needles_that_do_not_fit_are_no_work() -> None:
@@ -89,7 +87,7 @@ def test_groups_hold_policies_and_budgets_and_quality_cells_stand_alone() -> Non
 
 
 def test_abba_gives_every_cell_the_same_mean_place() -> None:
-    cells = [cell(policy) for policy in ("a", "b", "c", "d")]
+    cells = [cell(policy) for policy in ("full", "h2o", "d2o", "tova")]
     places = {one.id: sum(abba(cells, number).index(one) for number in range(6)) for one in cells}
     assert len(set(places.values())) == 1
 
@@ -108,8 +106,8 @@ def test_abba_gives_every_cell_the_same_mean_place() -> None:
     ],
 )
 def test_larger(shape: str, batch: int, budget: str, policy: str, expected: bool) -> None:
-    small = cell("d2o", "0.2", "64+8", 2).axes
-    assert larger(cell(policy, budget, shape, batch).axes, small) is expected
+    small = cell("d2o", "0.2", "64+8", 2)
+    assert larger(cell(policy, budget, shape, batch), small) is expected
 
 
 @given(st.integers(0, MOST), st.integers(-5, 2 * MOST))

@@ -20,10 +20,11 @@ from d2obench.errors import D2OBenchError, PolicyError, SuiteError, UsageError
 from d2obench.record import Axes
 from d2obench.run.check import check
 from d2obench.run.device_placement import check_one, check_placement
+from d2obench.run.plan import cells
 from d2obench.run.tensor_parallel import RankedClient, client_for, combined, share
 from d2obench.run.worker_client import WorkerClient
 from d2obench.run.worker_process import DeadWorkerError
-from d2obench.suite.definition import Cell, Quality, Suite, cells, load_suite
+from d2obench.suite.definition import Quality, Suite, load_suite
 from d2obench.suite.placement import Placement
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
@@ -95,7 +96,7 @@ def test_fidelity_on_two_ranks_is_that_of_one(
     text.write_text(" ".join(str(i) for i in torch.randint(2, 128, (400,), generator=generator).tolist()))
     axes = Axes("fidelity", str(folder), "float32", "cpu", policy, budget, "48+12", None, 0)
     asked = {
-        "cell": msgspec.to_builtins(Cell("x", "x", axes)),
+        "cell": {"axes": msgspec.to_builtins(axes)},
         "quality": msgspec.to_builtins(Quality(limit=2, batch=2, data={"fidelity": str(text)})),
     }
     alone, found = one.call("evaluate", asked), two.call("evaluate", asked)

@@ -19,11 +19,10 @@ from runs import run as run_whole
 from d2obench import record
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
-from d2obench.run.check import Checked
 from d2obench.run.engines import LocalEngine, run_suite, slurm
-from d2obench.run.plan import group, parse_shard, part, shard
+from d2obench.run.plan import Plan, cells, group, parse_shard, part, shard
 from d2obench.run.run_folder import merge
-from d2obench.suite.definition import cells, load_suite
+from d2obench.suite.definition import load_suite
 
 WORDS = ["quick", "--set=axes.policy=full,d2o", "--set=quality.data.fidelity=/a b/c'd.txt"]
 
@@ -33,7 +32,7 @@ def figures(found: record.Run) -> Any:
     return [(one.id, one.hash, one.status, one.reason, one.values, one.details, one.flags) for one in found.cells]
 
 
-def sweep() -> Checked:
+def sweep() -> Plan:
     """A suite with the cells that it names itself, in three groups of speed and three quality cells."""
     found = checked()
     axes = msgspec.structs.replace(

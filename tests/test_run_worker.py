@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from fake_nvml import FakeNvml
+from fake_worker import DIMENSIONS
 
 import d2obench.cache.session as session
 from d2obench.errors import MeasureError, ModelError, OutOfMemory, UsageError
@@ -96,7 +97,7 @@ def test_a_gpu_that_others_use_is_refused_with_the_owner_unless_allowed() -> Non
 
         def call(self, op: str, args: dict[str, Any]) -> Any:
             if op == "describe":
-                return {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": {"context": 4096}}}
+                return {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": DIMENSIONS}}
             return getattr(busy, op)(args, silent)
 
     words = {"axes.model": "shape:tiny", "axes.device": "cuda", "axes.task": "speed", "axes.shape": "32+8"}
@@ -118,7 +119,7 @@ def test_a_worker_killed_while_the_suite_is_checked_is_forgiven_once() -> None:
             self.asked.append(op)
             if self.asked.count(op) == 1:
                 raise DeadWorkerError(f"the worker was killed by SIGKILL during '{op}'")
-            known = {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": {"context": 4096}}}
+            known = {"devices": {"cuda": "cuda:0"}, "models": {"shape:tiny": DIMENSIONS}}
             return known if op == "describe" else {}
 
     suite = load_suite("quick", {"axes.model": "shape:tiny", "axes.device": "cuda", "axes.task": "speed"})

@@ -9,7 +9,8 @@ import pytest
 
 from d2obench.errors import D2OBenchError, SuiteError, UsageError
 from d2obench.run.check import check_words
-from d2obench.suite.definition import Suite, cells, load_suite, shipped
+from d2obench.run.plan import cells
+from d2obench.suite.definition import Suite, load_suite, shipped
 
 GOOD = """
 name = "t"

@@ -18,8 +18,9 @@ from test_suite import GOOD, write
 from d2obench.errors import SuiteError
 from d2obench.record import Value, dump, read_run, write_atomic
 from d2obench.report import build, write_report
+from d2obench.run.plan import cells
 from d2obench.stats.bootstrap import paired_ratio
-from d2obench.suite.definition import cells, load_suite
+from d2obench.suite.definition import load_suite
 from d2obench.suite.target import Target
 
 SHAPE: dict[str, Any] = {"shape": "256+16", "batch": 2}

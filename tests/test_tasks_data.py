@@ -14,8 +14,8 @@ import pytest
 from d2obench.errors import D2OBenchError, DataError, UsageError
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
-from d2obench.suite.definition import Cell, Quality
-from d2obench.tasks import parse_task
+from d2obench.suite.definition import Quality
+from d2obench.tasks import parse_task, read_cell
 from d2obench.tasks.coqa import Story
 from d2obench.tasks.data import Source, read_text, records
 from d2obench.tasks.gsm8k import Problem
@@ -149,7 +149,7 @@ def test_truthfulqa_reads_the_authors_csv(tmp_path: Path) -> None:
 def examples(task: str, path: Path, rows: list[dict[str, Any]], model: LoadedModel, limit: int = 0) -> list[Any]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = parse_task(task).name
-    cell = Cell("x", "x", Axes(task, "tiny", "float32", "cpu", "full", None, None, None, 0))
+    cell = read_cell({"axes": Axes(task, "tiny", "float32", "cpu", "full", None, None, None, 0)})
     task_of: Any = parse_task(task)
     found: list[Any] = task_of.examples(model, cell, Quality(limit=limit, data={name: str(path)}))
     return found

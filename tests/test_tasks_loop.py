@@ -13,8 +13,9 @@ import torch
 from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.models import LoadedModel
 from d2obench.record import Axes, dump
-from d2obench.suite.definition import Cell, Quality
-from d2obench.tasks import evaluate, fidelity, rescore
+from d2obench.suite.definition import Quality
+from d2obench.tasks import evaluate, fidelity, read_cell, rescore
+from d2obench.tasks.base import Cell
 from d2obench.tasks.generate import end_tokens, generate
 from d2obench.tasks.prompts import Example, Limits, encode
 
@@ -47,7 +48,7 @@ def model(tiny: LoadedModel) -> LoadedModel:
 
 
 def cell(task: str, policy: str = "full", budget: str | None = None, shape: str | None = None, seed: int = 0) -> Cell:
-    return Cell("x", "x", Axes(task, "tiny", "float32", "cpu", policy, budget, shape, None, seed))
+    return read_cell({"axes": Axes(task, "tiny", "float32", "cpu", policy, budget, shape, None, seed)})
 
 
 def quiet(done: int, total: int) -> None:

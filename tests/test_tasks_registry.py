@@ -10,18 +10,19 @@ import pytest
 
 from d2obench.errors import UsageError
 from d2obench.metric import METRICS
-from d2obench.suite.definition import load_suite
-from d2obench.tasks import LONGBENCH, REGISTRY, parse_task, uses_shape
+from d2obench.suite.definition import SPEED, load_suite
+from d2obench.tasks import LONGBENCH, REGISTRY, parse_task
 from d2obench.tasks.base import first_line, parameters, values_of
 from d2obench.tasks.longbench import RULES, SETS
 
 
 def test_asking_about_shapes_imports_nothing_heavy() -> None:
     script = (
-        "import sys; from d2obench.tasks import uses_shape, REGISTRY\n"
-        "assert uses_shape('speed') and uses_shape('fidelity(documents=2)') and uses_shape('recall')\n"
-        "assert uses_shape('kernels(steps=2)')\n"
-        "assert not any(uses_shape(name) for name in set(REGISTRY.names()) - {'fidelity', 'recall', 'kernels'})\n"
+        "import sys; from d2obench.tasks import parse_task, REGISTRY\n"
+        "assert parse_task('fidelity(documents=2)').shaped and parse_task('recall').shaped\n"
+        "assert parse_task('kernels(steps=2)').shaped\n"
+        "rest = set(REGISTRY.names()) - {'fidelity', 'recall', 'kernels'}\n"
+        "assert not any(parse_task(name).shaped for name in rest)\n"
         "heavy = {'torch', 'datasets', 'transformers', 'pandas', 'numpy', 'jieba', 'sacrebleu'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -54,7 +55,7 @@ def test_every_task_is_documented_and_has_defaults(name: str) -> None:
 )
 def test_a_wrong_task_is_one_clear_line(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)) as caught:
-        uses_shape(text)
+        parse_task(text)
     assert "\n" not in str(caught.value)
 
 
@@ -70,7 +71,7 @@ def test_longbench_has_its_21_sets_each_with_a_rule() -> None:
 def test_shipped_accuracy_suites_name_known_tasks(name: str) -> None:
     suite = load_suite(name)
     assert [parse_task(task).name for task in suite.axes.task]
-    assert bool(suite.axes.shape) == any(uses_shape(task) for task in suite.axes.task)
+    assert bool(suite.axes.shape) == any(task == SPEED or parse_task(task).shaped for task in suite.axes.task)
 
 
 def test_values_are_clustered_by_document() -> None:

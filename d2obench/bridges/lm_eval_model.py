@@ -30,7 +30,7 @@ from d2obench.attention import families
 from d2obench.bridges.windows import Window, batches, window
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, load
-from d2obench.policies import other, parse_policy, takes_budget
+from d2obench.policies import parse_choice
 from d2obench.suite.grammar import parse_budget
 from d2obench.tasks.generate import compressed, end_tokens, forced, greedy
 from d2obench.tasks.prompts import Limits, has_chat
@@ -78,10 +78,11 @@ class CompressedLM(TemplateLM):
             known = "pretrained, policy, budget, dtype, device, batch_size, max_length, seed"
             raise UsageError(f"the model d2obench has no argument '{next(iter(unknown))}'", remedy=f"it has {known}")
         self.policy, self.budget = str(policy), None if budget is None else str(parse_budget(budget))
-        if other(self.policy) is not None:
+        choice = parse_choice(self.policy)
+        if choice.yardstick is not None:
             raise UsageError(f"{self.policy} can't be forked between continuations", remedy="use policy=full")
-        parse_policy(self.policy)
-        if not takes_budget(self.policy):
+        choice.check()
+        if not choice.takes_budget:
             self.budget = None
         elif self.budget is None:
             raise UsageError(f"the policy '{self.policy}' needs a budget", remedy="add budget=0.2 to --model_args")
@@ -182,9 +183,9 @@ class CompressedLM(TemplateLM):
             prompts = [(self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in members]
             sizes = [(len(prompt), limits.max_new) for prompt in prompts]
             for part in batches(sizes, self.batch_size, self.max_length):
-                with self._compressed([prompts[j] for j in part], limits.max_new) as (session, first, known):
+                with self._compressed([prompts[j] for j in part], limits.max_new) as (session, first, shares):
                     found = greedy(session, first, limits, self.tokenizer, end_tokens(self.loaded))
-                self._kept += [one["kept"] for one in known]
+                self._kept += shares
                 for j, item in zip(part, found, strict=True):
                     texts[members[j]] = item["text"]
                     self.cache_hook.add_partial("generate_until", requests[members[j]].args, item["text"])
@@ -222,7 +223,7 @@ class CompressedLM(TemplateLM):
         bar = tqdm(total=sum(map(len, members)), desc="loglikelihood", disable=quiet)
         for part in batches(sizes, self.batch_size, self.max_length):
             prompts = [[*windows[members[j][0]].prompt] for j in part]
-            with self._compressed(prompts, max(sizes[j][1] for j in part)) as (session, first, known):
+            with self._compressed(prompts, max(sizes[j][1] for j in part)) as (session, first, shares):
                 rounds = max(len(members[j]) for j in part)
                 state = session.snapshot() if rounds > 1 else None
                 for turn in range(rounds):
@@ -235,7 +236,7 @@ class CompressedLM(TemplateLM):
                             found[one] = (found[one][0] + value, found[one][1] and best)
                             done(one, found[one])
                             bar.update()
-            self._kept += [one["kept"] for one in known]
+            self._kept += shares
         bar.close()
         self._say_kept()
         return found

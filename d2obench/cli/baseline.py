@@ -51,8 +51,8 @@ def _measured(suite: str) -> Path:
 
     chosen = load_suite(suite)
     with open_engine("local", chosen) as place:
-        checked = check(place.suite, place.client)
+        plan = check(place.suite, place.client)
         folder = new_folder(chosen.name)
-        if execute(checked, folder, place, None, display()):
+        if execute(plan, folder, place, None, display()):
             raise typer.Abort
     return folder

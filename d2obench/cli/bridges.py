@@ -1,4 +1,4 @@
-"""``d2obench bridges install NAME``."""
+"""``d2obench bridges install NAME``: environments for libraries that can't share ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The library: kvpress is the one that needs this.")]
 
 
 @app.callback()
@@ -15,8 +16,11 @@ def bridges() -> None:
 
 
 @app.command()
-def install(name: Annotated[str, typer.Argument(help="kvpress")]) -> None:
-    """Make or renew an environment in the cache folder with pip; it says first what it downloads."""
+def install(name: Name) -> None:
+    """Make an environment with pip, or make it anew; what it downloads is said first.
+
+    Example: d2obench bridges install kvpress
+    """
     from d2obench.run.isolated_workers import install as make
 
     typer.echo(f"{name}: {make(name, lambda words: typer.echo(words, err=True))}")

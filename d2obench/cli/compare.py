@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from d2obench.cli.options import AllRows, Formats, VerdictFolder
+
+Base = Annotated[Path, typer.Argument(metavar="A", help="The folder of the run to compare with.")]
+Head = Annotated[Path, typer.Argument(metavar="B", help="The folder of the other run.")]
+
 
 def command(
-    base: Annotated[Path, typer.Argument(metavar="A", help="A run folder: what to compare with.")],
-    head: Annotated[Path, typer.Argument(metavar="B", help="Another run folder.")],
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", help="text, json, markdown, html, github or junit; repeatable.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="A folder for files in these formats and comment.md.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="List the OK rows too.")] = False,
+    base: Base, head: Head, formats: Formats = None, output: VerdictFolder = None, every: AllRows = False
 ) -> None:
-    """Compare two runs: effect, interval and verdict of every figure. Informs and never fails."""
+    """Compare two runs: effect, interval and verdict of every figure. It informs and never fails.
+
+    Example: d2obench compare d2obench-runs/monday d2obench-runs/tuesday --format markdown
+    """
     from d2obench.cli.verdicts import show
     from d2obench.gate.compare import compare_runs
     from d2obench.record import read_run

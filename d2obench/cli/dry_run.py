@@ -1,79 +1,93 @@
-"""The table of ``d2obench run --dry-run``: every cell with its predicted memory and time."""
+"""The table of ``d2obench run --dry-run``: every cell with its predicted memory and time, printed as it is planned."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2obench.run.check import Checked
-    from d2obench.run.plan import Device
-    from d2obench.run.worker_client import Client
+    from d2obench.run.plan import Plan
+    from d2obench.run.predict import Device
+    from d2obench.tasks.base import Cell
 
 
-def show_plan(checked: Checked, client: Client) -> None:
-    """Prints the cells; the device's rates are measured for it, nothing else is."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+@dataclass
+class Total:
+    """What all cells together take."""
 
+    seconds: float = 0.0
+    memory: float = 0.0
+    unknown: int = 0
+    """Cells whose time can't be told."""
+    cut: bool = False
+    """Whether ``timing.max_seconds`` ends a group before its rounds are over."""
+
+
+def show_plan(plan: Plan, rates: Callable[[str, str], Device] | None = None) -> None:
+    """Prints the cells, one line each as soon as it is known, then the total and what it rests on.
+
+    Args:
+        plan: what would run.
+        rates: of a device and a dtype; found in this process where it is left out.
+    """
     from d2obench.report.display import spell
-    from d2obench.run.plan import group, predict
-    from d2obench.suite.definition import SPEED
+    from d2obench.run.plan import group
+    from d2obench.run.predict import rates_here
 
-    devices = _rates(checked, client)
-    table = Table("cell", "memory", "time", box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    whole, most, unknown, cut = 0.0, 0.0, 0, False
-    for together in group(checked.cells):
-        told = 0.0
-        for cell in together:
-            if cell.id in checked.too_long:
-                table.add_row(escape(cell.id), "too long", "skipped")
-                continue
-            axes = cell.axes
-            memory, seconds = predict(cell, checked.suite, checked.models[axes.model], devices[axes.device, axes.dtype])
-            memory = memory and memory / checked.devices
-            told, most, unknown = told + (seconds or 0.0), max(most, memory or 0.0), unknown + (seconds is None)
-            table.add_row(escape(cell.id), _size(memory), spell(seconds) if seconds is not None else "–")
-        timing = checked.suite.timing
-        bound = max(timing.max_seconds, told / timing.rounds)  # the first round is measured whole
-        if together[0].axes.task == SPEED and told > bound:
-            told, cut = bound, True
-        whole += told
-    for column, words in zip(table.columns, (f"{len(checked.cells)} cells", _size(most), spell(whole)), strict=True):
-        column.footer = words
-    console = Console()
-    console.print(table)
-    console.print("Rough, from the model's dimensions and rates measured just now:")
-    if checked.devices > 1:
-        console.print(f"{checked.devices} devices share a model; the memory is that of each.")
-    if cut:
-        console.print(
-            f"Cells that are timed together stop after {checked.suite.timing.max_seconds:g} s (timing.max_seconds), so "
-            "the total is less than their sum."
-        )
-    if any(cell.axes.task != SPEED for cell in checked.cells):
-        console.print("Rougher still for quality: published sizes of the sets, answers as long as they may be.")
-    for (device, dtype), rate in devices.items():
-        console.print(
-            f"{device}, {dtype}: copies {rate.bandwidth / 1e9:.0f} GB/s, multiplies {rate.flops / 1e9:,.0f} GFLOP/s"
-        )
-    if unknown:
-        console.print(
-            f"{unknown} cells are not in the time: it depends on a plug-in's data, or on a search (batch max)."
-        )
+    rates = rates or rates_here
+    known: dict[tuple[str, str], Device] = {}
+    width = max(len(cell.id) for cell in plan.cells)
+    print(f"{'cell':{width}}  {'memory':>11}  {'time':>10}", flush=True)
+    total = Total()
+    for together in group(plan.cells):
+        kind = together[0].axes.device, together[0].axes.dtype
+        if kind not in known:
+            known[kind] = rates(*kind)
+        _show_group(plan, together, known[kind], total, width)
+    print(f"\n{f'{len(plan.cells)} cells':{width}}  {_size(total.memory):>11}  {spell(total.seconds):>10}\n")
+    _explain(plan, total, known)
 
 
-def _rates(checked: Checked, client: Client) -> dict[tuple[str, str], Device]:
-    from d2obench.run.plan import Device
+def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Total, width: int) -> None:
+    """Prints the cells that are measured together and adds them to the total."""
+    from d2obench.report.display import spell
+    from d2obench.run.predict import predict
 
-    kinds = dict.fromkeys((cell.axes.device, cell.axes.dtype) for cell in checked.cells)
-    return {
-        (device, dtype): Device(**client.call("rates", {"device": device, "dtype": dtype})) for device, dtype in kinds
-    }
+    timing, told = plan.suite.timing, 0.0
+    for cell in together:
+        if cell.id in plan.too_long:
+            print(f"{cell.id:{width}}  {'too long':>11}  {'skipped':>10}")
+            continue
+        memory, seconds = predict(cell, plan.suite, plan.models[cell.axes.model], device)
+        memory = memory and memory / plan.devices
+        told += seconds or 0.0
+        total.memory = max(total.memory, memory or 0.0)
+        total.unknown += seconds is None
+        print(f"{cell.id:{width}}  {_size(memory):>11}  {'–' if seconds is None else spell(seconds):>10}")
+    sys.stdout.flush()
+    bound = max(timing.max_seconds, told / timing.rounds)  # the first round is measured whole
+    if together[0].timed and told > bound:
+        told, total.cut = bound, True
+    total.seconds += told
+
+
+def _explain(plan: Plan, total: Total, rates: dict[tuple[str, str], Device]) -> None:
+    """What the figures rest on."""
+    print("Memory and time are rough: they come from the model's dimensions and from these rates:")
+    for (device, dtype), rate in rates.items():
+        flops = f"{rate.flops / 1e9:,.0f} GFLOP/s"
+        print(f"{device}, {dtype}: copies {rate.bandwidth / 1e9:,.0f} GB/s, multiplies {flops}")
+    if plan.devices > 1:
+        print(f"{plan.devices} devices share a model; the memory is that of each.")
+    if total.cut:
+        seconds = f"{plan.suite.timing.max_seconds:g} s (timing.max_seconds)"
+        print(f"Cells that are timed together stop after {seconds}, so the total is less than their sum.")
+    if not all(cell.timed for cell in plan.cells):
+        print("The time of quality tasks is rougher still: published sizes of their sets, answers of full length.")
+    if total.unknown:
+        print(f"The time leaves out {total.unknown} cells: it depends on a search (batch max) or on a plug-in's data.")
 
 
 def _size(size: float | None) -> str:

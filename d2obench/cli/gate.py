@@ -92,7 +92,7 @@ def _revisions(
     settings: Iterable[str],
     kinds: Collection[str],
 ) -> Verdicts:
-    from d2obench.cli.run import overrides
+    from d2obench.cli.options import overrides
     from d2obench.gate.gate import Side, gate
 
     def watch(words: str) -> None:

@@ -7,20 +7,30 @@ from typing import Annotated
 
 import typer
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN...", help="The folders of the shards, in any order: runs of the same suite."),
+]
+Out = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="The folder of the whole run; it must not hold a run: --out whole.")
+]
 
-def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Shards of one suite, in any order.")],
-    out: Annotated[Path, typer.Option(help="the folder of the whole run")],
-) -> None:
-    """Make one run of shards (run --shard, run --engine slurm); cells that no shard has are missing in it."""
-    from d2obench.cli.run import show_results
+
+def command(runs: Runs, out: Out) -> None:
+    """Make one run of the shards that run --shard or run --engine slurm left.
+
+    Cells that no shard has are missing in the result; run --resume measures them.
+
+    Example: d2obench merge sweep/shards/* --out sweep/run
+    """
+    from d2obench.cli.run import show_results, tell
     from d2obench.record import read_run
     from d2obench.run.run_folder import merge
 
     for warning in merge(runs, out):
-        typer.echo(f"d2obench: {warning}", err=True)
+        tell(warning)
     missing = read_run(out).missing
     show_results(out)
     if missing:
-        typer.echo(f"d2obench: {len(missing)} cells are missing, the first is {missing[0]}", err=True)
-        typer.echo(f"d2obench: run them here with: d2obench run --resume {out}", err=True)
+        tell(f"{len(missing)} cells are missing, the first is {missing[0]}")
+        tell(f"run them here with: d2obench run --resume {out}")

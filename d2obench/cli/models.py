@@ -1,4 +1,4 @@
-"""``d2obench models pull NAME``."""
+"""``d2obench models pull NAME``: models in the local cache."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="embedded, a hub id such as Qwen/Qwen2.5-0.5B, or a folder or .gguf file.")
+]
 
 
 @app.callback()
 def models() -> None:
-    """Bring models to the local cache."""
+    """Bring models to the local cache, so that a run finds them there."""
 
 
 @app.command()
-def pull(
-    name: Annotated[str, typer.Argument(help="embedded, a hub id, or another name d2obench list models shows.")],
-) -> None:
-    """Fetch a model and verify it in full; nothing is fetched twice."""
+def pull(name: Name) -> None:
+    """Fetch a model and verify all of it; nothing is fetched twice.
+
+    Example: d2obench models pull embedded
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

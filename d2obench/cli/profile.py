@@ -10,73 +10,115 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2obench.cli import options
 from d2obench.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from d2obench.measure.profiler import Cost, Profile
-    from d2obench.suite.definition import Cell
+    from d2obench.tasks.base import Cell
+
+
+CellName = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PART",
+        help="Part of a cell's id, where * stands for anything: --cell 'd2o*b4'. Can be given several times. "
+        "Default: the first cells that are timed together.",
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Decode steps to profile, after two that warm up: --steps 8.")]
+Top = Annotated[int, typer.Option(min=1, help="Operators to list for each phase, the costliest first: --top 20.")]
+Stacks = Annotated[
+    bool, typer.Option("--stacks", help="Write the stacks of a flame graph too; this slows the profile down.")
+]
+Snapshot = Annotated[
+    bool, typer.Option("--snapshot", help="Write CUDA's memory history too, for pytorch.org/memory_viz.")
+]
+Nvtx = Annotated[
+    bool, typer.Option("--nvtx", help="Send the ranges to Nsight Systems (nsys) instead of profiling here.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="The folder for traces and figures. Default: d2obench-runs/<time>-profile-<suite>."
+    ),
+]
 
 
 def command(
-    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A shipped name such as quick, or a path to a .toml.")],
-    cell: Annotated[list[str] | None, typer.Option(help="part of a cell's id, * is any")] = None,
-    policy: Annotated[str | None, typer.Option(help="d2o,h2o,streaming")] = None,
-    budget: Annotated[str | None, typer.Option(help="0.2,512")] = None,
-    model: Annotated[str | None, typer.Option(help="see d2obench list models")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None,
-    shape: Annotated[str | None, typer.Option(help="prompt+gen, 2048+64")] = None,
-    batch: Annotated[str | None, typer.Option(help="1,8")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any other key")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="decode steps to profile, after two that warm up")] = 4,
-    top: Annotated[int, typer.Option(min=1, help="operators to show a phase")] = 12,
-    stacks: Annotated[bool, typer.Option("--stacks", help="flame-graph stacks too; slows profiling down")] = False,
-    snapshot: Annotated[bool, typer.Option("--snapshot", help="CUDA memory history too")] = False,
-    nvtx: Annotated[bool, typer.Option("--nvtx", help="send ranges to nsys instead of profiling here")] = False,
-    out: Annotated[Path | None, typer.Option(help="the folder for traces and figures")] = None,
+    suite: options.SuiteName,
+    cell: CellName = None,
+    policy: options.Policy = None,
+    budget: options.Budget = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    shape: options.Shape = None,
+    batch: options.Batch = None,
+    set_: options.Set = None,
+    steps: Steps = 4,
+    top: Top = 12,
+    stacks: Stacks = False,
+    snapshot: Snapshot = False,
+    nvtx: Nvtx = False,
+    out: Out = None,
 ) -> None:
-    """Profile chosen cells: time and memory by range and by operator, and a trace for Perfetto."""
-    from rich.console import Console
+    """Show where the time and memory of chosen cells go, and write a trace for Perfetto.
 
-    from d2obench.cli.run import overrides
-    from d2obench.record import dump, write_atomic
-    from d2obench.run.check import check_words
-    from d2obench.run.device_placement import check_one
-    from d2obench.run.run_folder import new_folder
-    from d2obench.suite.definition import cells, load_suite
-
+    Example: d2obench profile quick --policy full,d2o --shape 768+32
+    """
     axes = {
         "policy": policy, "budget": budget, "model": model, "dtype": dtype,
         "device": device, "shape": shape, "batch": batch, "task": "speed",
     }  # fmt: skip
-    chosen = load_suite(suite, overrides(axes, {}, set_ or (), ()))
-    check_words(chosen)
-    check_one(chosen, "d2obench profile")
-    picked = pick(cells(chosen), cell or ())
-    console = Console()
+    name, picked = _picked(suite, options.overrides(axes, more=set_ or ()), cell or ())
     if nvtx:
         _to_nsys(picked, steps)
         return
-    folder = new_folder(f"profile-{chosen.name}", out)
+    _profile_all(name, picked, steps, top, out, stacks=stacks, snapshot=snapshot)
+
+
+def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, list[Cell]]:
+    """The suite's name and the cells to profile."""
+    from d2obench.run.check import check_words
+    from d2obench.run.device_placement import check_one
+    from d2obench.run.plan import cells
+    from d2obench.suite.definition import load_suite
+
+    chosen = load_suite(suite, given)
+    check_words(chosen)
+    check_one(chosen, "d2obench profile")
+    return chosen.name, pick(cells(chosen), wanted)
+
+
+def _profile_all(
+    name: str, picked: Sequence[Cell], steps: int, top: int, out: Path | None, *, stacks: bool, snapshot: bool
+) -> None:
+    """Profiles the cells one after another, writes everything and prints the tables."""
+    from rich.console import Console
+
+    from d2obench.record import dump, write_atomic
+    from d2obench.run.run_folder import new_folder
+
+    console, folder = Console(), new_folder(f"profile-{name}", out)
     found: dict[str, Profile] = {}
     for one in picked:
         console.print(f"profiling {one.id}", style="dim", markup=False)
         found[one.id] = _profile(one, steps, folder, stacks=stacks, snapshot=snapshot)
-    write_atomic(folder / "profile.json", dump({name: _plain(profile) for name, profile in found.items()}))
-    for table in tables({label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}, top):
+    write_atomic(folder / "profile.json", dump({cell: _plain(profile) for cell, profile in found.items()}))
+    labelled = {label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}
+    for table in [*tables(labelled, top), counts_table(labelled, top)]:
         console.print(table)
-    console.print(counts_table({label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}, top))
     console.print(f"Traces (open them at ui.perfetto.dev) and figures are in {folder}", markup=False)
 
 
 def pick(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
     """Speed cells whose id holds one of ``wanted``, or the first group that is timed together where none is named."""
     from d2obench.run.plan import group
-    from d2obench.suite.definition import SPEED
 
-    timed = [cell for cell in cells if cell.axes.task == SPEED and isinstance(cell.axes.batch, int)]
+    timed = [cell for cell in cells if cell.timed and isinstance(cell.batch, int)]
     if not timed:
         raise UsageError("the suite has no speed cell with a batch in numbers", remedy="add --batch 4")
     if not wanted:
@@ -216,7 +258,7 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
     from d2obench.external import open_session
     from d2obench.models import load
-    from d2obench.suite.grammar import parse_shape
+    from d2obench.tasks.base import shape_of
     from d2obench.tasks.prompts import timing_prompts
 
     axes = cell.axes
@@ -225,12 +267,12 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
         _loaded.clear()
         _loaded[key] = load(*key)
     loaded = _loaded[key]
-    (shape,) = parse_shape(axes.shape or "")
+    shape = shape_of(cell)
     assert isinstance(axes.batch, int)
 
     def factory(mark: Any) -> Any:
         steps_most = max(shape.gen, steps + 2)
-        return open_session(loaded, axes.policy, axes.budget, max_new=steps_most, seed=axes.seed, mark=mark)
+        return open_session(loaded, cell.policy.built, cell.budget, max_new=steps_most, seed=axes.seed, mark=mark)
 
     return factory, loaded, timing_prompts(loaded, shape.prompt, axes.batch, axes.seed)
 

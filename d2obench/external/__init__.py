@@ -12,8 +12,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from d2obench.policies import other, parse_policy
-from d2obench.policies.others import Other
+from d2obench.policies import PolicyChoice, parse_choice
+from d2obench.policies.yardsticks import Yardstick
 
 if TYPE_CHECKING:
     from d2obench.cache import Session
@@ -25,7 +25,7 @@ __all__ = ["check_installed", "loader_of", "open_session", "record_of"]
 
 
 def open_session(
-    loaded: LoadedModel, policy: Policy | Other | str, budget: Budget | str | None, **options: Any
+    loaded: LoadedModel, policy: Policy | Yardstick | str, budget: Budget | str | None, **options: Any
 ) -> Session:
     """The session that runs ``policy``: one on our cache, or that of another library or engine.
 
@@ -41,8 +41,8 @@ def open_session(
     """
     from d2obench.cache import Session
 
-    asked = (other(policy) or parse_policy(policy)) if isinstance(policy, str) else policy
-    if isinstance(asked, Other):
+    asked = parse_choice(policy).built if isinstance(policy, str) else policy
+    if isinstance(asked, Yardstick):
         session: Session = asked.opens()(loaded, asked, budget, **options)
         return session
     return Session(loaded, asked, budget, **options)
@@ -59,27 +59,27 @@ def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
     """
     found: dict[str, str | None] = {}
     for text in policies:
-        asked = other(text)
+        asked = parse_choice(text).yardstick
         if asked is not None:
             asked.opens().ready(asked)
             found |= _versions(asked)
     return found
 
 
-def record_of(policy: str) -> dict[str, Any]:
+def record_of(choice: PolicyChoice) -> dict[str, Any]:
     """``versions`` and ``flags`` that the record of a cell must have; empty for a policy of ours."""
-    asked = other(policy)
+    asked = choice.yardstick
     if asked is None or not asked.packages:
         return {}
     versions = _versions(asked)
     return {"versions": versions, "flags": asked.flags(versions)}
 
 
-def loader_of(policy: str) -> Callable[..., LoadedModel]:
+def loader_of(choice: PolicyChoice) -> Callable[..., LoadedModel]:
     """What loads the model of a policy's cells: ``d2obench.models.load``, or another engine's own, called alike."""
     from d2obench.models import load
 
-    asked = other(policy)
+    asked = choice.yardstick
     if asked is None or not asked.loads:
         return load
     module, _, name = asked.loads.partition(":")
@@ -87,7 +87,7 @@ def loader_of(policy: str) -> Callable[..., LoadedModel]:
     return found
 
 
-def _versions(asked: Other) -> dict[str, str | None]:
+def _versions(asked: Yardstick) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in asked.packages:
         try:

@@ -21,7 +21,7 @@ from d2obench.cache.session import Footprint
 from d2obench.errors import ModelError, PolicyError, UsageError
 from d2obench.external.library import LibrarySession
 from d2obench.models import LoadedModel
-from d2obench.policies.others import Kvpress, Other
+from d2obench.policies.yardsticks import Kvpress, Yardstick
 from d2obench.suite.grammar import Budget, parse_spec
 
 WHILE_DECODING = ("DecodingPress", "PrefillDecodingPress", "CompressionRatioDecodingPress")
@@ -40,7 +40,7 @@ class KvpressSession(LibrarySession):
         self._kept: list[list[float]] = []
 
     @staticmethod
-    def ready(asked: Other) -> None:
+    def ready(asked: Yardstick) -> None:
         """Raises what :func:`build` raises."""
         assert isinstance(asked, Kvpress)
         build(asked)

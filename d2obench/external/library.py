@@ -19,7 +19,7 @@ from d2obench.attention import families
 from d2obench.cache.session import Footprint, Session
 from d2obench.errors import ModelError
 from d2obench.models import LoadedModel
-from d2obench.policies.others import HfQuantized, Other
+from d2obench.policies.yardsticks import HfQuantized, Yardstick
 from d2obench.suite.grammar import Budget
 
 PATHS = {
@@ -65,7 +65,7 @@ class LibrarySession(Session):
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
     """Where a layer of the cache holds tensors."""
 
-    def __init__(self, loaded: LoadedModel, asked: Other, budget: Budget | str | None, **options: Any) -> None:
+    def __init__(self, loaded: LoadedModel, asked: Yardstick, budget: Budget | str | None, **options: Any) -> None:
         super().__init__(loaded, None, budget, **options)
         self.asked = asked
 
@@ -99,7 +99,7 @@ class LibrarySession(Session):
         raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
 
     @staticmethod
-    def ready(asked: Other) -> None:
+    def ready(asked: Yardstick) -> None:
         """Raises a UsageError where something that the session needs is missing."""
         asked.installed()
 

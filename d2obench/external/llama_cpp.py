@@ -22,7 +22,7 @@ from torch import Tensor
 from d2obench.cache.session import Footprint, Session
 from d2obench.errors import ModelError, UsageError, WorkerError
 from d2obench.models.base import LoadedModel, Progress
-from d2obench.policies.others import LlamaCpp, Other
+from d2obench.policies.yardsticks import LlamaCpp, Yardstick
 from d2obench.suite.grammar import Budget
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
@@ -101,7 +101,7 @@ class LlamaCppSession(Session):
         return "llama.cpp's own kernels"
 
     @staticmethod
-    def ready(asked: Other) -> None:
+    def ready(asked: Yardstick) -> None:
         """Raises a UsageError where xllamacpp is missing."""
         asked.installed()
 

@@ -22,7 +22,8 @@ from d2obench.errors import D2OBenchError, WorkerError
 from d2obench.measure.environment import COMPARED
 from d2obench.run.speed import warm_up
 from d2obench.run.worker_client import UNKNOWN, WORKER, WorkerClient
-from d2obench.suite.definition import Cell, Suite
+from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 _PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"
 _PROBE_S = 300.0
@@ -138,7 +139,7 @@ class Arm:
     def evaluate(self, cell: Cell) -> dict[str, Any]:
         """A quality cell: ``values``, ``items``, ``details``, ``flags``."""
         quality = msgspec.to_builtins(self._suite.quality)
-        return self.client.call("evaluate", {"cell": msgspec.to_builtins(cell), "quality": quality})
+        return self.client.call("evaluate", {"cell": cell.sent(), "quality": quality})
 
     def restart(self) -> None:
         """A fresh process, cold."""

@@ -34,7 +34,8 @@ from d2obench.record import Value
 from d2obench.run.check import check
 from d2obench.run.device_placement import check_one
 from d2obench.run.plan import group
-from d2obench.suite.definition import SPEED, Cell, Suite, load_suite
+from d2obench.suite.definition import SPEED, Suite, load_suite
+from d2obench.tasks.base import Cell
 
 Watch = Callable[[str], None]
 WORK_TREE = "work tree"

@@ -23,7 +23,8 @@ from d2obench.gate.verdict import Row, Verdict
 from d2obench.run.plan import abba
 from d2obench.stats.bootstrap import seed_of
 from d2obench.stats.ratios import RATIOS, pairs
-from d2obench.suite.definition import Cell, Suite
+from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 SLOWED = "GPU "
 """How the flags of a round begin that say the device's clocks were held back."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
-from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
+from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
 from d2obench.models.devices import hand_out
 from d2obench.suite.placement import Placement
 
@@ -88,7 +88,8 @@ class Shape:
         """Nothing is needed."""
 
     def describe(self) -> Dimensions:
-        return dimensions_of(self._config())
+        """The dimensions by arithmetic, without transformers: a plan asks for them before anything heavy is loaded."""
+        return _dimensions(SHAPES[self.name])
 
     def load(
         self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
@@ -132,6 +133,30 @@ class Shape:
 
         settings = dict(SHAPES[self.name])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _dimensions(shape: dict[str, Any]) -> Dimensions:
+    """What :func:`d2obench.models.base.dimensions_of` says of the same configuration.
+
+    Parameters of a layer: the projections to queries, keys, values and back, with biases for queries, keys and values
+    in qwen2; the feed-forward layer, three matrices of a gated one or Falcon's two of four times the width; the norms.
+    """
+    hidden, layers, heads, vocab = (
+        shape[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    )
+    head_dim = hidden // heads
+    if shape["model_type"] == "falcon":  # one KV head, one norm a layer, the output tied to the embedding
+        kv_heads, norms, head = 1, 2 * hidden, 0
+        inner = 8 * hidden * hidden
+    else:
+        kv_heads, norms, head = shape["num_key_value_heads"], 2 * hidden, vocab * hidden
+        inner = 3 * hidden * shape["intermediate_size"]
+    attention = 2 * hidden * hidden + 2 * hidden * kv_heads * head_dim
+    biases = hidden + 2 * kv_heads * head_dim if shape["model_type"] == "qwen2" else 0
+    last = 2 * hidden if shape["model_type"] == "falcon" else hidden
+    parameters = layers * (attention + biases + inner + norms) + vocab * hidden + head + last
+    context = shape["max_position_embeddings"]
+    return Dimensions(shape["model_type"], layers, heads, kv_heads, head_dim, hidden, vocab, context, parameters)
 
 
 def fill(model: Any, seed: int) -> None:

@@ -1,21 +1,27 @@
-"""Policies by name. ``parse_policy`` turns the words of an axis into a checked policy."""
+"""Policies by name, and the reading of a policy as it is written on an axis.
+
+:func:`parse_choice` reads ``d2o(merge=values)``, ``d2o+quant(bits=4)`` or ``kvpress:SnapKVPress`` once, into a
+:class:`PolicyChoice`: one of our policies, or a yardstick (:mod:`d2obench.policies.yardsticks`). Reading imports no
+torch; ``choice.policy`` does, because it builds the policy.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from d2obench.errors import PolicyError
 from d2obench.plugin import Registry
+from d2obench.policies.yardsticks import Yardstick
 from d2obench.suite.grammar import Part, Spec, parse_spec
 
 if TYPE_CHECKING:
     from d2obench.policies.base import Policy
-    from d2obench.policies.others import Other
 
 REGISTRY = Registry(
     "policy",
@@ -33,65 +39,140 @@ REGISTRY = Registry(
         "cam": "d2obench.policies.cam:CaM",
         "random": "d2obench.policies.random:Random",
         "quant": "d2obench.policies.quant:Quant",
-        "hf-dynamic": "d2obench.policies.others:HfDynamic",
-        "hf-static": "d2obench.policies.others:HfStatic",
-        "sdpa-static": "d2obench.policies.others:SdpaStatic",
-        "hf-quantized": "d2obench.policies.others:HfQuantized",
-        "kvpress": "d2obench.policies.others:Kvpress",
-        "llama.cpp": "d2obench.policies.others:LlamaCpp",
+        "hf-dynamic": "d2obench.policies.yardsticks:HfDynamic",
+        "hf-static": "d2obench.policies.yardsticks:HfStatic",
+        "sdpa-static": "d2obench.policies.yardsticks:SdpaStatic",
+        "hf-quantized": "d2obench.policies.yardsticks:HfQuantized",
+        "kvpress": "d2obench.policies.yardsticks:Kvpress",
+        "llama.cpp": "d2obench.policies.yardsticks:LlamaCpp",
     },
     PolicyError,
 )
-YARDSTICKS = ("hf-dynamic", "hf-static", "sdpa-static")
-"""Full caches that are not ours, on the same loop and model."""
+LIBRARY_CACHES = ("hf-dynamic", "hf-static", "sdpa-static")
+"""Yardsticks for ``full``: other full caches on the same loop and the same model."""
+KEEPS_EVERYTHING = ("full", "quant")
+"""Our policies that know no budget, so that a plan can be made without importing them; a test holds this against
+``takes_budget`` of every class."""
 
 
-def rules() -> list[str]:
-    """The policies with a rule for our own cache: all but what stands in for one (:mod:`d2obench.policies.others`)."""
-    return [name for name in REGISTRY.names() if not _is_other(REGISTRY.get(name))]
+@dataclass(frozen=True)
+class PolicyChoice:
+    """What stands on the policy axis of a cell.
 
+    Args:
+        spec: as written.
+        yardstick: with its parameters, where the choice is another library's cache or engine; None for our policies.
+    """
 
-def takes_budget(text: str) -> bool:
-    """Whether a policy, as written on an axis, is multiplied by the budgets."""
-    return any(_kind(part).takes_budget for part in parse_spec(text).parts)
+    spec: Spec
+    yardstick: Yardstick | None = None
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether the choice is multiplied by the budgets of a suite."""
+        return any(_takes_budget(part) for part in self.spec.parts)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """Our policy with its parameters set and checked.
+
+        Raises:
+            PolicyError: the choice is a yardstick, or a parameter is unknown or out of its range.
+        """
+        if self.yardstick is not None:
+            raise _stands_alone(self.spec.parts[0])
+        policies = [_build(part, self.spec) for part in self.spec.parts]
+        return policies[0] if len(policies) == 1 else dataclasses.replace(policies[0], bits=policies[1].bits)
+
+    @property
+    def built(self) -> Policy | Yardstick:
+        """The policy or the yardstick, whichever it is."""
+        return self.policy if self.yardstick is None else self.yardstick
+
+    def check(self) -> None:
+        """Checks all parameters; a built-in policy without any needs no import.
+
+        Raises:
+            PolicyError: as :attr:`policy`.
+        """
+        if self.yardstick is None and any(part.params or part.name not in REGISTRY.builtin for part in self.spec.parts):
+            self.policy  # noqa: B018 - building is the check
 
 
 @lru_cache(maxsize=256)
-def other(text: str) -> Other | None:
-    """What ``text`` names where it is no policy of ours, with its parameters set and checked; None for a policy."""
+def parse_choice(text: str) -> PolicyChoice:
+    """Reads a policy or a yardstick as it is written on an axis.
+
+    Raises:
+        UsageError: the text does not follow the grammar.
+        PolicyError: an unknown name, parts that can't be joined by ``+``, or a wrong parameter of a yardstick. A wrong
+            parameter of our own policies is found by :meth:`PolicyChoice.check`.
+    """
     spec = parse_spec(text)
-    part = spec.parts[0]
-    kind = _kind(part)
-    if not _is_other(kind):
+    kinds = [_external(part) for part in spec.parts]
+    first = spec.parts[0]
+    if len(kinds) == 1 and (kind := kinds[0]) is not None:
+        return PolicyChoice(spec, _yardstick(kind, first, spec))
+    for part, kind in zip(spec.parts, kinds, strict=True):
+        if kind is not None:
+            raise _stands_alone(part)
+    names = [part.name for part in spec.parts]
+    for name in names:
+        REGISTRY.check(name)
+    if len(names) > 2 or (len(names) == 2 and (names[1] != "quant" or names[0] == "quant")):
+        raise PolicyError(f"'{text}' combines policies that don't go together", remedy="write POLICY+quant(bits=4)")
+    return PolicyChoice(spec)
+
+
+def parse_policy(text: str) -> Policy:
+    """The policy of ours that ``text`` names, with its parameters set and checked.
+
+    Raises:
+        UsageError, PolicyError: as :func:`parse_choice` and :attr:`PolicyChoice.policy`.
+    """
+    return parse_choice(text).policy
+
+
+def own_policies() -> list[str]:
+    """Names of the policies with a rule for our own cache: all that are no yardsticks."""
+    return [name for name in REGISTRY.names() if _external(Part(name)) is None]
+
+
+def _takes_budget(part: Part) -> bool:
+    kind = _external(part)
+    if kind is not None:
+        return kind.takes_budget
+    if part.name in REGISTRY.builtin:
+        return part.name not in KEEPS_EVERYTHING
+    return bool(REGISTRY.get(part.name).takes_budget)
+
+
+def _external(part: Part) -> type[Yardstick] | None:
+    """The class of a yardstick; None where the name is that of a policy of ours, or of nothing."""
+    name, colon, _ = part.name.partition(":")
+    if REGISTRY.builtin.get(name, "").startswith(Yardstick.__module__):
+        kind = REGISTRY.get(name)
+        return kind if kind.methods or not colon else None
+    if part.name in REGISTRY.builtin or part.name not in REGISTRY.plugins():
         return None
-    if len(spec.parts) > 1:
-        raise _alone(part)
-    method = part.name.partition(":")[2]
+    kind = REGISTRY.get(part.name)
+    return kind if isinstance(kind, type) and issubclass(kind, Yardstick) else None
+
+
+def _yardstick(kind: type[Yardstick], part: Part, spec: Spec) -> Yardstick:
     if kind.methods:
-        found: Other = kind(method=method, params=part.params)
+        found: Yardstick = kind(method=part.name.partition(":")[2], params=part.params)  # type: ignore[call-arg]
     else:
         found = _convert(kind, part, spec, part.params)
     found.check()
     return found
 
 
-@lru_cache(maxsize=256)
-def parse_policy(text: str) -> Policy:
-    """The policy that ``text`` names, with its parameters set and checked; ``+quant(…)`` goes behind any other."""
-    spec = parse_spec(text)
-    policies = [_build(part, spec) for part in spec.parts]
-    if len(policies) == 1:
-        return policies[0]
-    first, last = policies[0], policies[-1]
-    if len(policies) > 2 or last.name != "quant" or first.name == "quant":
-        raise PolicyError(f"'{text}' combines policies that don't go together", remedy="write POLICY+quant(bits=4)")
-    return dataclasses.replace(first, bits=last.bits)
-
-
 def _build(part: Part, spec: Spec) -> Policy:
-    kind = _kind(part)
-    if _is_other(kind):
-        raise _alone(part)
+    kind = REGISTRY.get(part.name)
     params = {**kind.presets.get(str(part.params.get("preset")), {}), **part.params}
     policy: Policy = _convert(kind, part, spec, params)
     policy.check()
@@ -112,19 +193,5 @@ def _convert(kind: Any, part: Part, spec: Spec, params: Mapping[str, Any]) -> An
         raise PolicyError(f"policy '{spec}': {str(problem).replace('`', chr(39))}") from None
 
 
-def _kind(part: Part) -> Any:
-    """The class of a name, or of what stands before its colon."""
-    name, colon, _ = part.name.partition(":")
-    if colon and name in REGISTRY.names() and getattr(REGISTRY.get(name), "methods", False):
-        return REGISTRY.get(name)
-    return REGISTRY.get(part.name)
-
-
-def _is_other(kind: Any) -> bool:
-    from d2obench.policies.others import Other
-
-    return isinstance(kind, type) and issubclass(kind, Other)
-
-
-def _alone(part: Part) -> PolicyError:
+def _stands_alone(part: Part) -> PolicyError:
     return PolicyError(f"{part.name} has no policy cache", remedy=f"run it alone, as --policy {part.name}")

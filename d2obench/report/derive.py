@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2obench.metric import METRICS, Metric
-from d2obench.policies import YARDSTICKS
+from d2obench.policies import LIBRARY_CACHES
 from d2obench.record import CellRecord, Run, Value, read_samples
 from d2obench.report.rows import Result, yardstick
 from d2obench.stats.paired import paired_difference
@@ -96,7 +96,7 @@ def _ratios(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> dic
 
 def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> Value | None:
     """``full`` against the fastest of the library's own caches."""
-    rivals = {other.axes.policy: rounds[other.id] for other in good if other.axes.policy in YARDSTICKS}
+    rivals = {other.axes.policy: rounds[other.id] for other in good if other.axes.policy in LIBRARY_CACHES}
     named = {name: ratio("to_library", f"{cell.id}:{name}", rounds[cell.id], theirs) for name, theirs in rivals.items()}
     known = {name: value for name, value in named.items() if value and value.value}
     if not known:

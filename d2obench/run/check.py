@@ -1,10 +1,10 @@
-"""Everything about a suite that can be found wrong before anything heavy runs, in one place."""
+"""Everything that can be found wrong with a suite before anything heavy runs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,23 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import DataError, ModelError, SuiteError, UsageError
+from d2obench.models import Dimensions, config_of, pick_device
+from d2obench.models import check as check_model
 from d2obench.models.gguf_file import check_gguf
-from d2obench.policies import other, parse_policy
+from d2obench.policies import parse_choice
 from d2obench.run.device_placement import check_placement, sharing, taken
+from d2obench.run.isolated_workers import IsolatedWorkers
+from d2obench.run.plan import Plan, cells
+from d2obench.run.predict import count_gpus
 from d2obench.run.worker_client import Client, again
-from d2obench.suite.definition import SPEED, Cell, Quality, Suite, cells
-from d2obench.suite.grammar import parse_memory, parse_shape
+from d2obench.suite.definition import SPEED, Quality, Suite
+from d2obench.suite.grammar import parse_memory
 from d2obench.tasks import parse_task
+from d2obench.tasks.base import Cell
 from d2obench.tasks.data import digest_of
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A suite that can run: devices are real ones, and every model's dimensions are known.
-
-    Args:
-        suite: resolved.
-        cells: of it, in order.
-        models: name → :class:`d2obench.models.Dimensions` as a dict.
-        too_long: ids of cells that don't fit their model's context → why; they end as ``skipped``.
-        devices: how many share one model.
-    """
-
-    suite: Suite
-    cells: tuple[Cell, ...]
-    models: dict[str, dict[str, Any]]
-    too_long: dict[str, str]
-    devices: int = 1
-
-
-def check(suite: Suite, client: Client, *, allow_busy: bool = False) -> Checked:
+def check(suite: Suite, client: Client, *, allow_busy: bool = False) -> Plan:
     """Checks words first, then models and devices through the worker, then what needs both.
 
     Args:
@@ -54,15 +41,52 @@ def check(suite: Suite, client: Client, *, allow_busy: bool = False) -> Checked:
     """
     check_words(suite)
     facts = again(lambda: client.call("describe", {"models": suite.axes.model, "devices": suite.axes.device}))
-    check_placement(suite, facts)
-    devices = tuple(dict.fromkeys(facts["devices"][name] for name in suite.axes.device))
-    for device in taken(suite, facts) if not allow_busy else ():
+    models = {name: Dimensions(**dimensions) for name, dimensions in facts["models"].items()}
+    plan = _plan(suite, facts, models)
+    for device in () if allow_busy else taken(suite, facts):
         again(partial(client.call, "refuse_busy", {"device": device, "own": [os.getpid()]}))
+    return plan
+
+
+def plan_here(suite: Suite, python: Path | None = None) -> Plan:
+    """The plan of a suite on this machine, made for ``--dry-run`` in this process: no worker is started for it, and
+    torch is not imported unless a model, a device or a parameter can't be read without it.
+
+    Args:
+        suite: as read.
+        python: an interpreter for the cells of kvpress.
+
+    Raises:
+        D2OBenchError: as :func:`check`.
+    """
+    check_words(suite)
+    with closing(IsolatedWorkers(suite, python)) as isolated:
+        isolated.check()
+    for name in suite.axes.model:
+        check_model(name)
+    models = {name: config_of(name) for name in suite.axes.model}
+    gpus = count_gpus()
+    facts = {"devices": {name: _device_here(name, gpus) for name in suite.axes.device}, "gpus": gpus}
+    return _plan(suite, facts, models)
+
+
+def _plan(suite: Suite, facts: Mapping[str, Any], models: dict[str, Dimensions]) -> Plan:
+    check_placement(suite, facts, models)
+    devices = tuple(dict.fromkeys(facts["devices"][name] for name in suite.axes.device))
     suite = msgspec.structs.replace(
         suite, axes=msgspec.structs.replace(suite.axes, device=devices), quality=_digested(suite.quality)
     )
     found = cells(suite)
-    return Checked(suite, tuple(found), facts["models"], _too_long(found, facts["models"]), sharing(suite, facts))
+    return Plan(suite, tuple(found), models, _too_long(found, models), sharing(suite, facts))
+
+
+def _device_here(name: str, gpus: int) -> str:
+    """The real device that a name stands for."""
+    if name == "cpu" or (name == "auto" and not gpus):
+        return "cpu"
+    if name in ("auto", "cuda") and gpus:
+        return "cuda:0"
+    return str(pick_device(name))
 
 
 def check_words(suite: Suite) -> None:
@@ -75,28 +99,26 @@ def check_words(suite: Suite) -> None:
         )
     if timing.memory_limit:
         parse_memory(timing.memory_limit, 1)
-    for policy in suite.axes.policy:
-        found = other(policy)
-        if found is None:
-            parse_policy(policy)
-        else:
-            found.installed()
-    quality = [task for task in suite.axes.task if task != SPEED]
+    for text in suite.axes.policy:
+        choice = parse_choice(text)
+        choice.check()
+        if choice.yardstick is not None:
+            choice.yardstick.installed()
+    quality = [text for text in suite.axes.task if text != SPEED]
     _check_speed_only(suite, quality)
-    for task in quality:
-        parse_task(task)
-    names = {task.partition("(")[0] for task in quality}
-    for task, path in suite.quality.data.items():
-        if task not in names:
+    tasks = {text: parse_task(text) for text in quality}
+    names = {task.name for task in tasks.values()}
+    for name, path in suite.quality.data.items():
+        if name not in names:
             raise UsageError(
-                f"data is given for '{task}'", why="the suite does not run it", remedy=f"add --task {task}"
+                f"data is given for '{name}'", why="the suite does not run it", remedy=f"add --task {name}"
             )
         if not Path(path).expanduser().exists():
-            raise DataError(f"the data for '{task}' is not there", why=f"no file {path}")
-    scored = [cell.axes for cell in cells(suite) if cell.axes.task != SPEED] if quality else []
-    if blind := [axes for axes in scored if axes.model.startswith("shape:") and parse_task(axes.task).sense]:
+            raise DataError(f"the data for '{name}' is not there", why=f"no file {path}")
+    blind = [one for one in cells(suite) if one.task is not None and one.task.sense] if quality else []
+    if random := [one.axes for one in blind if one.axes.model.startswith("shape:")]:
         raise ModelError(
-            f"the task '{blind[0].task}' can't use {blind[0].model}",
+            f"the task '{random[0].task}' can't use {random[0].model}",
             why="its weights are random",
             remedy="use a model with real weights, or --task speed",
         )
@@ -117,9 +139,8 @@ def _digested(quality: Quality) -> Quality:
 
 def _check_speed_only(suite: Suite, quality: Sequence[str]) -> None:
     """Another engine is timed on a CPU; it gives no distributions to score."""
-    for policy in suite.axes.policy:
-        found = other(policy)
-        if found is None or not found.speed_only:
+    for policy in map(parse_choice, suite.axes.policy):
+        if policy.yardstick is None or not policy.yardstick.speed_only:
             continue
         if quality:
             raise UsageError(
@@ -131,20 +152,19 @@ def _check_speed_only(suite: Suite, quality: Sequence[str]) -> None:
             check_gguf(name)
 
 
-def _too_long(cells: Sequence[Cell], models: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _too_long(cells: Sequence[Cell], models: dict[str, Dimensions]) -> dict[str, str]:
     """Cells whose text does not fit the model's context, with the reason; a suite of nothing else can't run.
 
     A speed cell says nothing of quality: it may go beyond, where the model's positions can.
     """
     found = {}
     for cell in cells:
-        if cell.axes.shape is None:
+        if cell.shape is None:
             continue
-        (shape,) = parse_shape(cell.axes.shape)
         model = models[cell.axes.model]
-        context, bound = model["context"], model.get("bound", "") if cell.axes.task == SPEED else ""
-        if shape.prompt + shape.gen > context and (bound or cell.axes.task != SPEED):
-            words = f"the shape {shape} is longer than the context of {cell.axes.model} ({context:,} tokens)"
+        bound = model.bound if cell.timed else ""
+        if cell.shape.prompt + cell.shape.gen > model.context and (bound or not cell.timed):
+            words = f"the shape {cell.shape} is longer than the context of {cell.axes.model} ({model.context:,} tokens)"
             found[cell.id] = f"{words}, and {bound}" if bound else words
     if found and len(found) == len(cells):
         raise UsageError(next(iter(found.values())), remedy="use a shorter shape, or a model with a longer context")

@@ -1,27 +1,27 @@
-"""Whether a suite's models can lie where ``[models]`` says, found out before anything is loaded."""
+"""Device placement: whether the models of a suite can lie where its table ``models`` says, before any is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2obench.errors import SuiteError, UsageError
-from d2obench.policies import other, parse_policy
+from d2obench.models import Dimensions
+from d2obench.policies import PolicyChoice, parse_choice
 from d2obench.suite.definition import Suite
 
-if TYPE_CHECKING:
-    import torch
+FIRST = ("cuda", "cuda:0")
+"""Names of the first GPU."""
 
 
-def check_placement(suite: Suite, facts: Mapping[str, Any]) -> None:
-    """A UsageError or PolicyError for the first thing that can't be.
+def check_placement(suite: Suite, facts: Mapping[str, Any], models: Mapping[str, Dimensions]) -> None:
+    """Raises a UsageError or PolicyError for the first thing that is impossible.
 
     Args:
         suite: its words are checked; its devices may still be ``auto``.
-        facts: of the worker: ``devices`` by name, ``models`` by name, and how many ``gpus`` it sees.
+        facts: what the worker says: ``devices`` by name, and how many ``gpus`` it sees.
+        models: dimensions by name.
     """
-    import torch
-
     placement, gpus = suite.models, int(facts.get("gpus", 0))
     if placement.single:
         return
@@ -31,13 +31,12 @@ def check_placement(suite: Suite, facts: Mapping[str, Any]) -> None:
             remedy="use one of --device-map and --tensor-parallel",
         )
     for name in dict.fromkeys(facts["devices"].values()):
-        device = torch.device(name)
-        _check_map(placement.device_map, device, gpus)
-        _check_ranks(placement.tensor_parallel, device, gpus)
-    for name, model in facts["models"].items():
+        _check_map(placement.device_map, name, gpus)
+        _check_ranks(placement.tensor_parallel, name, gpus)
+    for name, model in models.items():
         _check_model(name, model, placement.tensor_parallel)
     for policy in suite.axes.policy:
-        _check_policy(policy, placement.tensor_parallel)
+        _check_policy(parse_choice(policy), placement.tensor_parallel)
     if placement.device_map != "none" and "max" in suite.axes.batch:
         raise UsageError("--batch max can't be searched with --device-map", remedy="name a batch")
 
@@ -65,33 +64,33 @@ def check_one(suite: Suite, command: str) -> None:
         )
 
 
-def _check_map(device_map: str, device: torch.device, gpus: int) -> None:
+def _check_map(device_map: str, device: str, gpus: int) -> None:
     if device_map == "none":
         return
     words = f"--device-map {device_map}"
-    if device.type != "cuda" or gpus < 2:
+    if not device.startswith("cuda") or gpus < 2:
         raise UsageError(
             f"{words} hands a model's layers out to several GPUs",
-            why=f"the device is {device}" if device.type != "cuda" else f"torch sees {gpus} GPU",
+            why=f"the device is {device}" if not device.startswith("cuda") else f"torch sees {gpus} GPU",
             remedy="leave it out",
         )
-    if device.index:
+    if device not in FIRST:
         raise UsageError(f"{words} starts at the first GPU", why=f"the device is {device}", remedy="use --device cuda")
 
 
-def _check_ranks(ranks: int, device: torch.device, gpus: int) -> None:
+def _check_ranks(ranks: int, device: str, gpus: int) -> None:
     if ranks == 1:
         return
     words = f"--tensor-parallel {ranks}"
-    if device.type == "cuda" and gpus < ranks:
+    if device.startswith("cuda") and gpus < ranks:
         raise UsageError(f"{words} needs as many GPUs", why=f"torch sees {gpus}", remedy="use fewer ranks")
-    if device.type == "cuda" and device.index:
+    if device.startswith("cuda") and device not in FIRST:
         raise UsageError(f"{words} takes the first GPUs", why=f"the device is {device}", remedy="use --device cuda")
-    if device.type != "cuda" and gpus:
+    if not device.startswith("cuda") and gpus:
         raise UsageError(f"{words} on {device} and on GPUs can't be one run", remedy=f"use --device {device} alone")
 
 
-def _check_model(name: str, model: Mapping[str, Any], ranks: int) -> None:
+def _check_model(name: str, model: Dimensions, ranks: int) -> None:
     from d2obench.models.ranks import check_split
 
     if ranks > 1 and (name.startswith("shape:") or name.lower().endswith(".gguf")):
@@ -101,18 +100,17 @@ def _check_model(name: str, model: Mapping[str, Any], ranks: int) -> None:
             remedy="use a folder or a hub model that has them, or embedded",
         )
     if ranks > 1:
-        check_split(name, str(model.get("architecture", "")), int(model["kv_heads"]), ranks)
+        check_split(name, model.architecture, model.kv_heads, ranks)
 
 
-def _check_policy(text: str, ranks: int) -> None:
+def _check_policy(choice: PolicyChoice, ranks: int) -> None:
     from d2obench.cache.ranks import check_apart
 
-    found = other(text)
-    if found is not None and found.session:
+    if choice.yardstick is not None and not choice.yardstick.several_devices:
         raise UsageError(
-            f"{text} runs on one device",
-            why="it is another library's and knows nothing of the ranks or of the map",
+            f"{choice} runs on one device",
+            why="it belongs to another library, which knows nothing of ranks or of a device map",
             remedy="leave out --tensor-parallel and --device-map, or the policy",
         )
-    if found is None and ranks > 1:
-        check_apart(parse_policy(text))
+    if choice.yardstick is None and ranks > 1:
+        check_apart(choice.policy)

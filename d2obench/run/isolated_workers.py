@@ -1,7 +1,8 @@
-"""Python environments of other libraries, which can't be imported into ours: kvpress wants an older transformers.
+"""Isolated workers: processes for cells that can't share the common worker, and the Python environments of some.
 
-A managed one is a plain ``venv`` in the cache folder with pinned packages and nothing of ours; d2obench's own code
-reaches it by a folder that holds a link to this package and nothing else, so that no package of ours gets in.
+llama.cpp is an engine with weights of its own. kvpress needs an older transformers than ours, so it gets a Python
+environment: a plain ``venv`` in the cache folder with pinned packages and nothing of ours. d2obench's own code reaches
+it through a folder that holds a link to this package and nothing else, so that no package of ours gets in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ import msgspec
 from d2obench import errors
 from d2obench.errors import UsageError, WorkerError
 from d2obench.models.embedded import cache_folder
-from d2obench.policies import other
-from d2obench.policies.others import Other
+from d2obench.policies import parse_choice
+from d2obench.policies.yardsticks import Yardstick
 from d2obench.run.worker_client import WorkerClient, again
 from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 PINS = {
     "kvpress": (
@@ -105,10 +108,13 @@ def code_only() -> tempfile.TemporaryDirectory[str]:
 
 
 class IsolatedWorkers:
-    """The workers apart of one suite.
+    """The isolated workers of one suite: one for each library or engine whose cells can't share ours.
+
+    Each starts at its first call. On a CPU it waits beside the common worker while that one measures, and the other
+    way round, as the sides of a gate do; :class:`d2obench.run.runner.GroupRunner` sees to GPUs.
 
     Args:
-        suite: whose policies may need them.
+        suite: its policies say which workers are needed.
         python: an interpreter in place of the managed environments'.
 
     Raises:
@@ -116,7 +122,7 @@ class IsolatedWorkers:
     """
 
     def __init__(self, suite: Suite, python: Path | None = None) -> None:
-        needed = {policy: found for policy in suite.axes.policy if (found := other(policy)) is not None and found.apart}
+        needed = isolated(suite)
         self._code = code_only() if any(one.environment for one in needed.values()) else None
         if python is not None and self._code is None:
             raise UsageError("--python is for kvpress", why="no policy here needs another interpreter")
@@ -132,39 +138,39 @@ class IsolatedWorkers:
             if found.name not in self._clients:
                 self._clients[found.name] = self._open(found, suite, python)
 
-    def of(self, policy: str) -> WorkerClient | None:
-        """The worker of a policy's cells; None where the common one measures them."""
-        found = other(policy)
-        return self._clients[found.name] if found is not None and found.apart else None
+    def of(self, cell: Cell) -> WorkerClient | None:
+        """The worker of a cell; None where the common one measures it."""
+        found = cell.policy.yardstick
+        return self._clients[found.name] if found is not None and found.isolated else None
 
     def check(self) -> dict[str, dict[str, Any]]:
-        """Starts every environment once, reads its policies there, and gives the versions in it, by environment.
+        """Starts every environment once and reads its policies there.
+
+        Returns:
+            The versions in each environment, by its name.
 
         Raises:
-            UsageError, PolicyError: it lacks what a policy needs, or the policy can't be read.
+            UsageError, PolicyError: an environment lacks what a policy needs, or the policy can't be read.
         """
         found = {}
         for name, policies in self._policies.items():
-            versions: dict[str, Any] = again(self._asking(self._clients[name], policies))["versions"]
+            call = partial(self._clients[name].call, "prepare", {"policies": policies})
+            versions: dict[str, Any] = again(call)["versions"]
             found[name] = versions
         return found
 
-    def close(self) -> None:
-        """Ends the workers."""
+    def stop(self) -> None:
+        """Ends the worker processes; a later call starts them again."""
         for client in self._clients.values():
             client.close()
 
-    def remove(self) -> None:
-        """Ends the workers for good."""
-        self.close()
+    def close(self) -> None:
+        """Ends the worker processes for good."""
+        self.stop()
         if self._code is not None:
             self._code.cleanup()
 
-    @staticmethod
-    def _asking(client: WorkerClient, policies: Sequence[str]) -> Any:
-        return lambda: client.call("prepare", {"policies": list(policies)})
-
-    def _open(self, found: Other, suite: Suite, python: Path | None) -> WorkerClient:
+    def _open(self, found: Yardstick, suite: Suite, python: Path | None) -> WorkerClient:
         timeout_s, threads = suite.worker.timeout_s, suite.worker.threads
         if not found.environment:
             return WorkerClient(timeout_s=timeout_s, threads=threads)
@@ -180,3 +186,9 @@ class IsolatedWorkers:
         return WorkerClient(
             str(Path(chosen).absolute()), {"PYTHONPATH": self._code.name}, timeout_s=timeout_s, threads=threads
         )
+
+
+def isolated(suite: Suite) -> dict[str, Yardstick]:
+    """The policies of a suite that need an isolated worker, as written, with what they are."""
+    choices = {text: parse_choice(text).yardstick for text in suite.axes.policy}
+    return {text: one for text, one in choices.items() if one is not None and one.isolated}

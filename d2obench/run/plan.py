@@ -1,43 +1,75 @@
-"""Cells → groups that are measured together, and what each cell will roughly take.
+"""What a suite comes to: its cells, the groups that are measured together, and the shards of a large sweep.
 
 Speed cells that differ only in policy and budget form one group: their rounds are interleaved and their ratios are
-paired. Quality cells stand alone. Predictions come from a model's dimensions and two rough figures of the device; they
-are there to be read before a long run, not to be reported.
+paired. Quality cells stand alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
-import msgspec
-
-from d2obench.errors import UsageError
-from d2obench.record import Axes
-from d2obench.run.check import Checked
-from d2obench.suite.definition import SPEED, Cell, Suite
-from d2obench.suite.grammar import Shape, parse_budget, parse_shape
+from d2obench.errors import SuiteError, UsageError
+from d2obench.models import Dimensions
+from d2obench.policies import PolicyChoice, parse_choice
+from d2obench.record import Axes, dump
+from d2obench.suite.definition import SPEED, Quality, Suite
+from d2obench.suite.grammar import Budget, Shape
 from d2obench.tasks import parse_task
-
-ACTIVATIONS = 12
-"""Hidden vectors of one token alive at once in prefill; rough."""
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from d2obench.tasks.base import Batch, Cell, Task
 
 
-class Prediction(NamedTuple):
-    """Peak ``memory`` in bytes (weights, KV, activations) and ``seconds`` of a cell; None where it can't be told."""
+@dataclass(frozen=True)
+class Plan:
+    """A suite that can run: its devices are real ones, and the dimensions of every model are known.
 
-    memory: float | None
-    seconds: float | None
+    Args:
+        suite: resolved.
+        cells: in the order they run.
+        models: by name.
+        too_long: ids of cells that don't fit their model's context → why; they end as ``skipped``.
+        devices: how many devices share one model.
+    """
+
+    suite: Suite
+    cells: tuple[Cell, ...]
+    models: dict[str, Dimensions]
+    too_long: dict[str, str]
+    devices: int = 1
 
 
-class Device(NamedTuple):
-    """Rough figures of a device: copy bandwidth in bytes/s and dense multiply rate in FLOP/s."""
+def cells(suite: Suite) -> list[Cell]:
+    """Every cell of a suite, in the order they run: cells that are timed together stand together.
 
-    bandwidth: float
-    flops: float
+    A policy that knows no budget (``full``, ``hf-dynamic``) gives one cell however many budgets there are; shapes and
+    batches multiply only the tasks that use them.
+
+    Raises:
+        SuiteError: a task lacks a shape, or the suite excludes every cell.
+        UsageError, PolicyError: an unknown task or policy.
+    """
+    axes, found = suite.axes, {}
+    shapes, batches, budgets = axes.shapes, axes.batches, axes.budgets
+    policies = [parse_choice(text) for text in axes.policy]
+    tasks = [(name, None if name == SPEED else parse_task(name)) for name in map(str, axes.tasks)]
+    budgets_of = {str(policy): budgets if policy.takes_budget else [None] for policy in policies}
+    for model, dtype, device, (name, task), seed in product(axes.model, axes.dtype, axes.device, tasks, axes.seed):
+        shaped = task is None or task.shaped
+        if shaped and not shapes:
+            raise SuiteError(f"the task '{name}' needs a shape", remedy="add --shape 512+64 or axes.shape")
+        for shape, batch in product(shapes if shaped else [None], batches if task is None else [None]):
+            for policy in policies:
+                for budget in budgets_of[str(policy)]:
+                    point = Axes(name, model, dtype, device, str(policy), _text(budget), _text(shape), batch, seed)
+                    if not any(where.covers(point) for where in suite.exclude):
+                        found[point] = _cell(point, suite, policy, budget, shape, batch, task)
+    if not found:
+        raise SuiteError(f"suite {suite.name} excludes every cell", remedy="name fewer cells in its key exclude")
+    return list(found.values())
 
 
 def group(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -45,7 +77,7 @@ def group(cells: Iterable[Cell]) -> list[list[Cell]]:
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
         a = cell.axes
-        key = (a.model, a.dtype, a.device, a.shape, a.batch, a.seed) if a.task == SPEED else cell.id
+        key = (a.model, a.dtype, a.device, a.shape, a.batch, a.seed) if cell.timed else cell.id
         groups.setdefault(key, []).append(cell)
     return list(groups.values())
 
@@ -55,73 +87,15 @@ def abba(cells: Sequence[Cell], round_: int) -> list[Cell]:
     return list(cells) if round_ % 2 == 0 else list(reversed(cells))
 
 
-def larger(axes: Axes, than: Axes) -> bool:
+def larger(cell: Cell, than: Cell) -> bool:
     """Whether a cell is of the same kind as another and asks for no less memory in shape and batch."""
     same = ("task", "model", "dtype", "device", "policy", "budget")
-    if any(getattr(axes, key) != getattr(than, key) for key in same) or axes.shape is None or than.shape is None:
+    if any(getattr(cell.axes, key) != getattr(than.axes, key) for key in same):
         return False
-    if not (isinstance(axes.batch, int) and isinstance(than.batch, int)):
+    if cell.shape is None or than.shape is None or not (isinstance(cell.batch, int) and isinstance(than.batch, int)):
         return False
-    (big,), (small,) = parse_shape(axes.shape), parse_shape(than.shape)
-    return big.prompt >= small.prompt and big.gen >= small.gen and axes.batch >= than.batch
-
-
-def memory_of(axes: Axes, model: Mapping[str, Any], batch: int) -> float:
-    """Predicted peak bytes of a request of ``batch`` sequences.
-
-    Weights, and the larger of two moments: the end of prefill, when every policy still holds the prompt's whole KV
-    and the widest activations are alive, and the end of decoding, with what the budget leaves.
-    """
-    assert axes.shape is not None
-    (shape,) = parse_shape(axes.shape)
-    held = parse_budget(axes.budget).of(shape.prompt) if axes.budget else shape.prompt + shape.gen
-    item = ITEM_BYTES[axes.dtype]
-    token = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * item
-    prefill = shape.prompt * (token + ACTIVATIONS * model["hidden"] * item)
-    return float(model["parameters"] * item + batch * max(prefill, token * held))
-
-
-def predict(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device) -> Prediction:
-    """Memory and time of one cell.
-
-    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer. A speed cell's rounds
-    and warm-up are counted; a quality cell's items are, as far as they are known before its data is read. Nothing is
-    told of batch ``max``.
-    """
-    axes, timing = cell.axes, suite.timing
-    shape = parse_shape(axes.shape)[0] if axes.shape else None
-    if axes.task != SPEED:
-        return _quality(cell, suite, model, device, shape)
-    assert shape is not None
-    if not isinstance(axes.batch, int):
-        return Prediction(None, None)
-    prefill, step = _pass(axes, model, device, axes.batch, shape)
-    part = min(shape.gen, timing.depths * timing.steps)
-    requests = {"full": [shape.gen], "sampled": [part], "both": [shape.gen, part]}[timing.decode]
-    seconds = timing.rounds * sum(prefill + steps * step for steps in requests) + (1 + timing.warmup) * prefill
-    return Prediction(memory_of(axes, model, axes.batch), seconds)
-
-
-def _quality(cell: Cell, suite: Suite, model: Mapping[str, Any], device: Device, shape: Shape | None) -> Prediction:
-    axes, batch = cell.axes, suite.quality.batch
-    work = parse_task(axes.task).work(suite.quality, shape, model["context"])
-    if work is None:
-        return Prediction(float(model["parameters"] * ITEM_BYTES[axes.dtype]), None)
-    batch = min(batch, work.items)
-    size = Shape(work.prompt, work.new)
-    prefill, step = _pass(axes, model, device, batch, size)
-    seconds = work.items / batch * (prefill + work.new * step)
-    return Prediction(memory_of(msgspec.structs.replace(axes, shape=str(size)), model, batch), seconds)
-
-
-def _pass(axes: Axes, model: Mapping[str, Any], device: Device, batch: int, shape: Shape) -> tuple[float, float]:
-    """Seconds of the prefill and of one decode step of a batch."""
-    weights, linear = model["parameters"] * ITEM_BYTES[axes.dtype], 2 * model["parameters"] * batch
-    attention = 2 * model["layers"] * model["heads"] * model["head_dim"] * batch * shape.prompt**2
-    prefill = max((linear * shape.prompt + attention) / device.flops, weights / device.bandwidth)
-    held = parse_budget(axes.budget).of(shape.prompt) if axes.budget else shape.prompt + shape.gen / 2
-    token = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * ITEM_BYTES[axes.dtype]
-    return prefill, max((weights + token * batch * held) / device.bandwidth, linear / device.flops)
+    bigger = cell.shape.prompt >= than.shape.prompt and cell.shape.gen >= than.shape.gen
+    return bigger and cell.batch >= than.batch
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -137,20 +111,49 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number, count
 
 
-def shard(checked: Checked, number: int, count: int) -> Checked:
+def shard(plan: Plan, number: int, count: int) -> Plan:
     """Part ``number`` of ``count``; groups stay whole.
 
     Raises:
         UsageError: there are fewer groups than that.
     """
-    groups = group(checked.cells)[number - 1 :: count]
+    groups = group(plan.cells)[number - 1 :: count]
     if not groups:
-        whole = len(group(checked.cells))
+        whole = len(group(plan.cells))
         raise UsageError(f"shard {number}/{count} is empty", why=f"the suite has {whole} groups of cells")
-    return replace(checked, cells=tuple(cell for one in groups for cell in one))
+    return replace(plan, cells=tuple(cell for one in groups for cell in one))
 
 
-def part(checked: Checked, planned: Collection[str]) -> Checked:
+def part(plan: Plan, planned: Collection[str]) -> Plan:
     """The cells that a run has planned, where it is a shard: the same suite names more."""
-    cells = tuple(cell for cell in checked.cells if cell.id in planned)
-    return replace(checked, cells=cells) if cells else checked
+    cells = tuple(cell for cell in plan.cells if cell.id in planned)
+    return replace(plan, cells=cells) if cells else plan
+
+
+def _cell(
+    point: Axes,
+    suite: Suite,
+    policy: PolicyChoice,
+    budget: Budget | None,
+    shape: Shape | None,
+    batch: Batch | None,
+    task: Task | None,
+) -> Cell:
+    at = f"@{point.budget}" if point.budget else ""
+    words = [point.task, point.model, point.dtype, point.device, point.policy + at]
+    words += [point.shape] if point.shape else []
+    words += [f"b{point.batch}"] if point.batch is not None else []
+    settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
+    placed = [] if suite.models.single else [suite.models]
+    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed])).hexdigest()[:16]
+    return Cell("/".join([*words, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
+
+
+def _settings(task: str, quality: Quality) -> list[Any]:
+    """What a quality cell's figures depend on: of its data the content, where that is known, and not the place."""
+    name = task.partition("(")[0]
+    return [quality.limit, quality.batch, quality.digests.get(name, quality.data.get(name))]
+
+
+def _text(value: Budget | Shape | None) -> str | None:
+    return None if value is None else str(value)

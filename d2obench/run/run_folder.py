@@ -18,8 +18,10 @@ from d2obench import __version__
 from d2obench.errors import RecordError
 from d2obench.measure.environment import differences
 from d2obench.record import CellRecord, Run, RunInfo, cannot_write, dump, read_run, write_atomic
+from d2obench.run.plan import cells
 from d2obench.run.run_log import KEPT, now
-from d2obench.suite.definition import Cell, Suite, cells
+from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 RUNS = Path("d2obench-runs")
 LEAST_FREE = 32 * 2**20

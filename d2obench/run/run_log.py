@@ -1,4 +1,9 @@
-"""The book a run keeps: which cells have ended, and the row of each, written the moment it is known."""
+"""What a run writes while it goes: a row for each cell that ended, and the samples of a cell that still runs.
+
+Rounds of a speed cell go to ``samples/<hash>.json`` as they come, each time in one step, so that a kill loses one
+request at most. A run that goes on reads them back and measures what is missing; a cell is finished when its row
+stands in ``cells.jsonl``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from d2obench.metric import METRICS, show
 from d2obench.record import CellRecord, append_cell, dump, write_atomic
 from d2obench.run.plan import larger
 from d2obench.run.progress import Display
-from d2obench.suite.definition import Cell
+from d2obench.tasks.base import Cell
 
 
 class RunLog:
@@ -27,6 +32,7 @@ class RunLog:
         folder: the run folder, locked by the caller.
         watcher: is told of every row.
         records: rows that stand from an earlier part of this run, by cell id.
+        cells: the run's; those whose rows say that memory ended make larger ones be skipped.
         environment: hash of the fingerprint that its cells are measured under.
 
     ``records`` keeps the heads of the rows only, so that a run of any length holds little memory. Cells may be ended
@@ -39,9 +45,11 @@ class RunLog:
         watcher: Display,
         records: Mapping[str, CellRecord] | None = None,
         environment: str = "",
+        cells: Iterable[Cell] = (),
     ) -> None:
         self.folder, self.watcher, self.environment = folder, watcher, environment
         self.records: dict[str, CellRecord] = {name: _head(one) for name, one in (records or {}).items()}
+        self._ran_out = [one for one in cells if one.id in self.records and self.records[one.id].status == "oom"]
         self._began: dict[str, tuple[str, float]] = {}
         self._one_at_a_time = threading.RLock()
 
@@ -63,6 +71,8 @@ class RunLog:
         with self._one_at_a_time:
             append_cell(self.folder, record)
             self.records[cell.id] = _head(record)
+            if status == "oom":
+                self._ran_out.append(cell)
             self.watcher.cell(cell.id, status, record.reason or headline(record))
 
     def fail(self, cell: Cell, problem: D2OBenchError, samples: Samples | None = None) -> None:
@@ -75,8 +85,7 @@ class RunLog:
     def skip_if_too_large(self, cell: Cell) -> None:
         """Ends a cell as ``skipped`` where one of the same kind and no larger ran out of memory."""
         with self._one_at_a_time:
-            ended = [one for one in self.records.values() if one.status == "oom"]
-        smaller = next((one for one in ended if larger(cell.axes, one.axes)), None)
+            smaller = next((one for one in self._ran_out if larger(cell, one)), None)
         if smaller is not None and self.open(cell):
             self.end(cell, "skipped", reason=f"{smaller.id} ran out of memory and is no larger")
 

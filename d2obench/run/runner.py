@@ -16,14 +16,15 @@ import msgspec
 
 from d2obench.errors import D2OBenchError
 from d2obench.record import Value
-from d2obench.run.check import Checked
 from d2obench.run.isolated_workers import IsolatedWorkers
-from d2obench.run.plan import memory_of
+from d2obench.run.plan import Plan
+from d2obench.run.predict import memory_of
 from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.speed import SpeedGroup
 from d2obench.run.speed_row import DeviceRates
 from d2obench.run.worker_client import Client, again
-from d2obench.suite.definition import SPEED, Cell, Suite
+from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 SHARE = 0.8
 """How much of the free memory the processes of a group may be predicted to take together."""
@@ -35,14 +36,14 @@ class GroupRunner:
     """Runs groups one after another on one device.
 
     Args:
-        checked: the run's cells and the dimensions of its models.
+        plan: the run's cells and the dimensions of its models.
         client: the worker; a shared one keeps its model warm from group to group.
         ledger: holds the rows that stand already and takes the new ones.
-        apart: the workers of cells that can't share ``client``.
+        isolated: the workers of cells that can't share ``client``.
     """
 
-    def __init__(self, checked: Checked, client: Client, ledger: RunLog, apart: IsolatedWorkers | None = None) -> None:
-        self._checked, self._common, self._ledger, self._apart = checked, client, ledger, apart
+    def __init__(self, plan: Plan, client: Client, ledger: RunLog, isolated: IsolatedWorkers | None = None) -> None:
+        self._plan, self._common, self._ledger, self._isolated = plan, client, ledger, isolated
         self._last = client
         self._rates = DeviceRates(client, ledger.watcher)
 
@@ -52,16 +53,16 @@ class GroupRunner:
         Raises:
             RecordError: the run folder can't be written any more.
         """
-        suite, ledger = self._checked.suite, self._ledger
+        suite, ledger = self._plan.suite, self._ledger
         for cell in together:
             ledger.skip_if_too_large(cell)
         if not any(ledger.open(cell) for cell in together):
             return
         if suite.worker.mode == "fresh":
             self._common.close()
-            if self._apart is not None:
-                self._apart.close()
-        if together[0].axes.task != SPEED:
+            if self._isolated is not None:
+                self._isolated.stop()
+        if not together[0].timed:
             evaluate(suite, together[0], self._client(together[0]), ledger)
             return
         with self._workers(together) as worker_of:
@@ -70,7 +71,7 @@ class GroupRunner:
     def _client(self, cell: Cell) -> Client:
         """The worker of a cell: its own where it is apart. A GPU is held by one of them at a time, since the memory in
         use there is a figure of the device."""
-        found = (self._apart.of(cell.axes.policy) if self._apart else None) or self._common
+        found = (self._isolated.of(cell) if self._isolated else None) or self._common
         if found is not self._last and cell.axes.device.startswith("cuda"):
             self._last.close()
         self._last = found
@@ -80,7 +81,7 @@ class GroupRunner:
     def _workers(self, together: Sequence[Cell]) -> Iterator[Callable[[Cell], Client]]:
         """Which worker measures a cell."""
         live = [cell for cell in together if self._ledger.open(cell)]
-        if self._checked.suite.worker.mode == "shared" or len(live) < 2 or not self._side_by_side(live):
+        if self._plan.suite.worker.mode == "shared" or len(live) < 2 or not self._side_by_side(live):
             yield self._client
             return
         known = {cell.id: self._client(cell).beside() for cell in together}
@@ -93,14 +94,14 @@ class GroupRunner:
     def _side_by_side(self, cells: Sequence[Cell]) -> bool:
         """Whether every cell can have a process while the others hold theirs."""
         axes = cells[0].axes
-        model = self._checked.models.get(axes.model)
+        model = self._plan.models.get(axes.model)
         if axes.device.startswith("cuda") or model is None:
             return False
         needed = 0.0
         for cell in cells:
-            if not isinstance(cell.axes.batch, int):
+            if not isinstance(cell.batch, int):
                 return False
-            needed += memory_of(cell.axes, model, cell.axes.batch) + PROCESS_BYTES
+            needed += memory_of(cell, model, cell.batch) + PROCESS_BYTES
         free = again(lambda: self._common.call("memory", {"device": axes.device}))["free"]
         if needed <= SHARE * free:
             return True
@@ -113,7 +114,7 @@ def evaluate(suite: Suite, cell: Cell, client: Client, ledger: RunLog) -> None:
     """Brings a quality cell to its row."""
     ledger.begin(cell)
     ledger.watcher.cell(cell.id, "running")
-    request = {"cell": msgspec.to_builtins(cell), "quality": msgspec.to_builtins(suite.quality)}
+    request = {"cell": cell.sent(), "quality": msgspec.to_builtins(suite.quality)}
 
     def progress(done: int, total: int, words: str) -> None:
         ledger.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)

@@ -12,11 +12,12 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import OutOfMemory
+from d2obench.models import Dimensions
 from d2obench.record import Axes
-from d2obench.run.plan import memory_of
+from d2obench.run.predict import memory_of
 from d2obench.run.worker_client import Client
-from d2obench.suite.definition import Cell
 from d2obench.suite.grammar import parse_memory
+from d2obench.tasks.base import Cell
 
 MOST = 4096
 RESOLUTION = 32
@@ -42,8 +43,9 @@ def find_batch(cell: Cell, limit: str, client: Client) -> dict[str, Any]:
         parse_memory(limit, memory["total"]) if limit else memory["total" if axes.device.startswith("cuda") else "free"]
     )
     words = f"under {bound / 2**30:.2f} GiB"
-    model = client.call("describe", {"models": [axes.model], "devices": []})["models"][axes.model]
-    empty, one = (memory_of(axes, model, batch) for batch in (0, 1))
+    facts = client.call("describe", {"models": [axes.model], "devices": []})
+    model = Dimensions(**facts["models"][axes.model])
+    empty, one = (memory_of(cell, model, batch) for batch in (0, 1))
     predicted = int((bound - empty) / (one - empty)) if bound > empty else 1
     trials: list[list[int | None]] = []
 

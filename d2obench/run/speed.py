@@ -25,7 +25,8 @@ from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.search import find_batch
 from d2obench.run.speed_row import DeviceRates, SpeedRows
 from d2obench.run.worker_client import Client, again
-from d2obench.suite.definition import Cell, Suite, Timing
+from d2obench.suite.definition import Suite, Timing
+from d2obench.tasks.base import Cell
 
 
 class SpeedGroup:
@@ -98,8 +99,8 @@ class SpeedGroup:
             return
         self.ledger.begin(cell)
         self.client = self._worker_of(cell)
-        if cell.axes.batch != "max":
-            samples.data["batch"] = cell.axes.batch
+        if cell.batch != "max":
+            samples.data["batch"] = cell.batch
             return
         self.ledger.watcher.cell(cell.id, "running", "searching the largest batch")
         try:

@@ -19,8 +19,7 @@ from d2obench.run.progress import Display
 from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.worker_client import Client, again
 from d2obench.stats.ratios import FULL, against_full
-from d2obench.suite.definition import Cell
-from d2obench.suite.grammar import parse_shape
+from d2obench.tasks.base import Cell, shape_of
 
 
 class DeviceRates:
@@ -76,7 +75,7 @@ class SpeedRows:
         summary = self._summary(cell)
         counts = {key: Value(count) for key, count in samples.data["counts"].items()}
         values = summary.values | counts | self._against_full(cell, summary)
-        if cell.axes.batch == "max":
+        if cell.batch == "max":
             values["batch_max"] = Value(samples.data["batch"], note=samples.data["limit"])
         self._ledger.end(
             cell,
@@ -112,7 +111,7 @@ class SpeedRows:
         mine, theirs = self._samples[cell.id], self._samples[full.id]
         if not theirs.rounds:  # its samples were taken away since
             return {}
-        if cell.axes.batch == "max":
+        if cell.batch == "max":
             batches = (mine.data["batch"], theirs.data["batch"])
             return against_full(cell.id, mine.rounds, theirs.rounds, batches=batches)
         found = against_full(cell.id, mine.rounds, theirs.rounds)
@@ -126,7 +125,7 @@ class SpeedRows:
 
     def _beyond_context(self, cell: Cell) -> list[str]:
         """A flag where the text is longer than the model was made for: its time is true, what it says is not."""
-        (shape,), context = parse_shape(cell.axes.shape or ""), self._samples[cell.id].data["model"].get("context")
+        shape, context = shape_of(cell), self._samples[cell.id].data["model"].get("context")
         past = context is not None and shape.prompt + shape.gen > context
         return [f"beyond the model's context of {context:,}: speed only"] if past else []
 

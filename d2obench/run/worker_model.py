@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from d2obench.models.devices import beside
-from d2obench.record import Axes
 from d2obench.run.worker_machine import Args, MachineOperations, Report
-from d2obench.suite.definition import Cell, Quality
-from d2obench.suite.grammar import parse_shape
+from d2obench.suite.definition import Quality
 from d2obench.suite.placement import Placement
+from d2obench.tasks import read_cell
+from d2obench.tasks.base import Cell, shape_of
 from d2obench.tasks.prompts import timing_prompts
 
 WARM_TOKENS = 8
@@ -42,7 +42,7 @@ class Worker(MachineOperations):
 
     def load(self, args: Args, report: Report) -> Args:
         """Loads the model of ``axes`` and says what it is."""
-        return self._about(self._model(_axes(args), report))
+        return self._about(self._model(read_cell(args), report))
 
     def measure(self, args: Args, report: Report) -> Args:
         """One request of a speed cell: ``axes``, ``batch``, ``sampled`` ([depths, steps] or None).
@@ -56,17 +56,16 @@ class Worker(MachineOperations):
         from d2obench.measure.memory import probe_for, settle
         from d2obench.measure.phases import Sampled, measure_request
 
-        axes = _axes(args)
-        loaded = self._model(axes, report)
-        (shape,) = parse_shape(axes.shape or "")
+        cell = read_cell(args)
+        loaded, shape = self._model(cell, report), shape_of(cell)
         gen = min(shape.gen, WARM_TOKENS) if args.get("warm_up") else shape.gen
-        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         self._recognise(loaded.device)
         settle(loaded.device, beside(loaded.model))
         self._bound(loaded.device, args.get("limit"))
         before = shared_load(load(), loaded.model)
         trace = measure_request(
-            lambda mark: _session(loaded, axes, gen, mark),
+            lambda mark: _session(loaded, cell, gen, mark),
             texts,
             gen,
             clock=shared_clock(clock_for(loaded.device), loaded.model),
@@ -80,7 +79,7 @@ class Worker(MachineOperations):
         trace.flags += between(before, shared_load(load(), loaded.model)).flags()
         if trace.device_timeline:
             trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
-        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | record_of(axes.policy)}
+        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | record_of(cell.policy)}
 
     def warm_up(self, args: Args, report: Report) -> Args:
         """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
@@ -89,15 +88,14 @@ class Worker(MachineOperations):
         from d2obench.measure.phases import shortage_named
         from d2obench.measure.warmup import MOST_TOKENS, warm_up
 
-        axes = _axes(args)
-        loaded = self._model(axes, report)
-        (shape,) = parse_shape(axes.shape or "")
-        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        cell = read_cell(args)
+        loaded, shape = self._model(cell, report), shape_of(cell)
+        texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         gen = min(shape.gen, MOST_TOKENS)
         settle(loaded.device, beside(loaded.model))
         with shortage_named() as mark:
             found = warm_up(
-                lambda: _session(loaded, axes, gen, mark),
+                lambda: _session(loaded, cell, gen, mark),
                 texts,
                 gen,
                 clock=shared_clock(clock_for(loaded.device), loaded.model),
@@ -113,15 +111,15 @@ class Worker(MachineOperations):
         from d2obench.measure.memory import live_bytes
         from d2obench.measure.phases import shortage_named
 
-        axes = _axes(args)
-        loaded = self._model(axes, report)
+        cell = read_cell(args)
+        loaded = self._model(cell, report)
         if not isinstance(loaded.model, torch.nn.Module):  # another engine: nothing of it can be counted
             return {}
-        (shape,) = parse_shape(axes.shape or "")
-        texts = self._texts(loaded, shape.prompt, args["batch"], axes.seed)
+        shape = shape_of(cell)
+        texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         before = live_bytes()
         with shortage_named() as mark:
-            session = _session(loaded, axes, shape.gen, mark)
+            session = _session(loaded, cell, shape.gen, mark)
             try:
                 counts = count_step(session, texts)
                 alive = live_bytes() - before
@@ -142,12 +140,12 @@ class Worker(MachineOperations):
         from d2obench.external import record_of
         from d2obench.tasks import evaluate
 
-        cell = msgspec.convert(args["cell"], Cell)
-        loaded = self._model(cell.axes, report)
+        cell = read_cell(args["cell"])
+        loaded = self._model(cell, report)
         found = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
         values = {key: msgspec.to_builtins(value) for key, value in found.values.items()}
         flags = list(found.details.get("flags", ()))
-        about = self._about(loaded) | record_of(cell.axes.policy)
+        about = self._about(loaded) | record_of(cell.policy)
         flags += about.get("flags", ())
         return {"values": values, "items": found.items, "details": found.details, "flags": flags, "model": about}
 
@@ -162,17 +160,17 @@ class Worker(MachineOperations):
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _model(self, axes: Axes, report: Report) -> Any:
+    def _model(self, cell: Cell, report: Report) -> Any:
         from d2obench.cpu import memory as host_memory
         from d2obench.external import loader_of
         from d2obench.measure.memory import GarbageCollection
 
-        key = (axes.model, axes.dtype, axes.device)
+        key = (cell.axes.model, cell.axes.dtype, cell.axes.device)
         if key != self._key:
             self._loaded = self._key = None
             GarbageCollection.release_model()
             self.release()
-            load = loader_of(axes.policy)
+            load = loader_of(cell.policy)
             self._loaded = load(*key, lambda what, done, total: report(done, total, what), self._placement)
             self._key = key
             GarbageCollection.exempt_model()
@@ -207,12 +205,10 @@ class Worker(MachineOperations):
         return self._prompts[1]
 
 
-def _axes(args: Args) -> Axes:
-    return msgspec.convert(args["axes"], Axes)
-
-
-def _session(loaded: Any, axes: Axes, gen: int, mark: Any) -> Any:
+def _session(loaded: Any, cell: Cell, gen: int, mark: Any) -> Any:
     """The session of a speed cell: it says nothing of quality, so it may go beyond the model's context."""
     from d2obench.external import open_session
 
-    return open_session(loaded, axes.policy, axes.budget, max_new=gen, seed=axes.seed, mark=mark, beyond=True)
+    return open_session(
+        loaded, cell.policy.built, cell.budget, max_new=gen, seed=cell.axes.seed, mark=mark, beyond=True
+    )

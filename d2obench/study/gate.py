@@ -25,10 +25,12 @@ from d2obench.gate.rounds import Rounds, measure_group
 from d2obench.gate.rules import confirm, tolerance
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.record import finite, write_atomic
+from d2obench.run.plan import cells
 from d2obench.run.worker_client import WORKER
 from d2obench.study import faults
 from d2obench.study.trials import Outcome, Pairs, Rule, Study, Trial, live_outcomes, replay
-from d2obench.suite.definition import Cell, Suite, cells, load_suite
+from d2obench.suite.definition import Suite, load_suite
+from d2obench.tasks.base import Cell
 
 SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}
 METRIC = "tpot_s"

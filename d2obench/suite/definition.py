@@ -1,7 +1,8 @@
-"""A suite: strict TOML → :class:`Suite` → cells. Shipped ones live in the package ``d2obench.suites``.
+"""A suite: strict TOML → :class:`Suite`. The suites that ship live in the package ``d2obench.suites``.
 
-Unknown keys and wrong types are one SuiteError that names file and key. Every axis can be set from outside
-(``overrides``), in the words of ``d2obench.suite.grammar``; the result is resolved once, here, and trusted after.
+An unknown key or a wrong type is one SuiteError that names the file and the key. Every axis can be set from outside
+(``overrides``), written as ``d2obench.suite.grammar`` reads it. What cells a suite has is ``d2obench.run.plan``'s to
+say, because it takes the policies and the tasks to know which axes apply.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ import hashlib
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from d2obench.errors import SuiteError, UsageError
-from d2obench.record import Axes, dump
-from d2obench.suite.grammar import parse_budget, parse_numbers, parse_shape, parse_spec, split_list
+from d2obench.record import dump
+from d2obench.suite.grammar import Budget, Shape, Spec, parse_batch, parse_budget, parse_shape, parse_spec, split_list
 from d2obench.suite.placement import Placement
 from d2obench.suite.target import Target, Where
 
@@ -41,6 +41,31 @@ class AxesTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     device: tuple[str, ...] = ("auto",)
     seed: tuple[int, ...] = (0,)
+
+    @property
+    def policies(self) -> list[Spec]:
+        """The policies, read by the grammar."""
+        return [parse_spec(text) for text in self.policy]
+
+    @property
+    def tasks(self) -> list[Spec]:
+        """The tasks, read by the grammar."""
+        return [parse_spec(text, "task") for text in self.task]
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The budgets."""
+        return [parse_budget(budget) for budget in self.budget]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes, with every range written out."""
+        return [shape for text in self.shape for shape in parse_shape(text)]
+
+    @property
+    def batches(self) -> list[int | Literal["max"]]:
+        """The batches, with every range written out."""
+        return [batch for text in self.batch for batch in parse_batch(text)]
 
 
 class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -123,14 +148,6 @@ class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return hashlib.sha256(dump(self)).hexdigest()
 
 
-class Cell(msgspec.Struct, frozen=True):
-    """One point to run: its axes, a readable ``id`` and the content ``hash`` that resume goes by."""
-
-    id: str
-    hash: str
-    axes: Axes
-
-
 def shipped() -> list[str]:
     """Names of the suites that ship with the package."""
     folder = importlib.resources.files("d2obench.suites")
@@ -161,56 +178,6 @@ def load_suite(name: str, overrides: Mapping[str, str] | None = None) -> Suite:
     if not any(key.startswith("axes.") for key in overrides or ()):  # other axes may leave targets without a cell
         _reached(suite, source)
     return suite
-
-
-def cells(suite: Suite) -> list[Cell]:
-    """Every cell of the suite, in the order they run: cells that are timed together stand together.
-
-    A policy that knows no budget (``full``, ``hf-dynamic``) gives one cell however many budgets there are.
-    """
-    from d2obench.policies import takes_budget
-    from d2obench.tasks import uses_shape
-
-    axes, found = suite.axes, {}
-    shapes = [str(shape) for text in axes.shape for shape in parse_shape(text)]
-    batches = [batch for text in axes.batch for batch in _batches(text)]
-    budgets = [str(parse_budget(budget)) for budget in axes.budget]
-    tasks = [str(parse_spec(task, "task")) for task in axes.task]
-    policies = [str(parse_spec(policy)) for policy in axes.policy]
-    for model, dtype, device, task, seed in product(axes.model, axes.dtype, axes.device, tasks, axes.seed):
-        shaped = uses_shape(task)
-        if shaped and not shapes:
-            raise SuiteError(f"the task '{task}' needs a shape", remedy="add --shape 512+64 or axes.shape")
-        for shape, batch in product(shapes if shaped else [None], batches if task == SPEED else [None]):
-            for policy in policies:
-                for budget in budgets if takes_budget(policy) else [None]:
-                    point = Axes(task, model, dtype, device, policy, budget, shape, batch, seed)
-                    if not any(where.covers(point) for where in suite.exclude):
-                        found[point] = _cell(point, suite)
-    if not found:
-        raise SuiteError(f"suite {suite.name} excludes every cell", remedy="name fewer cells in its key exclude")
-    return list(found.values())
-
-
-def _cell(point: Axes, suite: Suite) -> Cell:
-    at = f"@{point.budget}" if point.budget else ""
-    words = [point.task, point.model, point.dtype, point.device, point.policy + at]
-    words += [point.shape] if point.shape else []
-    words += [f"b{point.batch}"] if point.batch is not None else []
-    settings: Any = suite.timing if point.task == SPEED else _settings(point.task, suite.quality)
-    placed = [] if suite.models.single else [suite.models]
-    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed])).hexdigest()[:16]
-    return Cell("/".join([*words, f"s{point.seed}"]), content, point)
-
-
-def _settings(task: str, quality: Quality) -> list[Any]:
-    """What a quality cell's figures depend on: of its data the content, where that is known, and not the place."""
-    name = task.partition("(")[0]
-    return [quality.limit, quality.batch, quality.digests.get(name, quality.data.get(name))]
-
-
-def _batches(text: int | str) -> list[int | str]:
-    return ["max"] if text == "max" else list(parse_numbers(str(text)))
 
 
 def _read(name: str) -> tuple[str, str]:
@@ -255,20 +222,12 @@ def _plain(message: str) -> str:
 
 
 def _checked(suite: Suite, source: str) -> Suite:
-    """Every word of every axis is read once here, so that a wrong one is found before anything runs."""
+    """Reads every axis, so that a wrong value is found before anything runs."""
     try:
-        for text in suite.axes.shape:
-            parse_shape(text)
-        for batch in suite.axes.batch:
-            _batches(batch)
-        for budget in suite.axes.budget:
-            parse_budget(budget)
-        for policy in suite.axes.policy:
-            parse_spec(policy)
-        for task in suite.axes.task:
-            parse_spec(task, "task")
+        for axis in ("shapes", "batches", "budgets", "policies", "tasks"):
+            getattr(suite.axes, axis)
         for where in (*suite.exclude, *suite.targets):
-            where.axes  # noqa: B018 - reads the words
+            where.axes  # noqa: B018 - reading is the check
     except UsageError as problem:
         raise SuiteError(f"{source}: {problem.what}", why=problem.why, remedy=problem.remedy) from None
     empty = [
@@ -285,10 +244,20 @@ def _checked(suite: Suite, source: str) -> Suite:
 
 
 def _reached(suite: Suite, source: str) -> None:
-    """A target or an exclusion that no cell can meet is a word misspelt."""
-    every = cells(msgspec.structs.replace(suite, exclude=())) if suite.exclude else []
-    lost = [f"exclude {where.axes}" for where in suite.exclude if not any(where.covers(one.axes) for one in every)]
-    kept = cells(suite) if suite.targets else []
-    lost += [f"targets {goal.axes}" for goal in suite.targets if not any(goal.covers(one.axes) for one in kept)]
-    if lost:
-        raise SuiteError(f"{source}: no cell of the suite is {lost[0]}", remedy="name values of its axes")
+    """Refuses a target or an exclusion that names a value which no axis has: a word misspelt."""
+    axes = suite.axes
+    values = {
+        "task": axes.tasks,
+        "model": axes.model,
+        "policy": axes.policies,
+        "budget": axes.budgets,
+        "shape": axes.shapes,
+        "batch": axes.batches,
+    }
+    spelt = {axis: set(map(str, every)) for axis, every in values.items()}
+    for key, every in (("exclude", suite.exclude), ("targets", suite.targets)):
+        for where in every:
+            if any(value not in spelt[axis] for axis, value in where.axes.items()):
+                raise SuiteError(
+                    f"{source}: no cell of the suite is {key} {where.axes}", remedy="name values of its axes"
+                )

@@ -1,4 +1,4 @@
-"""The words of the axes: ``name(key=value)+name`` specs, budgets, shapes, lists and ranges.
+"""How the values of the axes are written: ``name(key=value)+name``, budgets, shapes, batches, lists and ranges.
 
 One grammar for policies and tasks::
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from d2obench.errors import UsageError
 
@@ -146,6 +146,11 @@ def parse_numbers(text: str, what: str = "batch") -> list[int]:
         numbers.append(low)
         low = low * step if match[3] == "*" else low + step
     return numbers
+
+
+def parse_batch(text: int | str) -> list[int | Literal["max"]]:
+    """``8``, ``max`` or ``1..64*2`` as the batches it stands for."""
+    return ["max"] if text == "max" else [*parse_numbers(str(text))]
 
 
 def parse_shape(text: str) -> list[Shape]:

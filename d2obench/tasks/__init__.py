@@ -9,20 +9,24 @@ known here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.plugin import Registry
-from d2obench.record import Value
-from d2obench.suite.grammar import parse_spec
-from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task
+from d2obench.policies import parse_choice
+from d2obench.record import Axes, Value
+from d2obench.suite.definition import SPEED
+from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, parameters
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
-__all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "rescore", "uses_shape"]
+__all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "read_cell", "rescore"]
 
-SPEED = "speed"
 LONGBENCH = (  # noqa: SIM905
     "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum multi_news "
     "vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc repobench-p"
@@ -52,10 +56,6 @@ def parse_task(text: str) -> Task:
     Raises:
         UsageError: an unknown task, an unknown parameter, or a value of the wrong type or range.
     """
-    import msgspec
-
-    from d2obench.tasks.base import parameters
-
     parts = parse_spec(text, "task").parts
     if len(parts) > 1:
         why = "tasks can't be joined by +"
@@ -78,14 +78,30 @@ def parse_task(text: str) -> Task:
     return task
 
 
-def uses_shape(text: str) -> bool:
-    """Whether a task is run once for each shape of the suite; imports neither torch nor datasets."""
-    return text.strip() == SPEED or parse_task(text).shaped
+def read_cell(sent: Mapping[str, Any]) -> Cell:
+    """The cell that :meth:`d2obench.tasks.base.Cell.sent` wrote; ``id`` and ``hash`` may be missing.
+
+    Raises:
+        UsageError, PolicyError: an axis that can't be read.
+    """
+    axes = msgspec.convert(sent["axes"], Axes)
+    return Cell(
+        id=sent.get("id", ""),
+        hash=sent.get("hash", ""),
+        axes=axes,
+        policy=parse_choice(axes.policy),
+        budget=None if axes.budget is None else parse_budget(axes.budget),
+        shape=None if axes.shape is None else parse_shape(axes.shape)[0],
+        batch=axes.batch if axes.batch is None or isinstance(axes.batch, int) else "max",
+        task=None if axes.task == SPEED else parse_task(axes.task),
+    )
 
 
 def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
     """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`."""
-    task = parse_task(cell.axes.task)
+    task = cell.task
+    if task is None:
+        raise TypeError(f"the timed cell {cell.id} has no quality to evaluate")
     if task.sense and (not loaded.has_sense or loaded.tokenizer is None):
         raise ModelError(
             f"the task '{task.name}' can't use {loaded.name}",
@@ -94,8 +110,6 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
         )
     _check_data_unchanged(task.name, quality)
     found = task.evaluate(loaded, cell, quality, report)
-    if paths := dict.fromkeys(item["decode_path"] for item in found.items if item.get("decode_path")):
-        found.details["decode_path"] = "; ".join(paths)
     if _keeps_more_than_asked(cell, found):
         found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
     return found
@@ -112,21 +126,15 @@ def _check_data_unchanged(name: str, quality: Quality) -> None:
 
 def _keeps_more_than_asked(cell: Cell, found: Evaluation) -> bool:
     """Whether a policy held more than its budget: because it grows while decoding, or keeps more of the prompts."""
-    from d2obench.policies import other, parse_policy
-    from d2obench.suite.grammar import parse_budget
-
-    axes = cell.axes
-    if axes.budget is None:
+    if cell.budget is None or cell.budget.ratio == 1.0:
         return False
-    budget, kept = parse_budget(axes.budget), found.values.get("budget_effective")
-    if budget.ratio == 1.0:
-        return False
-    if other(axes.policy) is not None or parse_policy(axes.policy).grows:
+    kept = found.values.get("budget_effective")
+    if cell.policy.yardstick is not None or cell.policy.policy.grows:
         return True
     lengths = [item["prompt_tokens"] for item in found.items if item.get("prompt_tokens")]
     if kept is None or kept.value is None or not lengths:
         return False
-    allowed = sum((budget.of(tokens) + 1) / tokens for tokens in lengths) / len(lengths)
+    allowed = sum((cell.budget.of(tokens) + 1) / tokens for tokens in lengths) / len(lengths)
     return bool(kept.value > allowed)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from d2obench.metric import METRICS
+from d2obench.policies import PolicyChoice
 from d2obench.record import Axes, Value
-from d2obench.suite.grammar import Shape, parse_shape
+from d2obench.suite.grammar import Budget, Shape
 
 if TYPE_CHECKING:
     from d2obench.cache import Session
@@ -30,11 +31,44 @@ keys of ``d2obench.metric`` hold its figures: one number, or one number per posi
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Cell(Protocol):
-    """What a task needs to know of a suite's cell."""
+Batch = int | Literal["max"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a suite, with every axis read into its type.
+
+    Text stands at the edges alone: on the command line, in TOML, in records and labels. Cells are made in two places:
+    ``d2obench.run.plan.cells`` makes them from a suite, :func:`d2obench.tasks.read_cell` from what a worker is sent.
+
+    Args:
+        id: readable and stable, made of the axes.
+        hash: covers everything that the cell's figures depend on; a run that goes on compares it.
+        axes: as they are recorded.
+        policy: one of our policies, or a yardstick.
+        budget: what the policy may keep; None for one that keeps everything.
+        shape: tokens of prompt and generation; None for a task with texts of its own.
+        batch: sequences decoded together, or ``max`` for as many as fit; None for a quality task.
+        task: the quality task; None for ``speed``, which the runner measures itself.
+    """
+
+    id: str
+    hash: str
+    axes: Axes
+    policy: PolicyChoice
+    budget: Budget | None
+    shape: Shape | None
+    batch: Batch | None
+    task: Task | None
 
     @property
-    def axes(self) -> Axes: ...
+    def timed(self) -> bool:
+        """Whether its figures are times and bytes of requests, and not the quality of answers."""
+        return self.task is None
+
+    def sent(self) -> dict[str, Any]:
+        """The cell as text, for a worker; :func:`d2obench.tasks.read_cell` reads it there."""
+        return {"id": self.id, "hash": self.hash, "axes": msgspec.to_builtins(self.axes)}
 
 
 class Quality(Protocol):
@@ -118,11 +152,10 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def shape_of(cell: Cell) -> Shape:
-    """The shape of a cell whose task is :attr:`Task.shaped`."""
-    if cell.axes.shape is None:
-        raise TypeError(f"the cell of the task {cell.axes.task} has no shape")
-    (shape,) = parse_shape(cell.axes.shape)
-    return shape
+    """The shape of a cell that must have one: a timed one, or one whose task is :attr:`Task.shaped`."""
+    if cell.shape is None:
+        raise TypeError(f"the cell {cell.id} has no shape")
+    return cell.shape
 
 
 def at_most(items: int, quality: Quality) -> int:
@@ -169,12 +202,11 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
     return {key: found[key] for key in METRICS if key in found}
 
 
-def kept_of(session: Session) -> list[Item]:
-    """For each sequence ``kept``, entries kept right after compression ÷ tokens of its prompt, averaged over layers,
-    and ``decode_path``, what executes a decode step."""
+def kept_shares(session: Session) -> list[float]:
+    """For each sequence, entries kept right after compression ÷ tokens of its prompt, averaged over layers."""
     found = session.footprint()
     return [
-        {"kept": sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens), "decode_path": session.decode_path}
+        sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens)
         for i, tokens in enumerate(found.prompt_tokens)
     ]
 

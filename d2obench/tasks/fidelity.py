@@ -27,7 +27,7 @@ from d2obench.tasks.base import (
     Task,
     Work,
     at_most,
-    kept_of,
+    kept_shares,
     shape_of,
 )
 from d2obench.tasks.prompts import prompt_digest
@@ -110,10 +110,10 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     import torch
 
     kl, top1, nll = [], [], []
-    ours_held: list[Item] = [{"kept": 1.0} for _ in texts]
+    shares = [1.0] * len(texts)
     full = _full(loaded, cell, texts, prompt)
     # The full cache is its own reference, so it is run once and not twice.
-    ours = _steps(loaded, cell, texts, prompt, ours_held) if cell.axes.policy != "full" else None
+    ours = _steps(loaded, cell, texts, prompt, shares) if cell.axes.policy != "full" else None
     for step, theirs in enumerate(full):
         reference = theirs.to(loaded.device)
         mine = next(ours) if ours else reference
@@ -126,18 +126,18 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
     return [
         {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": prompt_digest(texts[i]),
-         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], **ours_held[i]}
+         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], "kept": shares[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
 
 def _steps(
-    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, told: list[Item], policy: str = ""
+    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, shares: list[float], policy: str = ""
 ) -> Generator[torch.Tensor, None, None]:
     """Log-probabilities ``[B, V]`` in float32 after each teacher-forced step.
 
     Args:
-        told: set to what :func:`d2obench.tasks.base.kept_of` says of each prompt.
+        shares: set to the share of each prompt that the cache kept.
         policy: the policy in place of the cell's, without a budget.
     """
     import torch
@@ -145,12 +145,12 @@ def _steps(
     from d2obench.external import open_session
 
     gen, axes = len(texts[0]) - prompt - 1, cell.axes
-    asked = (policy, None) if policy else (axes.policy, axes.budget)
+    asked = (policy, None) if policy else (cell.policy.built, cell.budget)
     session = open_session(loaded, *asked, max_new=gen, seed=axes.seed)
     try:
         session.prefill([list(text[:prompt]) for text in texts])
         session.compress()
-        told[:] = kept_of(session)
+        shares[:] = kept_shares(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
         for i in range(gen):
             yield session.step(tokens[:, i]).float().log_softmax(-1)

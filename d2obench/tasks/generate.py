@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.record import Value
 from d2obench.suite.grammar import Shape
-from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_of
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_shares
 from d2obench.tasks.prompts import Example, Limits, Prompt, encode, prompt_digest
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from d2obench.cache import Session
     from d2obench.models import LoadedModel
+    from d2obench.policies.base import Policy
+    from d2obench.policies.yardsticks import Yardstick
+    from d2obench.suite.grammar import Budget
 
 
 class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,10 +107,10 @@ def generate(
 
 def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
     """One batch: the log-probabilities of the candidates, then the answers (see the head of this module)."""
-    axes, tokenizer = cell.axes, loaded.tokenizer
+    tokenizer, asked = loaded.tokenizer, (cell.policy.built, cell.budget)
     longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
     ids = [prompt.ids for prompt in prompts]
-    with compressed(loaded, axes.policy, axes.budget, ids, max_new=longest, seed=axes.seed) as (session, first, known):
+    with compressed(loaded, *asked, ids, max_new=longest, seed=cell.axes.seed) as (session, first, shares):
         scores: list[list[float]] = [[] for _ in prompts]
         rounds = max(len(prompt.candidates) for prompt in prompts)
         state = session.snapshot() if rounds else None
@@ -117,8 +120,8 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
                 row += [value] if tokens else []
             session.restore(state)
         answers = greedy(session, first, limits, tokenizer, end_tokens(loaded))
-    for prompt, row, kept, item in zip(prompts, scores, known, answers, strict=True):
-        item |= kept
+    for prompt, row, share, item in zip(prompts, scores, shares, answers, strict=True):
+        item["kept"] = share
         if row:
             size = len(tokenizer.decode(prompt.candidates[0]).encode())
             item |= {"gold_logprob": row[0], "gold_bytes": size, "gold_bpb": -row[0] / (math.log(2) * max(1, size))}
@@ -129,15 +132,20 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
 
 @contextmanager
 def compressed(
-    loaded: LoadedModel, policy: str, budget: str | None, prompts: Sequence[list[int]], *, max_new: int, seed: int
-) -> Iterator[tuple[Session, torch.Tensor, list[Item]]]:
+    loaded: LoadedModel,
+    policy: Policy | Yardstick | str,
+    budget: Budget | str | None,
+    prompts: Sequence[list[int]],
+    *,
+    max_new: int,
+    seed: int,
+) -> Iterator[tuple[Session, torch.Tensor, list[float]]]:
     """A session that has read and compressed the prompts.
 
     The last token of each prompt is fed after compression (see the head of this module), unless a prompt has only one.
 
     Yields:
-        The session, the logits ``[B, V]`` of the next tokens in float32, and what
-        :func:`d2obench.tasks.base.kept_of` says of each prompt.
+        The session, the logits ``[B, V]`` of the next tokens in float32, and the share of each prompt that was kept.
     """
     import torch
 
@@ -148,10 +156,10 @@ def compressed(
     try:
         first = session.prefill([ids[:-1] for ids in prompts] if held else list(prompts))
         session.compress()
-        known = kept_of(session)
+        shares = kept_shares(session)
         if held:
             first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
-        yield session, first, known
+        yield session, first, shares
     finally:
         session.close()
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from d2obench.errors import UsageError
-from d2obench.policies import other
 from d2obench.record import Value
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Evaluation, Item, Quality, Report, Task, Work, shape_of
@@ -38,7 +37,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         from d2obench.tasks.prompts import timing_prompts
 
         axes = cell.axes
-        if other(axes.policy) is not None:
+        if cell.policy.yardstick is not None:
             raise UsageError(
                 f"the task kernels can't measure the parts of {axes.policy}",
                 why="another library runs it, and its parts have no names here",
@@ -57,7 +56,7 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         for number in range(self.requests + 1):
             costs = cost_of_parts(
                 lambda mark: open_session(
-                    loaded, axes.policy, axes.budget, max_new=shape.gen, seed=axes.seed, mark=mark, beyond=True
+                    loaded, cell.policy.built, cell.budget, max_new=shape.gen, seed=axes.seed, mark=mark, beyond=True
                 ),
                 loaded.model,
                 texts,

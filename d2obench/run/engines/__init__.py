@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from d2obench.errors import RecordError, UsageError
+from d2obench.errors import RecordError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.policies import other
 from d2obench.record import CellRecord, Run, read_run
-from d2obench.run.check import Checked
 from d2obench.run.isolated_workers import IsolatedWorkers
-from d2obench.run.plan import group
+from d2obench.run.plan import Plan, group
 from d2obench.run.progress import Display, Vitals
 from d2obench.run.run_folder import describe_run, locked, write_info
 from d2obench.run.run_log import RunLog, finished
@@ -42,7 +40,7 @@ class Engine(Protocol):
             like: the hash of an earlier part of the run; where there is hardware of several kinds, that one is chosen.
         """
 
-    def run(self, checked: Checked, ledger: RunLog) -> None:
+    def run(self, plan: Plan, ledger: RunLog) -> None:
         """Every cell that has no row yet gets one.
 
         Raises:
@@ -71,11 +69,6 @@ def open_engine(
 ) -> Engine:
     """The engine ``local`` or ``ray``; the others are arguments of :class:`d2obench.run.engines.ray.RayEngine`."""
     if name == "ray":
-        apart = [text for text in suite.axes.policy if (found := other(text)) is not None and found.apart]
-        if apart:
-            raise UsageError(
-                f"{apart[0]} can't run on ray", why="it needs a worker of its own", remedy="use --engine local"
-            )
         from d2obench.run.engines.ray import RayEngine
 
         return RayEngine(suite, address, cpus=cpus, resource=resource, allow_busy=allow_busy, say=say)
@@ -92,7 +85,7 @@ class LocalEngine:
 
     def __init__(self, suite: Suite, client: WorkerClient | None = None, python: Path | None = None) -> None:
         self.suite, self.client = suite, client or client_for(suite)
-        self._apart = IsolatedWorkers(suite, python)
+        self._isolated = IsolatedWorkers(suite, python)
         self._versions: dict[str, dict[str, Any]] = {}
         self._vitals = Vitals(self.client)
 
@@ -101,10 +94,10 @@ class LocalEngine:
         facts = again(lambda: self.client.call("environment", {"device": device}))
         return {**facts, "environments": self._versions} if self._versions else facts
 
-    def run(self, checked: Checked, ledger: RunLog) -> None:
+    def run(self, plan: Plan, ledger: RunLog) -> None:
         """Brings every cell to its row."""
-        bench = GroupRunner(checked, self.client, ledger, self._apart)
-        for together in group(checked.cells):
+        bench = GroupRunner(plan, self.client, ledger, self._isolated)
+        for together in group(plan.cells):
             bench.run(together)
 
     def vitals(self) -> str:
@@ -112,16 +105,16 @@ class LocalEngine:
         return self._vitals()
 
     def __enter__(self) -> Self:
-        self._versions = self._apart.check()
+        self._versions = self._isolated.check()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        self._apart.remove()
+        self._isolated.close()
 
 
 def run_suite(
-    checked: Checked,
+    plan: Plan,
     folder: Path,
     engine: Engine,
     watcher: Display,
@@ -132,7 +125,7 @@ def run_suite(
     """Runs a checked suite into a folder, or goes on with it.
 
     Args:
-        checked: what to run.
+        plan: what to run.
         folder: a new run folder, or one to go on with.
         engine: where it runs.
         watcher: is told how it goes.
@@ -146,18 +139,18 @@ def run_suite(
     """
     with locked(folder):
         earlier = read_run(folder) if resume else None
-        device = checked.suite.axes.device[0]
+        device = plan.suite.axes.device[0]
         facts = engine.environment(device, like=earlier.info.environment_hash if earlier else "")
         records: tuple[CellRecord, ...] = ()
         if earlier:
             records = _comparable(earlier, facts, watcher).cells
         else:
-            write_info(folder, describe_run(checked.suite, checked.cells, facts, environment_hash(facts), command))
-        ledger = RunLog(folder, watcher, finished(checked.cells, records), environment_hash(facts))
-        for cell in checked.cells:
-            if cell.id in checked.too_long and ledger.open(cell):
-                ledger.end(cell, "skipped", reason=checked.too_long[cell.id])
-        engine.run(checked, ledger)
+            write_info(folder, describe_run(plan.suite, plan.cells, facts, environment_hash(facts), command))
+        ledger = RunLog(folder, watcher, finished(plan.cells, records), environment_hash(facts), plan.cells)
+        for cell in plan.cells:
+            if cell.id in plan.too_long and ledger.open(cell):
+                ledger.end(cell, "skipped", reason=plan.too_long[cell.id])
+        engine.run(plan, ledger)
 
 
 def _comparable(run: Run, facts: Mapping[str, Any], watcher: Display) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from d2obench.suite.definition import Cell
+from d2obench.tasks.base import Cell
 
 LOSSES = 3
 """How often a group may lose its device before its cells are given up."""

@@ -22,17 +22,17 @@ import msgspec
 from d2obench import __version__
 from d2obench.errors import D2OBenchError, RecordError, WorkerError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.run.check import Checked
 from d2obench.run.engines.group_queue import Work, model_of
 from d2obench.run.engines.ray_cluster import Spot, check_devices, connect, gpus_to_reserve, memory_to_reserve, spots
 from d2obench.run.engines.ray_device import PATIENCE_S, LostError, Place, RayClient, ScoutClient, StoppedError
 from d2obench.run.engines.ray_host import Settings
-from d2obench.run.plan import group
+from d2obench.run.plan import Plan, group
 from d2obench.run.progress import LockedDisplay
 from d2obench.run.run_log import RunLog, forget_cut_round
 from d2obench.run.runner import GroupRunner
 from d2obench.run.worker_client import again
-from d2obench.suite.definition import Cell, Suite
+from d2obench.suite.definition import Suite
+from d2obench.tasks.base import Cell
 
 SCAN_S = 2.0
 """How often the cluster is asked for nodes that have joined."""
@@ -106,11 +106,11 @@ class RayEngine:
             self._known = self._facts(self.client, device)
         return self._known
 
-    def run(self, checked: Checked, ledger: RunLog) -> None:
+    def run(self, plan: Plan, ledger: RunLog) -> None:
         """Every cell gets its row on some device."""
         ledger.watcher = LockedDisplay(ledger.watcher)
-        work = Work([one for one in group(checked.cells) if any(ledger.open(cell) for cell in one)])
-        memory = memory_to_reserve(checked)
+        work = Work([one for one in group(plan.cells) if any(ledger.open(cell) for cell in one)])
+        memory = memory_to_reserve(plan)
         threads: dict[Spot, threading.Thread] = {}
         failures: dict[Spot, int] = {}
         if self._scout is not None:
@@ -135,7 +135,7 @@ class RayEngine:
                         failures[spot] = failures.get(spot, 0) + 1
                         serve = threading.Thread(
                             target=self._serve,
-                            args=(spot, checked, ledger, work, failures),
+                            args=(spot, plan, ledger, work, failures),
                             name=str(spot),
                             daemon=True,
                         )
@@ -173,10 +173,10 @@ class RayEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(self, spot: Spot, checked: Checked, ledger: RunLog, work: Work, failures: dict[Spot, int]) -> None:
+    def _serve(self, spot: Spot, plan: Plan, ledger: RunLog, work: Work, failures: dict[Spot, int]) -> None:
         """Runs group after group on one device, until none is left or the device is lost."""
         place = self._places[spot] = Place(self._ray, spot, self._settings, self._stop)
-        watcher, device = ledger.watcher, checked.suite.axes.device[0]
+        watcher, device = ledger.watcher, plan.suite.axes.device[0]
         try:
             client = RayClient(place)
             if not place.hold(self._patience):
@@ -190,7 +190,7 @@ class RayEngine:
                 return
             if self._kind == "cuda" and not self._allow_busy:
                 client.call("refuse_busy", {"device": device, "own": [os.getpid()]})
-            bench, warm = GroupRunner(checked, client, ledger), None
+            bench, warm = GroupRunner(plan, client, ledger), None
             while (cells := work.take(warm)) is not None:
                 warm = model_of(cells)
                 try:

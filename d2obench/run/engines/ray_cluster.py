@@ -13,9 +13,9 @@ import socket
 from typing import Any, NamedTuple
 
 from d2obench.errors import UsageError, WorkerError
-from d2obench.policies import other
-from d2obench.run.check import Checked
-from d2obench.run.plan import ITEM_BYTES, Device, predict
+from d2obench.run.isolated_workers import isolated
+from d2obench.run.plan import Plan
+from d2obench.run.predict import ITEM_BYTES, Device, predict
 from d2obench.suite.definition import Suite
 
 OBJECT_STORE = 128 * 2**20
@@ -142,10 +142,9 @@ def _reach(address: str) -> None:
 
 def check_devices(suite: Suite) -> None:
     """A UsageError where devices are not of one kind or are named by number, or a policy needs a worker of its own."""
-    alone = [policy for policy in suite.axes.policy if (found := other(policy)) is not None and found.apart]
-    if alone:
+    if alone := isolated(suite):
         raise UsageError(
-            f"--engine ray can't run {alone[0]}",
+            f"--engine ray can't run {next(iter(alone))}",
             why="it needs a worker apart, and a node hosts one kind",
             remedy="run it with --engine local or slurm, or leave it out",
         )
@@ -158,17 +157,17 @@ def check_devices(suite: Suite) -> None:
         )
 
 
-def memory_to_reserve(checked: Checked) -> int:
+def memory_to_reserve(plan: Plan) -> int:
     """Bytes of host memory to reserve: what the largest cell is predicted to take; with a GPU, the weights."""
     most = 0.0
-    for cell in checked.cells:
-        model = checked.models.get(cell.axes.model)
+    for cell in plan.cells:
+        model = plan.models.get(cell.axes.model)
         if model is None:
             continue
         if cell.axes.device.startswith("cuda"):
-            most = max(most, model["parameters"] * ITEM_BYTES[cell.axes.dtype])
+            most = max(most, model.parameters * ITEM_BYTES[cell.axes.dtype])
         else:
-            most = max(most, predict(cell, checked.suite, model, Device(1.0, 1.0)).memory or 0.0)
+            most = max(most, predict(cell, plan.suite, model, Device(1.0, 1.0)).memory or 0.0)
     return int(most)
 
 

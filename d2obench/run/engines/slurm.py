@@ -11,13 +11,19 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from d2obench.errors import UsageError, WorkerError
 from d2obench.record import write_atomic
+from d2obench.run.check import check_words
+from d2obench.run.plan import cells, group
+from d2obench.run.run_folder import new_folder
 from d2obench.suite.definition import Suite
 
 SCRIPT = "sweep.sbatch"
 SUBMIT_S = 120.0
+MOST_TASKS = 8
+"""Tasks of an array whose number was not given."""
 
 
 def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], options: Sequence[str] = ()) -> str:
@@ -64,6 +70,39 @@ def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], option
             "",
         ]
     )
+
+
+class Array(NamedTuple):
+    """An array script that was written: ``tasks`` run shards of ``groups`` groups of cells."""
+
+    script: Path
+    tasks: int
+    groups: int
+
+
+def write_array(
+    suite: Suite, words: Sequence[str], out: Path | None, shards: int | None, options: Sequence[str]
+) -> Array:
+    """Checks a suite and writes the array script that runs its shards.
+
+    Args:
+        suite: as read, with what was given laid over it.
+        words: what to type after ``d2obench run`` for the same suite from any folder, see :func:`words_of`.
+        out: the folder of the sweep; None for a new one.
+        shards: tasks of the array; None for one for each group of cells, :data:`MOST_TASKS` at most.
+        options: of sbatch.
+
+    Raises:
+        D2OBenchError: the suite can't run, there are fewer groups than shards, or the folder can't be written.
+    """
+    check_words(suite)
+    groups = len(group(cells(suite)))
+    if shards is not None and shards > groups:
+        raise UsageError(f"{shards} shards are too many", why=f"the suite has {groups} groups of cells")
+    tasks = shards or min(groups, MOST_TASKS)
+    script(suite, Path("/"), tasks, words, options)  # finds what is wrong before a folder is made
+    folder = new_folder(suite.name, out).resolve()
+    return Array(write(folder, script(suite, folder, tasks, words, options)), tasks, groups)
 
 
 def words_of(suite: str, given: Mapping[str, str], *, allow_busy: bool = False) -> list[str]:

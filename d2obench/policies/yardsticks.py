@@ -1,8 +1,8 @@
-"""What stands in for a policy of ours on an axis: another library's cache or method, another engine.
+"""What is measured beside our policies: another library's cache or method, another engine.
 
-An :class:`Other` is a dataclass of its parameters, as a policy is, and is named in the same registry. It has no rule
-for our cache; it names the session that runs it instead, which ``d2obench.external.open_session`` makes.
-Nothing of the other library is imported until that session is.
+A :class:`Yardstick` stands on the policy axis of a suite and is a dataclass of its parameters, as a policy is. It has
+no rule for our cache. It names the session that runs it, which ``d2obench.external.open_session`` opens; nothing of
+the other library is imported before that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from d2obench.suite.grammar import show_value
 
 
 @dataclass(frozen=True)
-class Other:
-    """Base of all that is measured like a policy and isn't one of ours."""
+class Yardstick:
+    """Base of everything that stands on the policy axis without being a policy of ours."""
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
@@ -28,17 +28,19 @@ class Other:
     """``module:class`` of its session, called with the model, this instance, the budget and the options of
     :class:`d2obench.cache.session.Session`."""
     methods: ClassVar[bool] = False
-    """Whether the name goes on behind a colon, as in ``kvpress:SnapKVPress``; ``method`` is that word then."""
+    """Whether a method is named after a colon, as in ``kvpress:SnapKVPress``; it is handed in as ``method``."""
     loads: ClassVar[str] = ""
-    """``module:function`` that loads its models, called as ``d2obench.models.load``; empty for that one."""
-    apart: ClassVar[bool] = False
-    """Whether its cells run in a worker process of their own, which the other cells' weights don't share."""
+    """``module:function`` that loads its models and takes what ``d2obench.models.load`` takes; empty for that one."""
+    isolated: ClassVar[bool] = False
+    """Whether its cells need a worker process of their own, which does not share the weights of the other cells."""
     environment: ClassVar[str] = ""
     """The name of the Python environment it needs, where it can't be imported into ours."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions whose versions belong into a cell's record."""
+    """Distributions whose versions are part of a cell's record."""
     imports: ClassVar[tuple[str, str]] = ("", "")
     """A module that must be found in our environment, and the extra that brings it."""
+    several_devices: ClassVar[bool] = False
+    """Whether it can run a model that lies on several devices."""
     speed_only: ClassVar[bool] = False
     """Whether it gives no distributions, so that no task that scores text can use it."""
     method: str = field(default="", kw_only=True)
@@ -51,10 +53,10 @@ class Other:
         return getattr(importlib.import_module(module), name)
 
     def check(self) -> None:
-        """Raises a PolicyError for a parameter out of its range."""
+        """Raises a PolicyError where a parameter is out of its range."""
 
     def installed(self) -> None:
-        """Raises a UsageError where the extra it needs in our environment is missing."""
+        """Raises a UsageError where the extra that it needs is not installed in our environment."""
         module, extra = self.imports
         if module and not _found(module):
             raise UsageError(
@@ -62,33 +64,36 @@ class Other:
             )
 
     def flags(self, versions: Mapping[str, str | None]) -> list[str]:
-        """Arguments every view must show of its cells; ``versions`` are those of ``packages`` where it ran."""
+        """Flags that every view must show beside its figures; ``versions`` are those of ``packages`` where it ran."""
         return []
 
 
 @dataclass(frozen=True)
-class HfDynamic(Other):
+class HfDynamic(Yardstick):
     """Everything, in transformers' own dynamic cache; a yardstick for full."""
 
     name: ClassVar[str] = "hf-dynamic"
+    several_devices: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class HfStatic(Other):
+class HfStatic(Yardstick):
     """Everything, in transformers' own static cache; a yardstick for full."""
 
     name: ClassVar[str] = "hf-static"
+    several_devices: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class SdpaStatic(Other):
+class SdpaStatic(Yardstick):
     """Everything, with torch's SDPA on a preallocated cache; a yardstick for full."""
 
     name: ClassVar[str] = "sdpa-static"
+    several_devices: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class HfQuantized(Other):
+class HfQuantized(Yardstick):
     """Everything, in transformers' own quantised cache (optimum-quanto); a yardstick for quant.
 
     Args:
@@ -112,7 +117,7 @@ class HfQuantized(Other):
 
 
 @dataclass(frozen=True)
-class Kvpress(Other):
+class Kvpress(Yardstick):
     """A method of NVIDIA's kvpress, as kvpress:SnapKVPress(window_size=64), in an environment of its own."""
 
     params: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
@@ -120,7 +125,7 @@ class Kvpress(Other):
     takes_budget: ClassVar[bool] = True
     methods: ClassVar[bool] = True
     session: ClassVar[str] = "d2obench.external.kvpress:KvpressSession"
-    apart: ClassVar[bool] = True
+    isolated: ClassVar[bool] = True
     environment: ClassVar[str] = "kvpress"
     packages: ClassVar[tuple[str, ...]] = ("kvpress", "transformers", "torch")
 
@@ -141,7 +146,7 @@ class Kvpress(Other):
 
 
 @dataclass(frozen=True)
-class LlamaCpp(Other):
+class LlamaCpp(Yardstick):
     """Another engine: llama.cpp on the CPU with the same GGUF; speed only.
 
     Args:
@@ -152,7 +157,7 @@ class LlamaCpp(Other):
     name: ClassVar[str] = "llama.cpp"
     session: ClassVar[str] = "d2obench.external.llama_cpp:LlamaCppSession"
     loads: ClassVar[str] = "d2obench.external.llama_cpp:load"
-    apart: ClassVar[bool] = True
+    isolated: ClassVar[bool] = True
     packages: ClassVar[tuple[str, ...]] = ("xllamacpp",)
     imports: ClassVar[tuple[str, str]] = ("xllamacpp", "llama-cpp")
     speed_only: ClassVar[bool] = True
