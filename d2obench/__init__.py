@@ -1,7 +1,7 @@
 """d2obench: what a KV-cache policy buys on your model and hardware, and what it costs in quality.
 
 ``d2obench.cache("d2o", budget=0.2, model=model)`` is a cache for ``model.generate(past_key_values=…)``; see
-:func:`d2obench.cache.build.cache`. It is imported when it is asked for: ``import d2obench`` loads nothing else.
+:func:`d2obench.cache.policy_cache.cache`. It is imported when it is asked for: ``import d2obench`` loads nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from d2obench.cache.build import cache
+    from d2obench.cache.policy_cache import cache
 
 __all__ = ["__version__", "cache"]
 __version__ = "0.1.0"
@@ -20,4 +20,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return import_module("d2obench.cache.build").cache
+    return import_module("d2obench.cache.policy_cache").cache

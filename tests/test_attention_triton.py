@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from d2obench.attention import prompt as prefill
-from d2obench.attention import triton_prompt as prompt
 from d2obench.policies.base import Needs
 
 needs_triton = pytest.mark.needs("triton")
@@ -133,19 +132,19 @@ def test_what_kernels_do_not_serve_goes_in_blocks_and_says_why(columns: Any, mon
         raise RuntimeError("no such instruction\nat line 3")
 
     monkeypatch.setattr(columns, "sum_columns", broken)
-    monkeypatch.setattr(prompt, "_refused", {})
+    monkeypatch.setattr(prefill, "_refused", {})
     for _ in range(2):
         out, stats = prefill.prompt_attention(q, k, v, 0.1, [0, 0], needs)
         assert torch.allclose(out, expected[0], atol=1e-5)
         assert torch.allclose(stats["sum"], expected[1]["sum"], atol=1e-4)
-    reason = prompt._refused[q.device]
+    reason = prefill._refused[q.device]
     assert "without a kernel: the kernels did not compile (RuntimeError: no such instruction)" in reason
-    assert not prompt.fallback(q.device), "on a CPU nothing else was to be expected"
-    assert "more than 256" in prompt.unserved(*inputs(1, 1, 2, 2, 272, torch.float32)[:2])
-    assert "float64" in prompt.unserved(q.double(), k.double())
-    assert "side by side" in prompt.unserved(q.transpose(2, 3), k)
+    assert not prefill.fallback(q.device), "on a CPU nothing else was to be expected"
+    assert "more than 256" in prefill.unserved(*inputs(1, 1, 2, 2, 272, torch.float32)[:2])
+    assert "float64" in prefill.unserved(q.double(), k.double())
+    assert "side by side" in prefill.unserved(q.transpose(2, 3), k)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert "no kernels for cpu" in prompt.unserved(q, k)
+    assert "no kernels for cpu" in prefill.unserved(q, k)
 
 
 def test_the_flash_kernel_hands_out_what_its_columns_need() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2obench.bridges import lm_eval
-from d2obench.bridges.windows import batches, window
+from d2obench.bridges.lm_eval_model import batches, window
 
 
 def test_without_the_harness_one_line_says_what_to_install(

@@ -90,12 +90,12 @@ def test_other_families_can_be_split(apart: Callable[[int], None], family: str) 
 @pytest.mark.parametrize("policy", ["h2o", "d2o", "snapkv(window=8)"])
 def test_a_conversation_goes_on_over_several_runs(apart: Callable[[int], None], policy: str) -> None:
     """Blocks after decoding reopen the slots of every run; an unknown length makes room in all of them."""
-    from d2obench.cache import build
+    from d2obench.cache import policy_cache
 
     model = tiny_model("llama-deep").model
 
     def talk() -> torch.Tensor:
-        cache = build.cache(policy, 0.4, model=model)
+        cache = policy_cache.cache(policy, 0.4, model=model)
         ids = torch.tensor(prompts(30))
         for turn in ([5, 6, 7, 8, 9], [11, 12, 13]):
             ids = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, pad_token_id=0)

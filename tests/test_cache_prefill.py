@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2obench.attention import prompt as prefill
-from d2obench.cache import PolicyCache, Session, build
+from d2obench.cache import PolicyCache, Session, policy_cache
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_choice, parse_policy
 from d2obench.policies.h2o import H2O
@@ -76,7 +76,7 @@ def test_turns_of_one_block_each_are_turns(policy: str, family: str, monkeypatch
     def converse() -> tuple[list[torch.Tensor], Any]:
         model = tiny_model(family).model
         budget = 0.3 if parse_choice(policy).takes_budget else None
-        held = build.cache(policy, budget, model=model, max_new=20, seed=1, whole=True)
+        held = policy_cache.cache(policy, budget, model=model, max_new=20, seed=1, whole=True)
         with torch.inference_mode():
             blocks = [prompts(30, 30), [[3], [4]], [[5], [6]], prompts(11, 11, seed=2), [[7], [8]], [[9], [10]]]
             return [model(torch.tensor(block), past_key_values=held).logits for block in blocks], held
@@ -92,7 +92,7 @@ def test_turns_of_one_block_each_are_turns(policy: str, family: str, monkeypatch
 def test_a_prompt_in_several_blocks_waits_for_the_last() -> None:
     """Unless it is said that there is only one."""
     model, marks = tiny_model("llama-gqa2").model, []
-    held = build.cache("h2o", 0.3, model=model, max_new=4, mark=marks.append)
+    held = policy_cache.cache("h2o", 0.3, model=model, max_new=4, mark=marks.append)
     with torch.inference_mode():
         for block in (prompts(20), prompts(15)):
             model(torch.tensor(block), past_key_values=held)

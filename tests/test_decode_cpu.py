@@ -99,7 +99,7 @@ def test_logits_far_apart_leave_no_weight() -> None:
 def test_a_growing_cache_outgrows_its_slots(tiny: Any) -> None:
     outputs = []
     for room in (4, 64):
-        cache = build.cache("full", model=tiny.model, max_new=room)
+        cache = policy_cache.cache("full", model=tiny.model, max_new=room)
         with torch.inference_mode():
             tiny.model(input_ids=torch.arange(3, 23)[None], past_key_values=cache, use_cache=True)
             for token in range(12):

@@ -26,7 +26,7 @@ from d2obench.cache import cuda_graph as graph
 from d2obench.decode import backend
 from d2obench.external import open_session
 from d2obench.models import load
-from d2obench.models.linear import QuickNorm, ThinLinear
+from d2obench.models.kernels import QuickNorm, ThinLinear
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive",
          "lift_fresh")  # fmt: skip

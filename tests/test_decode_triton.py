@@ -154,7 +154,7 @@ def test_a_growing_cache_outgrows_its_slots(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run() -> torch.Tensor:
         loaded = tiny_model("llama-gqa2")
-        cache = build.cache("full", model=loaded.model)
+        cache = policy_cache.cache("full", model=loaded.model)
         out = loaded.model.generate(
             torch.tensor(prompts(12)), past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None
         )

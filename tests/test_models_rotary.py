@@ -15,8 +15,8 @@ from tiny_families import CONFIGS, prompts, tiny_model
 from torch import Tensor
 
 from d2obench import cpu
-from d2obench.models import rotary
-from d2obench.models.rotary import FAMILIES, turning
+from d2obench.models import kernels
+from d2obench.models.kernels import ROTARY_FAMILIES, turning
 
 lent = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
@@ -44,7 +44,7 @@ CASES = [(1, 1, 16, True), (8, 1, 64, False), (3, 37, 80, True), (2, 5, 128, Fal
 
 @lent
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ROTARY_FAMILIES)
 def test_it_is_the_librarys_function(family: str, case: Any) -> None:
     q, k, cos, sin = given(*case)
     ours = turning(library(family))(q, k, cos, sin)
@@ -86,7 +86,10 @@ def test_a_model_is_what_it_was(family: str, monkeypatch: pytest.MonkeyPatch) ->
     turned = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
     assert turned
     scopes = [module.forward.__globals__ for module in turned if "forward" in vars(module)]
-    assert all(scope[rotary.NAME] is turning(library(type(turned[0]).__module__.split(".")[-2])) for scope in scopes)
+    assert all(
+        scope[kernels.ROTARY_FUNCTION] is turning(library(type(turned[0]).__module__.split(".")[-2]))
+        for scope in scopes
+    )
     assert scopes, "no attention module took it"
     assert library(type(turned[0]).__module__.split(".")[-2]).__module__.startswith("transformers")
 
@@ -96,7 +99,7 @@ def test_a_wrapped_forward_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     module = model.model.layers[0].self_attn
     mine = lambda *args, **kwargs: None  # noqa: E731
     monkeypatch.setitem(vars(module), "forward", mine)
-    rotary.adapt(model)
+    kernels.adapt_rotary(model)
     assert module.forward is mine
 
 
@@ -108,12 +111,12 @@ def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.Mon
         raise RuntimeError("no ptxas\nmore words")
 
     tensors = given(1, 1, 16, True)
-    monkeypatch.setattr(rotary, "_refused", {})
+    monkeypatch.setattr(kernels, "_refused", {})
     monkeypatch.setitem(sys.modules, "d2obench.models.rotary_triton", SimpleNamespace(rotated=broken))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    assert rotary._on_gpu(*tensors) is rotary._on_gpu(*tensors) is None
+    assert kernels._turn_on_gpu(*tensors) is kernels._turn_on_gpu(*tensors) is None
     assert len(asked) == 1
-    assert rotary.fallback(tensors[0].device) == "the kernel did not compile (RuntimeError: no ptxas)"
+    assert kernels.rotary_fallback(tensors[0].device) == "the kernel did not compile (RuntimeError: no ptxas)"
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_the_kernel_for_gpus_is_it_too(kernel: Any, case: Any, dtype: torch.dtyp
 def test_on_a_gpu(case: Any) -> None:
     tensors = [tensor.cuda() for tensor in given(*case, torch.bfloat16)]
     ours = turning(library("llama"))(*tensors)
-    assert not rotary._refused
+    assert not kernels._refused
     for got, x in zip(ours, tensors, strict=False):
         torch.testing.assert_close(got.double(), float64(x, *tensors[2:]), rtol=8e-3, atol=1e-5)
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from d2obench import cpu
-from d2obench.models import linear as thin
+from d2obench.models import kernels
 from d2obench.models.base import loaded
-from d2obench.models.linear import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, share_of
+from d2obench.models.kernels import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt_layers, share_of
 
 lent = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
@@ -38,7 +38,7 @@ def threads(request):
 def adapted(module):
     holder = nn.Sequential(copy.deepcopy(module))
     holder.device, holder.dtype = torch.device("cpu"), torch.float32
-    adapt(holder)
+    adapt_layers(holder)
     return holder[0]
 
 
@@ -91,7 +91,7 @@ def test_on_another_device_norms_alone_are_taken_over():
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    adapt(model)
+    adapt_layers(model)
     assert type(model.model.norm) is type(model.model.layers[0].input_layernorm) is FusedNorm
     assert type(model.lm_head) is nn.Linear and "forward" not in vars(model.model.layers[0].mlp)
 
@@ -137,8 +137,8 @@ def test_a_prompt_in_pieces_is_the_prompt(monkeypatch):
     tokens = torch.randint(0, 90, (3, 17))
     with torch.no_grad():
         expected = model(tokens).logits
-        adapt(model)
-        monkeypatch.setattr(thin, "PIECE", 7)
+        adapt_layers(model)
+        monkeypatch.setattr(kernels, "PIECE", 7)
         sizes = []
         model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[1]))
         torch.testing.assert_close(model(tokens).logits, expected)
@@ -160,7 +160,7 @@ def test_only_a_layer_that_looks_at_each_token_alone_is_cut(count, experts, cut)
     holder = nn.Module()
     holder.mlp, holder.device, holder.dtype = Feed(count, experts), torch.device("cpu"), torch.float32
     before = holder.mlp.forward
-    adapt(holder)
+    adapt_layers(holder)
     assert (holder.mlp.forward is not before) is cut
 
 

@@ -16,7 +16,7 @@ from tiny_families import CONFIGS, VOCAB, prompts, tiny_model
 from torch import Tensor
 
 from d2obench.cache import Footprint, Session
-from d2obench.cache.build import cache
+from d2obench.cache.policy_cache import cache
 from d2obench.models import LoadedModel
 from d2obench.policies import own_policies, parse_choice, parse_policy
 

@@ -1,21 +1,118 @@
-"""The bridge into transformers: an attention function and a mask function under a name of ours.
+"""The way into transformers' model classes: which families are served, and what they call instead of their attention.
 
-Models whose attention goes through transformers' attention interface need nothing else. Falcon's class calls
-``scaled_dot_product_attention`` itself: its keys are handed out as :class:`BridgedKeys`, a tensor type that answers
-that one call (``__torch_function__``) with the same attention, so no model code is copied or patched.
+Models whose attention goes through transformers' attention interface need an attention function and a mask function
+under a name of ours. Falcon's class calls ``scaled_dot_product_attention`` itself: its keys are handed out as
+:class:`BridgedKeys`, a tensor type that answers that one call (``__torch_function__``) with the same attention. So no
+model code is copied or patched.
+
+A family that is served has causal softmax attention without soft-capping, through the interface or through one
+``scaled_dot_product_attention`` call, and keeps one key and value per token and KV head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from d2obench.errors import PolicyError
+from d2obench.errors import ModelError, PolicyError
+from d2obench.models.base import CONSTANT_ROPE
+
+INTERFACE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
+BRIDGED = ("falcon",)
+SUPPORTED = (*INTERFACE, *BRIDGED)
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Switches the model's attention to ours; a family we don't run is a ModelError that lists those we do."""
+    config: Any = model.config.get_text_config()
+    family = config.model_type
+    if family not in SUPPORTED:
+        raise ModelError(
+            f"the architecture '{family}' is not supported",
+            why="the policy cache has not been checked with its attention",
+            remedy=f"use one of {', '.join(SUPPORTED)}",
+        )
+    if getattr(config, "alibi", False):
+        raise ModelError(f"this {family} model adds ALiBi to attention", remedy="use one with rotary positions")
+    model.set_attn_implementation("sdpa" if family in BRIDGED else IMPLEMENTATION)
+
+
+def keyword(model: PreTrainedModel) -> str:
+    """The name under which a model's ``forward`` takes a cache: transformers 5.24 gave it another one."""
+    return _keyword(cast(Hashable, type(model)))
+
+
+@functools.cache
+def _keyword(kind: Any) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Switches the model's attention to transformers' SDPA, for its own caches."""
+    model.set_attn_implementation("sdpa")
+
+
+def use(model: PreTrainedModel, attention: str) -> None:
+    """Switches the model's attention where another session on the same model has switched it away."""
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+
+
+def layer_kinds(model: PreTrainedModel) -> list[int | None]:
+    """Per layer: None if it is compressed, else the window of a sliding layer that stays as it is.
+
+    Where *all* layers slide (Mistral 7B v0.1), they are treated as full attention: within the window that is the same
+    thing, and :func:`longest` keeps a session within it.
+    """
+    config: Any = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    if all(kind == "sliding_attention" for kind in kinds):
+        return [None] * layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def longest(model: PreTrainedModel) -> int:
+    """The most tokens a session may see: the context, or the window where all layers slide."""
+    config: Any = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = all(kind == "sliding_attention" for kind in kinds) if kinds else True
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) and slides else None
+    context: int = config.max_position_embeddings
+    return min(context, window or context)
+
+
+def rotary(model: PreTrainedModel) -> Tensor | None:
+    """Angle per position of each rotary pair of the compressed layers, float32 ``[r/2]``; None where it changes with
+    the length."""
+    module: Any = getattr(model.base_model, "rotary_emb", None)
+    kind = getattr(module, "rope_type", None)
+    prefix = ""
+    if isinstance(kind, dict):
+        prefix, kind = "full_attention_", kind.get("full_attention")
+    angles: Tensor | None = getattr(module, f"{prefix}inv_freq", None) if kind in CONSTANT_ROPE else None
+    return None if angles is None else angles.float()
+
+
+def kv_heads(model: PreTrainedModel) -> tuple[int, int]:
+    """KV heads as they are cached and query heads per KV head."""
+    config: Any = model.config.get_text_config()
+    queries = config.num_attention_heads
+    if config.model_type == "falcon":
+        # Falcon 40B's new architecture broadcasts its KV heads before it caches them.
+        heads = queries if config.new_decoder_architecture or not config.multi_query else 1
+    else:
+        heads = getattr(config, "num_key_value_heads", None) or queries
+    return heads, queries // heads
+
 
 IMPLEMENTATION = "d2obench"
 

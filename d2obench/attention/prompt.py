@@ -5,9 +5,8 @@ over blocks of queries gives the output and the column sums together: a block's 
 multiplied with the values, summed over the queries and forgotten. (The flash kernel with its log-sum-exp and a second
 pass of ``exp(q·k − lse)`` takes 1.25 times as long there: the products are the most of it, and there would be three.)
 On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton kernel adds up the columns
-(``d2obench.attention.triton_columns``); where there is none, a second pass over blocks of queries. Memory is O(L)
-either
-way.
+(``d2obench.attention.triton_columns``); where there is none, a second pass over blocks of queries, with the same
+results, and the reason is kept for the record (:func:`fallback`). Memory is O(L) either way.
 
 Sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch gives
 what single sequences give.
@@ -23,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2obench.attention import triton_prompt as prompt
+from d2obench.compiler import missing
 from d2obench.cpu.memory import lasting
+from d2obench.decode.triton import WIDEST
 from d2obench.policies.base import Needs, Stats
 from d2obench.ranges import span
 
@@ -129,7 +129,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
     """The flash kernel for the output; then the columns, by the kernel or block by block."""
-    if not prompt.attend_with_columns(q, k, v, scale, out, stats, needs):
+    if not attend_with_columns(q, k, v, scale, out, stats, needs):
         out.copy_(_flash(q, k, v, scale).transpose(1, 2))
         _column_blocks(q, k, scale, stats, needs)
 
@@ -178,3 +178,66 @@ def _window(q: Tensor, k: Tensor, scale: float, needs: Needs) -> Tensor:
 def kept_stats(stats: Stats, index: Tensor) -> dict[str, Any]:
     """Statistics of the kept entries: each ``[B, H, L]`` gathered at ``index`` ``[B, H, C]``."""
     return {name: stat.gather(2, index) for name, stat in stats.items() if stat.shape[1] == index.shape[1]}
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_refused: dict[torch.device, str] = {}
+
+
+def fallback(device: torch.device) -> str:
+    """Why a prompt's columns were not made by kernels on a GPU, in words; empty where they were, or nothing was
+    asked for."""
+    return _refused.get(device, "") if device.type == "cuda" else ""
+
+
+def unserved(q: Tensor, k: Tensor) -> str:
+    """Why the kernels don't serve a prompt; empty where they do."""
+    reason = missing(q.device)
+    if reason:
+        return reason
+    if q.dtype not in DTYPES:
+        return f"there are no kernels for {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > WIDEST:
+        return f"heads have {q.shape[-1]} channels, more than {WIDEST}"
+    return "" if q.stride(-1) == k.stride(-1) == 1 else "channels are not side by side in memory"
+
+
+def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> bool:
+    """Writes the output ``[B, Q, Hq, d_v]`` and the columns that ``needs`` asks for; False, and nothing written, where
+    kernels don't serve. Arguments as in :func:`d2obench.attention.prompt.prompt_attention`, without padding."""
+    if q.device in _refused:
+        return False
+    reason = unserved(q, k)
+    if not reason:
+        try:
+            from d2obench.attention import triton_columns as columns
+
+            found, lse = flash_with_lse(q, k, v, scale)
+            with span("scores"):
+                lse = columns.log_sum_exp(q, k, scale) if lse is None else lse
+                squares = stats["square"] if needs.squares and not needs.heads else None
+                columns.sum_columns(q, k, scale, lse, stats["sum"], squares)
+            out.copy_(found.transpose(1, 2))
+            return True
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as problem:  # whatever a compiler may throw: blocks give the same
+            first = str(problem).strip().partition("\n")[0][:120]
+            reason = f"the kernels did not compile ({type(problem).__name__}: {first})"
+    _refused[q.device] = f"column sums of the prompt without a kernel: {reason}"
+    return False
+
+
+def flash_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Causal attention ``[B, Hq, Q, d_v]`` and, where PyTorch's flash kernel serves the sizes, the natural logarithm of
+    each query's softmax denominator, ``[B, Hq, Q]``."""
+    new, length, width = q.shape[2], k.shape[2], q.shape[3]
+    if new != length:
+        mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True), None
+    half = q.dtype in (torch.float16, torch.bfloat16) and k.dtype == v.dtype == q.dtype
+    if q.device.type == "cuda" and half and v.shape[3] == width and width % 8 == 0:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        found, lse = flash(q, k, v, 0.0, True, scale=scale)[:2]
+        return found, lse
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True), None

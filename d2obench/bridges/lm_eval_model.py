@@ -17,7 +17,8 @@ What is compressed, and what is scored:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from d2obench.attention import families
-from d2obench.bridges.windows import Window, batches, window
+from d2obench.attention import interface
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, load
 from d2obench.policies import parse_choice
@@ -39,6 +39,47 @@ MAX_NEW = 256  # tokens of an answer where a task doesn't say; the harness's own
 
 _log = logging.getLogger("lm_eval.d2obench")  # shown as the harness shows its own
 Score = tuple[float, bool]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of one request: ``prompt`` is compressed, its tokens from ``opening`` on are scored before that, those of
+    ``rest`` after."""
+
+    prompt: tuple[int, ...]
+    opening: int
+    rest: tuple[int, ...]
+
+
+def window(context: Sequence[int], continuation: Sequence[int], limit: int, *, rolling: bool) -> Window:
+    """Splits a request; the context loses its beginning where both don't fit ``limit`` tokens (the last is never fed).
+
+    Raises:
+        UsageError: the continuation alone doesn't fit.
+    """
+    if len(continuation) > limit:
+        what = f"a continuation of {len(continuation)} tokens is longer than the context of {limit}"
+        raise UsageError(what, remedy="use a model with a longer context")
+    tokens = tuple([*context, *continuation][-(limit + 1) :])
+    known = len(tokens) - len(continuation)
+    split = max(2, known, (len(tokens) + 1) // 2) if rolling or known == 1 else known
+    return Window(tokens[:split], known, tokens[split:])
+
+
+def batches(sizes: Sequence[tuple[int, int]], batch: int, limit: int) -> Iterator[list[int]]:
+    """Indices of ``(prompt, new tokens)`` pairs, longest prompts first, in batches that fit the context together.
+
+    A prompt of one token is never put with longer ones: of those the last token is held back.
+    """
+    part: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1])):
+        prompt, new = sizes[part[0] if part else i][0], max(sizes[j][1] for j in [*part, i])
+        if part and (len(part) == batch or prompt - 1 + new > limit or (sizes[i][0] == 1 < prompt)):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 class CompressedLM(TemplateLM):
@@ -100,7 +141,7 @@ class CompressedLM(TemplateLM):
             )
         self.tokenizer = self.loaded.tokenizer
         self._device = self.loaded.device
-        context = min(self.loaded.context, families.longest(self.loaded.model))
+        context = min(self.loaded.context, interface.longest(self.loaded.model))
         self.max_length = context if max_length is None else min(context, _whole("max_length", max_length))
         self._kept: list[float] = []
 

@@ -1,7 +1,7 @@
 """The policy cache: keys and values of a prompt, their compression, and the decoding that follows.
 
 ``PolicyCache`` is what transformers sees; ``Session`` runs one batch through prefill, compression and decoding, and
-``build.cache`` makes a cache for ``model.generate``. Imported by ``external`` and above; imports ``decode``,
+``policy_cache.cache`` makes a cache for ``model.generate``. Imported by ``external`` and above; imports ``decode``,
 ``attention`` and ``policies``. The names below are imported when they are asked for: transformers loads slowly.
 """
 
@@ -32,8 +32,8 @@ class _CallableModule(ModuleType):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> PolicyCache:
-        """See :func:`d2obench.cache.build.cache`."""
-        from d2obench.cache.build import cache
+        """See :func:`d2obench.cache.policy_cache.cache`."""
+        from d2obench.cache.policy_cache import cache
 
         return cache(*args, **kwargs)
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from d2obench.attention import triton_prompt as prompt
-from d2obench.attention.prompt import kept_stats
+from d2obench.attention.prompt import fallback, kept_stats
 from d2obench.cache.layer import PolicyLayer
 from d2obench.decode.state import DecodeState, capacities
 from d2obench.errors import PolicyError
@@ -137,7 +136,7 @@ class Packing:
             state.start()
         else:
             state.start(self.memory, self.scores)
-        state.fallback = state.fallback or prompt.fallback(self.layout.device)
+        state.fallback = state.fallback or fallback(self.layout.device)
         return state
 
     @property

@@ -12,7 +12,7 @@ the profiler's ranges look into, and whatever fails in capturing.
 
 ``torch.compile`` is not used. A graph takes away the same launches from the host; what is left on the device are short
 kernels, each of a microsecond or two whatever it does. Norms and rotary positions, sixteen of a layer's launches in
-transformers' own code, are one each for norm and one for queries and keys together (``d2obench.models.linear``,
+transformers' own code, are one each for norm and one for queries and keys together (``d2obench.models.kernels``,
 ``.rotary``); a compiler would fuse activations and residual sums, too, four more of a layer, for minutes of compilation
 per shape and for arithmetic that differs from prefill's.
 """

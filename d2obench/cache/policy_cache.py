@@ -23,21 +23,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from d2obench.attention.interface import real_tokens
+from d2obench.attention import interface
+from d2obench.attention.interface import BridgedKeys, real_tokens
 from d2obench.attention.prompt import prompt_attention
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen, rescale
-from d2obench.cache.devices import Run, SplitPacking, SplitState, on
+from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_apart, on, runs_of, shard_of
 from d2obench.cache.layer import PolicyLayer
-from d2obench.cache.ranks import HeadShard
 from d2obench.cpu.memory import Rooms, lasting
 from d2obench.decode.state import DecodeState
 from d2obench.errors import PolicyError
+from d2obench.policies import parse_policy
 from d2obench.policies.base import Needs, Policy
 from d2obench.ranges import span
-from d2obench.suite.grammar import Budget
+from d2obench.suite.grammar import Budget, parse_budget
 
 SPARE = 256
 """Slots a growing cache is extended by when the length of the generation is not known."""
@@ -358,3 +360,44 @@ class PolicyCache(Cache):
         if all(used + state.added < size for used, size in zip(state.prompts, state.store.capacities, strict=True)):
             return
         state.extend(max(SPARE, (max(state.prompts) + state.added) // 2))
+
+
+def cache(
+    policy: Policy | str,
+    budget: Budget | float | int | str | None = None,
+    *,
+    model: PreTrainedModel,
+    max_new: int | None = None,
+    seed: int = 0,
+    mark: Callable[[str], None] | None = None,
+    whole: bool = False,
+) -> PolicyCache:
+    """A cache for ``model.generate(past_key_values=…)``; hand the same one in again to go on with a conversation.
+
+    The model's attention is switched to the engine's.
+
+    Args:
+        policy: as written, ``d2o(merge=values)``, or built.
+        budget: a ratio of the prompt or a count of tokens per layer; None for a policy without one.
+        model: a transformers model of a supported family.
+        max_new: tokens that will be generated at most; if not known, a growing cache is extended now and then.
+        seed: for policies that draw.
+        mark: told "prefill", "compress" and "decode" when a phase begins.
+        whole: every prompt, and every later turn, comes in one block: a layer is then compressed before the next one
+            reads the prompt, where the policy allows it. A second block is taken for a second turn.
+
+    Raises:
+        PolicyError: an unknown policy, or one that needs a budget.
+        ModelError: a model of another family.
+    """
+    interface.prepare(model)
+    built = parse_policy(policy) if isinstance(policy, str) else policy
+    given = budget if budget is None or isinstance(budget, Budget) else parse_budget(budget)
+    _, group = interface.kv_heads(model)
+    wrap = BridgedKeys if model.config.model_type in interface.BRIDGED else None
+    kinds, rotary = interface.layer_kinds(model), interface.rotary(model)
+    if shard := shard_of(model):
+        check_apart(built)
+    return PolicyCache(
+        built, given, kinds, group, max_new, mark, wrap, seed, rotary, whole, shard, runs_of(model, kinds)
+    )

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from d2obench import cpu
-from d2obench.attention import families
-from d2obench.cache import build
+from d2obench.attention import interface
+from d2obench.cache import policy_cache
 from d2obench.cache.cuda_graph import Steps
+from d2obench.cache.devices import shard_of
 from d2obench.cache.policy_cache import PolicyCache
-from d2obench.cache.ranks import shard_of
 from d2obench.decode.cpu.backend import compile_loops
 from d2obench.errors import ModelError, UsageError
-from d2obench.models import LoadedModel, rotary
+from d2obench.models import LoadedModel, kernels
 from d2obench.models.base import bound_of
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
@@ -126,7 +126,7 @@ class Session:
         A prompt that, with what is to be generated, is longer than the model's context is a UsageError.
         """
         self._lengths = [len(prompt) for prompt in prompts]
-        longest, limit = max(self._lengths, default=0), families.longest(self.loaded.model)
+        longest, limit = max(self._lengths, default=0), interface.longest(self.loaded.model)
         if not prompts or min(self._lengths) == 0:
             raise UsageError("an empty prompt can't be run", remedy="give at least one token")
         bound = bound_of(self.loaded.model.config) if self.beyond else f"its context is {limit} tokens"
@@ -160,7 +160,7 @@ class Session:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
-        families.use(self.loaded.model, self._attention)
+        interface.use(self.loaded.model, self._attention)
         return self._steps.step(self, tokens)
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -189,7 +189,8 @@ class Session:
             return []
         state = self.cache.state if isinstance(self.cache, PolicyCache) else None
         slow = [f"decodes by PyTorch's operators: {state.fallback}"] if state is not None and state.fallback else []
-        slow += [f"rotary positions by PyTorch's operators: {why}" for why in [rotary.fallback(self._device)] if why]
+        if rotary := kernels.rotary_fallback(self._device):
+            slow.append(f"rotary positions by PyTorch's operators: {rotary}")
         return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])
 
     @torch.inference_mode()
@@ -250,7 +251,7 @@ class Session:
         """The cache of a prompt of ``longest`` tokens."""
         model = self.loaded.model
         assert self.policy is not None
-        return build.cache(
+        return policy_cache.cache(
             self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True
         )
 
@@ -261,7 +262,7 @@ class Session:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{families.keyword(self.loaded.model): self.cache},
+            **{interface.keyword(self.loaded.model): self.cache},
         )
         logits: Tensor = out.logits[:, -1]
         return logits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from d2obench.attention import families
+from d2obench.attention import interface
 from d2obench.cache.session import Footprint
 from d2obench.errors import ModelError, PolicyError, UsageError
 from d2obench.external.library import LibrarySession
@@ -66,7 +66,7 @@ class KvpressSession(LibrarySession):
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """See :meth:`Session.step`."""
-        families.use(self.loaded.model, self._attention)
+        interface.use(self.loaded.model, self._attention)
         found, start = [], 0
         for i, (cache, positions, masks) in enumerate(self._parts):
             end = start + positions.shape[0]
@@ -98,7 +98,7 @@ class KvpressSession(LibrarySession):
         held, size = self._held(), self._bytes()
         kept = self._kept or held
         total = sum(self._lengths)
-        heads, _ = families.kv_heads(self.loaded.model)
+        heads, _ = interface.kv_heads(self.loaded.model)
         gone = [int(heads * (total - sum(layer))) for layer in kept]
         assert self.budget is not None
         return Footprint(
@@ -137,7 +137,7 @@ class KvpressSession(LibrarySession):
         super().close()
 
     def _new_cache(self, longest: int) -> Any:
-        families.restore(self.loaded.model)
+        interface.restore(self.loaded.model)
         return DynamicCache()
 
     @contextmanager

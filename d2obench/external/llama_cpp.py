@@ -52,13 +52,20 @@ def load(name: str, dtype: str, device: str, progress: Progress | None = None, p
     from transformers import AutoTokenizer
 
     from d2obench.models.base import dimensions_of
-    from d2obench.models.gguf_file import gguf_file
+    from d2obench.models.embedded import fetch_gguf
     from d2obench.models.reading import fingerprint, read_config, read_errors, silent
+    from d2obench.models.saved import Gguf, check_gguf
 
     place = torch.device(device)
     if place.type != "cpu":
         raise ModelError("llama.cpp is measured on the CPU", why=f"the cell asks for {device}", remedy="--device cpu")
-    path = gguf_file(name, progress or (lambda what, done, total: None))
+    check_gguf(name)
+    if name == "embedded":
+        path = fetch_gguf(progress or (lambda what, done, total: None))
+    else:
+        source = Gguf(str(Path(name).expanduser()))
+        source.check()
+        path = source.path
     with silent(), read_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False

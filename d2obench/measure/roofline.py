@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from d2obench.measure.clock import clock_for
-from d2obench.models.ranks import local
+from d2obench.models.devices import local
 
 if TYPE_CHECKING:
     import torch

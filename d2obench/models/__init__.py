@@ -49,9 +49,9 @@ REGISTRY = Registry(
     {
         "embedded": "d2obench.models.embedded:Embedded",
         "shape": "d2obench.models.shapes:Shape",
-        "local": "d2obench.models.local:Local",
-        "gguf": "d2obench.models.gguf:Gguf",
-        "hub": "d2obench.models.hub:Hub",
+        "local": "d2obench.models.saved:Local",
+        "gguf": "d2obench.models.saved:Gguf",
+        "hub": "d2obench.models.saved:Hub",
     },
     ModelError,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from d2obench.models.ranks import local
+from d2obench.models.devices import local
 
 if TYPE_CHECKING:
     import torch
@@ -133,13 +133,15 @@ def bound_of(config: Any) -> str:
 def loaded(
     name: str, model: Any, tokenizer: Any, *, digest: str, context: int | None = None, **rest: Any
 ) -> LoadedModel:
-    """Freezes ``model`` and describes it; ``rest`` are fields of :class:`LoadedModel`."""
-    from d2obench.models import linear as thin
-    from d2obench.models import rotary
+    """Freezes ``model``, lets our kernels serve its layers, and describes it.
+
+    Args:
+        rest: fields of :class:`LoadedModel`.
+    """
+    from d2obench.models import kernels
 
     model.eval().requires_grad_(False)
-    thin.adapt(model)
-    rotary.adapt(model)
+    kernels.adapt(model)
     dimensions = dimensions_of(model.config, parameters=0, context=context)
     return LoadedModel(
         name=name,

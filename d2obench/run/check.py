@@ -14,7 +14,7 @@ import msgspec
 from d2obench.errors import DataError, ModelError, SuiteError, UsageError
 from d2obench.models import Dimensions, config_of, pick_device
 from d2obench.models import check as check_model
-from d2obench.models.gguf_file import check_gguf
+from d2obench.models.saved import check_gguf
 from d2obench.policies import parse_choice
 from d2obench.run.device_placement import check_placement, sharing, taken
 from d2obench.run.isolated_workers import IsolatedWorkers

@@ -91,7 +91,7 @@ def _check_ranks(ranks: int, device: str, gpus: int) -> None:
 
 
 def _check_model(name: str, model: Dimensions, ranks: int) -> None:
-    from d2obench.models.ranks import check_split
+    from d2obench.models.devices import check_split
 
     if ranks > 1 and (name.startswith("shape:") or name.lower().endswith(".gguf")):
         raise UsageError(
@@ -104,7 +104,7 @@ def _check_model(name: str, model: Dimensions, ranks: int) -> None:
 
 
 def _check_policy(choice: PolicyChoice, ranks: int) -> None:
-    from d2obench.cache.ranks import check_apart
+    from d2obench.cache.devices import check_apart
 
     if choice.yardstick is not None and not choice.yardstick.several_devices:
         raise UsageError(

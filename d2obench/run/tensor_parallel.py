@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
-from d2obench.models.ranks import RENDEZVOUS, TIMEOUT_S
+from d2obench.models.devices import RENDEZVOUS, TIMEOUT_S
 from d2obench.run.worker_client import WORKER, Progress, WorkerClient
 from d2obench.run.worker_process import DeadWorkerError, WorkerProcess
 from d2obench.suite.definition import Suite

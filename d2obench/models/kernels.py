@@ -1,0 +1,277 @@
+"""Our kernels in place of a model's own layers: products of few rows, norms, feed-forward layers, rotary positions.
+
+On a CPU, a product of 8 rows with a weight matrix should cost one reading of the weights. MKL reads them at a fifth to
+two thirds of the speed that memory has; :class:`ThinLinear` and :class:`QuickNorm` use compiled loops
+(``d2obench.cpu``), which read at 80 % of it and up. A prompt's feed-forward layers make four tensors of
+``[tokens, 1536]``. Taken in pieces of tokens they are small, which lowers the peak of memory; time is the same. On a
+GPU norms alone are replaced (:class:`FusedNorm`).
+
+Rotary positions of queries and keys are one kernel instead of fourteen operators. In a decode step these are a few
+vectors of the hidden size, and every operator costs its launch: in a step of Llama-3-8B at batch 32 on a GPU they are a
+third of all launches. The attention modules of transformers call a function of their module's globals,
+``apply_rotary_pos_emb``. A module is given the same code with that one name bound to our function (:func:`rebind`): no
+code of a model is copied, and nothing of the library is changed for others. The results are those of the library's
+function, with one rounding instead of four for types of 16 bits. What the kernels don't serve goes to that function.
+
+Weights stay as and where they are. All caches measured on a model share this, the library's own too. Where PyTorch's
+threads can't be used, and for other dtypes, all is PyTorch's. ``--kernels library`` leaves all of it out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from inspect import signature
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2obench import cpu
+from d2obench.compiler import missing
+
+ROWS = 16
+"""Most rows of an input for which this is the faster way."""
+SHARE, FEWEST = 96, 12
+"""Outputs of one item of a product: at most, and at least where the threads would else have too few pieces."""
+TOKENS = 64
+"""Tokens of one item of a norm."""
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
+"""Norms of transformers that are ``w·(x ÷ √(mean x² + ε))``."""
+
+
+@functools.cache
+def _loops() -> Any:
+    """The compiled loops; the first call imports numba."""
+    from d2obench.cpu import products
+
+    return products
+
+
+class ThinLinear(nn.Linear):
+    """As ``nn.Linear``; see the module's head."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[…, in]`` to ``[…, out]``."""
+        inputs, outputs = self.in_features, self.out_features
+        rows = input.numel() // inputs
+        parameters = self._parameters  # modules look attributes up slowly, and a step does so two hundred times
+        weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None
+        if not 0 < rows <= ROWS or not input.dtype == weight.dtype == torch.float32 or not input.is_cpu:
+            return F.linear(input, weight, bias)
+        held = input.contiguous()
+        out = torch.empty(*input.shape[:-1], outputs)
+        share = share_of(outputs, torch.get_num_threads())
+        loops = _loops()
+        arguments = loops.ProductArguments(
+            items=-(-outputs // share), x=held.data_ptr(), weight=weight.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(), out=out.data_ptr(), rows=rows, inputs=inputs, outputs=outputs,
+            share=share,
+        )  # fmt: skip
+        cpu.launch(loops.product, arguments)
+        return out
+
+
+@functools.cache
+def share_of(outputs: int, threads: int) -> int:
+    """Outputs of one item of a product: four pieces a thread, within bounds; a multiple of a tile's side."""
+    wanted = -(-outputs // (4 * threads))
+    return -(-max(FEWEST, min(SHARE, wanted)) // 3) * 3
+
+
+class FusedNorm(nn.Module):
+    """The root-mean-square norm of :data:`NORMS` by PyTorch's own kernel, which on a GPU is one launch instead of six;
+    it takes the place of their class."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[…, width]`` to the same."""
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
+
+
+class QuickNorm(nn.Module):
+    """The root-mean-square norm of :data:`NORMS` in one loop; it takes the place of their class."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[…, width]`` to the same."""
+        if not hidden_states.dtype == self.weight.dtype == torch.float32 or not hidden_states.is_cpu:
+            return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
+        held = hidden_states.contiguous()
+        out = torch.empty_like(held)
+        width = held.shape[-1]
+        rows = held.numel() // width
+        loops = _loops()
+        arguments = loops.NormArguments(
+            items=-(-rows // TOKENS), x=held.data_ptr(), weight=self.weight.data_ptr(), out=out.data_ptr(), rows=rows,
+            width=width, share=TOKENS, epsilon=self.variance_epsilon,
+        )  # fmt: skip
+        cpu.launch(loops.norm, arguments)
+        return out
+
+
+PIECE = 1024
+"""Tokens of a prompt that a feed-forward layer takes at once."""
+
+
+def piecewise(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A feed-forward layer's ``forward``, which looks at each token by itself, over pieces of ``[B, L, hidden]``."""
+
+    @functools.wraps(forward)
+    def taken(hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.numel() // hidden_states.shape[-1]
+        if tokens <= PIECE:
+            return forward(hidden_states)
+        flat = hidden_states.reshape(1, tokens, -1)
+        out = torch.empty_like(flat)
+        for first in range(0, tokens, PIECE):
+            out[:, first : first + PIECE] = forward(flat[:, first : first + PIECE])
+        return out.view(hidden_states.shape)
+
+    return taken
+
+
+def adapt(model: Any) -> None:
+    """Lets our kernels serve a model's own layers, as far as they do on its device and in its dtype."""
+    adapt_layers(model)
+    adapt_rotary(model)
+
+
+def adapt_layers(model: Any) -> None:
+    """Lets a model compute this way. On a CPU its linear layers and norms, if it is float32, and its feed-forward
+    layers, unless they look at more than one tensor or route tokens to experts; elsewhere its norms."""
+    if (getattr(model, "tp_size", 1) or 1) > 1:
+        return
+    lent = cpu.suits(model.dtype, model.device)
+    if model.device.type != "cpu":
+        for module in model.modules():
+            if type(module).__name__ in NORMS and "forward" not in vars(module):
+                module.__class__ = FusedNorm
+        return
+    for module in list(model.modules()):
+        plain = lent and getattr(module, "weight", None) is not None and module.weight.is_contiguous()
+        if plain and type(module) is nn.Linear and module.in_features % 8 == 0:
+            module.__class__ = ThinLinear
+            _loops()
+        elif plain and type(module).__name__ in NORMS:
+            module.__class__ = QuickNorm
+        mlp = getattr(module, "mlp", None)
+        if isinstance(mlp, nn.Module) and not hasattr(mlp, "experts") and len(signature(mlp.forward).parameters) == 1:
+            mlp.forward = piecewise(mlp.forward)
+
+
+ROTARY_FUNCTION = "apply_rotary_pos_emb"
+ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt_neox", "falcon")
+"""Model packages of transformers whose function of that name is the one below."""
+ROTARY_TOKENS = 16
+"""Tokens of one item of the loop on a CPU."""
+Pair = tuple[Tensor, Tensor]
+_refused: dict[torch.device, str] = {}
+
+
+def rotary_fallback(device: torch.device) -> str:
+    """Why rotary positions go by the library's operators on a GPU, in words; empty where they don't."""
+    return _refused.get(device, "")
+
+
+def adapt_rotary(model: Any) -> None:
+    """Lets the attention modules of a model use the kernels, where there are any for its device."""
+    on_cpu = model.device.type == "cpu"
+    if not (cpu.suits(model.dtype, model.device) if on_cpu else not missing(model.device)):
+        return
+    for module in model.modules():
+        family = type(module).__module__.split(".")[-2:-1]
+        # an instance's own forward is somebody's wrapper, of several devices perhaps
+        if family and family[0] in ROTARY_FAMILIES and "forward" not in vars(module):
+            rebind(module)
+
+
+def rebind(module: Any) -> None:
+    """Gives a module whose code calls the library's function the same code, with ours under that name."""
+    code = inspect.unwrap(type(module).forward)
+    if ROTARY_FUNCTION not in code.__code__.co_names or code.__closure__:
+        return
+    scope = {**code.__globals__, ROTARY_FUNCTION: turning(code.__globals__[ROTARY_FUNCTION])}
+    forward = FunctionType(code.__code__, scope, code.__name__, code.__defaults__)
+    forward.__kwdefaults__ = code.__kwdefaults__
+    module.forward = MethodType(forward, module)
+
+
+@functools.cache
+def turning(library: Callable[..., Pair]) -> Callable[..., Pair]:
+    """The function that serves in the library's place, and asks it where no kernel serves."""
+
+    @functools.wraps(library)
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        if not args and not kwargs and _fits_rotary(q, k, cos, sin):
+            if q.device.type == "cuda":
+                if (turned := _turn_on_gpu(q, k, cos, sin)) is not None:
+                    return turned
+            elif (given := _by_token(q, k)) is not None:
+                return _turn_on_cpu(*given, cos, sin)
+        return library(q, k, cos, sin, *args, **kwargs)
+
+    return apply
+
+
+def _fits_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether these are queries and keys ``[B, H, L, d]`` with angles ``[B or 1, L, d]`` for all channels."""
+    width, tokens = q.shape[-1], q.shape[0] * q.shape[2]
+    lines = cos.numel() // width
+    same = q.dtype == k.dtype == cos.dtype == sin.dtype and q.stride(-1) == k.stride(-1) == 1
+    whole = cos.shape[-1] == width and width % 2 == 0 and lines in (tokens, q.shape[2])
+    return q.dim() == 4 and same and whole and cos.is_contiguous() and sin.is_contiguous() and tokens > 0
+
+
+def _by_token(q: Tensor, k: Tensor) -> Pair | None:
+    """Both as ``[B, L, H, d]``, if that is how they lie in memory and loops serve them."""
+    queries, keys = q.transpose(1, 2), k.transpose(1, 2)
+    whole = queries.is_contiguous() and keys.is_contiguous() and cpu.suits(q.dtype, q.device)
+    return (queries, keys) if whole else None
+
+
+def _turn_on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Pair:
+    batch, length, heads, width = queries.shape
+    out, out_keys = torch.empty_like(queries), torch.empty_like(keys)
+    tokens = batch * length
+    loops = _loops()
+    arguments = loops.RotateArguments(
+        items=-(-tokens // ROTARY_TOKENS), queries=queries.data_ptr(), keys=keys.data_ptr(), cos=cos.data_ptr(),
+        sin=sin.data_ptr(), out_queries=out.data_ptr(), out_keys=out_keys.data_ptr(), tokens=tokens, query_heads=heads,
+        key_heads=keys.shape[2], width=width, lines=cos.numel() // width, share=ROTARY_TOKENS,
+    )  # fmt: skip
+    cpu.launch(loops.rotate, arguments)
+    return out.transpose(1, 2), out_keys.transpose(1, 2)
+
+
+@functools.cache
+def _rotary_loops() -> Any:
+    """The compiled loops; the first call imports numba."""
+    from d2obench.cpu import products
+
+    return products
+
+
+def _turn_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
+    """By the Triton kernel; None where it can't be compiled, which is asked once a device."""
+    if q.device in _refused:
+        return None
+    try:
+        from d2obench.models.rotary_triton import rotated
+
+        with torch.cuda.device(q.device):
+            return rotated(q, k, cos, sin)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as problem:  # whatever a compiler may throw: the library's function is there
+        first = str(problem).strip().partition("\n")[0][:120]
+        _refused[q.device] = f"the kernel did not compile ({type(problem).__name__}: {first})"
+        return None
