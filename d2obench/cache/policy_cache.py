@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from d2obench.attention import interface
-from d2obench.attention.interface import BridgedKeys, real_tokens
+from d2obench.attention.interface import AttendingCache, BridgedKeys, real_tokens
 from d2obench.attention.prompt import prompt_attention
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen, rescale
@@ -48,7 +48,7 @@ LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "rea
 """What of a cache a snapshot holds beside its layers and slots."""
 
 
-class PolicyCache(Cache):
+class PolicyCache(AttendingCache):
     """A cache that holds what a policy keeps.
 
     Args:
@@ -64,6 +64,7 @@ class PolicyCache(Cache):
         whole: every prompt, and every later turn, comes in one block: layers may be compressed while it is read.
         shard: the ranks that share the KV heads; None where all are here.
         runs: the layers on each device, where there are several.
+        model: the model it is for; None where layers are called without one.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class PolicyCache(Cache):
         whole: bool = False,
         shard: HeadShard | None = None,
         runs: Sequence[Run] = (),
+        model: PreTrainedModel | None = None,
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
@@ -94,7 +96,7 @@ class PolicyCache(Cache):
             PolicyLayer(self, next(compressed)) if window is None else DynamicSlidingWindowLayer(window)
             for window in kinds
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers, model)
         self.own: list[PolicyLayer] = [layer for layer in layers if isinstance(layer, PolicyLayer)]
         if not self.own:
             raise PolicyError("every layer of this model has a sliding window", why="there is nothing to compress")
@@ -127,6 +129,7 @@ class PolicyCache(Cache):
         """Called by a layer's ``update``."""
         new = keys.shape[2]
         if layer.index == 0:
+            self.check_forward()
             if self.seen and not self.ready and new == 1:
                 self.compress()
             if self.ready and new > 1:
@@ -374,7 +377,7 @@ def cache(
 ) -> PolicyCache:
     """A cache for ``model.generate(past_key_values=…)``; hand the same one in again to go on with a conversation.
 
-    The model's attention is switched to the engine's.
+    The model itself stays as it is: our attention takes part only in a forward pass that this cache is given to.
 
     Args:
         policy: as written, ``d2o(merge=values)``, or built.
@@ -390,7 +393,7 @@ def cache(
         PolicyError: an unknown policy, or one that needs a budget.
         ModelError: a model of another family.
     """
-    interface.prepare(model)
+    interface.attach(model)
     built = parse_policy(policy) if isinstance(policy, str) else policy
     given = budget if budget is None or isinstance(budget, Budget) else parse_budget(budget)
     _, group = interface.kv_heads(model)
@@ -399,5 +402,5 @@ def cache(
     if shard := shard_of(model):
         check_apart(built)
     return PolicyCache(
-        built, given, kinds, group, max_new, mark, wrap, seed, rotary, whole, shard, runs_of(model, kinds)
+        built, given, kinds, group, max_new, mark, wrap, seed, rotary, whole, shard, runs_of(model, kinds), model
     )

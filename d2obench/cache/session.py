@@ -115,7 +115,6 @@ class Session:
         self._positions = torch.zeros(0, dtype=torch.long)
         self._lengths: list[int] = []
         self._mask: Tensor | None = None
-        self._attention = ""
         self._steps = Steps()
         self.cache: Any = None
 
@@ -145,7 +144,6 @@ class Session:
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
         self._mask = mask.to(self._device) if padded else None
         self.cache = self._new_cache(longest)
-        self._attention = self.loaded.model.config._attn_implementation
         self.mark("prefill")
         out = self._forward(tokens.to(self._device), positions, self._mask).float()
         self._positions = positions[:, -1:] + 1
@@ -160,7 +158,6 @@ class Session:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
-        interface.use(self.loaded.model, self._attention)
         return self._steps.step(self, tokens)
 
     def run(self, tokens: Tensor) -> Tensor:

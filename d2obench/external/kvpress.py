@@ -66,7 +66,6 @@ class KvpressSession(LibrarySession):
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """See :meth:`Session.step`."""
-        interface.use(self.loaded.model, self._attention)
         found, start = [], 0
         for i, (cache, positions, masks) in enumerate(self._parts):
             end = start + positions.shape[0]
@@ -137,7 +136,6 @@ class KvpressSession(LibrarySession):
         super().close()
 
     def _new_cache(self, longest: int) -> Any:
-        interface.restore(self.loaded.model)
         return DynamicCache()
 
     @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from d2obench.attention import interface
 from d2obench.cache.session import Footprint, Session
 from d2obench.errors import ModelError
 from d2obench.models import LoadedModel
@@ -120,7 +119,6 @@ class LibrarySession(Session):
         return sum(_storage(getattr(layer, name, None)) for layer in self.cache.layers for name in self.parts)
 
     def _new_cache(self, longest: int) -> Any:
-        interface.restore(self.loaded.model)
         return library_cache(self.asked.name, self.loaded.model, longest + self.max_new)
 
 
@@ -210,7 +208,6 @@ class QuantisedSession(LibrarySession):
 
         asked = self.asked
         assert isinstance(asked, HfQuantized)
-        interface.restore(self.loaded.model)
         return QuantizedCache(
             backend="quanto",
             config=self.loaded.model.config,

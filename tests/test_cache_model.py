@@ -1,0 +1,142 @@
+"""A model that a cache of ours was made for stays what it was: its own attention, masks, loss and generation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import CONFIGS, prompts, tiny_model
+from transformers import DynamicCache, StaticCache
+
+import d2obench
+from d2obench.attention.interface import keyword
+from d2obench.errors import D2OBenchError, ModelError
+
+FAMILIES = ["llama-gqa2", "mistral", "qwen2", "qwen3", "phi3", "gpt-neox", "falcon", "falcon-new", "gemma3"]
+
+
+def own_model(family: str, attention: str = "sdpa") -> Any:
+    """A model of the family that no other test has touched."""
+    model = copy.deepcopy(tiny_model(family).model)
+    for module in [model.base_model]:
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    model.set_attn_implementation(attention)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def padded(lengths: tuple[int, ...], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left padded token ids and their mask, ``[B, width]``."""
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, text in enumerate(prompts(*lengths)):
+        ids[row, width - len(text) :], mask[row, width - len(text) :] = torch.tensor(text), 1
+    return ids, mask
+
+
+def uses(model: Any) -> dict[str, torch.Tensor]:
+    """What a user does with a model of their own, each as a tensor."""
+    one, ones = padded((30,), 30)
+    two, mask = padded((30, 17), 30)
+
+    def generated(ids: torch.Tensor, given: torch.Tensor, **options: Any) -> torch.Tensor:
+        out = model.generate(ids, attention_mask=given, max_new_tokens=8, do_sample=False, **options)
+        return out.float()
+
+    def with_cache(make: Callable[[], Any]) -> torch.Tensor:
+        return generated(two, mask, **{keyword(model): make()})
+
+    with torch.no_grad():
+        found = {
+            "forward": model(one).logits,
+            "forward, mask of ones": model(one, attention_mask=ones).logits,
+            "forward, batch, padded": model(two, attention_mask=mask).logits,
+            "forward, no cache": model(two, attention_mask=mask, use_cache=False).logits,
+            "loss": model(one, attention_mask=ones, labels=one).loss[None],
+            "generate": generated(one, ones),
+            "generate, padded": generated(two, mask),
+            "generate, dynamic cache": with_cache(lambda: DynamicCache(config=model.config)),
+            "generate, static cache": with_cache(lambda: StaticCache(config=model.config, max_cache_len=64)),
+            "generate, in chunks": generated(
+                one, ones, prefill_chunk_size=8, **{keyword(model): DynamicCache(config=model.config)}
+            ),
+            "generate, beams": generated(two, mask, num_beams=2),
+        }
+        if model.config.model_type != "falcon":
+            found["generate, prompt lookup"] = generated(one, ones, prompt_lookup_num_tokens=3)
+    weights = {name: weight.grad for name, weight in model.named_parameters()}
+    assert not any(grad is not None for grad in weights.values())
+    return found
+
+
+def use_ours(model: Any, policy: str) -> torch.Tensor:
+    two, mask = padded((30, 17), 30)
+    budget = None if policy == "full" else 0.5
+    held = d2obench.cache(policy, budget, model=model, max_new=8)
+    return model.generate(two, attention_mask=mask, max_new_tokens=8, do_sample=False, **{keyword(model): held})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_what_it_was_after_our_caches(family: str, attention: str) -> None:
+    """Bit for bit, whatever it is used for, after a cache was made for it and after one was used.
+
+    kvpress #276 and KVCache-Factory #15 report libraries whose patches stay on the model after the compressed
+    generation and change what the plain model says.
+    """
+    model = own_model(family, attention)
+    before = uses(model)
+    d2obench.cache("h2o", 0.5, model=model)
+    made = uses(model)
+    use_ours(model, "d2o")
+    tokens = use_ours(model, "full")
+    used = uses(model)
+    for name, expected in before.items():
+        assert torch.equal(made[name], expected), f"{name}: after a cache was made"
+        assert torch.equal(used[name], expected), f"{name}: after a cache was used"
+    assert torch.equal(tokens.float(), before["generate, padded"]), "the full cache says what the library's says"
+    assert model.config._attn_implementation == attention
+
+
+def test_a_model_can_be_trained_while_a_cache_of_ours_lives() -> None:
+    model, plain = own_model("llama-gqa2"), own_model("llama-gqa2")
+    ids, mask = padded((30, 17), 30)
+    held = d2obench.cache("streaming", 0.5, model=model, max_new=8)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{keyword(model): held})
+    grads = []
+    for one in (model, plain):
+        one.requires_grad_(True)
+        one(ids, attention_mask=mask, labels=ids).loss.backward()
+        grads.append(torch.cat([weight.grad.flatten() for weight in one.parameters()]))
+    assert torch.equal(*grads)
+
+
+def test_a_forward_pass_that_fails_gives_the_model_back() -> None:
+    model = own_model("llama-gqa2")
+    ids, mask = padded((30, 17), 30)
+    mask[0, 3] = 0  # padding inside a sequence is refused in the midst of the pass
+    with pytest.raises(D2OBenchError, match="padded"):
+        model(ids, attention_mask=mask, **{keyword(model): d2obench.cache("full", model=model)})
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(ids).logits, own_model("llama-gqa2")(ids).logits)
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    """A cache knows the layers, heads and positions of its model only."""
+    model, other = own_model("llama-gqa2"), own_model("llama-deep")
+    ids, _ = padded((30,), 30)
+    held = d2obench.cache("full", model=model)
+    with pytest.raises(ModelError, match="another model"):
+        other(ids, **{keyword(other): held})
+    d2obench.cache("full", model=other)
+    with pytest.raises(ModelError, match="another model"):
+        other(ids, **{keyword(other): held})
+    assert torch.isfinite(model(ids, **{keyword(model): held}).logits).all()
+
+
+def test_every_family_is_in_the_matrix() -> None:
+    assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {one["model_type"] for one in CONFIGS.values()}
