@@ -55,16 +55,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@cache
-def tiny_model(family: str, dtype: str = "float32") -> LoadedModel:
-    """A random model of the family; the same weights on every call."""
-    settings = dict(CONFIGS[family])
+def plain_model(family: str, dtype: str = "float32", attention: str = "sdpa", **settings: Any) -> Any:
+    """A random model of the family as transformers makes it; the same weights on every call, another model each time.
+
+    ``settings`` change its configuration.
+    """
+    settings = CONFIGS[family] | settings
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     fill(model, 7)
-    model = model.to(getattr(torch, dtype))
-    return loaded(family, model, None, digest=family, has_sense=False)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+@cache
+def tiny_model(family: str, dtype: str = "float32") -> LoadedModel:
+    """The same, loaded as d2obench loads models, once."""
+    return loaded(family, plain_model(family, dtype), None, digest=family, has_sense=False)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
