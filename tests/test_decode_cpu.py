@@ -15,7 +15,7 @@ from numba import int64
 from tiny_families import prompts, tiny_model
 
 from d2obench import cpu
-from d2obench.cache import Session, build
+from d2obench.cache import Session, policy_cache
 from d2obench.cpu import language
 from d2obench.decode import backend
 from d2obench.decode.state import DecodeState

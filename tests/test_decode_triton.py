@@ -17,7 +17,7 @@ from kernels import interpreted  # noqa: F401
 from tiny_families import prompts, tiny_model
 
 from d2obench import compiler
-from d2obench.cache import Session, build
+from d2obench.cache import Session
 from d2obench.cache import policy_cache as cache_module
 from d2obench.decode import backend
 from d2obench.decode.state import DecodeState
@@ -154,7 +154,7 @@ def test_a_growing_cache_outgrows_its_slots(monkeypatch: pytest.MonkeyPatch) -> 
 
     def run() -> torch.Tensor:
         loaded = tiny_model("llama-gqa2")
-        cache = policy_cache.cache("full", model=loaded.model)
+        cache = cache_module.cache("full", model=loaded.model)
         out = loaded.model.generate(
             torch.tensor(prompts(12)), past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None
         )
