@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2obench.errors import OutOfMemory
+from d2obench.errors import ModelError, OutOfMemory
 from d2obench.measure.checkup import known_delays
 from d2obench.measure.clock import HostClock, clock_for
 from d2obench.measure.memory import MemoryProbe, probe_for
@@ -150,16 +150,16 @@ def test_greedy_tokens_are_fed_back_and_forced_ones_replace_them() -> None:
     assert greedy.tokens_digest == forced.tokens_digest  # of what the model says, not of what it is fed
 
 
-def test_logits_that_are_not_finite_are_a_flag() -> None:
+def test_logits_that_are_not_finite_fail_the_request() -> None:
     class Broken(Session):
         def step(self, tokens: torch.Tensor) -> torch.Tensor:
             return super().step(tokens) * float("nan")
 
     machine = Machine()
-    trace = measure_request(
-        lambda mark: Broken(machine, mark), [[1], [2]], 3, clock=HostClock(lambda: machine.t), memory=machine.probe()
-    )
-    assert trace.flags == ["logits are not finite"]
+    clock = HostClock(lambda: machine.t)
+    with pytest.raises(ModelError, match="the logits of the last decode step are not finite"):
+        measure_request(lambda mark: Broken(machine, mark), [[1], [2]], 3, clock=clock, memory=machine.probe())
+    assert machine.closed == 1
     assert machine.request(3).flags == []
 
 

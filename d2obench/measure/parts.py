@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from d2obench.measure.clock import Clock
+from d2obench.measure.finite import require_finite
 from d2obench.measure.phases import Mark, Request
 from d2obench.ranges import MODEL_PARTS, ranges_as, span
 
@@ -122,6 +123,9 @@ def cost_of_parts(
         steps: decode steps of a block.
         blocks: number of blocks; every other one has its ranges on.
         clock: of the model's device.
+
+    Raises:
+        ModelError: the logits are not finite; names the first layer where this happened.
     """
     timer = PartTimer(clock)
     session = session_factory(lambda phase: None)
@@ -130,9 +134,10 @@ def cost_of_parts(
             # 1. Prefill and compression, with ranges.
             clock.start()
             with ranges_as(timer.range), parts_named(model, MODEL), span(LOOP):
-                tokens = _prefill(session, prompts)
+                logits, tokens = _prefill(session, prompts)
             own = timer.own_times()
             prompt = Block(sum(own.values()), own)
+            require_finite(logits, "after the prompt", session, prompts)
             # 2. A few decode steps warm up. 3. Then blocks of steps, ranges on and off in turn.
             for _ in range(WARM_STEPS):
                 tokens = session.step(tokens).argmax(-1)
@@ -145,11 +150,11 @@ def cost_of_parts(
     return RequestCost(prompt, decode, steps)
 
 
-def _prefill(session: Request, prompts: list[list[int]]) -> torch.Tensor:
+def _prefill(session: Request, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     logits = session.prefill(prompts)
     with span("compression"):
         session.compress()
-    return logits.argmax(-1)
+    return logits, logits.argmax(-1)
 
 
 def _block(

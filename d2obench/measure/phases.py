@@ -21,6 +21,7 @@ import torch
 from d2obench.cpu import memory as host_memory
 from d2obench.errors import OutOfMemory
 from d2obench.measure.clock import Clock, PhaseTimeline
+from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import GarbageCollection, MemoryProbe, is_out_of_memory, unique_bytes
 from d2obench.measure.trace import RequestTrace
 
@@ -73,6 +74,7 @@ def measure_request(
 
     Raises:
         OutOfMemory: names the phase. The session is closed and nothing of it is kept alive.
+        ModelError: the logits are not finite; names the first layer where this happened.
     """
     line = PhaseTimeline(clock, memory)
     session: Request | None = None
@@ -148,7 +150,8 @@ def _run(
     end = session.footprint()
     line.memory.stop()
     produced = ids[[0, *(step.at + 1 for step in steps)]].cpu()
-    finite = bool(torch.isfinite(logits).all()) and bool(torch.isfinite(last).all())
+    require_finite(logits, "after the prompt", session, prompts)
+    require_finite(last, "of the last decode step", session, prompts)
     step_s = [times[step.done] - times[step.before] for step in steps]
     decode_s = sum(step_s)
     if starts:
@@ -183,7 +186,7 @@ def _run(
         merged_layers=end.merged_layers,
         evicted_layers=end.evicted_layers,
         tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
-        flags=[] if finite else ["logits are not finite"],
+        flags=[],
         remarks=getattr(session, "remarks", []),
         timeline=line.samples(line.memory.host),
         timeline_columns=line.memory.host.columns,

@@ -143,17 +143,21 @@ def _steps(
     import torch
 
     from d2obench.external import open_session
+    from d2obench.measure.finite import require_finite
 
     gen, axes = len(texts[0]) - prompt - 1, cell.axes
     asked = (policy, None) if policy else (cell.policy.built, cell.budget)
+    prompts = [list(text[:prompt]) for text in texts]
     session = open_session(loaded, *asked, max_new=gen, seed=axes.seed)
     try:
-        session.prefill([list(text[:prompt]) for text in texts])
+        session.prefill(prompts)
         session.compress()
         shares[:] = kept_shares(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
         for i in range(gen):
-            yield session.step(tokens[:, i]).float().log_softmax(-1)
+            logits = session.step(tokens[:, i])
+            require_finite(logits, f"of decode step {i + 1}", session, prompts)
+            yield logits.float().log_softmax(-1)
     finally:
         session.close()
 

@@ -150,6 +150,7 @@ def compressed(
     import torch
 
     from d2obench.external import open_session
+    from d2obench.measure.finite import require_finite
 
     held = min(map(len, prompts)) > 1
     session = open_session(loaded, policy, budget, max_new=max_new, seed=seed)
@@ -159,6 +160,7 @@ def compressed(
         shares = kept_shares(session)
         if held:
             first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
+        require_finite(first, "after the prompt", session, prompts)
         yield session, first, shares
     finally:
         session.close()
@@ -177,6 +179,8 @@ def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]
     """
     import torch
 
+    from d2obench.measure.finite import require_finite
+
     total = torch.zeros(len(column), dtype=torch.float64)
     best = torch.ones(len(column), dtype=torch.bool)
     logits, longest = first, max(map(len, column))
@@ -188,6 +192,7 @@ def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]
         best &= ~present | (logits.argmax(-1) == target).cpu()
         if i + 1 < longest:
             logits = session.step(target)
+            require_finite(logits, "while candidates are scored", session)
     return list(zip(total.tolist(), best.tolist(), strict=True))
 
 
@@ -198,6 +203,8 @@ def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any
         For each sequence its ``text``, the number of ``generated`` tokens, and how it ``ended``: by an ``end`` token,
         at a ``stop`` string, or by its ``length``.
     """
+    from d2obench.measure.finite import require_finite
+
     tokens = first.argmax(-1)
     written: list[list[int]] = [[] for _ in range(len(tokens))]
     items: list[Item] = [{"text": "", "generated": 0, "ended": "length"} for _ in written]
@@ -224,7 +231,9 @@ def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any
                 unfinished.discard(i)
         if not unfinished or step + 1 == limits.max_new:
             break
-        tokens = session.step(tokens).argmax(-1)
+        logits = session.step(tokens)
+        require_finite(logits, "while the answer is generated", session)
+        tokens = logits.argmax(-1)
     for item, ids in zip(items, written, strict=True):
         text = answer_of(ids)
         item["text"] = text[: min([len(text), *(text.find(stop) for stop in limits.stop if stop in text)])]
