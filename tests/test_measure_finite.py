@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_tasks_loop import Bytes
 
-from d2obench.cache import Session
 from d2obench.errors import ModelError
+from d2obench.external import open_session
 from d2obench.measure.clock import clock_for
 from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import probe_for
@@ -41,7 +41,7 @@ def broken(model: torch.nn.Module, weight: str, value: float) -> Iterator[None]:
 
 def speed(model: LoadedModel, policy: str, budget: str | None) -> None:
     measure_request(
-        lambda mark: Session(model, policy, budget, max_new=6, mark=mark),
+        lambda mark: open_session(model, policy, budget, max_new=6, mark=mark),
         PROMPTS,
         6,
         clock=clock_for(model.device),
@@ -80,7 +80,7 @@ def test_a_broken_weight_fails_the_cell_and_is_named(
 
 def test_a_step_that_breaks_late_is_found_too(tiny: LoadedModel) -> None:
     """The prompt is sound; from the third step on a weight is not."""
-    session = Session(tiny, "full", None, max_new=8)
+    session = open_session(tiny, "full", None, max_new=8)
     tokens = session.prefill(PROMPTS).argmax(-1)
     session.compress()
     for _ in range(2):

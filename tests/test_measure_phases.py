@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
 from types import SimpleNamespace
@@ -189,6 +191,19 @@ def test_the_garbage_collector_sees_everything_again_afterwards() -> None:
     with pytest.raises(OutOfMemory):
         machine.request(3)
     assert gc.get_freeze_count() == 0
+
+
+def test_a_worker_s_model_is_given_back_before_the_interpreter_ends() -> None:
+    """Objects that are exempt from collection at the end are never freed; Triton then lists hundreds of them."""
+    code = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\n"  # the first registered runs last
+        "from d2obench.measure.memory import GarbageCollection\n"
+        "GarbageCollection.exempt_model(); GarbageCollection.begin_timing(); GarbageCollection.exempt_model()\n"
+        "assert gc.get_freeze_count()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_another_error_stays_what_it_is_and_the_sampler_ends() -> None:

@@ -8,6 +8,7 @@ only where the kernel does not let its mark be reset.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import mmap
 import time
@@ -236,7 +237,8 @@ class GarbageCollection:
     A full collection in the middle of a decode step would walk every object that torch and transformers have made.
     ``gc.freeze`` exempts all objects that exist; ``gc.unfreeze`` ends that for all at once. So a worker that exempts
     its model for as long as it is loaded must not lose this when a timed request ends: that is what ``_model_exempt``
-    remembers.
+    remembers. Objects that are still exempt when the interpreter ends are never freed, which some libraries report as
+    leaks, so the exemption ends before that.
     """
 
     _model_exempt = False
@@ -247,6 +249,8 @@ class GarbageCollection:
         gc.collect()
         gc.freeze()
         cls._model_exempt = True
+        atexit.unregister(gc.unfreeze)  # so that it is registered once, however many models are loaded
+        atexit.register(gc.unfreeze)
 
     @classmethod
     def release_model(cls) -> None:
