@@ -65,7 +65,7 @@ class CellRecord(msgspec.Struct, frozen=True):
 
     ``id`` is readable and stable; ``hash`` covers everything the result depends on. ``status`` is one of STATUSES and
     ``reason`` says why it is not ``ok``. ``details`` holds what only some views use (kept tokens per layer, phases,
-    ``items`` of a quality task are in the samples). ``flags`` are words every view must show, such as
+    ``decode_path``, ``items`` of a quality task are in the samples). ``flags`` are words every view must show, such as
     ``keeps more than asked`` or ``sampled decode``. ``environment`` is the hash of the fingerprint it was measured
     under.
     """

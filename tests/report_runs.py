@@ -90,7 +90,7 @@ def speed_cell(folder: Path, point: Axes, full: Rounds | None, draw: random.Rand
         values["speedup_bound"] = Value((538 * MIB + batch * (prompt + gen) * 46080) / (538 * MIB + kv))
     slope = 0.3 if point.policy.startswith("d2o") else 0.0
     kept = [prompt * share * (1 + slope * (layer - 2.5) / 5) for layer in range(LAYERS)]
-    details: dict[str, Any] = {"kept_layers": kept, "rounds": ROUNDS}
+    details: dict[str, Any] = {"kept_layers": kept, "rounds": ROUNDS, "decode_path": "compiled CPU loops"}
     if point.budget:
         evicted = [round(9 * batch * (prompt + gen - tokens)) for tokens in kept]
         merged = [count * (layer + 1) // 10 if slope else 0 for layer, count in enumerate(evicted)]

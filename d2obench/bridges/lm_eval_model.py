@@ -224,9 +224,9 @@ class CompressedLM(TemplateLM):
             prompts = [(self.tok_encode(requests[i].args[0]) or [self.prefix_token_id])[-room:] for i in members]
             sizes = [(len(prompt), limits.max_new) for prompt in prompts]
             for part in batches(sizes, self.batch_size, self.max_length):
-                with self._compressed([prompts[j] for j in part], limits.max_new) as (session, first, shares):
+                with self._compressed([prompts[j] for j in part], limits.max_new) as (session, first, known):
                     found = greedy(session, first, limits, self.tokenizer, end_tokens(self.loaded))
-                self._kept += shares
+                self._kept += [one["kept"] for one in known]
                 for j, item in zip(part, found, strict=True):
                     texts[members[j]] = item["text"]
                     self.cache_hook.add_partial("generate_until", requests[members[j]].args, item["text"])
@@ -264,7 +264,7 @@ class CompressedLM(TemplateLM):
         bar = tqdm(total=sum(map(len, members)), desc="loglikelihood", disable=quiet)
         for part in batches(sizes, self.batch_size, self.max_length):
             prompts = [[*windows[members[j][0]].prompt] for j in part]
-            with self._compressed(prompts, max(sizes[j][1] for j in part)) as (session, first, shares):
+            with self._compressed(prompts, max(sizes[j][1] for j in part)) as (session, first, known):
                 rounds = max(len(members[j]) for j in part)
                 state = session.snapshot() if rounds > 1 else None
                 for turn in range(rounds):
@@ -277,7 +277,7 @@ class CompressedLM(TemplateLM):
                             found[one] = (found[one][0] + value, found[one][1] and best)
                             done(one, found[one])
                             bar.update()
-            self._kept += shares
+            self._kept += [one["kept"] for one in known]
         bar.close()
         self._say_kept()
         return found

@@ -188,6 +188,7 @@ def _run(
         tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
         flags=[],
         remarks=getattr(session, "remarks", []),
+        decode_path=getattr(session, "decode_path", ""),
         timeline=line.samples(line.memory.host),
         timeline_columns=line.memory.host.columns,
         device_timeline=line.samples(line.memory.device),

@@ -83,6 +83,8 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine) -> Su
         **_sampling(name, rounds),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
+    if last.decode_path:
+        details["decode_path"] = last.decode_path
     if last.evicted:
         details |= {"merged_layers": last.merged_layers, "evicted_layers": last.evicted_layers}
     return Summary(values, tuple(_flags(rounds)), details)

@@ -32,6 +32,7 @@ class RequestTrace(msgspec.Struct):
         uss_bytes: memory that belongs to this process alone, after the request.
         flags: what disturbed or spoiled the request; set by the runner and by the measurement.
         remarks: why a GPU's faster path was not used.
+        decode_path: what executed a decode step, in words.
         sampler_overhead: the share of one core that sampling took.
         sampled_s: the integrated decode time of a sampled run of the same request, made beside it.
         round, order: set by the runner: which round, and the place in it.
@@ -68,6 +69,7 @@ class RequestTrace(msgspec.Struct):
     uss_bytes: int | None = None
     flags: list[str] = []
     remarks: list[str] = []
+    decode_path: str = ""
     sampler_overhead: float | None = None
     sampled_s: float | None = None
     round: int = 0

@@ -74,12 +74,13 @@ def csv_rows(found: Iterable[Result]) -> Iterable[CsvRow]:
         where = (result.name, cell.id, axes.task, axes.model, axes.dtype, axes.device)
         head = (*where, policy, budget, shape, batch, axes.seed, cell.status)
         flags = "; ".join(cell.flags)
+        path = str(cell.details.get("decode_path", ""))
         for key in sorted(result.values, key=_place):
             value = result.values[key]
             figure = (value.value, _unit(key), value.lo, value.hi, value.n)
-            yield CsvRow(*head, key, *figure, _in_words(key, value), flags, value.note)
+            yield CsvRow(*head, key, *figure, _in_words(key, value), flags, value.note, path)
         spent = round(cell.seconds, 1)
-        yield CsvRow(*head, "seconds", spent, "s", None, None, None, f"{spent:.1f}", flags, cell.reason)
+        yield CsvRow(*head, "seconds", spent, "s", None, None, None, f"{spent:.1f}", flags, cell.reason, path)
 
 
 def _cases(found: Iterable[Result], runs: Sequence[tuple[str, Run]]) -> Iterable[Case]:
@@ -191,7 +192,9 @@ def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:
     """Every planned cell with how it ended; those that gave no figures first."""
     columns = [Column("run", "run", numeric=False)] if several else []
     columns += [Column("cell", "cell", numeric=False), Column("status", "status", numeric=False)]
-    columns += [Column("seconds", "time", "s"), Column("remarks", "remarks", numeric=False)]
+    paths = any(cell.details.get("decode_path") for _, run in runs for cell in run.cells)
+    columns += [Column("seconds", "time", "s"), *([Column("path", "decode path", numeric=False)] if paths else [])]
+    columns += [Column("remarks", "remarks", numeric=False)]
     bad: list[tuple[Field, ...]] = []
     good: list[tuple[Field, ...]] = []
     for name, run in runs:
@@ -201,8 +204,9 @@ def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:
             status = Field("ok") if ok else Field(ENDINGS[cell.status], mark="bad")
             seconds = Field(f"{cell.seconds:.1f}", sort=round(cell.seconds, 1))
             remark = Field("; ".join(word for word in (cell.reason, *cell.flags) if word))
-            (good if ok else bad).append((*first, Field(cell.id), status, seconds, remark))
-        missing = (Field("not run", mark="bad"), Field("–", mark="quiet"), Field(""))
+            path = [Field(str(cell.details.get("decode_path", "")))] if paths else []
+            (good if ok else bad).append((*first, Field(cell.id), status, seconds, *path, remark))
+        missing = (Field("not run", mark="bad"), Field("–", mark="quiet"), *[Field("")] * (1 + paths))
         bad += [(*first, Field(cell), *missing) for cell in run.missing]
     body = [*bad, *good]
     return Table("Cells", tuple(columns), tuple(body[:MAX_CELLS]), left_out=max(0, len(body) - MAX_CELLS))

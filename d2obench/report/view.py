@@ -115,6 +115,7 @@ class CsvRow(msgspec.Struct, frozen=True):
     shown: str
     flags: str
     note: str
+    decode_path: str = ""
 
 
 class Case(msgspec.Struct, frozen=True):

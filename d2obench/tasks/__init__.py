@@ -110,6 +110,8 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
         )
     _check_data_unchanged(task.name, quality)
     found = task.evaluate(loaded, cell, quality, report)
+    if paths := dict.fromkeys(item["decode_path"] for item in found.items if item.get("decode_path")):
+        found.details["decode_path"] = "; ".join(paths)
     if _keeps_more_than_asked(cell, found):
         found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
     return found

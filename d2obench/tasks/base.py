@@ -202,11 +202,12 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
     return {key: found[key] for key in METRICS if key in found}
 
 
-def kept_shares(session: Session) -> list[float]:
-    """For each sequence, entries kept right after compression ÷ tokens of its prompt, averaged over layers."""
+def kept_of(session: Session) -> list[Item]:
+    """For each sequence ``kept``, entries kept right after compression ÷ tokens of its prompt, averaged over layers,
+    and ``decode_path``, what executes a decode step."""
     found = session.footprint()
     return [
-        sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens)
+        {"kept": sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens), "decode_path": session.decode_path}
         for i, tokens in enumerate(found.prompt_tokens)
     ]
 

@@ -27,7 +27,7 @@ from d2obench.tasks.base import (
     Task,
     Work,
     at_most,
-    kept_shares,
+    kept_of,
     shape_of,
 )
 from d2obench.tasks.prompts import prompt_digest
@@ -110,10 +110,10 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     import torch
 
     kl, top1, nll = [], [], []
-    shares = [1.0] * len(texts)
+    ours_held: list[Item] = [{"kept": 1.0} for _ in texts]
     full = _full(loaded, cell, texts, prompt)
     # The full cache is its own reference, so it is run once and not twice.
-    ours = _steps(loaded, cell, texts, prompt, shares) if cell.axes.policy != "full" else None
+    ours = _steps(loaded, cell, texts, prompt, ours_held) if cell.axes.policy != "full" else None
     for step, theirs in enumerate(full):
         reference = theirs.to(loaded.device)
         mine = next(ours) if ours else reference
@@ -126,18 +126,18 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
     return [
         {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": prompt_digest(texts[i]),
-         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], "kept": shares[i]}
+         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], **ours_held[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
 
 def _steps(
-    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, shares: list[float], policy: str = ""
+    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, told: list[Item], policy: str = ""
 ) -> Generator[torch.Tensor, None, None]:
     """Log-probabilities ``[B, V]`` in float32 after each teacher-forced step.
 
     Args:
-        shares: set to the share of each prompt that the cache kept.
+        told: set to what :func:`d2obench.tasks.base.kept_of` says of each prompt.
         policy: the policy in place of the cell's, without a budget.
     """
     import torch
@@ -152,7 +152,7 @@ def _steps(
     try:
         session.prefill(prompts)
         session.compress()
-        shares[:] = kept_shares(session)
+        told[:] = kept_of(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
         for i in range(gen):
             logits = session.step(tokens[:, i])

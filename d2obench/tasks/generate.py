@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.record import Value
 from d2obench.suite.grammar import Shape
-from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_shares
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_of
 from d2obench.tasks.prompts import Example, Limits, Prompt, encode, prompt_digest
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
     tokenizer, asked = loaded.tokenizer, (cell.policy.built, cell.budget)
     longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
     ids = [prompt.ids for prompt in prompts]
-    with compressed(loaded, *asked, ids, max_new=longest, seed=cell.axes.seed) as (session, first, shares):
+    with compressed(loaded, *asked, ids, max_new=longest, seed=cell.axes.seed) as (session, first, known):
         scores: list[list[float]] = [[] for _ in prompts]
         rounds = max(len(prompt.candidates) for prompt in prompts)
         state = session.snapshot() if rounds else None
@@ -120,8 +120,8 @@ def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: 
                 row += [value] if tokens else []
             session.restore(state)
         answers = greedy(session, first, limits, tokenizer, end_tokens(loaded))
-    for prompt, row, share, item in zip(prompts, scores, shares, answers, strict=True):
-        item["kept"] = share
+    for prompt, row, kept, item in zip(prompts, scores, known, answers, strict=True):
+        item |= kept
         if row:
             size = len(tokenizer.decode(prompt.candidates[0]).encode())
             item |= {"gold_logprob": row[0], "gold_bytes": size, "gold_bpb": -row[0] / (math.log(2) * max(1, size))}
@@ -139,13 +139,14 @@ def compressed(
     *,
     max_new: int,
     seed: int,
-) -> Iterator[tuple[Session, torch.Tensor, list[float]]]:
+) -> Iterator[tuple[Session, torch.Tensor, list[Item]]]:
     """A session that has read and compressed the prompts.
 
     The last token of each prompt is fed after compression (see the head of this module), unless a prompt has only one.
 
     Yields:
-        The session, the logits ``[B, V]`` of the next tokens in float32, and the share of each prompt that was kept.
+        The session, the logits ``[B, V]`` of the next tokens in float32, and what
+        :func:`d2obench.tasks.base.kept_of` says of each prompt.
     """
     import torch
 
@@ -157,11 +158,11 @@ def compressed(
     try:
         first = session.prefill([ids[:-1] for ids in prompts] if held else list(prompts))
         session.compress()
-        shares = kept_shares(session)
+        known = kept_of(session)
         if held:
             first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
         require_finite(first, "after the prompt", session, prompts)
-        yield session, first, shares
+        yield session, first, known
     finally:
         session.close()
 
