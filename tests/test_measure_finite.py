@@ -19,8 +19,8 @@ from d2obench.measure.memory import probe_for
 from d2obench.measure.phases import measure_request
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
-from d2obench.suite.definition import Cell, Quality
-from d2obench.tasks import evaluate
+from d2obench.suite.definition import Quality
+from d2obench.tasks import evaluate, read_cell
 
 PROMPTS = [list(range(1, 25)), list(range(30, 40))]
 
@@ -51,7 +51,7 @@ def speed(model: LoadedModel, policy: str, budget: str | None) -> None:
 
 def quality(model: LoadedModel, task: str, policy: str, budget: str | None) -> None:
     shape = "320+4" if task in ("fidelity", "recall", "kernels(steps=1)") else None
-    cell = Cell("x", "x", Axes(task, "tiny", "float32", "cpu", policy, budget, shape, None, 0))
+    cell = read_cell({"axes": Axes(task, "tiny", "float32", "cpu", policy, budget, shape, None, 0)})
     evaluate(model, cell, Quality(limit=1, batch=1), lambda done, total: None)
 
 
