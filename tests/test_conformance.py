@@ -180,6 +180,8 @@ class Conversation:
             for sequence, references in enumerate(self.references):
                 for h, head in enumerate(references[layer].heads):
                     assert self.held(layer, sequence)[h] == set(head.held)
+                    if isinstance(head, rules.H2O | rules.RoCo) and (merged is None or not getattr(head, "inherit", 0)):
+                        self.compare_scores(layer, sequence * heads + h, head)
                 taus = self.taus(references[layer]) if thresholds is None else thresholds[layer][sequence]
                 if taus is not None:
                     found = state.threshold[layer, sequence * heads : (sequence + 1) * heads].double()
@@ -191,6 +193,15 @@ class Conversation:
                 late = late and isinstance(references[layer].heads[0], rules.D2O)
                 counted += merged[layer][sequence] if late else self.count(references[layer])
             assert self.cache.counts()[0][layer] == counted
+
+    def compare_scores(self, layer: int, row: int, head: Any) -> None:
+        """Accumulated attention, inherited scores with it; that of sinks is out of the question."""
+        state = self.cache.state
+        gained = getattr(head, "gained", {})
+        for position, score in zip(state.where()[layer, row].tolist(), state.score[layer, row].tolist(), strict=True):
+            if position >= 0 and abs(score) < torch.inf:
+                expected = sum(head.seen[position]) + gained.get(position, 0.0)
+                assert score == pytest.approx(expected, abs=4 * self.near, rel=4 * self.near), position
 
     def taus(self, layer: rules.Layer) -> list[float] | None:
         first = layer.heads[0]

@@ -158,6 +158,12 @@ class Session:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
+        if tokens.shape != (len(self._lengths),):
+            raise UsageError(
+                f"a step was given {list(tokens.shape)} tokens",
+                why=f"its prompt had {len(self._lengths)} sequences, and each decodes one token",
+                remedy="give one token for each sequence",
+            )
         return self._steps.step(self, tokens)
 
     def run(self, tokens: Tensor) -> Tensor:

@@ -122,11 +122,16 @@ PIECE = 1024
 """Tokens of a prompt that a feed-forward layer takes at once."""
 
 
-def piecewise(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A feed-forward layer's ``forward``, which looks at each token by itself, over pieces of ``[B, L, hidden]``."""
+def piecewise(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The ``forward`` of a feed-forward layer, which looks at each token by itself, over pieces of ``[B, L, hidden]``.
 
-    @functools.wraps(forward)
-    def taken(hidden_states: Tensor) -> Tensor:
+    It is a method of the module, so that a copy of the model computes with its own weights.
+    """
+    plain = type(module).forward
+
+    @functools.wraps(plain)
+    def in_pieces(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        forward: Callable[[Tensor], Tensor] = functools.partial(plain, self)
         tokens = hidden_states.numel() // hidden_states.shape[-1]
         if tokens <= PIECE:
             return forward(hidden_states)
@@ -136,7 +141,7 @@ def piecewise(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
             out[:, first : first + PIECE] = forward(flat[:, first : first + PIECE])
         return out.view(hidden_states.shape)
 
-    return taken
+    return MethodType(in_pieces, module)
 
 
 def adapt(model: Any) -> None:
@@ -164,8 +169,10 @@ def adapt_layers(model: Any) -> None:
         elif plain and type(module).__name__ in NORMS:
             module.__class__ = QuickNorm
         mlp = getattr(module, "mlp", None)
-        if isinstance(mlp, nn.Module) and not hasattr(mlp, "experts") and len(signature(mlp.forward).parameters) == 1:
-            mlp.forward = piecewise(mlp.forward)
+        if not isinstance(mlp, nn.Module) or "forward" in vars(mlp) or hasattr(mlp, "experts"):
+            continue
+        if len(signature(mlp.forward).parameters) == 1:
+            mlp.forward = piecewise(mlp)
 
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"

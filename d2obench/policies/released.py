@@ -73,7 +73,8 @@ class Released(Policy):
         skew = torch.stack([_skew(stat["sum"], length).cpu() for stat in stats])
         ratio = torch.tensor([budget.ratio or budget.of(n) / n for n in length.tolist()])
         shares = (torch.softmax(-skew, 0) * layers * ratio).clamp(FLOOR, 1.0)
-        budgets = 2 * ((length.cpu() + 1) * shares / 2).long()
+        # one heavy token and one recent at least: with none the authors' code fails
+        budgets = 2 * ((length.cpu() + 1) * shares / 2).long().clamp_min(1)
         exempt = [layer for layer in (0, 1, layers - 1) if layer < layers]
         budgets[exempt] = -1
         return budgets
