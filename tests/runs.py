@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class Silent:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        self.expected = dict(seconds)
 
 
 def client(timeout_s: float = LIMIT_S, **fake: Any) -> WorkerClient:

@@ -99,6 +99,12 @@ BAD = {
     "unknown dtype": (["run", "quick", "--dtype", "float8"], "axes.dtype"),
     "unknown task": (["run", "quick", "--task", "speeed"], "unknown task 'speeed'"),
     "no rounds": (["run", "quick", "--rounds", "0"], "--rounds"),
+    "a time that is too short": (["run", "quick", "--within", "1s"], "the time '1s' is too short"),
+    "a time that is none": (
+        ["run", "quick", "--within", "abc"],
+        "can't read the time 'abc'; use a number with s",
+    ),
+    "a time without a unit": (["run", "quick", "--within", "90"], "can't read the time '90'"),
     "unknown decode": (["run", "quick", "--decode", "half"], "timing.decode"),
     "broken limit": (["run", "quick", "--memory-limit", "lots"], "memory limit 'lots'"),
     "broken --set": (["run", "quick", "--set", "timing.rounds"], "can't read --set 'timing.rounds'"),

@@ -16,6 +16,7 @@ from d2obench.suite.grammar import (
     Shape,
     Spec,
     parse_budget,
+    parse_duration,
     parse_memory,
     parse_numbers,
     parse_shape,
@@ -151,3 +152,14 @@ def test_memory(text: str, expected: int) -> None:
 def test_a_broken_memory_limit_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="memory limit"):
         parse_memory(text, 100)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("10m", 600), ("2h", 7200), (" 1.5 m ", 90), ("30s", 30)])
+def test_durations(text: str, expected: float) -> None:
+    assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "abc", "90", "1s", "29.9s", "-3m", "3 min", "1e3s", "nan", "3M"])
+def test_a_broken_or_short_duration_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="the time"):
+        parse_duration(text)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +48,15 @@ Rounds = Annotated[
         rich_help_panel=REPEATS,
         help="Measure every timed cell in exactly this many rounds: --rounds 5. Default: the suite's, which may add "
         "rounds until intervals are narrow.",
+    ),
+]
+Within = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        rich_help_panel=REPEATS,
+        help="Plan the run into this time: --within 90s, 10m or 2h. Rounds and items are cut first, then whole cells "
+        "are dropped; the rows say which. Default: the suite's, or as long as it takes.",
     ),
 ]
 Decode = Annotated[
@@ -198,6 +209,7 @@ def command(
     task: options.Task = None,
     seed: options.Seed = None,
     rounds: Rounds = None,
+    within: Within = None,
     decode: Decode = None,
     memory_limit: MemoryLimit = None,
     limit: Limit = None,
@@ -228,11 +240,12 @@ def command(
 
     Example: d2obench run quick --policy full,d2o,h2o --budget 0.2
     """
+    began = time.monotonic()
     check_engine(
         engine,
         ray={"--address": address, "--ray-cpus": ray_cpus, "--ray-resource": ray_resource},
         slurm={"--shards": shards, "--sbatch": sbatch, "--submit": submit},
-        local={"--python": python},
+        local={"--python": python, "--within": within},
         not_slurm={"--resume": resume, "--dry-run": dry_run, "--shard": shard},
     )
     axes = {
@@ -240,6 +253,7 @@ def command(
         "shape": shape, "batch": batch, "task": task, "seed": seed,
     }  # fmt: skip
     settings = {
+        "within": None if within is None else json.dumps(within),
         "timing.rounds": rounds, "timing.max_rounds": rounds, "timing.decode": decode,
         "timing.memory_limit": json.dumps(memory_limit) if memory_limit else None,  # text, also where it is a number
         "quality.limit": limit, "worker.threads": threads,
@@ -270,6 +284,7 @@ def command(
         if dry_run:
             show_dry_run_of(plan, place)
             return
+        plan = replace(plan, began=began)
         folder, stopped = measure(plan, place, earlier, out=out, quiet=quiet, plain=no_progress)
     finish(folder, stopped)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
@@ -40,6 +40,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """A line that stays: a warning, a disturbance, a file written."""
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """How long each cell that has not ended will take; told again whenever more is known."""
+
     def finish(self) -> None:
         """The run is over or was stopped; the terminal is left as it was. May be called twice."""
 
@@ -56,6 +59,7 @@ class _Progress:
     shares: dict[str, float] = field(default_factory=dict)
     words: str = ""
     begun: float = 0.0
+    expected: dict[str, float] = field(default_factory=dict)
 
     def start(self, cells: Sequence[str]) -> None:
         self.states, self.shares, self.begun = dict.fromkeys(cells, ("waiting", "")), {}, self.clock()
@@ -71,7 +75,11 @@ class _Progress:
         return sum(state in ENDED for state, _ in self.states.values())
 
     def left(self) -> str:
-        """``about 2 min left`` as soon as anything is done."""
+        """``about 2 min left``, from what is expected of the cells, or else from the work done so far."""
+        waiting = [cell for cell, (state, _) in self.states.items() if state not in ENDED]
+        if any(self.expected.get(cell) for cell in waiting):
+            seconds = sum(self.expected.get(cell, 0.0) * (1 - self.shares.get(cell, 0.0)) for cell in waiting)
+            return f"about {spell(seconds)} left"
         work = sum(self.shares.values())
         total = work + sum(
             1 - self.shares.get(cell, 0.0) for cell, (state, _) in self.states.items() if state not in ENDED
@@ -109,6 +117,13 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         """The line itself."""
         self._line(text)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Says the time left, the first time it is known."""
+        first = not self._progress.expected
+        self._progress.expected = dict(seconds)
+        if first and (left := self._progress.left()):
+            self._line(left)
 
     def finish(self) -> None:
         """Nothing is left to clean up."""
@@ -154,6 +169,10 @@ class LiveDisplay:
         from rich.text import Text
 
         self.console.print(Text(_clean(text)))
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Takes effect at the next drawing."""
+        self._progress.expected = dict(seconds)
 
     def finish(self) -> None:
         """Takes the table away and leaves one line."""
@@ -206,6 +225,9 @@ class QuietDisplay:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
         """Nothing."""
 
     def finish(self) -> None:

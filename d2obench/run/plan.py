@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,7 @@ class Plan:
         models: by name.
         too_long: ids of cells that don't fit their model's context → why; they end as ``skipped``.
         devices: how many devices share one model.
+        began: when the command began, on the clock ``time.monotonic``; the suite's ``within`` counts from there.
     """
 
     suite: Suite
@@ -40,6 +42,7 @@ class Plan:
     models: dict[str, Dimensions]
     too_long: dict[str, str]
     devices: int = 1
+    began: float = field(default_factory=time.monotonic)
 
 
 def cells(suite: Suite) -> list[Cell]:
@@ -145,7 +148,8 @@ def _cell(
     words += [f"b{point.batch}"] if point.batch is not None else []
     settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
     placed = [] if suite.models.single else [suite.models]
-    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed])).hexdigest()[:16]
+    within = [suite.within] if suite.within else []  # it decides on rounds and items
+    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within])).hexdigest()[:16]
     return Cell("/".join([*words, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
 
 

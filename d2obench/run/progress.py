@@ -35,6 +35,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Something to know about the whole run."""
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """How long each cell that has no row yet will take; told again whenever more is known."""
+
 
 def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: int) -> tuple[str, float]:
     """``round 3/5  TPOT 11.82 ms ± 2 %  421 MiB now, 455 peak``, and the share of the cell's work that is done.
@@ -133,3 +136,8 @@ class LockedDisplay:
         """Something to know about the whole run."""
         with self._lock:
             self._watcher.note(text)
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """How long the cells will take."""
+        with self._lock:
+            self._watcher.expect(seconds)

@@ -51,6 +51,7 @@ class RunLog:
         self.records: dict[str, CellRecord] = {name: _head(one) for name, one in (records or {}).items()}
         self._ran_out = [one for one in cells if one.id in self.records and self.records[one.id].status == "oom"]
         self._began: dict[str, tuple[str, float]] = {}
+        self._flags: dict[str, list[str]] = {}
         self._one_at_a_time = threading.RLock()
 
     def open(self, cell: Cell) -> bool:
@@ -61,12 +62,18 @@ class RunLog:
         """Notes when a cell started; the first time stands."""
         self._began.setdefault(cell.id, (now(), time.monotonic()))
 
+    def flag(self, cell: Cell, text: str) -> None:
+        """A flag that the cell's row will have beside those it gets when it ends."""
+        self._flags.setdefault(cell.id, []).append(text)
+
     def end(self, cell: Cell, status: str, **fields: Any) -> None:
         """Writes a cell's row; ``fields`` are those of :class:`d2obench.record.CellRecord`."""
         self.begin(cell)
         started, since = self._began.pop(cell.id)
         fields.setdefault("seconds", round(time.monotonic() - since, 3))
         fields["environment"] = self.environment
+        if flags := self._flags.pop(cell.id, []):
+            fields["flags"] = (*fields.get("flags", ()), *flags)
         record = CellRecord(cell.id, cell.hash, cell.axes, status, started=started, **fields)
         with self._one_at_a_time:
             append_cell(self.folder, record)

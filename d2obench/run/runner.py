@@ -47,13 +47,13 @@ class GroupRunner:
         self._last = client
         self._rates = DeviceRates(client, ledger.watcher)
 
-    def run(self, together: Sequence[Cell]) -> None:
-        """Brings every cell of one group to its row.
+    def run(self, together: Sequence[Cell], suite: Suite | None = None) -> None:
+        """Brings every cell of one group to its row; ``suite`` in place of the plan's, with fewer rounds or items.
 
         Raises:
             RecordError: the run folder can't be written any more.
         """
-        suite, ledger = self._plan.suite, self._ledger
+        suite, ledger = suite or self._plan.suite, self._ledger
         for cell in together:
             ledger.skip_if_too_large(cell)
         if not any(ledger.open(cell) for cell in together):

@@ -18,7 +18,17 @@ import msgspec
 
 from d2obench.errors import SuiteError, UsageError
 from d2obench.record import dump
-from d2obench.suite.grammar import Budget, Shape, Spec, parse_batch, parse_budget, parse_shape, parse_spec, split_list
+from d2obench.suite.grammar import (
+    Budget,
+    Shape,
+    Spec,
+    parse_batch,
+    parse_budget,
+    parse_duration,
+    parse_shape,
+    parse_spec,
+    split_list,
+)
 from d2obench.suite.placement import Placement
 from d2obench.suite.target import Target, Where
 
@@ -128,7 +138,11 @@ class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A whole suite file. ``exclude`` takes cells out of the product of ``axes``; ``targets`` are what is promised."""
+    """A whole suite file.
+
+    ``exclude`` takes cells out of the product of ``axes``; ``targets`` are what is promised. ``within`` is the time a
+    run is planned into, such as ``3m`` (see ``d2obench.run.schedule``); empty for as long as it takes.
+    """
 
     name: str
     about: str
@@ -139,8 +153,14 @@ class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     worker: WorkerTable = msgspec.field(default_factory=WorkerTable)
     quality: Quality = msgspec.field(default_factory=Quality)
     gate: GateTable = msgspec.field(default_factory=GateTable)
+    within: str = ""
     exclude: tuple[Where, ...] = ()
     targets: tuple[Target, ...] = ()
+
+    @property
+    def within_s(self) -> float | None:
+        """Seconds that a run may take; None for as long as it takes."""
+        return parse_duration(self.within) if self.within else None
 
     @property
     def digest(self) -> str:
@@ -228,6 +248,7 @@ def _checked(suite: Suite, source: str) -> Suite:
             getattr(suite.axes, axis)
         for where in (*suite.exclude, *suite.targets):
             where.axes  # noqa: B018 - reading is the check
+        suite.within_s  # noqa: B018
     except UsageError as problem:
         raise SuiteError(f"{source}: {problem.what}", why=problem.why, remedy=problem.remedy) from None
     empty = [

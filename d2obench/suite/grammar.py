@@ -23,6 +23,8 @@ from d2obench.errors import UsageError
 _NAME = re.compile(r"[A-Za-z][\w./:-]*")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:([*+])(\d+))?")
 MAX_LIST = 10_000
+LEAST_S = 30.0
+"""The shortest time a run can be planned into."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,21 @@ def parse_memory(text: str, whole: int) -> int:
     if not match[2]:
         return int(number * whole)
     return int(number * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90s``, ``10m`` or ``2h``; at least :data:`LEAST_S`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if not match:
+        raise UsageError(f"can't read the time '{text}'", remedy="use a number with s, m or h: 90s, 10m or 2h")
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+    if seconds < LEAST_S:
+        raise UsageError(
+            f"the time '{text}' is too short",
+            why=f"loading a model and measuring anything takes longer than {seconds:g} s",
+            remedy=f"use {LEAST_S:g}s or more",
+        )
+    return seconds
 
 
 def _bracketed(rest: str, text: str, what: str) -> tuple[str, str]:

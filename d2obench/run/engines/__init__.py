@@ -15,6 +15,7 @@ from d2obench.run.progress import Display, Vitals
 from d2obench.run.run_folder import describe_run, locked, write_info
 from d2obench.run.run_log import RunLog, finished
 from d2obench.run.runner import GroupRunner
+from d2obench.run.schedule import Schedule
 from d2obench.run.tensor_parallel import client_for
 from d2obench.run.worker_client import Client, WorkerClient, again
 from d2obench.suite.definition import Suite
@@ -96,9 +97,14 @@ class LocalEngine:
 
     def run(self, plan: Plan, ledger: RunLog) -> None:
         """Brings every cell to its row."""
-        bench = GroupRunner(plan, self.client, ledger, self._isolated)
+        runner = GroupRunner(plan, self.client, ledger, self._isolated)
+        schedule = Schedule(plan, ledger)
+        schedule.probe(self.client)
         for together in group(plan.cells):
-            bench.run(together)
+            suite = schedule.begin(together)
+            if suite is not None:
+                runner.run(together, suite)
+                schedule.end(together)
 
     def vitals(self) -> str:
         """Memory of the worker."""

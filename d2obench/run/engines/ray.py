@@ -109,6 +109,8 @@ class RayEngine:
     def run(self, plan: Plan, ledger: RunLog) -> None:
         """Every cell gets its row on some device."""
         ledger.watcher = LockedDisplay(ledger.watcher)
+        if plan.suite.within:
+            ledger.watcher.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
         work = Work([one for one in group(plan.cells) if any(ledger.open(cell) for cell in one)])
         memory = memory_to_reserve(plan)
         threads: dict[Spot, threading.Thread] = {}

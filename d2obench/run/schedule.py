@@ -1,0 +1,273 @@
+"""Planning a run into the time it was given (``--within 3m``), and an honest estimate of the time that is left.
+
+A short probe at the start loads the model and times one small request; the prediction of every cell
+(:mod:`d2obench.run.predict`) is scaled by what the probe took, and later by what the cells before took. A unit is what
+can only be measured as a whole: the cells that are timed together, or all cells of one quality task. Where the units
+don't fit into the time, first their rounds and items are cut, and where even one round and a few items of each are too
+much, whole units are dropped, the costliest first. What was cut or dropped stands in the rows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from d2obench.errors import D2OBenchError
+from d2obench.record import Axes
+from d2obench.run.plan import Plan, group
+from d2obench.run.predict import Device, predict, rates_here
+from d2obench.run.run_log import RunLog
+from d2obench.run.worker_client import Client, again
+from d2obench.suite.definition import Suite
+from d2obench.suite.grammar import Shape
+from d2obench.tasks import read_cell
+from d2obench.tasks.base import Cell
+
+REPORT_S = 10.0
+"""Seconds that are left for writing and rendering the report."""
+LEAST_ITEMS = 2
+"""Items below which a quality task is dropped rather than cut: one item carries no interval."""
+PROBE = Shape(128, 9)
+"""The small request that is timed first."""
+WINDOW_LEAD = 1.3
+"""What a window of steps takes with the steps before it that are not counted, in lengths of the window."""
+
+
+class Unit(NamedTuple):
+    """Cells that are measured as a whole or not at all, and how often, at most."""
+
+    cells: tuple[Cell, ...]
+    most: int
+    """Rounds of timed cells, items of a quality task, as the suite asks for them."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether rounds are counted, and not items."""
+        return self.cells[0].timed
+
+
+class Schedule:
+    """Decides for each group of cells how much of it is measured.
+
+    Args:
+        plan: of the run.
+        log: its display hears how long the cells will take; rows of dropped cells are written to it.
+        clock: seconds that only go forwards.
+    """
+
+    def __init__(self, plan: Plan, log: RunLog, clock: Callable[[], float] = time.monotonic) -> None:
+        self._plan, self._log, self._clock = plan, log, clock
+        self._units = [one for one in units_of(plan) if any(log.open(cell) for cell in one.cells)]
+        self._load_s = 0.0
+        self._scale = {True: 1.0, False: 1.0}
+        """Measured ÷ predicted seconds, of timed cells and of the others."""
+        self._device = {kind: Device(1.0, 1.0) for kind in map(_kind, plan.cells)}
+        within = plan.suite.within_s
+        self._until = None if within is None else plan.began + within - REPORT_S
+        self._running: tuple[float, float] = (0.0, 0.0)
+        """Of the group at hand: when it began, and what it was predicted to take, unscaled."""
+        self._chosen: dict[str, tuple[Unit, int]] = {}
+        """How many rounds or items each cell's unit was given, by cell id; 0 where it was dropped."""
+
+    def probe(self, client: Client) -> None:
+        """Loads the first model and times a small request on it."""
+        for kind in self._device:
+            self._device[kind] = rates_here(*kind)
+        cell = next((one for one in self._plan.cells if one.policy.yardstick is None and self._log.open(one)), None)
+        fresh = self._plan.suite.worker.mode == "fresh" and self._until is None  # no process beside those of the cells
+        if cell is None or cell.axes.model not in self._plan.models or fresh:
+            self._expect()
+            return
+        self._log.watcher.phase("probing how fast this machine is")
+        point = msgspec.structs.replace(cell.axes, task="speed", policy="full", budget=None, shape=str(PROBE), batch=1)
+        try:
+            self._load_s, seconds = again(lambda: _probe(client, point))
+        except D2OBenchError:  # the cells themselves say what is wrong
+            self._expect()
+            return
+        small = read_cell({"axes": msgspec.to_builtins(point)})
+        timing = msgspec.structs.replace(self._plan.suite.timing, rounds=1, warmup=0)
+        once = msgspec.structs.replace(self._plan.suite, timing=timing)
+        told = predict(small, once, self._plan.models[cell.axes.model], self._device[_kind(cell)]).seconds
+        if told:
+            self._scale = dict.fromkeys(self._scale, seconds / told)
+        self._expect()
+
+    def begin(self, together: Sequence[Cell]) -> Suite | None:
+        """The suite by which a group is measured, with fewer rounds or items where time is short; None where the group
+        was dropped, and its rows say so."""
+        live = [cell for cell in together if self._log.open(cell)]
+        suite = self._plan.suite if self._until is None or not live else self._cut(live)
+        if suite is not None:
+            self._running = self._clock(), sum(self._told(cell, suite) for cell in live)
+        return suite
+
+    def end(self, together: Sequence[Cell]) -> None:
+        """Notes what the group at hand took, for the estimates of those that come."""
+        began, told = self._running
+        if told > 0:
+            fixed = self._fixed(together[0], self._plan.suite) * len(together)
+            self._scale[together[0].timed] = max(0.0, self._clock() - began - fixed) / told or 1.0
+        self._expect()
+
+    def _cut(self, live: Sequence[Cell]) -> Suite | None:
+        suite = self._plan.suite
+        if live[0].id not in self._chosen:
+            self._choose(live[0])
+        unit, count = self._chosen[live[0].id]
+        if count == 0:
+            for cell in live:
+                self._log.end(cell, "skipped", reason=f"dropped: no time was left for it within {suite.within}")
+            return None
+        if count < unit.most:
+            what = "rounds" if unit.timed else "items"
+            for cell in live:
+                self._log.flag(cell, f"{count} of {unit.most} {what} within {suite.within}")
+        if not unit.timed:
+            quality = msgspec.structs.replace(suite.quality, limit=count)
+            return suite if count == unit.most else msgspec.structs.replace(suite, quality=quality)
+        assert self._until is not None
+        timing = cut_timing(suite, count)
+        most = min(timing.max_seconds, max(1.0, self._until - self._clock()))
+        return msgspec.structs.replace(suite, timing=msgspec.structs.replace(timing, max_seconds=most))
+
+    def _choose(self, first: Cell) -> None:
+        """Gives every unit from that of ``first`` on its rounds or items."""
+        place = next(i for i, one in enumerate(self._units) if first in one.cells)
+        left = list(self._units[place:])
+        assert self._until is not None
+        seconds = self._until - self._clock()
+        dropped: list[Unit] = []
+        while left and sum(self._cost(one, _least(one)) for one in left) > seconds:
+            worst = max(left, key=lambda one: self._cost(one, _least(one)))
+            if len(left) == 1 and not dropped and place == 0:
+                break  # something is measured in any case
+            left.remove(worst)
+            dropped.append(worst)
+        counts = {id(one): 0 for one in dropped} | {id(one): _least(one) for one in left}
+        grown = True
+        while grown:  # one round or item more for each in turn, as long as it fits
+            grown = False
+            for one in left:
+                more = counts[id(one)] + 1
+                spent = sum(self._cost(other, counts[id(other)]) for other in left if other is not one)
+                if more <= one.most and spent + self._cost(one, more) <= seconds:
+                    counts[id(one)], grown = more, True
+        chosen = self._units[place]
+        known = [found for cell in chosen.cells if (found := self._items_of(cell, chosen)) is not None]
+        for cell in chosen.cells:  # a run that goes on measures the items of the rows that stand: they are paired
+            self._chosen[cell.id] = chosen, known[0] if known else counts[id(chosen)]
+
+    def _items_of(self, cell: Cell, unit: Unit) -> int | None:
+        """The items of a quality cell that was measured in an earlier part of the run."""
+        record = self._log.records.get(cell.id)
+        if unit.timed or record is None or record.status != "ok":
+            return None
+        said = [
+            flag.partition(" of ")[0] for flag in record.flags if flag.endswith(f"within {self._plan.suite.within}")
+        ]
+        return int(said[0]) if said else unit.most
+
+    def _cost(self, unit: Unit, count: int) -> float:
+        """Seconds of a unit in so many rounds or items."""
+        if count == 0:
+            return 0.0
+        suite = self._plan.suite
+        if unit.timed:
+            suite = msgspec.structs.replace(suite, timing=cut_timing(suite, count))
+            return sum(self._seconds(cell, suite) for cell in unit.cells) + self._load_s * processes(suite)
+        suite = msgspec.structs.replace(suite, quality=msgspec.structs.replace(suite.quality, limit=count))
+        return sum(self._seconds(cell, suite) for cell in unit.cells)
+
+    def _seconds(self, cell: Cell, suite: Suite) -> float:
+        return self._told(cell, suite) * self._scale[cell.timed] + self._fixed(cell, suite)
+
+    def _fixed(self, cell: Cell, suite: Suite) -> float:
+        """Seconds that windows of steps take whatever the machine's speed: they are as long as they are."""
+        if not cell.timed:
+            return 0.0
+        timing: Any = suite.timing
+        windows = getattr(timing, "windows", 0) * getattr(timing, "window_s", 0.0)
+        return WINDOW_LEAD * windows * processes(suite)
+
+    def _told(self, cell: Cell, suite: Suite) -> float:
+        """The unscaled prediction; 0 where nothing can be told."""
+        model = self._plan.models.get(cell.axes.model)
+        if model is None or not self._log.open(cell):
+            return 0.0
+        return predict(cell, suite, model, self._device[_kind(cell)]).seconds or 0.0
+
+    def _expect(self) -> None:
+        """Tells the display how long each cell that has no row yet will take."""
+        left: dict[str, float] = {}
+        for cell in self._plan.cells:
+            if self._log.open(cell):
+                unit, count = self._chosen.get(cell.id, (None, 0))
+                suite = self._plan.suite
+                if unit is not None and count < unit.most and unit.timed:
+                    suite = msgspec.structs.replace(suite, timing=cut_timing(suite, max(1, count)))
+                left[cell.id] = self._seconds(cell, suite)
+        if self._until is not None and (total := sum(left.values())) > 0:  # what does not fit will be cut
+            shrink = min(1.0, max(0.0, self._until - self._clock()) / total)
+            left = {name: seconds * shrink for name, seconds in left.items()}
+        self._log.watcher.expect(left)
+
+
+def units_of(plan: Plan) -> list[Unit]:
+    """The units of a plan in the order of their first cells."""
+    units: dict[Any, list[Cell]] = {}
+    for together in group(plan.cells):
+        a = together[0].axes
+        key = together[0].id if together[0].timed else (a.task, a.model, a.dtype, a.device, a.shape, a.seed)
+        units.setdefault(key, []).extend(together)
+    return [Unit(tuple(cells), _most(plan, cells[0])) for cells in units.values()]
+
+
+def cut_timing(suite: Suite, rounds: int) -> Any:
+    """The table ``timing`` with at most so many rounds, and its windows and processes in proportion."""
+    timing: Any = suite.timing
+    if rounds >= timing.rounds:
+        return timing
+    changes: dict[str, Any] = {"rounds": rounds, "max_rounds": rounds}
+    if hasattr(timing, "processes"):
+        changes["processes"] = min(timing.processes, rounds)
+    if getattr(timing, "windows", 0):
+        changes["windows"] = max(8, math.ceil(timing.windows * rounds / timing.rounds))
+    return msgspec.structs.replace(timing, **changes)
+
+
+def processes(suite: Suite) -> int:
+    """Fresh worker processes that a group's rounds are divided among."""
+    return int(getattr(suite.timing, "processes", 1))
+
+
+def _most(plan: Plan, cell: Cell) -> int:
+    if cell.task is None:
+        return plan.suite.timing.rounds
+    model = plan.models.get(cell.axes.model)
+    work = cell.task.work(plan.suite.quality, cell.shape, model.context) if model is not None else None
+    return work.items if work is not None else max(1, plan.suite.quality.limit)
+
+
+def _least(unit: Unit) -> int:
+    return 1 if unit.timed else min(LEAST_ITEMS, unit.most)
+
+
+def _kind(cell: Cell) -> tuple[str, str]:
+    return cell.axes.device, cell.axes.dtype
+
+
+def _probe(client: Client, point: Axes) -> tuple[float, float]:
+    """Seconds of loading a model and of one small request on it, once it is warm."""
+    request = {"axes": msgspec.to_builtins(point), "round": 0, "batch": point.batch, "sampled": None}
+    since = time.monotonic()
+    client.call("load", request)
+    load_s = time.monotonic() - since
+    client.call("measure", request)
+    since = time.monotonic()
+    client.call("measure", request)
+    return load_s, time.monotonic() - since
