@@ -36,6 +36,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     The fixtures of a file are made once, because all its tests run in the same process. ``-n`` overrides this, and
     without pytest-xdist everything runs here.
     """
+    if hasattr(config, "workerinput"):  # this is one of those processes
+        return
     named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not named and cores > 1:

@@ -6,7 +6,12 @@ batch), ``die`` (a file: the worker is killed once, in round 1, and leaves it), 
 ``cold`` (warm-ups until one is stable), ``power`` (watts of a GPU), ``idle_w`` (when idle), ``log`` (a file that gets
 a line for every request), ``bias`` (a sampled request's time ÷ that of a full one), ``spans``
 (a file that gets the node, the begin and the end of each), ``visible`` (a file that gets the worker's pid and the GPUs
-it sees), ``memory`` (bytes of the device), ``unlike`` (a file: whoever makes it has another GPU than the rest).
+it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that makes it has another GPU than the rest).
+
+Three settings hold a request up until something has happened, so that no test depends on how fast it is: ``until``
+(a count and a file: the requests after so many lines of ``log`` wait until the file is there), ``meet`` (with
+``visible``: a request waits until so many workers have had one), and ``unlike`` (a request waits until a second node
+has told its environment).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from d2obench.errors import OutOfMemory
@@ -55,6 +61,8 @@ class Fake(Worker):
         facts = {"cpu": "fake", "device": args["device"], **FAKE.get("facts", {})}
         if "unlike" in FAKE:
             facts["gpu"] = _alike(FAKE["unlike"])
+            with open(FAKE["unlike"] + ".nodes", "a") as file:
+                file.write(_node() + "\n")
         return facts
 
     def refuse_busy(self, args: Any, report: Any) -> Any:
@@ -111,6 +119,13 @@ class Fake(Worker):
         if "visible" in FAKE:
             with open(FAKE["visible"], "a") as file:
                 file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        if "until" in FAKE:
+            count, path = FAKE["until"]
+            _wait(lambda: _count(FAKE["log"]) <= count or os.path.exists(path))
+        if "meet" in FAKE:
+            _wait(lambda: _count(FAKE["visible"], different=True) >= FAKE["meet"])
+        if "unlike" in FAKE:
+            _wait(lambda: _count(FAKE["unlike"] + ".nodes", different=True) >= 2)
         began = time.time()
         time.sleep(FAKE.get("delay", 0.0))
         if "spans" in FAKE:
@@ -126,6 +141,18 @@ class Fake(Worker):
             os.kill(os.getpid(), signal.SIGSEGV)
         if policy in FAKE.get("hang", ()):
             time.sleep(3600)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def _count(path: str, different: bool = False) -> int:
+    """The lines of a file."""
+    with open(path) as file:
+        lines = file.readlines()
+    return len(set(lines) if different else lines)
 
 
 def _node() -> str:

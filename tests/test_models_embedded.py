@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from waiting import LIMIT_S
 
 from d2obench.errors import ModelError
 from d2obench.models import check, config_of, embedded, load, pull
@@ -242,7 +243,7 @@ def test_two_at_once(quick_make: list[Path], tmp_path: Path, monkeypatch: pytest
 
     def make(work: Path, progress: object) -> Path:
         folder = write(work, progress)
-        both.wait(20)
+        both.wait(LIMIT_S)
         return folder
 
     monkeypatch.setattr(embedded, "_make", make)
@@ -251,7 +252,7 @@ def test_two_at_once(quick_make: list[Path], tmp_path: Path, monkeypatch: pytest
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT_S)
     assert len(found) == 4
     assert len(set(found)) == 1
     assert len(quick_make) == 4

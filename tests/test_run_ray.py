@@ -162,7 +162,7 @@ def test_a_gpu_is_reserved_whole_and_each_place_sees_its_own(tmp_path: Path, nod
     work = checked(cells, Timing(rounds=1, max_rounds=1), device="cuda")
     lent = nodes.add(num_cpus=2, num_gpus=2, resources={"accelerator_type:X": 1})
     try:
-        with engine(work, nodes.address, fake={"visible": str(tmp_path / "gpus"), "delay": 0.3}) as place:
+        with engine(work, nodes.address, fake={"visible": str(tmp_path / "gpus"), "meet": 2}) as place:
             connected, _ = connect(nodes.address)
             assert len(spots(connected, "cuda", resource="accelerator_type:X")) == 2
             assert len(spots(connected, "cuda", gpus=2)) == 1
@@ -177,7 +177,7 @@ def test_a_gpu_is_reserved_whole_and_each_place_sees_its_own(tmp_path: Path, nod
 
 def test_a_killed_driver_goes_on_where_it_stopped(tmp_path: Path, nodes: Nodes, undisturbed: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    words = [sys.executable, "-c", ALONE, str(Path(FAKE).parent), nodes.address, str(folder)]
+    words = [sys.executable, "-c", ALONE, str(Path(FAKE).parent), nodes.address, str(folder), str(tmp_path / "before")]
     driver = subprocess.Popen(words)
     wait_for((folder / "cells.jsonl").exists, alive=lambda: driver.poll() is None)
     driver.kill()
@@ -197,7 +197,7 @@ from pathlib import Path
 from ray_cluster import run_on
 from runs import checked
 from test_run_ray import SWEEP
-run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), delay=0.15)
+run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), log=sys.argv[4], until=[20, "never"])
 """
 
 
@@ -216,8 +216,7 @@ def test_nothing_of_a_sweep_stays_in_the_driver(tmp_path: Path, nodes: Nodes) ->
 def test_unlike_hardware_is_left_out_and_named(tmp_path: Path, nodes: Nodes) -> None:
     watcher = Silent()
     work = checked([cell("full", shape=f"{n}+8") for n in (8, 9, 10, 11)])
-    fake = {"unlike": str(tmp_path / "first"), "delay": 0.5}
-    found = run_on(nodes.address, tmp_path / "run", work, watcher=watcher, **fake)
+    found = run_on(nodes.address, tmp_path / "run", work, watcher=watcher, unlike=str(tmp_path / "first"))
     assert [one.status for one in found.cells] == ["ok"] * 4
     assert len({one.environment for one in found.cells}) == 1
     assert any("only like hardware is compared, and it differs in gpu" in note for note in watcher.notes), watcher.notes

@@ -113,7 +113,7 @@ def test_a_finished_run_measures_nothing_again(tmp_path: Path) -> None:
 
 def test_rounds_on_the_disk_are_not_measured_again(tmp_path: Path) -> None:
     work = checked([cell("full"), cell("d2o")], Timing(rounds=4, max_rounds=4))
-    process = fork.Process(target=_delayed, args=(tmp_path / "run", work))
+    process = fork.Process(target=_held_up, args=(tmp_path / "run", work, tmp_path / "before"))
     process.start()
     samples = tmp_path / "run" / "samples"
     wait_for(lambda: len(list(samples.glob("*.json"))) == 2, alive=process.is_alive)
@@ -187,9 +187,9 @@ def test_another_machine_can_not_go_on(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_run_that_can_be_read_and_no_worker(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from runs import run\n"
-        "run(Path(sys.argv[2]), delay=0.5)"
+        "run(Path(sys.argv[2]), log=sys.argv[3], until=[8, 'never'])"
     )
-    words = [sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "run")]
+    words = [sys.executable, "-c", code, str(Path(FAKE).parent), str(tmp_path / "run"), str(tmp_path / "log")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE)
     wait_for(lambda: list(tmp_path.glob("run/samples/*.json")), alive=lambda: process.poll() is None)
     workers = children(process.pid)
@@ -242,8 +242,9 @@ def test_a_full_disk_ends_the_run_with_one_clear_error(tmp_path: Path, monkeypat
     assert not run(tmp_path / "run").missing
 
 
-def _delayed(folder: Path, work: Any) -> None:
-    run(folder, work, delay=0.25)
+def _held_up(folder: Path, work: Any, log: Path) -> None:
+    """A run that never gets beyond its 10th request."""
+    run(folder, work, log=str(log), until=[10, "never"])
 
 
 def _hold(folder: Path, ready: Any) -> None:
