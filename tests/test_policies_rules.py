@@ -13,12 +13,13 @@ from tiny_families import prompts, tiny_model
 
 from d2obench.cache import Session
 from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
+from d2obench.errors import PolicyError
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_choice
 from d2obench.policies.base import Entries
-from d2obench.policies.drawing import uniform
-from d2obench.policies.pyramidkv import PyramidKV
+from d2obench.policies.random import uniform
 from d2obench.policies.roco import RoCo
+from d2obench.policies.snapkv import PyramidKV
 from d2obench.suite.grammar import Budget
 
 LENGTH, STEPS, SEED = 70, 40, 5
@@ -32,7 +33,7 @@ class Log:
     outs: list[Any] = field(default_factory=list)
 
 
-def recorded(policy: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, dict[int, Log]]:
+def recorded(policy: Any, budget: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, dict[int, Log]]:
     logs: dict[int, Log] = {}
     fresh: dict[int, tuple[Any, Any]] = {}
     receive, attend = PolicyCache.receive, PolicyLayer.attend
@@ -127,6 +128,58 @@ def test_released_is_its_reference(ratio: str, monkeypatch: pytest.MonkeyPatch) 
     merged = [layer.merged for layer in layers]
     assert sum(merged) > 20
     assert session.footprint().merged_layers == merged
+
+
+def test_released_with_carried_thresholds_is_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the authors' module in one process: the second prompt's thresholds follow the first one's."""
+    found = {}
+    for carry in ("true", "false"):
+        policy = f"d2o(preset=released,carry_threshold={carry})"
+        layers: list[Any] = []
+        built = parse_choice(policy).policy
+        for _ in range(2):
+            session, logs = recorded(built, "0.3", monkeypatch)
+            sums = [released.column_sums(*(log.given[0][i] for i in (0, 1, 3))) for log in logs.values()]
+            exempt = (0, 1, len(logs) - 1)
+            before = layers if carry == "true" else []
+            layers = [
+                released.Layer(None if index in exempt else share, before[index].tau if before else None)
+                for index, share in enumerate(released.shares(sums, 0.3))
+            ]
+            compare(session, logs, layers, lambda layer: layer.at)
+            assert session.footprint().merged_layers == [layer.merged for layer in layers]
+        found[carry] = session.footprint().merged
+    assert found["true"] != found["false"]
+    session = Session(tiny_model("llama-deep"), policy.replace("false", "true"), "0.3", max_new=2)
+    session.prefill(prompts(30, 30))
+    session.compress()
+    with pytest.raises(PolicyError, match="one prompt at a time"):
+        session.step(torch.tensor([3, 4]))
+
+
+def test_pyramidkv_may_give_short_prompts_equal_layers() -> None:
+    stats: list[Any] = [{}] * 7
+    for length, equal in ((99, True), (120, False)):  # b = 50 without its window of 10
+        rows = PyramidKV(window=10, short="equal").layer_budgets(stats, torch.tensor([length]), Budget(tokens=60))[:, 0]
+        assert (set(rows.tolist()) == {60}) is equal
+        assert int(rows.sum()) == 7 * 60
+
+
+def test_roco_may_keep_a_prompts_sinks() -> None:
+    """Whatever the first tokens' attention; the others are chosen as before, by one place less for each."""
+    length, budget = 60, 20
+    seen = torch.arange(length, 0, -1)
+    mean = torch.rand(1, 1, length, generator=torch.Generator().manual_seed(1))
+    mean[..., :4] = 0.0
+    stats = {"sum": mean * seen, "square": mean**2 * seen}
+    position, none = torch.arange(length).expand(1, 1, -1), torch.zeros(1, 1, length, 2)
+    entries = Entries(0, 1, none, none, position, torch.tensor([length]), stats)
+    kept = [
+        set(RoCo(sinks=sinks).rank(entries, torch.tensor([budget]))[0, 0].topk(budget).indices.tolist())
+        for sinks in (0, 4)
+    ]
+    assert not kept[0] & {0, 1, 2, 3} and {0, 1, 2, 3} <= kept[1]
+    assert len(kept[0] - kept[1]) == 4
 
 
 # --- equivalences ---------------------------------------------------------------------------------------------------

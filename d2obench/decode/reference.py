@@ -25,7 +25,7 @@ from d2obench.policies.base import (
     SpreadSpec,
     Stats,
 )
-from d2obench.policies.drawing import drawn
+from d2obench.policies.random import drawn
 from d2obench.policies.roco import moments, places
 from d2obench.ranges import span
 from d2obench.slots.dense import EMPTY, NEVER, PROTECTED

@@ -21,7 +21,7 @@ from d2obench.decode import backend, reference
 from d2obench.decode.merge import PendingMerge
 from d2obench.errors import ModelError
 from d2obench.policies.base import Custom, DecodeRule, LowestScore, MergeSpec, RowSizes, SpreadSpec, Stats
-from d2obench.policies.drawing import stream
+from d2obench.policies.random import stream
 from d2obench.slots.dense import CLOSED, EMPTY, NEVER, DenseStore
 
 if TYPE_CHECKING:

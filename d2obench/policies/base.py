@@ -149,7 +149,7 @@ class MeanOfLowDeviation:
 
 @dataclass(frozen=True)
 class LowestDraw:
-    """Evicts the lowest of the numbers that entries drew, once each (``d2obench.policies.drawing``)."""
+    """Evicts the lowest of the numbers that entries drew, once each (``d2obench.policies.random``)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,6 +45,8 @@ class D2O(H2O):
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
         inherit: whether a merge target also takes the score of what it absorbs.
         interval: evict and merge this many tokens at once, every so many steps.
+        carry_threshold: of ``released`` alone: thresholds go on from prompt to prompt, see
+            :mod:`d2obench.policies.released`.
     """
 
     preset: Literal["paper", "released", "tuned"] = "paper"
@@ -59,6 +61,7 @@ class D2O(H2O):
     hosts: Literal["all", "important"] = "all"
     inherit: bool = False
     interval: int = 1
+    carry_threshold: bool = False
     presets: ClassVar = {"tuned": {"allocate": "uniform", "merge": "none", "recent": 0.5}}
     name: ClassVar[str] = "d2o"
     about: ClassVar[str] = "layer budgets, accumulated attention, and merging of what is evicted"
@@ -81,14 +84,19 @@ class D2O(H2O):
     def resolved(self) -> Policy:
         if self.preset != "released":
             return self
-        if replace(self, preset="paper", bits=None) != D2O():
-            raise PolicyError("d2o(preset=released) has no other parameters", why="the authors' code fixes them all")
-        return Released(bits=self.bits)
+        if replace(self, preset="paper", bits=None, carry_threshold=False) != D2O():
+            raise PolicyError(
+                "d2o(preset=released) has no other parameters than carry_threshold",
+                why="the authors' code fixes them all",
+            )
+        return Released(carry_threshold=self.carry_threshold, bits=self.bits)
 
     def check(self) -> None:
         super().check()
         if not 0 <= self.beta <= 1:
             raise PolicyError(f"d2o: beta is {self.beta}", remedy="use a weight in [0, 1]")
+        if self.carry_threshold and self.preset != "released":
+            raise PolicyError("d2o: carry_threshold is for preset=released", why="the paper resets it with each prompt")
         if self.interval < 1:
             raise PolicyError(f"d2o: interval is {self.interval}", remedy="use 1 or more steps")
         if self.alpha < 1:

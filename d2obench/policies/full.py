@@ -1,9 +1,9 @@
-"""The full cache: nothing is evicted. The yardstick of every comparison, on the same engine and kernels."""
+"""The full cache, the reference of every comparison on the same path, and the same in fewer bits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from d2obench.policies.base import Policy
 
@@ -19,3 +19,18 @@ class Full(Policy):
     @property
     def grows(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Quant(Full):
+    """Keys quantised per channel in groups of tokens, values per token, as KIVI does; see
+    ``d2obench.slots.quantised``. Behind another policy, ``d2o+quant(bits=4)``, it stores what that one keeps.
+
+    Args:
+        bits: of a stored number; 16 leaves the model's dtype alone.
+    """
+
+    bits: Literal[4, 8, 16] = 4
+    name: ClassVar[str] = "quant"
+    about: ClassVar[str] = "everything in 8 or 4 bits; goes behind other policies, too"
+    paper: ClassVar[str] = "KIVI, arXiv 2402.02750"

@@ -1,4 +1,8 @@
-"""Random eviction: the floor that every rule has to beat."""
+"""Random eviction, the floor that every rule has to beat; and reproducible chance, which CaM uses, too.
+
+A number in [0, 1) comes from what it is drawn for, not from a generator's state. So a batch draws what its sequences
+would draw alone, and a run repeats itself for its seed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ import torch
 from torch import Tensor
 
 from d2obench.policies.base import DecodeRule, Entries, LowestDraw, Policy, RowSizes
-from d2obench.policies.drawing import uniform
+
+MASK, FACTOR = 0xFFFFFFFF, 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -31,3 +36,30 @@ class Random(Policy):
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
         return LowestDraw()
+
+
+def uniform(seed: int, layer: Tensor | int, head: Tensor | int, position: Tensor) -> Tensor:
+    """float32 in [0, 1), one per element of the broadcast arguments: 24 bits of a 32-bit avalanche hash of
+    (seed, layer, KV head, true position)."""
+    return drawn(stream(seed, layer, head, position.device), position)
+
+
+def stream(seed: int, layer: Tensor | int, head: Tensor | int, device: torch.device) -> Tensor:
+    """The hash of (seed, layer, KV head), int64: what all draws of a head begin with."""
+    found = _mix(torch.full((), seed + 0x9E3779B9, device=device))  # no copy from the host, for a CUDA graph
+    for part in (layer, head):
+        found = _mix(found ^ ((part + 1) * FACTOR & MASK))
+    return found
+
+
+def drawn(stream: Tensor, position: Tensor) -> Tensor:
+    """The numbers that positions draw from a :func:`stream`."""
+    return (_mix(stream ^ ((position.long() + 1) * FACTOR & MASK)) >> 8).float() / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit finaliser "lowbias32" (C. Wellons), on int64."""
+    x = x & MASK
+    x = (x ^ (x >> 16)) * 0x7FEB352D & MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & MASK
+    return x ^ (x >> 16)

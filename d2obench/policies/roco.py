@@ -26,9 +26,12 @@ class RoCo(Policy):
 
     Args:
         recent: share of the budget that is safe by its deviation ("recent ratio" in the authors' code).
+        sinks: tokens at the start that the prompt keeps whatever their attention, as the authors' mode for encoding a
+            prompt does; decoding doesn't protect them.
     """
 
     recent: float = 0.3
+    sinks: int = 0
     name: ClassVar[str] = "roco"
     about: ClassVar[str] = "lowest mean attention among those of low deviation"
     paper: ClassVar[str] = "RoCo, arXiv 2402.06262"
@@ -41,6 +44,8 @@ class RoCo(Policy):
     def check(self) -> None:
         if not 0 <= self.recent < 1:
             raise PolicyError(f"roco: recent is {self.recent}", remedy="use a share of the budget in [0, 1)")
+        if self.sinks < 0:
+            raise PolicyError(f"roco: sinks is {self.sinks}", remedy="use 0 or more")
 
     def safe(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens are safe at budgets of any shape, and how many of them because they are the newest."""
@@ -54,6 +59,7 @@ class RoCo(Policy):
         mean, deviation = moments(entries.stats["sum"], entries.stats["square"], seen)
         deviation.masked_fill_(position >= length - newest, torch.inf).masked_fill_(position < 0, -1.0)
         mean.masked_fill_(places(deviation, descending=True) < safe, torch.inf)
+        mean.masked_fill_((position >= 0) & (position < self.sinks), torch.inf)
         return mean.masked_fill_(position < 0, -torch.inf)
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:

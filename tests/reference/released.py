@@ -28,10 +28,10 @@ def column_sums(queries: Array, keys: Array, scale: float) -> list[Array]:
 
 
 class Layer:
-    """One layer; ``share`` None for one that is never compressed."""
+    """One layer; ``share`` None for one that is never compressed, ``tau`` the threshold of the prompt before."""
 
-    def __init__(self, share: float | None) -> None:
-        self.share, self.tau, self.merged = share, 0.0, 0
+    def __init__(self, share: float | None, tau: float | None = None) -> None:
+        self.share, self.tau, self.merged = share, tau, 0
 
     def prompt(self, queries: Array, keys: Array, values: Array, scale: float) -> None:
         self.group = len(queries) // len(keys)
@@ -77,7 +77,7 @@ class Layer:
             similarity.append([max(row) for row in cosines])
             host.append([kept[h][int(np.argmax(row))] for row in cosines])
         mean = float(np.mean(similarity))
-        self.tau = mean if self.first else 0.5 * self.tau + 0.5 * mean
+        self.tau = mean if self.tau is None else 0.5 * self.tau + 0.5 * mean
         aligned = np.mean(similarity, 0)
         for h in heads:
             for j in kept[h]:

@@ -28,7 +28,7 @@ from d2obench.cpu.language import (
     smallest,
 )
 from d2obench.decode.cpu.merge import commit, stage
-from d2obench.policies.drawing import FACTOR, MASK
+from d2obench.policies.random import FACTOR, MASK
 from d2obench.slots.dense import NEVER, PROTECTED
 
 LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(5)
@@ -141,7 +141,7 @@ def _mixed(x: int) -> int:
 
 @njit(**LOOP)
 def _drawn(stream: int, position: int) -> Any:
-    """As ``d2obench.policies.drawing.drawn``."""
+    """As ``d2obench.policies.random.drawn``."""
     return np.float32(_mixed(stream ^ (((position + 1) * FACTOR) & MASK)) >> 8) / np.float32(2**24)
 
 
