@@ -190,6 +190,9 @@ _TABLE = (
            "bytes a decode step must move ÷ its median time ÷ the copy bandwidth measured in this run", 0.10, True),
     Metric("speedup_bound", "bound on speed-up", "× full", 1, 2, "none", "info", "machine",
            "decode speed-up if memory traffic were all: step bytes of full ÷ policy"),
+    Metric("speedup_largest", "largest possible speed-up", "× full", 1, 2, "none", "info", "machine",
+           "full's step in its calmer windows ÷ the time that the policy's step bytes take at the measured bandwidth; "
+           "a speed-up above the upper end is impossible"),
     Metric("ceiling_tok_s", "decode ceiling", "tok/s", 1, 1, "none", "info", "machine",
            "decode tok/s if a step only had to move its bytes at the copy bandwidth measured in this run",
            base="tok/s"),

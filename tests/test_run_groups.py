@@ -118,6 +118,7 @@ def test_ratios_pair_rounds(tmp_path: Path) -> None:
     assert value.n == 5
     assert found.cells[1].values["prefill_cost"].value == 1.0
     assert found.cells[1].values["speedup_bound"].value == 1.0  # the scripted worker holds the same for all
+    assert (found.cells[1].values["speedup_largest"].value or 0) > 0
     assert "speedup" not in found.cells[0].values
 
 

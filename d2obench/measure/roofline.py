@@ -1,4 +1,4 @@
-"""What memory traffic alone would allow: measured copy bandwidth, bytes of a decode step, MBU.
+"""What memory traffic alone would allow: measured copy bandwidth, bytes of a decode step, MBU, the largest speed-up.
 
 A decode step of a batch must read every weight once and every sequence's cache once. At the batch sizes of decoding its
 arithmetic takes less time than these reads, so a step takes at least ``step bytes / bandwidth``.
@@ -7,10 +7,14 @@ arithmetic takes less time than these reads, so a step takes at least ``step byt
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
+from math import exp, hypot, log
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from d2obench.measure.clock import clock_for
 from d2obench.models.devices import local
+from d2obench.record import Value
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +90,38 @@ def step_bytes(weights: int, kv_at_end: int, kept: float, held: float) -> float:
 def mbu(bytes_a_step: float, step_s: float, bandwidth: float) -> float:
     """Memory-bandwidth utilisation: 1 where a step takes no longer than reading its bytes at ``bandwidth``."""
     return bytes_a_step / step_s / bandwidth
+
+
+def largest_speedup(
+    full_steps: Iterable[Sequence[float]], full_bytes: float, policy_bytes: float, bandwidth: float, typical: float
+) -> Value | None:
+    """The largest decode speed-up over the full cache that the policy's bytes and the measured bandwidth allow.
+
+    A step of the policy takes at least ``policy_bytes / bandwidth``. Full's step is what was measured in the calmer
+    half of its windows, because a disturbance of full would look like a gain of the policy. A speed-up above the upper
+    end is impossible: something else was measured.
+
+    Args:
+        full_steps: seconds of full's decode steps, one sequence for each window or round; empty ones are ignored.
+        full_bytes, policy_bytes: bytes that a step of either must read, see :func:`step_bytes`.
+        bandwidth: the best copy bandwidth, in bytes per second.
+        typical: the median copy bandwidth.
+
+    Returns:
+        The speed-up with its uncertainty, over the number of full's windows; None without a step of full.
+    """
+    # 1. One time for each window, the fastest first, and full's calm step: the median of the faster half.
+    times = sorted(median(steps) for steps in full_steps if len(steps))
+    if not times:
+        return None
+    calm = median(times[: (len(times) + 1) // 2])
+    # 2. Reads can be faster than copies. Where full itself has read faster, that is the bandwidth to go by.
+    peak = max(bandwidth, full_bytes / times[0])
+    largest = calm * peak / policy_bytes
+    # 3. Two parts are uncertain, as factors: the calm step against the fastest one, and the peak bandwidth, which may
+    #    lie as far above the best copy as that lies above the median one. They are independent, so their squares add.
+    spread = exp(hypot(log(calm / times[0]), log(max(1.0, bandwidth / typical))))
+    return Value(largest, largest / spread, largest * spread, len(times), kind="range")
 
 
 def _size(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from d2obench.errors import D2OBenchError
+from d2obench.measure.roofline import largest_speedup
 from d2obench.measure.summarise import Machine, Summary, summarise
 from d2obench.measure.trace import RequestTrace
 from d2obench.record import Value
@@ -27,11 +28,15 @@ class DeviceRates:
 
     def __init__(self, client: Client, watcher: Display) -> None:
         self._client, self._watcher = client, watcher
-        self._known: dict[tuple[str, str], float | None] = {}
+        self._known: dict[tuple[str, str], Mapping[str, float | None]] = {}
 
     def bandwidth(self, device: str) -> float | None:
         """Bytes per second that a copy on ``device`` reads and writes; None where it could not be measured."""
         return self._measured(device, "bandwidth", "bytes_per_s", "copy bandwidth")
+
+    def typical_bandwidth(self, device: str) -> float | None:
+        """The median of the copies whose best is :meth:`bandwidth`."""
+        return self._measured(device, "bandwidth", "median", "copy bandwidth")
 
     def idle_w(self, device: str) -> float | None:
         """Watts that ``device`` takes while nothing runs on it; None on a CPU."""
@@ -45,12 +50,12 @@ class DeviceRates:
         """One figure, by the worker's operation ``op``; a failure is noted once and leaves the figure out."""
         if (op, device) not in self._known:
             try:
-                found = again(lambda: self._client.call(op, {"device": device}))[key]
+                self._known[op, device] = again(lambda: self._client.call(op, {"device": device}))
             except D2OBenchError as problem:
-                found = None
+                self._known[op, device] = {}
                 self._watcher.note(f"the {words} of {device} could not be measured: {problem}")
-            self._known[op, device] = None if found is None else float(found)
-        return self._known[op, device]
+        found = self._known[op, device].get(key)
+        return None if found is None else float(found)
 
 
 class SpeedRows:
@@ -118,6 +123,10 @@ class SpeedRows:
         step, step_full = (one.values["step_bytes"].value for one in (summary, self._summary(full)))
         if step and step_full:
             found["speedup_bound"] = Value(step_full / step)
+            best, typical = (of(cell.axes.device) for of in (self._rates.bandwidth, self._rates.typical_bandwidth))
+            steps = [one["step_s"] for one in theirs.data.get("windows") or theirs.rounds]
+            if best and typical and (largest := largest_speedup(steps, step_full, step, best, typical)):
+                found["speedup_largest"] = largest
         return found
 
     def _will_be_ok(self, cell: Cell) -> bool:
