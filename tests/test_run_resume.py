@@ -142,10 +142,8 @@ def test_a_failed_cell_is_tried_again_apart_from_the_others(tmp_path: Path) -> N
 def test_a_changed_cell_is_measured_anew(tmp_path: Path) -> None:
     import dataclasses
 
-    import msgspec
-
     run(tmp_path / "run", checked([cell("full")]))
-    changed = msgspec.structs.replace(cell("full"), hash="another")
+    changed = dataclasses.replace(cell("full"), hash="another")
     run(tmp_path / "run", dataclasses.replace(checked(), cells=(changed,)), log=str(tmp_path / "log"))
     assert (tmp_path / "log").exists()
 

@@ -136,6 +136,11 @@ def test_what_can_not_fit_is_dropped_and_its_row_says_so(tmp_path: Path, monkeyp
         assert "no time was left for it within 30s" in record.reason
 
 
+def test_something_is_measured_however_short_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _, _ = measured(tmp_path, "30s", 1e4, monkeypatch)
+    assert {one.axes.task for one in CELLS if given[one.id] is not None}
+
+
 def test_the_time_left_is_told_from_the_start_and_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is measured the display knows the whole time, within a tenth, on a machine as steady as this."""
     told: list[float] = []

@@ -68,6 +68,7 @@ class Schedule:
         self._device = {kind: Device(1.0, 1.0) for kind in map(_kind, plan.cells)}
         within = plan.suite.within_s
         self._until = None if within is None else plan.began + within - REPORT_S
+        self._measured = any(record.status == "ok" for record in log.records.values())
         self._running: tuple[float, float] = (0.0, 0.0)
         """Of the group at hand: when it began, and what it was predicted to take, unscaled."""
         self._chosen: dict[str, tuple[Unit, int]] = {}
@@ -109,6 +110,7 @@ class Schedule:
     def end(self, together: Sequence[Cell]) -> None:
         """Notes what the group at hand took, for the estimates of those that come."""
         began, told = self._running
+        self._measured = True
         if told > 0:
             fixed = self._fixed(together[0], self._plan.suite) * len(together)
             self._scale[together[0].timed] = max(0.0, self._clock() - began - fixed) / told or 1.0
@@ -142,12 +144,12 @@ class Schedule:
         assert self._until is not None
         seconds = self._until - self._clock()
         dropped: list[Unit] = []
-        while left and sum(self._cost(one, _least(one)) for one in left) > seconds:
-            worst = max(left, key=lambda one: self._cost(one, _least(one)))
-            if len(left) == 1 and not dropped and place == 0:
-                break  # something is measured in any case
-            left.remove(worst)
-            dropped.append(worst)
+        while len(left) > 1 and sum(self._cost(one, _least(one)) for one in left) > seconds:
+            dropped.append(max(left, key=lambda one: self._cost(one, _least(one))))
+            left.remove(dropped[-1])
+        if self._measured and self._cost(left[0], _least(left[0])) > seconds:
+            dropped += left  # but something is measured, however short the time
+            left.clear()
         counts = {id(one): 0 for one in dropped} | {id(one): _least(one) for one in left}
         grown = True
         while grown:  # one round or item more for each in turn, as long as it fits
