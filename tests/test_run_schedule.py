@@ -67,14 +67,8 @@ def measured(folder: Path, within: str, slow: float, monkeypatch: pytest.MonkeyP
     """What each group was given, on a machine that is ``slow`` times slower than its rates say."""
     found = plan(within)
     machine, log = Machine(found, slow), RunLog(folder, Silent())
-    monkeypatch.setattr("d2obench.run.schedule.rates_here", lambda device, dtype: DEVICE)
-
-    def probed(client: Any, point: Any) -> tuple[float, float]:
-        once = msgspec.structs.replace(found.suite, timing=Timing(rounds=1, warmup=0))
-        told = predict(read_cell({"axes": msgspec.to_builtins(point)}), once, MODEL, DEVICE).seconds
-        return 0.0, slow * (told or 0.0)
-
-    monkeypatch.setattr("d2obench.run.schedule._probe", probed)
+    slower = Device(DEVICE.bandwidth / slow, DEVICE.flops / slow)
+    monkeypatch.setattr("d2obench.run.schedule._probe", lambda client, one, model: (0.0, slower))
     schedule = Schedule(found, log, clock=lambda: machine.now)
     schedule.probe(machine)  # type: ignore[arg-type]
     given: dict[str, Any] = {}

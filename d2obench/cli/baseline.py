@@ -12,19 +12,27 @@ from d2obench.errors import UsageError
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
+Reason = Annotated[
+    str, typer.Option(help='Why the figures change; it is kept in the file: --reason "fewer operators in decode".')
+]
+Suite = Annotated[str, typer.Option(help="The suite to run: --suite ci. Give this or --run.", show_default=False)]
+Run = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A finished run to take instead of running the suite.")
+]
+Folder = Annotated[Path, typer.Option(help="Where baselines are kept, as SUITE/DEVICE.json.")]
+
+
 @app.callback()
 def root() -> None:
-    """Committed baselines, which d2obench gate judges runs by."""
+    """Committed baselines, by which d2obench gate judges runs."""
 
 
 @app.command()
-def update(
-    reason: Annotated[str, typer.Option(help="Why the figures change; it is kept in the file.")],
-    suite: Annotated[str, typer.Option(help="The suite to run.")] = "",
-    run: Annotated[Path | None, typer.Option(help="Take a finished run instead of running the suite.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where baselines live.")] = Path("reports/baselines"),
-) -> None:
-    """Rewrite a baseline on purpose: reports/baselines/SUITE/DEVICE.json. The diff is the review."""
+def update(reason: Reason, suite: Suite = "", run: Run = None, folder: Folder = Path("reports/baselines")) -> None:
+    """Rewrite a baseline on purpose; the diff of the file is the review.
+
+    Example: d2obench baseline update --suite ci --reason "one operator less in a decode step"
+    """
     from d2obench.gate.baseline import baseline_of, path_of, write_baseline
     from d2obench.gate.facts import facts_of_run
     from d2obench.record import read_run
@@ -42,17 +50,14 @@ def update(
 
 def _measured(suite: str) -> Path:
     """The folder of a new run of the suite."""
-    from d2obench.cli.run import execute
-    from d2obench.report.display import display
+    from d2obench.cli.run import measure
     from d2obench.run.check import check
     from d2obench.run.engines import open_engine
-    from d2obench.run.run_folder import new_folder
     from d2obench.suite.definition import load_suite
 
     chosen = load_suite(suite)
     with open_engine("local", chosen) as place:
-        plan = check(place.suite, place.client)
-        folder = new_folder(chosen.name)
-        if execute(plan, folder, place, None, display()):
-            raise typer.Abort
+        folder, stopped = measure(check(place.suite, place.client), place, None, plain=False)
+    if stopped:
+        raise typer.Abort
     return folder

@@ -12,29 +12,55 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from d2obench.measure.noise import Noise
+    from d2obench.study.trials import Study
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "bad": "[red]✗[/]"}
 
 
-def command(
-    seconds: Annotated[float, typer.Option(min=0.0, help="length of the A/A run; 0 leaves it out")] = 60.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
-    study: Annotated[bool, typer.Option("--study", help="try the gate's timed rule here, some 20 minutes")] = False,
-    gates: Annotated[int, typer.Option(min=1, help="live gates of the study for each of +0, +10 and +20 %")] = 20,
-    load: Annotated[bool, typer.Option("--load", help="keep one core busy during the study")] = False,
-    output: Annotated[Path | None, typer.Option(help="folder for what the study found")] = None,
-) -> None:
-    """Tell what is here, what is missing and what to type; measure the noise."""
-    from rich.console import Console
+Seconds = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Seconds for which one loop is measured against itself, to find the noise; 0 leaves it out.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="The device to look at: auto, cpu, cuda or cuda:1. auto is the first GPU.")]
+StudyGate = Annotated[
+    bool,
+    typer.Option("--study", help="Try the gate's rule for timed figures on this machine; this takes some 20 minutes."),
+]
+Gates = Annotated[
+    int, typer.Option(min=1, help="With --study: gates tried for a head that is 0, 10 and 20 % slower, each.")
+]
+Load = Annotated[bool, typer.Option("--load", help="With --study: keep one core busy with other work meanwhile.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="With --study: a folder for what was found, kept up to date. Default: none is written."
+    ),
+]
 
-    from d2obench.models import pick_device
+
+def command(
+    seconds: Seconds = 60.0,
+    device: Device = "auto",
+    study: StudyGate = False,
+    gates: Gates = 20,
+    load: Load = False,
+    output: Output = None,
+) -> None:
+    """Tell whether this machine is fit to measure: what is here, what is missing and what to type, and the noise.
+
+    Example: d2obench doctor --seconds 20
+    """
+    from rich.console import Console
 
     console = Console()
     if study:
-        from d2obench.cli.study import show_study
-
-        show_study(console, gates, output, load=load)
+        _show_study(console, gates, output, load=load)
         return
+    from d2obench.models import pick_device
+
     place = pick_device(device)
     _show_findings(console, place)
     if seconds > 0:
@@ -85,3 +111,21 @@ def _show_noise(console: Console, noise: Noise) -> None:
         limits = [f"{(1 + limit) * (1 + change) - 1:.1%}" for limit in (0.05, 0.10)]
         table.add_row(str(rounds), f"{change:.1%}", *limits)
     console.print(table)
+
+
+def _show_study(console: Console, gates: int, output: Path | None, *, load: bool) -> None:
+    """Runs the study of the gate and prints what came out; files in ``output`` are kept up to date after every gate."""
+    from d2obench.study.gate import CHANGES, study, write_study
+
+    def keep(found: Study) -> None:
+        if output is not None:
+            write_study(output, found)
+
+    def watch(words: str) -> None:
+        console.print(words, style="dim", markup=False)
+
+    found = study(gates=dict.fromkeys(CHANGES, gates), burn=load, watch=watch, keep=keep)
+    for outcome in found.outcomes:
+        console.print(str(outcome), markup=False)
+    if output is not None:
+        console.print(f"{output / 'README.md'}", markup=False)

@@ -15,13 +15,18 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 
 
-def command(
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="suites, policies, tasks, metrics, models, formats or plugins.")
-    ] = "",
-    plugins: Annotated[bool, typer.Option("--plugins", help="Only what other packages add.")] = False,
-) -> None:
-    """List suites, policies, tasks, metrics, models, report formats, or what other packages add."""
+Kind = Annotated[
+    str,
+    typer.Argument(metavar="KIND", help="What to list: suites, policies, tasks, metrics, models, formats or plugins."),
+]
+Plugins = Annotated[bool, typer.Option("--plugins", help="List only what other packages add.")]
+
+
+def command(kind: Kind = "", plugins: Plugins = False) -> None:
+    """List what there is to choose from: suites, policies, tasks, metrics, models, report formats or plugins.
+
+    Example: d2obench list policies
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape

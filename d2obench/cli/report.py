@@ -22,12 +22,22 @@ class RunsOrCommand(TyperGroup):
 
 app = typer.Typer(cls=RunsOrCommand, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are put side by side.")]
-Formats = Annotated[
-    str, typer.Option("--format", help="Any of md,csv,html,json,junit,github, or a plugin's, joined by commas.")
+Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="The folders of runs; several are put side by side.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; a single run's own where not given.")]
-Rescore = Annotated[bool, typer.Option("--rescore", help="First work out scores again from the recorded predictions.")]
+Formats = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="LIST",
+        help="What to write: any of csv, md, html, json, junit, github or a plug-in's format: --format html,json.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="The folder to write to. Default: that of the run, if it is one."),
+]
+Rescore = Annotated[bool, typer.Option("--rescore", help="Compute the scores again first, from the recorded answers.")]
 
 
 @app.callback()
@@ -42,7 +52,10 @@ def root() -> None:
 
 @app.command()
 def render(runs: Runs, formats: Formats = "csv,md,html", out: Out = None, rescore: Rescore = False) -> None:
-    """Render runs; the same as d2obench report RUN [RUN ...]."""
+    """Write the views of runs again and print their tables; the same as d2obench report RUN [RUN ...].
+
+    Example: d2obench report d2obench-runs/mine --format md,html
+    """
     from rich.console import Console
 
     from d2obench.errors import UsageError
@@ -68,12 +81,12 @@ def render(runs: Runs, formats: Formats = "csv,md,html", out: Out = None, rescor
 
 @app.command()
 def publish(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
     name: Annotated[
-        str, typer.Option("--name", help="Name of the published folder; the suite's where not given.")
+        str, typer.Option("--name", help="Its name under reports: --name quick-cpu. Default: the suite's.")
     ] = "",
-    reports: Annotated[Path, typer.Option("--reports", help="Where published runs live.")] = Path("reports"),
-    replace: Annotated[bool, typer.Option("--replace", help="Overwrite a published run of that name.")] = False,
+    reports: Annotated[Path, typer.Option("--reports", help="The folder of published runs.")] = Path("reports"),
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite the published run of that name.")] = False,
 ) -> None:
     """Copy what is worth keeping of a run to reports/NAME and rebuild reports/README.md."""
     from d2obench.report.publish import publish as keep

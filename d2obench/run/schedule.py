@@ -1,7 +1,7 @@
 """Planning a run into the time it was given (``--within 3m``), and an honest estimate of the time that is left.
 
-A short probe at the start loads the model and times one small request; the prediction of every cell
-(:mod:`d2obench.run.predict`) is scaled by what the probe took, and later by what the cells before took. A unit is what
+A short probe at the start loads the model and times one small request; from the rates it comes to, every cell is
+predicted (:mod:`d2obench.run.predict`), and scaled by what the cells before it took. A unit is what
 can only be measured as a whole: the cells that are timed together, or all cells of one quality task. Where the units
 don't fit into the time, first their rounds and items are cut, and where even one round and a few items of each are too
 much, whole units are dropped, the costliest first. What was cut or dropped stands in the rows.
@@ -12,27 +12,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from statistics import median
 from typing import Any, NamedTuple
 
 import msgspec
 
 from d2obench.errors import D2OBenchError
-from d2obench.record import Axes
+from d2obench.models import Dimensions
 from d2obench.run.plan import Plan, group
-from d2obench.run.predict import Device, predict, rates_here
+from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
 from d2obench.run.run_log import RunLog
 from d2obench.run.worker_client import Client, again
 from d2obench.suite.definition import Suite
 from d2obench.suite.grammar import Shape
-from d2obench.tasks import read_cell
 from d2obench.tasks.base import Cell
 
 REPORT_S = 10.0
 """Seconds that are left for writing and rendering the report."""
 LEAST_ITEMS = 2
 """Items below which a quality task is dropped rather than cut: one item carries no interval."""
-PROBE = Shape(128, 9)
+PROBE = Shape(256, 9)
 """The small request that is timed first."""
+UNKNOWN = Device(1.0, 1.0)
 WINDOW_LEAD = 1.3
 """What a window of steps takes with the steps before it that are not counted, in lengths of the window."""
 
@@ -65,7 +67,7 @@ class Schedule:
         self._load_s = 0.0
         self._scale = {True: 1.0, False: 1.0}
         """Measured ÷ predicted seconds, of timed cells and of the others."""
-        self._device = {kind: Device(1.0, 1.0) for kind in map(_kind, plan.cells)}
+        self._device = dict.fromkeys(map(_kind, plan.cells), UNKNOWN)
         within = plan.suite.within_s
         self._until = None if within is None else plan.began + within - REPORT_S
         self._measured = any(record.status == "ok" for record in log.records.values())
@@ -75,27 +77,18 @@ class Schedule:
         """How many rounds or items each cell's unit was given, by cell id; 0 where it was dropped."""
 
     def probe(self, client: Client) -> None:
-        """Loads the first model and times a small request on it."""
-        for kind in self._device:
-            self._device[kind] = rates_here(*kind)
+        """Loads the first model and times a small request on it; what the device does with it is what the rest is
+        predicted from."""
         cell = next((one for one in self._plan.cells if one.policy.yardstick is None and self._log.open(one)), None)
+        model = self._plan.models.get(cell.axes.model) if cell is not None else None
         fresh = self._plan.suite.worker.mode == "fresh" and self._until is None  # no process beside those of the cells
-        if cell is None or cell.axes.model not in self._plan.models or fresh:
-            self._expect()
-            return
-        self._log.watcher.phase("probing how fast this machine is")
-        point = msgspec.structs.replace(cell.axes, task="speed", policy="full", budget=None, shape=str(PROBE), batch=1)
-        try:
-            self._load_s, seconds = again(lambda: _probe(client, point))
-        except D2OBenchError:  # the cells themselves say what is wrong
-            self._expect()
-            return
-        small = read_cell({"axes": msgspec.to_builtins(point)})
-        timing = msgspec.structs.replace(self._plan.suite.timing, rounds=1, warmup=0)
-        once = msgspec.structs.replace(self._plan.suite, timing=timing)
-        told = predict(small, once, self._plan.models[cell.axes.model], self._device[_kind(cell)]).seconds
-        if told:
-            self._scale = dict.fromkeys(self._scale, seconds / told)
+        if cell is not None and model is not None and not fresh:
+            self._log.watcher.phase("probing how fast this machine is")
+            with suppress(D2OBenchError):  # the cells themselves say what is wrong
+                self._load_s, self._device[_kind(cell)] = again(lambda: _probe(client, cell, model))
+        for kind, device in self._device.items():
+            if device == UNKNOWN:
+                self._device[kind] = rates_here(*kind)
         self._expect()
 
     def begin(self, together: Sequence[Cell]) -> Suite | None:
@@ -263,13 +256,14 @@ def _kind(cell: Cell) -> tuple[str, str]:
     return cell.axes.device, cell.axes.dtype
 
 
-def _probe(client: Client, point: Axes) -> tuple[float, float]:
-    """Seconds of loading a model and of one small request on it, once it is warm."""
-    request = {"axes": msgspec.to_builtins(point), "round": 0, "batch": point.batch, "sampled": None}
+def _probe(client: Client, cell: Cell, model: Dimensions) -> tuple[float, Device]:
+    """Seconds of loading a cell's model, and the rates that a small request of the full cache on it comes to."""
+    axes = msgspec.structs.replace(cell.axes, task="speed", policy="full", budget=None, shape=str(PROBE), batch=1)
+    request = {"axes": msgspec.to_builtins(axes), "round": 0, "batch": 1, "sampled": None}
     since = time.monotonic()
     client.call("load", request)
     load_s = time.monotonic() - since
-    client.call("measure", request)
-    since = time.monotonic()
-    client.call("measure", request)
-    return load_s, time.monotonic() - since
+    client.call("measure", request)  # warms up
+    trace = client.call("measure", request)["trace"]
+    weights = model.parameters * ITEM_BYTES[axes.dtype]
+    return load_s, Device(weights / median(trace["step_s"]), 2 * model.parameters * PROBE.prompt / trace["prefill_s"])
