@@ -40,22 +40,22 @@ def test_their_pages_go_with_them():
     assert process.memory_info().rss < before + size // 8
 
 
-def test_rooms_are_made_for_all_layers_by_the_first(monkeypatch):
+def test_buffers_are_made_for_all_layers_by_the_first(monkeypatch):
     made = []
     monkeypatch.setattr(host_memory, "lasting", lambda *what: made.append(what) or torch.zeros(*what[0]))
-    rooms, given = host_memory.Rooms(3), []
+    buffers, given = host_memory.LayerBuffers(3), []
     for layer in range(3):
-        given += [rooms.zeros(layer, shape, torch.float32, CPU) for shape in ((2, 3), (2, 3), (5,))]
+        given += [buffers.zeros(layer, shape, torch.float32, CPU) for shape in ((2, 3), (2, 3), (5,))]
         assert len(made) == 9
-    assert len({room.data_ptr() for room in given}) == 9
-    assert rooms.zeros(2, (7,), torch.float32, CPU).shape == (7,)
+    assert len({buffer.data_ptr() for buffer in given}) == 9
+    assert buffers.zeros(2, (7,), torch.float32, CPU).shape == (7,)
 
 
 def test_what_waits_for_all_layers_is_gone_once_they_are_compressed(tiny):
     session = Session(tiny, "d2o", "0.25", max_new=2)
     session.prefill([[1 + i % 200 for i in range(300)]])
-    rooms = [weakref.ref(layer.keys) for layer in session.cache.own]
-    assert all(room() is not None for room in rooms)
+    buffers = [weakref.ref(layer.keys) for layer in session.cache.own]
+    assert all(buffer() is not None for buffer in buffers)
     session.compress()
     gc.collect()
-    assert not any(room() is not None for room in rooms)
+    assert not any(buffer() is not None for buffer in buffers)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +203,15 @@ def test_a_float64_model_runs_on_pytorch_operators(policy: str) -> None:
         tokens = torch.tensor([token, token + 1])
         assert (session.step(tokens) - narrow.step(tokens)).abs().max() < 1e-3
     assert session.decode_path == "PyTorch operators: there are no compiled loops for float64"
+
+
+def test_no_misuse_damages_the_heap() -> None:
+    """Wrong batches, dtypes changed after the prompt, caches of other models, reused ones, steps beyond the slots; each
+    ends in an error or in numbers, and glibc finds nothing damaged."""
+    checks = {"GLIBC_TUNABLES": "glibc.malloc.check=3", "MALLOC_PERTURB_": "165"}
+    debug = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
+    preload = {"LD_PRELOAD": str(debug)} if debug.exists() else {}
+    words = [sys.executable, str(Path(__file__).parent / "misuse.py"), "1", "40"]
+    done = subprocess.run(words, env={**os.environ, **checks, **preload}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("done"), done.stderr[-2000:]
+    assert "Exception ignored" not in done.stderr

@@ -33,7 +33,7 @@ from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen, rescale
 from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_apart, on, runs_of, shard_of
 from d2obench.cache.layer import PolicyLayer
-from d2obench.cpu.memory import Rooms, lasting
+from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
 from d2obench.errors import PolicyError
 from d2obench.policies import parse_policy
@@ -115,7 +115,7 @@ class PolicyCache(AttendingCache):
         self.kept: Tensor | None = None
         self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
-        self._rooms = Rooms(len(self.own))
+        self._buffers = LayerBuffers(len(self.own))
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
         self.ready = False
@@ -153,7 +153,7 @@ class PolicyCache(AttendingCache):
         part of something larger (a fused projection), and on a CPU to a room of their own."""
         if held.device.type != "cpu":
             return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
-        return self._rooms.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
+        return self._buffers.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
@@ -173,7 +173,7 @@ class PolicyCache(AttendingCache):
             layer.starts = self.starts
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
-            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._rooms.zeros, layer.index)
+            zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
             out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs, zeros)
         layer.stats = add(layer.stats, stats, new)
         if self._early:
@@ -261,7 +261,7 @@ class PolicyCache(AttendingCache):
         self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
         self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
         self.state, self.ready, self.packing = state, True, None
-        self._rooms = Rooms(len(self.own))
+        self._buffers = LayerBuffers(len(self.own))
         self.kept = self.held()
         self.prompt_kv_bytes = state.store.bytes
 

@@ -1,11 +1,12 @@
-"""Memory of the host: what lives long apart from what doesn't, and pages kept from one operator to the next.
+"""Memory of a CPU: memory pages of dropped tensors are used again, and long-lived tensors have pages of their own.
 
-Design. Reading a prompt on a CPU makes and drops tensors of tens of megabytes, thousands of times. The C library hands
-each of them to the kernel and takes fresh pages for the next, which the kernel clears: eight million page faults and a
-quarter of the time of a prefill of 8 × 2048 tokens. A process that only runs models lets it keep them (:func:`retain`)
-and gives them back in one go where that is in no figure (:func:`release`). What lives on (slots, a prompt's keys and
-values until they are compressed) would then stand between those pages and hold them apart, so it gets pages of its own
-(:func:`lasting`), which go back to the kernel the moment it is dropped. The kernel may give huge ones.
+Design. Reading a prompt on a CPU makes and drops tensors of tens of megabytes, thousands of times. The C library gives
+the pages of each back to the kernel and takes fresh ones for the next, which the kernel clears: eight million page
+faults and a quarter of the time of a prefill of 8 × 2048 tokens. A process that only runs models lets the library keep
+the pages (:func:`retain`) and gives them back at a time that no figure covers (:func:`release`). Long-lived tensors
+(slots; a prompt's keys and values until they are compressed) would split the memory that is used again into pieces, so
+they get pages of their own (:func:`lasting`), which go back to the kernel the moment the tensor is dropped. The kernel
+may give huge pages.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, huge: bool = False) -> Tensor:
-    """Zeros for what lives long. On a CPU pages of their own, that exist once they are written to.
+    """Zeros for a long-lived tensor: on a CPU with pages of its own, which take memory once they are written to.
 
-    ``huge`` asks for huge pages: right for what is read in every step; what soon goes again is better without.
+    ``huge`` asks for huge pages: right for what is read in every step, and not for what is dropped soon.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE:
@@ -41,11 +42,11 @@ def lasting(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, h
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-class Rooms:
-    """Zeros for what each layer puts aside until all have read the prompt.
+class LayerBuffers:
+    """Zeros for what each layer keeps until all layers have read the prompt.
 
-    Whatever the first layer asks for is made for every layer at once, so that what lives on is made before what doesn't
-    and never stands in the midst of it.
+    What the first layer asks for is allocated for every layer at once. So these long-lived tensors lie together in
+    memory and not between the short-lived ones of each layer.
     """
 
     def __init__(self, layers: int) -> None:

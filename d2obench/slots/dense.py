@@ -6,8 +6,9 @@ nothing is concatenated or moved, and what is done to "one slot in every layer" 
 a merge target) is a single indexed operation for the whole model. What policies know of a slot (its token's position,
 its score) is stacked over layers too, ``[layers, B·H, C]`` with ``C = max C_ℓ``.
 
-A slot is filled, ``EMPTY`` (will take a token; first choice of every eviction) or ``CLOSED`` (never used: padding of a
-ragged layer or of a shorter sequence). The order of slots means nothing to attention: keys carry their rotary position.
+A slot is filled, ``EMPTY`` (it will take a token, and is the first choice of every eviction) or ``CLOSED`` (never used,
+because the layer or the sequence has fewer slots than the largest one). Attention does not depend on the order of
+slots: keys carry their rotary position.
 """
 
 from __future__ import annotations

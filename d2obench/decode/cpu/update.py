@@ -1,8 +1,8 @@
 """Everything between two decode steps, for all layers and rows, as a compiled loop (numba).
 
 What ``d2obench.decode.reference.Backend.update`` does one after the other over all layers is done row by row here: a
-row's scores, positions and norms are read once. Order and arithmetic are the reference's. Importing this compiles it,
-or reads numba's cache.
+row's scores, positions and norms are read once. Order and arithmetic are the reference's. ``lane`` is the index of a
+row among all rows of all layers. Importing this compiles it, or reads numba's cache.
 """
 
 from __future__ import annotations
