@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -136,6 +137,15 @@ def test_a_real_allocation_that_cannot_be_made_counts() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_settling_and_uss_work_without_a_gpu() -> None:
+@pytest.mark.skipif(not hasattr(psutil.Process().memory_full_info(), "uss"), reason="this system tells no USS")
+def test_own_memory_grows_with_what_is_held_and_settling_gives_it_back() -> None:
     settle(torch.device("cpu"))
-    assert (unique_bytes() or 1) > 0
+    before = unique_bytes()
+    held = torch.ones(96 * MIB, dtype=torch.uint8)
+    during = unique_bytes()
+    del held
+    settle(torch.device("cpu"))
+    after = unique_bytes()
+    assert before is not None and during is not None and after is not None
+    assert during - before > 80 * MIB
+    assert during - after > 80 * MIB

@@ -120,8 +120,8 @@ def largest_speedup(
     largest = calm * peak / policy_bytes
     # 3. Two parts are uncertain, as factors: the calm step against the fastest one, and the peak bandwidth, which may
     #    lie as far above the best copy as that lies above the median one. They are independent, so their squares add.
-    spread = exp(hypot(log(calm / times[0]), log(max(1.0, bandwidth / typical))))
-    return Value(largest, largest / spread, largest * spread, len(times), kind="range")
+    factor = exp(hypot(log(calm / times[0]), log(max(1.0, bandwidth / typical))))
+    return Value(largest, largest / factor, largest * factor, len(times), kind="range")
 
 
 def _size(device: torch.device) -> int:

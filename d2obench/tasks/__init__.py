@@ -19,7 +19,7 @@ from d2obench.plugin import Registry
 from d2obench.policies import parse_choice
 from d2obench.record import Axes, Value
 from d2obench.suite.definition import SPEED
-from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec
+from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec, show_value
 from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, parameters
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def parse_task(text: str) -> Task:
         task: Task = msgspec.convert({**params, "name": name}, cls)
     except msgspec.ValidationError as problem:
         why, _, path = str(problem).partition(" - at `$.")
-        raise UsageError(f"the task '{name}' can't take {path.rstrip('`') or 'its parameters'} so", why=why) from None
+        which = path.rstrip("`").partition("[")[0] or "a parameter"
+        example = f"its default is {name}({which}={show_value(known[which])})" if which in known else ""
+        raise UsageError(f"the task '{name}' can't use this value of {which}", why=why, remedy=example) from None
     return task
 
 
