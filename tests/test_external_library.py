@@ -1,17 +1,18 @@
-"""Full caches that are not ours: the same tokens, true sizes after a jump, and texts beyond the context."""
+"""Caches of transformers beside ours: the same tokens, sizes after a jump, long texts, and quantised bytes."""
 
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
 
-from d2obench.errors import ModelError, UsageError
+from d2obench.errors import ModelError, PolicyError, UsageError
 from d2obench.external import open_session
 from d2obench.models import LoadedModel, load
 from d2obench.models.base import bound_of
-from d2obench.policies import LIBRARY_CACHES
+from d2obench.policies import LIBRARY_CACHES, parse_choice
 
 PROMPTS = [[5, 9, 2, 7, 1, 8, 3], [4, 4, 6]]
 
@@ -122,3 +123,44 @@ def test_two_sessions_on_one_model_do_not_change_what_the_other_says(tiny: Loade
         token = before.argmax(-1)
         assert torch.equal(ours.step(token), after)
         torch.testing.assert_close(theirs.step(token), after, atol=1e-4, rtol=1e-4)
+
+
+LONGER = [[i % 200 for i in range(start, start + 128)] for start in (0, 40)]
+
+
+@pytest.fixture
+def quanto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """optimum-quanto with a portable kernel, so that nothing is compiled."""
+    pytest.importorskip("optimum.quanto")
+    from optimum.quanto.library.extensions import get_extension
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)])
+
+    monkeypatch.setattr(get_extension("quanto_cpp"), "_lib", types.SimpleNamespace(unpack=unpack))
+
+
+@pytest.mark.usefixtures("quanto")
+@pytest.mark.parametrize("bits", [2, 4])
+def test_bytes_are_those_of_packed_numbers_and_scales(tiny: LoadedModel, bits: int) -> None:
+    full, packed = (open_session(tiny, name, None, max_new=8) for name in ("full", f"hf-quantized(bits={bits})"))
+    ours, theirs = (session.prefill(LONGER) for session in (full, packed))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    packed.compress()
+    found = packed.footprint()
+    numbers = 2 * len(found.kept) * 2 * 128 * tiny.kv_heads * tiny.head_dim
+    # a scale and a shift in the model's dtype for every 64 numbers
+    assert found.kv_bytes == found.prompt_kv_bytes == numbers * bits // 8 + numbers // 64 * (4 + 4)
+    assert found.kept == [[128.0, 128.0]] * tiny.layers
+    saved = packed.snapshot()
+    first = [packed.step(torch.tensor([1, 2])) for _ in range(3)]
+    assert packed.footprint().held == [[131.0, 131.0]] * tiny.layers
+    assert packed.footprint().kv_bytes == found.kv_bytes + 2 * tiny.layers * 2 * 3 * tiny.kv_heads * tiny.head_dim * 4
+    packed.restore(saved)
+    assert all(torch.equal(packed.step(torch.tensor([1, 2])), one) for one in first)
+
+
+def test_its_parameters_are_checked() -> None:
+    for text in ("hf-quantized(bits=3)", "hf-quantized(group=0)", "hf-quantized(bit=4)"):
+        with pytest.raises(PolicyError):
+            parse_choice(text)

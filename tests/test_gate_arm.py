@@ -1,14 +1,18 @@
-"""How a side of a gate is warmed up before it is timed, on a scripted worker."""
+"""The two sides of a gate: how each is warmed up, and work of both at once, which Ctrl-C ends without a trace."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import LIMIT_S, wait_for
 
 from d2obench.errors import OutOfMemory, WorkerError
-from d2obench.gate.arm import Arm
+from d2obench.gate.arm import Arm, both
 from d2obench.run.plan import cells
 from d2obench.run.worker_client import UNKNOWN
 from d2obench.suite.definition import Suite, load_suite
@@ -75,3 +79,61 @@ def test_what_goes_wrong_in_a_warm_up_is_the_cells_end() -> None:
     with pytest.raises(OutOfMemory, match="in prefill"):
         arm.measure(cell)
     assert "measure" not in client.asked
+
+
+SLEEPER = """
+import os, sys, time
+open(sys.argv[1] + ".new", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(120)
+open(sys.argv[1] + ".woke", "w").close()
+"""
+
+
+def both_arms(folder: Path) -> dict[str, Arm]:
+    suite = load_suite("ci")
+    return {name: Arm(name, folder, suite, command=("-c", SLEEPER, str(folder / name))) for name in ("base", "head")}
+
+
+def test_both_work_at_the_same_time_or_one_after_the_other(tmp_path):
+    arms, met = both_arms(tmp_path), threading.Barrier(2, timeout=LIMIT_S)
+    assert both(arms, lambda arm: (met.wait(), arm.name)[1]) == {"base": "base", "head": "head"}
+    threads = both(arms, lambda arm: threading.current_thread().name, at_once=False)
+    assert set(threads.values()) == {"MainThread"}
+
+
+def test_a_failure_of_one_is_the_callers(tmp_path):
+    def fail(arm: Arm) -> str:
+        if arm.name == "head":
+            raise WorkerError("it fell")
+        return arm.name
+
+    with pytest.raises(WorkerError, match="it fell"):
+        both(both_arms(tmp_path), fail)
+
+
+def test_ctrl_c_ends_both_processes(tmp_path):
+    arms = both_arms(tmp_path)
+
+    def stop() -> None:
+        wait_for(lambda: all((tmp_path / name).exists() for name in arms))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a shell without one ignores it
+    try:
+        threading.Thread(target=stop, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            both(arms, lambda arm: arm.client.call("hello"))
+        assert not list(tmp_path.glob("*.woke"))  # they were ended, not waited for
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for name in arms:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_an_arm_that_was_ended_does_not_say_that_it_does_not_build(tmp_path):
+    arm = both_arms(tmp_path)["base"]
+    arm.end()
+    with pytest.raises(WorkerError, match="was stopped"):
+        arm.check()
