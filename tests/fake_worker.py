@@ -6,7 +6,9 @@ batch), ``die`` (a file: the worker is killed once, in round 1, and leaves it), 
 ``cold`` (warm-ups until one is stable), ``power`` (watts of a GPU), ``idle_w`` (when idle), ``log`` (a file that gets
 a line for every request), ``bias`` (a sampled request's time ÷ that of a full one), ``spans``
 (a file that gets the node, the begin and the end of each), ``visible`` (a file that gets the worker's pid and the GPUs
-it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that makes it has another GPU than the rest).
+it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that makes it has another GPU than the rest),
+``stuck`` (policies whose session can't go back, so that they have no windows), ``wild`` (so many rounds of windows are
+disturbed in each process, the first ones), ``oom_held`` (policies that run out of memory beside others).
 
 Three settings hold a request up until something has happened, so that no test depends on how fast it is: ``until``
 (a count and a file: the requests after so many lines of ``log`` wait until the file is there), ``meet`` (with
@@ -95,6 +97,38 @@ class Fake(Worker):
             raise OutOfMemory("out of memory in prefill")
         return {"trace": trace(args), "model": MODEL}
 
+    def hold(self, args: Any, report: Any) -> Any:
+        policy = args["axes"]["policy"]
+        self._act("hold", policy, args)
+        if policy in FAKE.get("stuck", ()):
+            return {"why": "it can't go back"}
+        if policy in FAKE.get("oom_held", ()):
+            raise OutOfMemory("out of memory in prefill")
+        self.kept = [*getattr(self, "kept", []), args["cell"]]
+        return {"model": MODEL, "warm_up": {"decode_s": [0.02, 0.01], "stable": True}}
+
+    def decode_in_turn(self, args: Any, report: Any) -> Any:
+        found = []
+        for sweep, depth, start, order, attempt in args["rounds"]:
+            self.rounds_of_windows = getattr(self, "rounds_of_windows", 0) + 1
+            for place, cell in enumerate(order):
+                assert cell in self.kept
+                policy = cell.split("/")[1]
+                self._act("window", policy, {"round": f"{args['process']}.{sweep}.{depth}.{attempt}"})
+                wild = self.rounds_of_windows <= FAKE.get("wild", 0) and place == 1
+                found.append([cell, {
+                    "process": args["process"], "sweep": sweep, "depth": depth, "attempt": attempt, "order": place,
+                    "start": start + args["lead"], "at_s": 0.0, "lead_s": [1.0] * args["lead"],
+                    "step_s": [step_of(policy, sweep, args["process"]) * (10 if wild else 1)] * args["steps"],
+                    "flags": ["other load 40 %"] if wild else [],
+                }])  # fmt: skip
+        return {"windows": found}
+
+    def let_go(self, args: Any, report: Any) -> Any:
+        assert set(args["count"]) <= set(self.kept)
+        self.kept = []
+        return {"counts": {cell: {"ops_step": 100, "flops_step": 1000} for cell in args["count"]}}
+
     def count(self, args: Any, report: Any) -> Any:
         self._act("count", args["axes"]["policy"], args)
         return {"ops_step": 100, "flops_step": 1000}
@@ -171,6 +205,11 @@ def _alike(path: str) -> str:
         with open(path) as file:
             return "one" if file.read() == node else "another"
     return "one"
+
+
+def step_of(policy: str, sweep: int, process: int) -> float:
+    """Seconds of a decode step in windows: a process, a sweep and a policy each change it by a factor of their own."""
+    return (1 + process / 10) * (1 + sweep / 100) * {"full": 0.02, "h2o": 0.012}.get(policy, 0.01)
 
 
 def trace(args: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def speed_cell(folder: Path, point: Axes, full: Rounds | None, draw: random.Rand
         "mbu": Value((538 * MIB + kv) / tpot.value / 40e9, n=ROUNDS),
     }
     if full is not None:
-        values |= against_full(cell_id(point), rounds, full)
+        values |= against_full(cell_id(point), {"rounds": rounds}, {"rounds": full})
         values["speedup_bound"] = Value((538 * MIB + batch * (prompt + gen) * 46080) / (538 * MIB + kv))
     slope = 0.3 if point.policy.startswith("d2o") else 0.0
     kept = [prompt * share * (1 + slope * (layer - 2.5) / 5) for layer in range(LAYERS)]

@@ -28,15 +28,18 @@ class Silent:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.states: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         self.states.append((cell, state))
+        self.events.append((state, text))
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
         pass
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        self.events.append(("note", text))
 
     def expect(self, seconds: Mapping[str, float]) -> None:
         self.expected = dict(seconds)

@@ -89,7 +89,7 @@ def test_a_calm_round_has_no_flags_and_a_short_one_tells_nothing(tmp_path: Path)
 
 def test_a_system_without_proc_tells_nothing(tmp_path: Path) -> None:
     before, after = load(tmp_path), load(tmp_path)._replace(wall=1e9)
-    assert between(before, after) == (None, None, 0.0)
+    assert between(before, after) == (None, None, 0.0, None)
 
 
 def test_operators_flops_and_what_a_decode_loop_must_not_do() -> None:

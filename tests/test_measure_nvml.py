@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from waiting import wait_for
 
 from d2obench.errors import MeasureError
-from d2obench.measure.disturbance import gpu_flags
 from d2obench.measure.memory import MemoryProbe
 from d2obench.measure.nvml import (
     COLUMNS,
     Nvml,
+    gpu_flags,
     idle_power,
     joules,
     joules_per_token,

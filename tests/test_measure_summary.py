@@ -48,12 +48,30 @@ def test_times_are_medians_of_all_rounds_and_of_all_steps() -> None:
     assert values["loop_overhead"].value == pytest.approx(0.1)
 
 
-def test_a_disturbed_round_is_counted_and_flagged() -> None:
+def test_a_disturbed_round_is_left_out_of_times_and_counted_in_the_flags() -> None:
+    calm, wild = round_of([1.0] * 40), round_of([5.0] * 40, ttft_s=9.0, flags=["other load 35 %"])
+    summary = summarise("cell", [calm, wild, calm], MACHINE)
+    assert (summary.values["tpot_s"].n, summary.values["tpot_p95_s"].value) == (80, 1.0)
+    assert (summary.values["ttft_s"].n, summary.values["ttft_s"].value) == (2, 2.5)
+    assert summary.values["rss_peak_bytes"].n == 3  # memory does not depend on what else runs
+    assert summary.flags == ("1 of 3 rounds left out: other load",)
+    assert (summary.details["disturbed"], summary.details["busy"]) == (pytest.approx(1 / 3), False)
+
+
+def test_rounds_stay_where_most_of_them_are_disturbed_and_the_row_says_so() -> None:
     calm, wild = round_of([1.0] * 40), round_of([5.0] * 40, flags=["other load 35 %"])
-    summary = summarise("cell", [calm, wild, round_of([1.0] * 40, flags=["other load 12 %"])], MACHINE)
+    summary = summarise("cell", [calm, wild, round_of([1.0] * 40, flags=["waited for a CPU 12 %"])], MACHINE)
     assert summary.values["tpot_s"].n == 120
     assert summary.values["tpot_p95_s"].value == 5.0
-    assert summary.flags == ("2 of 3 rounds: other load",)
+    assert summary.flags == ("2 of 3 rounds disturbed: other load, waited for a CPU",)
+    assert summary.details["busy"]
+
+
+def test_what_is_wrong_with_a_request_is_no_disturbance() -> None:
+    summary = summarise("cell", [round_of([1.0] * 4), round_of([2.0] * 4, flags=["logits are not finite"])], MACHINE)
+    assert summary.values["tpot_s"].n == 8
+    assert summary.flags == ("1 of 2 rounds: logits are not finite",)
+    assert not summary.details["busy"]
 
 
 def test_percentiles_are_refused_where_the_steps_are_too_few() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_worker import DIMENSIONS
@@ -13,6 +15,7 @@ from runs import Silent, cell, checked, run
 from d2obench.models import Dimensions
 from d2obench.record import read_samples
 from d2obench.run.plan import Plan
+from d2obench.run.window_stage import BUSY
 from d2obench.suite.definition import Timing
 from d2obench.tasks.base import Cell
 
@@ -81,16 +84,20 @@ def test_disturbed_rounds_are_kept_flagged_and_repeated(tmp_path: Path) -> None:
     timing = Timing(rounds=2, max_rounds=5, interval=0.9)
     found = run(tmp_path, checked([cell("full")], timing), flags=["other load 40 %"])
     assert found.cells[0].details == found.cells[0].details | {"stopped": "max_rounds", "rounds": 5}
-    assert "5 of 5 rounds: other load" in found.cells[0].flags
+    assert "5 of 5 rounds disturbed: other load" in found.cells[0].flags
+    assert "busy machine: no verdict on speed" in found.cells[0].flags
+    assert (found.cells[0].details["disturbed"], found.cells[0].details["busy"]) == (1.0, True)
+    assert found.cells[0].values["ttft_s"].n == 5  # shown all the same
 
 
-def test_a_disturbed_round_is_measured_once_more_and_stays(tmp_path: Path) -> None:
-    """Two rounds are disturbed, so two more than asked are measured; all of them are in the figures."""
+def test_a_disturbed_round_is_measured_once_more_and_left_out(tmp_path: Path) -> None:
+    """Two rounds are disturbed, so two more than asked are measured; the figures are made of the other three."""
     timing = Timing(rounds=3, max_rounds=12, interval=0.9)
     found = run(tmp_path, checked([cell("full")], timing), flags=["GPU power cap 40 % of the time"], calm=2)
     assert (found.cells[0].details["stopped"], found.cells[0].details["rounds"]) == ("interval", 5)
-    assert found.cells[0].flags == ("2 of 5 rounds: GPU power cap",)
-    assert found.cells[0].values["ttft_s"].n == 5
+    assert found.cells[0].flags == ("2 of 5 rounds left out: GPU power cap",)
+    assert found.cells[0].values["ttft_s"].n == 3
+    assert (found.cells[0].details["disturbed"], found.cells[0].details["busy"]) == (0.4, False)
     kept = read_samples(tmp_path, found.cells[0])["rounds"]
     assert [bool(one["flags"]) for one in kept] == [True, True, False, False, False]
 
@@ -150,7 +157,7 @@ def test_a_crash_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_forgiven_once_and_the_new_one_is_warmed_up(tmp_path: Path) -> None:
-    work = checked([cell("full"), cell("h2o")], Timing(rounds=3, max_rounds=3))
+    work = checked([cell("full"), cell("h2o")], Timing(rounds=3, max_rounds=3, processes=1))
     found = run(tmp_path / "run", work, die=str(tmp_path / "died"), log=str(tmp_path / "log"))
     assert (tmp_path / "died").exists()
     assert [one.status for one in found.cells] == ["ok", "ok"]
@@ -189,7 +196,7 @@ def test_a_fresh_worker_for_every_group(tmp_path: Path, mode: str) -> None:
 
 def side_by_side(cells: list[Cell], timing: Timing | None = None) -> Plan:
     """Fresh workers, and a model so small that any number of them fits."""
-    work = checked(cells, timing or Timing(rounds=3, max_rounds=3), mode="fresh")
+    work = checked(cells, timing or Timing(rounds=3, max_rounds=3, processes=1), mode="fresh")
     return dataclasses.replace(work, models={"fake": Dimensions(**DIMENSIONS)})
 
 
@@ -278,3 +285,163 @@ def test_beyond_the_context_is_flagged(tmp_path: Path) -> None:
     inside, beyond = run(tmp_path, work).cells
     assert inside.flags == ()
     assert beyond.flags == ("beyond the model's context of 4,096: speed only",)
+
+
+# Decode in turn: windows of caches that live side by side
+
+
+def in_turn(cells: list[Cell], timing: Timing | None = None, **worker: Any) -> Plan:
+    """A suite whose model is so small that any number of caches fits."""
+    timing = timing or Timing(rounds=2, max_rounds=4, windows=16, window_s=0.02, depths=2)
+    return dataclasses.replace(checked(cells, timing, **worker), models={"fake": Dimensions(**DIMENSIONS)})
+
+
+def test_caches_are_held_decode_in_turn_and_then_make_their_requests_in_two_processes(tmp_path: Path) -> None:
+    cells = [cell("full"), cell("h2o"), cell("d2o")]
+    fake = {"log": str(tmp_path / "log"), "visible": str(tmp_path / "pids"), "memory": 2**34}
+    found = run(tmp_path / "run", in_turn(cells), **fake)
+    assert [one.status for one in found.cells] == ["ok"] * 3
+    seen = log(tmp_path / "log")
+    pids = [line.split()[0] for line in (tmp_path / "pids").read_text().splitlines()]
+    ops = [(op, policy) for op, policy, _ in seen]
+    first = [one for one, pid in zip(ops, pids, strict=True) if pid == pids[0]]
+    second = [one for one, pid in zip(ops, pids, strict=True) if pid != pids[0]]
+    assert len(set(pids)) == 2
+    held = [("hold", policy) for policy in ("full", "h2o", "d2o")]
+    assert first[:3] == second[:3] == held
+    assert first[-3:] == [("measure", policy) for policy in ("full", "h2o", "d2o")]
+    assert second[-3:] == [("measure", policy) for policy in ("d2o", "h2o", "full")]
+    assert {op for op, _ in first[3:-3]} == {op for op, _ in second[3:-3]} == {"window"}  # warm by then, and counted
+    turns = " ".join(policy for op, policy, _ in seen if op == "window")
+    assert turns.startswith("full h2o d2o d2o h2o full h2o d2o full full d2o h2o")
+    assert found.cells[1].values["ops_step"].value == 100
+
+
+def test_the_ratio_is_the_median_over_sweeps_of_both_processes(tmp_path: Path) -> None:
+    """Processes and sweeps change all times alike, so every ratio is the true one."""
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34)
+    full, h2o = found.cells
+    assert h2o.values["speedup"].value == pytest.approx(0.02 / 0.012)
+    assert (h2o.values["speedup"].lo, h2o.values["speedup"].hi) == (pytest.approx(5 / 3), pytest.approx(5 / 3))
+    assert h2o.values["speedup"].n == 16  # 2 processes × 8 sweeps at 2 depths
+    details = h2o.details
+    assert (details["turns"], details["processes"], details["disturbed"], details["busy"]) == ("windows", 2, 0.0, False)
+    assert details["windows"] == {
+        "steps": 2, "lead": 1, "depths": 2, "sweeps": 8, "planned": 32, "repeated": 0, "disturbed": 0,
+    }  # fmt: skip
+    assert h2o.values["tpot_s"].n == 64
+    assert h2o.values["prefill_cost"].n == 2
+    raw = read_samples(tmp_path, full)
+    assert len(raw["windows"]) == 32 and {one["process"] for one in raw["windows"]} == {0, 1}
+    assert [one["process"] for one in raw["rounds"]] == [0, 1]
+
+
+def test_disturbed_rounds_of_windows_are_measured_again_for_all_their_caches(tmp_path: Path) -> None:
+    watcher = Silent()
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34, wild=3, watcher=watcher)
+    details = found.cells[0].details
+    assert (details["windows"]["repeated"], details["windows"]["disturbed"], details["disturbed"]) == (6, 0, 0.0)
+    for one in found.cells:
+        raw = read_samples(tmp_path, one)["windows"]
+        assert sum(bool(part.get("disturbed")) for part in raw) == 6  # 3 in each process, kept
+        assert sum(part["attempt"] == 1 for part in raw) == 6
+        assert one.values["tpot_s"].hi is not None and one.values["tpot_s"].hi < 0.05  # none of the slow ones
+    assert found.cells[1].values["speedup"].value == pytest.approx(5 / 3)
+
+
+def test_a_limit_ends_the_repeats_and_the_rest_is_left_out(tmp_path: Path) -> None:
+    """16 rounds of windows, half as many may be measured again: 12 disturbed at first take 8 repeats of them."""
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34, wild=12).cells[1]
+    assert (found.details["windows"]["repeated"], found.details["windows"]["disturbed"]) == (16, 8)
+    assert found.details["disturbed"] == 0.25
+    assert not found.details["busy"]
+    assert "8 of 32 windows left out: other load" in found.flags
+
+
+def test_a_machine_that_stays_busy_is_said_at_once_and_gets_no_verdict(tmp_path: Path) -> None:
+    watcher = Silent()
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34, wild=999, watcher=watcher)
+    for one in found.cells:
+        assert one.details["busy"] and one.details["disturbed"] == 1.0
+        assert "busy machine: no verdict on speed" in one.flags
+        assert one.values["tpot_s"].value is not None
+    assert [note for note in watcher.notes if "busy" in note] == [BUSY]
+    said = next(i for i, (kind, text) in enumerate(watcher.events) if text == BUSY)
+    ended = next(i for i, (kind, text) in enumerate(watcher.events) if kind == "ok")
+    assert said < ended
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"fake": {"stuck": ["h2o"]}}, "it can't go back"),
+        ({"fake": {"memory": 1000}}, "no memory beside the others"),
+        ({"timing": {"windows": 0}}, "timing.windows is 0"),
+        ({"shape": "32+4"}, "4 tokens are too few"),
+        ({"worker": {"mode": "fresh"}}, "worker.mode is fresh"),
+    ],
+)
+def test_what_can_t_live_side_by_side_takes_turns_by_request_and_says_why(
+    tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    given = {"rounds": 2, "max_rounds": 2, "windows": 16, "window_s": 0.02, "depths": 2, **changes.get("timing", {})}
+    cells = [cell(policy, shape=changes.get("shape", "32+8")) for policy in ("full", "h2o")]
+    work = in_turn(cells, Timing(**given), **changes.get("worker", {}))
+    found = run(tmp_path, work, **{"memory": 2**34, **changes.get("fake", {})}).cells[1]
+    assert found.status == "ok"
+    assert (found.details["turns"], found.details["processes"]) == ("requests", 2)
+    assert why in found.details["turns_why"]
+    assert found.values["speedup"].n == 2  # paired by round with full's requests
+    assert "windows" not in read_samples(tmp_path, found)
+
+
+def test_a_cache_that_can_t_be_prefilled_fails_alone_and_the_others_decode_in_turn(tmp_path: Path) -> None:
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o"), cell("d2o")]), memory=2**34, crash=["h2o"])
+    assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
+    assert "SIGSEGV" in found.cells[1].reason
+    assert [found.cells[i].details["turns"] for i in (0, 2)] == ["windows", "windows"]
+
+
+def test_no_memory_side_by_side_is_no_fault_of_a_cell(tmp_path: Path) -> None:
+    """The worker runs out of memory while a cache is held, and has enough for each alone."""
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34, oom_held=["h2o"])
+    assert [one.status for one in found.cells] == ["ok", "ok"]
+    assert all(one.details["turns"] == "requests" for one in found.cells)
+    assert "no memory beside the others" in found.cells[0].details["turns_why"]
+
+
+def test_a_run_that_goes_on_keeps_the_windows_it_has(tmp_path: Path) -> None:
+    cells = [cell("full"), cell("h2o")]
+    whole = run(tmp_path / "whole", in_turn(cells), memory=2**34)
+    again = tmp_path / "again"
+    run(again, in_turn(cells), memory=2**34)
+    (again / "cells.jsonl").unlink()
+    for name in again.glob("samples/*.json"):
+        raw = json.loads(name.read_text())
+        del raw["stopped"]
+        raw["windows"] = [one for one in raw["windows"] if one["process"] == 0]
+        raw["rounds"] = raw["rounds"][:1]
+        name.write_text(json.dumps(raw))
+    found = run(again, in_turn(cells), memory=2**34, log=str(tmp_path / "log"))
+    assert {number.split(".")[0] for op, _, number in log(tmp_path / "log") if op == "window"} == {"1"}
+    assert [one.values for one in found.cells] == [one.values for one in whole.cells]
+
+
+def test_windows_that_only_a_part_of_the_caches_has_are_measured_again_for_all(tmp_path: Path) -> None:
+    cells = [cell("full"), cell("h2o")]
+    run(tmp_path / "run", in_turn(cells), memory=2**34)
+    (tmp_path / "run" / "cells.jsonl").unlink()
+    for name in (tmp_path / "run").glob("samples/*full*.json"):
+        raw = json.loads(name.read_text())
+        del raw["stopped"]
+        raw["windows"] = [one for one in raw["windows"] if one["process"] == 0]
+        name.write_text(json.dumps(raw))
+    for name in (tmp_path / "run").glob("samples/*h2o*.json"):
+        raw = json.loads(name.read_text())
+        del raw["stopped"]
+        name.write_text(json.dumps(raw))
+    found = run(tmp_path / "run", in_turn(cells), memory=2**34, log=str(tmp_path / "log"))
+    assert {(policy, number.split(".")[0]) for op, policy, number in log(tmp_path / "log") if op == "window"} == {
+        ("full", "1"), ("h2o", "1"),
+    }  # fmt: skip
+    assert found.cells[1].values["speedup"].n == 16

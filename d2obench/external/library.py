@@ -90,12 +90,25 @@ class LibrarySession(Session):
 
     @torch.inference_mode()
     def snapshot(self) -> Any:
-        """Not offered.
+        """Where the cache stands now, to come back to by :meth:`restore` any number of times.
+
+        A growing cache makes new tensors and a preallocated one writes behind what it holds, so that keys and values
+        need no copy: what stands in front of them does not change.
 
         Raises:
-            ModelError: always.
+            ModelError: a layer with a sliding window, whose entries move.
         """
-        raise ModelError("a library cache can't be forked", remedy="use the policy 'full'")
+        for layer in self.cache.layers:
+            if type(layer) not in (DynamicLayer, StaticLayer, FilledLayer):
+                raise ModelError(f"a library cache with a {type(layer).__name__} can't go back to an earlier step")
+        return [_standing(layer) for layer in self.cache.layers], self._positions.clone(), self._mask
+
+    @torch.inference_mode()
+    def restore(self, saved: Any) -> None:
+        """Brings back a :meth:`snapshot` of this session."""
+        for layer, held in zip(self.cache.layers, saved[0], strict=True):
+            vars(layer).update({name: _own(name, value) for name, value in held.items()})
+        self._positions, self._mask = saved[1].clone(), saved[2]
 
     @staticmethod
     def ready(asked: Yardstick) -> None:
@@ -120,6 +133,16 @@ class LibrarySession(Session):
 
     def _new_cache(self, longest: int) -> Any:
         return library_cache(self.asked.name, self.loaded.model, longest + self.max_new)
+
+
+def _standing(layer: Any) -> dict[str, Any]:
+    """What a layer holds and how much of it is filled."""
+    return {name: _own(name, value) for name, value in vars(layer).items()}
+
+
+def _own(name: str, value: Any) -> Any:
+    """A copy of a counter that is changed in place; keys and values themselves."""
+    return value.clone() if isinstance(value, Tensor) and name not in LibrarySession.parts else value
 
 
 def library_cache(name: str, model: PreTrainedModel, most: int) -> Cache:

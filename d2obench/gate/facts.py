@@ -101,8 +101,7 @@ def _to_streaming(run: Run, cell: CellRecord, samples: dict[str, Any]) -> dict[s
     partner = next((other for other in run.cells if _is_streaming_of(other, cell)), None)
     if partner is None or cell.axes.task != SPEED or cell.status != "ok":
         return {}
-    theirs = read_samples(run.path, partner).get("rounds", ())
-    found = ratio("to_streaming", cell.id, samples.get("rounds", ()), theirs)
+    found = ratio("to_streaming", cell.id, samples, read_samples(run.path, partner))
     return {} if found is None else {"to_streaming": found}
 
 

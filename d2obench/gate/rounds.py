@@ -71,7 +71,8 @@ class Rounds:
                 return [], []
             sides = []
             for arm in ("base", "head"):
-                ours, theirs = pairs(metric, _numbered(mine[arm]), _numbered(self.traces[partner.id][arm]))
+                rounds = [{"rounds": _numbered(traces[arm])} for traces in (mine, self.traces[partner.id])]
+                ours, theirs = pairs(metric, *rounds, every=True)
                 over, under = (theirs, ours) if RATIOS[metric].speedup else (ours, theirs)
                 sides.append([a / b for a, b in zip(over, under, strict=True)])
         base, head = sides

@@ -66,11 +66,15 @@ def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
     with torch.inference_mode():
         logits = session.prefill(prompts)
         session.compress()
-        tokens = logits.argmax(-1)
-        tokens = session.step(tokens).argmax(-1)
-        counts = count(lambda: session.step(tokens))
-        if logits.device.type == "cuda":
-            counts = counts._replace(launches=launches(lambda: session.step(tokens)))
+        return count_decode(session, logits.argmax(-1))
+
+
+def count_decode(session: Request, tokens: torch.Tensor) -> StepCounts:
+    """Counts the second decode step from ``tokens`` ``[B]`` on; the first one gets buffers ready."""
+    tokens = session.step(tokens).argmax(-1)
+    counts = count(lambda: session.step(tokens))
+    if tokens.device.type == "cuda":
+        counts = counts._replace(launches=launches(lambda: session.step(tokens)))
     return counts
 
 

@@ -1,39 +1,60 @@
-"""What else went on while a round was timed: other load, a stolen CPU, a used-up quota, a slowed-down GPU.
+"""What else went on while something was timed: other load, a stolen CPU, a used-up quota, a slowed-down GPU.
 
-The words become flags of the round. A flagged round is shown and may be repeated; it is never dropped.
+It is told by counters of the system and never by the time that is judged, so that nothing is left out for being slow.
+Each reading becomes words, the flags of a request or a window. What is flagged is measured again, up to a limit, and
+then left out of the figures of time; it stays in the samples, and its number stands in the row.
+
+``other load`` and ``stolen CPU`` come from ``/proc/stat``, which counts in ticks of 10 ms. So a window of a tenth of a
+second is judged together with its neighbours (:func:`window_flags`). ``waited for a CPU`` counts nanoseconds: it is the
+time that threads of this process were ready to run and did not (``/proc/self/task/*/schedstat``). What holds a GPU
+back is told by its driver (:func:`d2obench.measure.nvml.gpu_flags`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from d2obench.measure.nvml import COLUMNS, slowdown_names
+from typing import NamedTuple, TypeVar
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
-_SLOWDOWN = COLUMNS.index("slowdown") + 1
-OTHER, STOLEN = 0.10, 0.02
+OTHER, STOLEN, WAITED = 0.10, 0.02, 0.05
+"""From which share of the machine's CPU time on a disturbance is flagged."""
+KINDS = ("other load", "stolen CPU", "waited for a CPU", "CPU quota used up", "GPU ")
+"""How the flags of a disturbance begin; other flags of a request say what is wrong with it, not with the machine."""
+STRETCH_S = 0.5
+"""Seconds over which counters in ticks are read; shorter windows are judged together with their neighbours."""
+T = TypeVar("T")
 
 
 class Load(NamedTuple):
-    """CPU seconds since boot, and of this process; all 0 where the system does not tell."""
+    """Counters of CPU seconds; 0 where the system does not tell.
+
+    Args:
+        wall: of the clock.
+        busy: of all CPUs since boot.
+        stolen: taken by the hypervisor since boot.
+        own: spent by this process.
+        throttled: during which the quota of this control group was used up.
+        waited: during which threads of this process were ready to run and did not; None where that isn't told.
+    """
 
     wall: float
     busy: float
     stolen: float
     own: float
     throttled: float
+    waited: float | None = None
 
 
 class Disturbance(NamedTuple):
-    """Shares of the machine's CPU time during a round; None where they can't be told."""
+    """Shares of the machine's CPU time between two readings; None where they can't be told."""
 
     other: float | None
     stolen: float | None
     throttled_s: float
+    waited: float | None = None
 
     def flags(self) -> list[str]:
         """Words for what is above the limits."""
@@ -42,6 +63,8 @@ class Disturbance(NamedTuple):
             found.append(f"other load {self.other:.0%}".replace("%", " %"))
         if self.stolen is not None and self.stolen >= STOLEN:
             found.append(f"stolen CPU {self.stolen:.0%}".replace("%", " %"))
+        if self.waited is not None and self.waited >= WAITED:
+            found.append(f"waited for a CPU {self.waited:.0%}".replace("%", " %"))
         if self.throttled_s > 0:
             found.append(f"CPU quota used up ({self.throttled_s:.1f} s)")
         return found
@@ -50,31 +73,68 @@ class Disturbance(NamedTuple):
 def load(root: Path = Path("/")) -> Load:
     """The counters now, as the process that does the work sees them; ``root`` is where ``proc`` and ``sys`` are."""
     busy, stolen = _cpu(root)
-    return Load(time.monotonic(), busy, stolen, time.process_time(), _throttled(root))
+    return Load(time.monotonic(), busy, stolen, time.process_time(), _throttled(root), _waited(root))
 
 
 def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:
-    """What others took of the machine between two readings; a round shorter than the counters' ticks tells nothing."""
+    """What others took of the machine between two readings.
+
+    ``other`` and ``stolen`` can't be told of a time shorter than 20 ticks of the counters (0.2 s).
+    """
     cores = cores or os.cpu_count() or 1
     whole = (after.wall - before.wall) * cores
     throttled = max(0.0, after.throttled - before.throttled)
+    waited = None
+    if before.waited is not None and after.waited is not None and whole > 0:
+        waited = min(1.0, max(0.0, (after.waited - before.waited) / whole))
     if not after.busy or whole < 20 * _TICK * cores:
-        return Disturbance(None, None, throttled)
+        return Disturbance(None, None, throttled, waited)
     other = (after.busy - before.busy) - (after.own - before.own) - 2 * _TICK * cores
     return Disturbance(
-        min(1.0, max(0.0, other / whole)), min(1.0, max(0.0, (after.stolen - before.stolen) / whole)), throttled
+        min(1.0, max(0.0, other / whole)),
+        min(1.0, max(0.0, (after.stolen - before.stolen) / whole)),
+        throttled,
+        waited,
     )
 
 
-def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) -> list[str]:
-    """Why the GPU was slowed down between two times, with the share of samples that say so."""
-    inside = [row[_SLOWDOWN] for row in rows if row[0] is not None and start <= row[0] <= end]
-    known = [bits for bits in inside if bits is not None]
-    counts: dict[str, int] = {}
-    for bits in known:
-        for word in slowdown_names(bits):
-            counts[word] = counts.get(word, 0) + 1
-    return [f"GPU {word} {100 * count / len(known):.0f} % of the time" for word, count in counts.items()]
+def window_flags(readings: Sequence[tuple[Load, Load]], cores: int | None = None) -> list[list[str]]:
+    """The flags of windows that came one after the other.
+
+    Each is judged by the counters over itself, and by those over a stretch of :data:`STRETCH_S` or longer around it:
+    itself and as many neighbours as that takes, or all there are.
+
+    Args:
+        readings: the counters before and after each window.
+        cores: of the machine.
+    """
+    found = []
+    for place, (before, after) in enumerate(readings):
+        first = last = place
+        while readings[last][1].wall - readings[first][0].wall < STRETCH_S and (first, last) != (0, len(readings) - 1):
+            first, last = max(0, first - 1), min(len(readings) - 1, last + 1)
+        stretch = between(readings[first][0], readings[last][1], cores)
+        own = between(before, after, cores)
+        other = stretch.other if own.other is None else own.other
+        stolen = stretch.stolen if own.stolen is None else own.stolen
+        found.append(Disturbance(other, stolen, own.throttled_s, own.waited).flags())
+    return found
+
+
+def is_disturbance(flag: str) -> bool:
+    """Whether a flag says that the machine was disturbed."""
+    return flag.startswith(KINDS)
+
+
+def undisturbed(found: Sequence[T], flags: Callable[[T], Iterable[str]]) -> list[T]:
+    """Those of ``found`` that nothing disturbed; all, where they are fewer than half: a figure then says what it can.
+
+    Args:
+        found: requests or windows.
+        flags: the words about one of them.
+    """
+    calm = [one for one in found if not any(map(is_disturbance, flags(one)))]
+    return calm if 2 * len(calm) >= len(found) else list(found)
 
 
 def _cpu(root: Path) -> tuple[float, float]:
@@ -98,3 +158,15 @@ def _throttled(root: Path) -> float:
         return int(found.get("throttled_usec", 0)) * 1e-6
     except (OSError, ValueError):
         return 0.0
+
+
+def _waited(root: Path) -> float | None:
+    """Seconds that this process's threads were ready to run and waited for a CPU; proc_pid_schedstat(5)."""
+    waited = 0
+    try:
+        for task in os.scandir(root / "proc/self/task"):
+            with open(f"{task.path}/schedstat", encoding="ascii") as file:
+                waited += int(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return waited * 1e-9

@@ -188,6 +188,18 @@ def slowdown_names(slowdown: float | None) -> list[str]:
     return [name for bit, name in SLOWDOWNS.items() if slowdown is not None and int(slowdown) & bit]
 
 
+def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) -> list[str]:
+    """Why the GPU was slowed down between two times, with the share of samples that say so."""
+    place = COLUMNS.index("slowdown") + 1
+    inside = [row[place] for row in rows if row[0] is not None and start <= row[0] <= end]
+    known = [bits for bits in inside if bits is not None]
+    counts: dict[str, int] = {}
+    for bits in known:
+        for word in slowdown_names(bits):
+            counts[word] = counts.get(word, 0) + 1
+    return [f"GPU {word} {100 * count / len(known):.0f} % of the time" for word, count in counts.items()]
+
+
 def other_processes(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list[GpuProcess]:
     """The processes that compute on the GPU, without this one and those in ``own``, the largest first."""
     return [process for process in gpu.processes() if process.pid not in own | gpu.pids] if gpu else []

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from d2obench.measure.clock import Clock, PhaseTimeline
 from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import GarbageCollection, MemoryProbe, is_out_of_memory, unique_bytes
 from d2obench.measure.trace import RequestTrace
+from d2obench.measure.windows import integrate
 
 Mark = Callable[[str], None]
 
@@ -236,31 +236,6 @@ def sampled_starts(total: int, sampled: Sampled) -> list[int]:
         return []
     last = total - steps
     return [round(i * last / (depths - 1)) for i in range(depths)] if depths > 1 else [last // 2]
-
-
-def integrate(total: int, starts: Sequence[int], groups: Sequence[Sequence[float]]) -> float:
-    """Seconds of ``total`` decode steps, estimated from the steps measured at a few depths.
-
-    The mean step of each depth, placed at the centre of its measured steps, is joined to the next by a straight line,
-    and the outer lines go on to both ends. That is exact for a cost that is constant or grows linearly with the depth,
-    as that of the full cache does.
-
-    Args:
-        total: decode steps of the whole generation.
-        starts: the first measured step at each depth, ascending.
-        groups: seconds of the measured steps at each depth.
-    """
-    centres = [start + (len(group) - 1) / 2 for start, group in zip(starts, groups, strict=True)]
-    levels = [fmean(group) for group in groups]
-    if len(levels) == 1:
-        return total * levels[0]
-    seconds, k = 0.0, 0
-    for i in range(total):
-        while k < len(centres) - 2 and centres[k + 1] < i:
-            k += 1
-        share = (i - centres[k]) / (centres[k + 1] - centres[k])
-        seconds += levels[k] + share * (levels[k + 1] - levels[k])
-    return seconds
 
 
 def _to_host(tokens: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Raw rounds of one timed cell → its figures with intervals. Reads records only; never drops a sample.
+"""Raw rounds and windows of one timed cell → its figures with intervals. Reads records only.
 
-Times are summarised over rounds (steps nested in their rounds), memory is the highest over rounds with the range as
-its interval, and figures that must be exact are taken from the last round, with a flag where rounds differ.
+Times are summarised over rounds; those of decode steps over windows, where the cell has any. What the load counters
+flagged as disturbed is left out of them, and counted in the flags. Memory is the highest over all rounds with the range
+as its interval. Figures that must be exact are taken from the last round, with a flag where rounds differ.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from d2obench.measure.disturbance import is_disturbance, undisturbed
 from d2obench.measure.nvml import joules_per_token
 from d2obench.measure.roofline import mbu, step_bytes
 from d2obench.measure.trace import RequestTrace
+from d2obench.measure.windows import Decoded
 from d2obench.record import Value
 from d2obench.stats.bootstrap import interval, paired_ratio, percentile
 
@@ -65,46 +68,49 @@ class Summary(NamedTuple):
     details: dict[str, Any]
 
 
-def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine) -> Summary:
+def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None = None) -> Summary:
     """The figures of a cell.
 
     Args:
         name: the cell's id; it seeds the resampling.
         rounds: at least one, in order, the disturbed ones among them.
         machine: see :class:`Machine`.
+        windows: its decode steps, where they were measured in turn with those of other caches.
     """
-    last = rounds[-1]
+    last, calm = rounds[-1], undisturbed(rounds, lambda one: one.flags)
     values = {
-        **_latency(name, rounds),
-        **_throughput(name, rounds),
+        **_latency(name, calm, windows),
+        **_throughput(name, calm, windows),
         **_budget(last),
         **_memory(rounds, machine),
-        **_against_machine(name, rounds, machine),
-        **_sampling(name, rounds),
+        **_against_machine(name, calm, machine, windows),
+        **_sampling(name, calm),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
     if last.decode_path:
         details["decode_path"] = last.decode_path
     if last.evicted:
         details |= {"merged_layers": last.merged_layers, "evicted_layers": last.evicted_layers}
-    return Summary(values, tuple(_flags(rounds)), details)
+    details |= _turns(rounds, windows)
+    return Summary(values, tuple(_flags(rounds, windows)), details)
 
 
-def tpot(name: str, rounds: Sequence[RequestTrace]) -> Value:
-    """The median decode step with its interval; what decides whether more rounds are needed."""
-    steps = [one.step_s for one in rounds if one.step_s]
+def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = None) -> Value:
+    """The median decode step with its interval; without windows it decides whether more rounds are needed."""
+    steps = _steps(rounds, windows)
     if not steps:
         return Value(None, note="one token has no decode step")
-    note = "sampled decode" if rounds[-1].step_at else ""
+    sampled = windows.plan.samples if windows else bool(rounds[-1].step_at)
+    note = "sampled decode" if sampled else ""
     return Value(*interval(steps, seed=f"{name}:tpot_s"), n=sum(map(len, steps)), note=note)
 
 
 def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
-    """Half the width of the TPOT interval ÷ its value; infinite where there is no interval yet."""
+    """Half the width of the TPOT interval ÷ its value; 0 without decode steps, infinite where there is no interval."""
     found = tpot(name, rounds)
-    if not found.value or found.lo is None or found.hi is None:
-        return math.inf
-    return (found.hi - found.lo) / 2 / found.value
+    if not found.value:
+        return 0.0
+    return math.inf if found.lo is None or found.hi is None else (found.hi - found.lo) / 2 / found.value
 
 
 def traces(rounds: Iterable[Mapping[str, Any]]) -> list[RequestTrace]:
@@ -112,10 +118,15 @@ def traces(rounds: Iterable[Mapping[str, Any]]) -> list[RequestTrace]:
     return [msgspec.convert(one, RequestTrace) for one in rounds]
 
 
-def _latency(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
+def _steps(rounds: Sequence[RequestTrace], windows: Decoded | None) -> list[list[float]]:
+    """Seconds of decode steps, those of a window or a round in one list."""
+    return [one.step_s for one in (windows.chosen.windows if windows else rounds) if one.step_s]
+
+
+def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
     found = {key: _timed(name, key, [getattr(one, key) for one in rounds]) for key in _TIMES}
-    found["tpot_s"] = tpot(name, rounds)
-    steps = [one.step_s for one in rounds if one.step_s]
+    found["tpot_s"] = tpot(name, rounds, windows)
+    steps = _steps(rounds, windows)
     for key, q in (("tpot_p95_s", 0.95), ("tpot_p99_s", 0.99)) if steps else ():
         count, bounds = sum(map(len, steps)), percentile(steps, q, seed=f"{name}:{key}")
         refused = f"{count} steps can't carry a p{q * 100:.0f}"
@@ -123,7 +134,7 @@ def _latency(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
     return found
 
 
-def _throughput(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
+def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
     rates: dict[str, Callable[[RequestTrace], tuple[float, float]]] = {
         "prefill_tok_s": lambda one: (one.prompt_tokens, one.prefill_s),
         "decode_tok_s": lambda one: (one.batch * (one.gen - 1), one.decode_s),
@@ -135,6 +146,10 @@ def _throughput(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
             found[key] = _timed(name, key, samples)
+    if windows and windows.seconds:
+        tokens = rounds[-1].batch * windows.plan.total
+        rates_of_sweeps = [tokens / seconds for seconds in windows.seconds.values()]
+        found["decode_tok_s"] = _timed(name, "decode_tok_s", rates_of_sweeps)
     both = [(one.decode_s, one.sampled_s) for one in rounds if one.sampled_s and one.decode_s > 0]
     if both:
         true, integrated = zip(*both, strict=True)
@@ -178,14 +193,16 @@ def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value
     return found
 
 
-def _against_machine(name: str, rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value]:
+def _against_machine(
+    name: str, rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None
+) -> dict[str, Value]:
     found: dict[str, Value] = {}
     last = rounds[-1]
     if machine.read_bytes is not None:
         kept, held = (sum(map(sum, rows)) for rows in (last.kept, last.held))
         moved = step_bytes(machine.read_bytes, last.kv_bytes, kept, held)
         found["step_bytes"] = Value(moved)
-        step = tpot(name, rounds)
+        step = tpot(name, rounds, windows)
         if machine.bandwidth and step.value:
             value, lo, hi = (mbu(moved, t, machine.bandwidth) if t else None for t in (step.value, step.hi, step.lo))
             found["mbu"] = Value(value, lo, hi, step.n)
@@ -208,20 +225,56 @@ def _energy(one: RequestTrace, idle_w: float | None) -> float | None:
     return joules_per_token(one.device_timeline, 0.0, one.marks[-1][0], one.batch * one.gen, idle_w)
 
 
-def _flags(rounds: Sequence[RequestTrace]) -> Iterator[str]:
+def _turns(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Any]:
+    """How the cell took turns with others, in how many processes, and what of it was disturbed.
+
+    ``disturbed`` is the share of the decode samples (windows or rounds) with no undisturbed measurement. ``busy`` says
+    that more than half of the windows or of the rounds are such: a report then gives no verdict on speed.
+    """
+    calm = sum(not any(map(is_disturbance, one.flags)) for one in rounds)
+    details: dict[str, Any] = {
+        "turns": "windows" if windows else "requests",
+        "processes": len({one.process for one in (windows.chosen.windows if windows else rounds)}),
+        "disturbed": 1 - calm / len(rounds),
+        "busy": 2 * calm < len(rounds),
+    }
+    if windows:
+        plan, chosen = windows
+        details["windows"] = {
+            "steps": plan.steps, "lead": plan.lead, "depths": plan.depths, "sweeps": plan.sweeps,
+            "planned": chosen.planned, "repeated": chosen.repeated, "disturbed": chosen.disturbed,
+        }  # fmt: skip
+        details["disturbed"] = chosen.disturbed / chosen.planned
+        details["busy"] = details["busy"] or not chosen.left_out
+    return details
+
+
+def _flags(rounds: Sequence[RequestTrace], windows: Decoded | None) -> Iterator[str]:
     last = rounds[-1]
     yield from last.remarks
-    if last.step_at:
+    if windows.plan.samples if windows else last.step_at:
         yield "sampled decode"
     if any(one.over for one in rounds):
         yield "keeps more than asked"
     different = [key for key in _EXACT if any(getattr(one, key) != getattr(last, key) for one in rounds)]
     if different:
         yield f"differs between rounds: {', '.join(different)}"
-    flagged = [one.flags for one in rounds if one.flags]
-    if flagged:
-        kinds = Counter(kind for flags in flagged for kind in {_AMOUNT.sub("", flag) for flag in flags})
-        yield f"{len(flagged)} of {len(rounds)} rounds: {', '.join(kind for kind, _ in kinds.most_common(3))}"
+    faults = [[flag for flag in one.flags if not is_disturbance(flag)] for one in rounds]
+    if wrong := [flags for flags in faults if flags]:
+        yield f"{len(wrong)} of {len(rounds)} rounds: {_kinds(wrong)}"
+    if disturbed := [flags for one in rounds if (flags := list(filter(is_disturbance, one.flags)))]:
+        words = "left out" if 2 * len(disturbed) <= len(rounds) else "disturbed"
+        yield f"{len(disturbed)} of {len(rounds)} rounds {words}: {_kinds(disturbed)}"
+    if windows and windows.chosen.disturbed:
+        chosen = windows.chosen
+        words = "left out" if chosen.left_out else "disturbed"
+        yield f"{chosen.disturbed} of {chosen.planned} windows {words}: {_kinds(chosen.disturbances)}"
+
+
+def _kinds(flags: Iterable[Iterable[str]]) -> str:
+    """The three commonest kinds of flags, without their amounts."""
+    kinds = Counter(kind for words in flags for kind in {_AMOUNT.sub("", flag) for flag in words})
+    return ", ".join(kind for kind, _ in kinds.most_common(3))
 
 
 def _timed(name: str, key: str, samples: Sequence[float]) -> Value:

@@ -35,7 +35,8 @@ class RequestTrace(msgspec.Struct):
         decode_path: what executed a decode step, in words.
         sampler_overhead: the share of one core that sampling took.
         sampled_s: the integrated decode time of a sampled run of the same request, made beside it.
-        round, order: set by the runner: which round, and the place in it.
+        round, process, order: set by the runner: which round, in which worker process of the group (from 0), and the
+            place in the round.
         timeline, device_timeline: rows ``[t, …]`` with the values of ``timeline_columns`` or ``device_columns``.
         timeline_columns, device_columns: the names of these values.
     """
@@ -73,6 +74,7 @@ class RequestTrace(msgspec.Struct):
     sampler_overhead: float | None = None
     sampled_s: float | None = None
     round: int = 0
+    process: int = 0
     order: int = 0
     timeline: list[list[float | None]] = []
     timeline_columns: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """What follows from two cells of one run: quality against the full cache, ratios of speed, D2O against its rivals.
 
 Differences of quality are paired on the items both cells have, with documents as clusters; ratios are paired on the
-rounds both have (``d2obench.stats.ratios``). A figure that the record already holds is never replaced. Cells are
-compared where they differ in policy and budget only; a rival is another policy at D2O's own budget.
+samples measured beside each other (``d2obench.stats.ratios``). A figure that the record already holds is never
+replaced. Cells are compared where they differ in policy and budget only; a rival is another policy at D2O's own budget.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from d2obench.stats.ratios import FULL, STREAMING, ratio
 OURS, RIVAL = "d2o", "_rival"
 MAX_RIVALS = 8
 Samples = dict[str, Any]
-Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def results(runs: Sequence[tuple[str, Run]]) -> list[Result]:
@@ -47,12 +46,11 @@ def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict
     good = [cell for cell in group if cell.status == "ok"]
     needed = len(good) > 1 and any(cell.axes.policy in (FULL, STREAMING) or _ours(cell) for cell in good)
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}
-    rounds = {name: _dicts(sample.get("rounds")) for name, sample in samples.items()}
     done = []
     for cell in group:
         derived = _ceiling(cell) if cell.status == "ok" else {}
         if cell.id in samples:
-            derived |= _ratios(cell, good, rounds)
+            derived |= _ratios(cell, good, samples)
             derived |= _differences(cell, good, samples)
         done.append((cell, derived | cell.values))
     return done
@@ -75,29 +73,31 @@ def _ceiling(cell: CellRecord) -> dict[str, Value]:
     return {"ceiling_tok_s": Value(rate / share)} if rate and share else {}
 
 
-def _ratios(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> dict[str, Value]:
+def _ratios(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> dict[str, Value]:
     """The ratios that the runner doesn't record. Cells at batch ``max`` have a batch of their own and get none."""
     if cell.axes.batch == "max":
         return {}
-    policy, mine = cell.axes.policy, rounds[cell.id]
+    policy, mine = cell.axes.policy, samples[cell.id]
     found: dict[str, Value | None] = {}
     for other in good:
         if other.axes.policy == STREAMING != policy and other.axes.budget == cell.axes.budget:
-            found["to_streaming"] = ratio("to_streaming", cell.id, mine, rounds[other.id])
+            found["to_streaming"] = ratio("to_streaming", cell.id, mine, samples[other.id])
         if other.axes.policy == FULL != policy:
-            found["prefill_peak_cost"] = ratio("prefill_peak_cost", cell.id, mine, rounds[other.id])
+            found["prefill_peak_cost"] = ratio("prefill_peak_cost", cell.id, mine, samples[other.id])
     for other in _rivals(cell, good):
         name = f"{cell.id}:{other.axes.policy}"
-        found[f"decode_rival:{other.axes.policy}"] = ratio("decode_rival", name, mine, rounds[other.id])
+        found[f"decode_rival:{other.axes.policy}"] = ratio("decode_rival", name, mine, samples[other.id])
     if policy == FULL:
-        found["to_library"] = _fastest_library(cell, good, rounds)
+        found["to_library"] = _fastest_library(cell, good, samples)
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], rounds: Rounds) -> Value | None:
+def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> Value | None:
     """``full`` against the fastest of the library's own caches."""
-    rivals = {other.axes.policy: rounds[other.id] for other in good if other.axes.policy in LIBRARY_CACHES}
-    named = {name: ratio("to_library", f"{cell.id}:{name}", rounds[cell.id], theirs) for name, theirs in rivals.items()}
+    rivals = {other.axes.policy: samples[other.id] for other in good if other.axes.policy in LIBRARY_CACHES}
+    named = {
+        name: ratio("to_library", f"{cell.id}:{name}", samples[cell.id], theirs) for name, theirs in rivals.items()
+    }
     known = {name: value for name, value in named.items() if value and value.value}
     if not known:
         return None

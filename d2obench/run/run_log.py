@@ -18,6 +18,7 @@ import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, RecordError
 from d2obench.measure.trace import RequestTrace
+from d2obench.measure.windows import Window
 from d2obench.metric import METRICS, show
 from d2obench.record import CellRecord, append_cell, dump, write_atomic
 from d2obench.run.plan import larger
@@ -53,6 +54,7 @@ class RunLog:
         self._began: dict[str, tuple[str, float]] = {}
         self._flags: dict[str, list[str]] = {}
         self._one_at_a_time = threading.RLock()
+        self._noted: set[str] = set()
 
     def open(self, cell: Cell) -> bool:
         """Whether the cell still needs a row."""
@@ -88,6 +90,13 @@ class RunLog:
             raise problem
         kept = samples.name if samples is not None and samples.rounds else None
         self.end(cell, "oom" if isinstance(problem, OutOfMemory) else "failed", reason=str(problem), samples=kept)
+
+    def note_once(self, text: str) -> None:
+        """Shows a note about the whole run, the first time it is given."""
+        with self._one_at_a_time:
+            if text not in self._noted:
+                self._noted.add(text)
+                self.watcher.note(text)
 
     def skip_if_too_large(self, cell: Cell) -> None:
         """Ends a cell as ``skipped`` where one of the same kind and no larger ran out of memory."""
@@ -135,6 +144,10 @@ class Samples:
         """Whether round ``number`` was measured."""
         return any(found.get("round") == number for found in self.rounds)
 
+    def has_windows(self, process: int) -> bool:
+        """Whether the windows of a worker process were measured."""
+        return any(found["process"] == process for found in self.data.get("windows", ()))
+
     def add(self, one: dict[str, Any]) -> None:
         """Adds a round and writes the file."""
         self.rounds.append(one)
@@ -151,7 +164,8 @@ class Samples:
             whole: dict[str, Any] = msgspec.json.decode(self._path.read_bytes())
         except (OSError, msgspec.DecodeError, RecursionError):
             return None
-        complete = not found.rounds or (found.batch > 0 and found.model and found.counts is not None)
+        started = bool(found.rounds or found.windows)
+        complete = not started or (found.batch > 0 and found.model and found.counts is not None)
         return whole if complete else None
 
 
@@ -169,6 +183,8 @@ class _File(msgspec.Struct):
     batch: int = 0
     model: dict[str, Any] = {}
     counts: dict[str, float] | None = None
+    windows: list[Window] = []
+    plan: dict[str, int] | None = None
 
 
 def forget_cut_round(folder: Path, cells: Iterable[Cell]) -> None:

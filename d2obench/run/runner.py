@@ -22,6 +22,7 @@ from d2obench.run.predict import memory_of
 from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.speed import SpeedGroup
 from d2obench.run.speed_row import DeviceRates
+from d2obench.run.window_stage import window_obstacles
 from d2obench.run.worker_client import Client, again
 from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell
@@ -66,7 +67,17 @@ class GroupRunner:
             evaluate(suite, together[0], self._client(together[0]), ledger)
             return
         with self._workers(together) as worker_of:
-            SpeedGroup(suite, together, worker_of, ledger, self._rates).run()
+            SpeedGroup(suite, together, worker_of, ledger, self._rates, self._window_obstacles).run()
+
+    def _window_obstacles(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Why cells of a group can't decode in turn in one worker, by cell id."""
+        return window_obstacles(
+            self._plan.suite,
+            cells,
+            self._plan.models,
+            isolated=lambda cell: self._isolated is not None and self._isolated.of(cell) is not None,
+            free_bytes=lambda device: int(again(lambda: self._common.call("memory", {"device": device}))["free"]),
+        )
 
     def _client(self, cell: Cell) -> Client:
         """The worker of a cell: its own where it is apart. A GPU is held by one of them at a time, since the memory in

@@ -1,9 +1,17 @@
-"""One group of speed cells: the same model, shape, batch and seed, every policy and budget, in interleaved rounds.
+"""One group of speed cells: the same model, shape, batch and seed, every policy and budget, measured in turn.
 
-Rounds go over the cells forwards and backwards in turn (ABBA), so that a drift of the machine falls on all of them
-alike and cancels in the ratios of one round. In every worker process a cell is warmed up before it is measured there,
-until its decode steps no longer change. Each request is on the disk before the next one starts, so a run that goes on
-measures nothing twice.
+Caches that fit into memory together decode in turn in one worker, a few steps at a time (``turns`` = ``windows``, see
+:mod:`d2obench.measure.windows`). Beside that every cell is measured in whole requests: TTFT, compression and peaks of
+memory come from these, with no other cache alive. Where a cell has no windows (``turns`` = ``requests``), its decode
+steps come from them, too. Rounds of requests go over the cells forwards and backwards in turn (ABBA), so that a drift
+of the machine falls on all of them alike and cancels in the ratios of one round.
+
+Both are divided among several worker processes, each started afresh: where a process happens to lie in memory moves
+its times by percents (Mytkowicz et al., ASPLOS 2009), and no number of windows in the same one would show it.
+
+In every process a cell is warmed up before it is measured there, until its decode steps no longer change. Windows are
+on the disk when those of a process are complete, and each request before the next one starts, so that a run that goes
+on measures little twice.
 """
 
 from __future__ import annotations
@@ -16,14 +24,15 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import D2OBenchError
-from d2obench.measure.summarise import tpot
+from d2obench.measure.disturbance import is_disturbance
+from d2obench.measure.summarise import narrowness
 from d2obench.measure.trace import RequestTrace
-from d2obench.record import Value
 from d2obench.run.plan import abba
 from d2obench.run.progress import so_far
 from d2obench.run.run_log import RunLog, Samples
 from d2obench.run.search import find_batch
 from d2obench.run.speed_row import DeviceRates, SpeedRows
+from d2obench.run.window_stage import BUSY, WindowStage
 from d2obench.run.worker_client import Client, again
 from d2obench.suite.definition import Suite, Timing
 from d2obench.tasks.base import Cell
@@ -38,6 +47,7 @@ class SpeedGroup:
         worker_of: which worker measures a cell: one for all of them, or one for each.
         ledger: takes the rows.
         rates: of the devices.
+        obstacles: why cells of the group can't live side by side, by cell id; asked once.
     """
 
     client: Client
@@ -50,44 +60,87 @@ class SpeedGroup:
         worker_of: Callable[[Cell], Client],
         ledger: RunLog,
         rates: DeviceRates,
+        obstacles: Callable[[Sequence[Cell]], Mapping[str, str]],
     ) -> None:
         self.timing, self.cells, self.ledger = suite.timing, list(cells), ledger
-        self._worker_of = worker_of
+        self._worker_of, self._obstacles = worker_of, obstacles
         self._samples = {cell.id: Samples(ledger.folder, cell) for cell in cells}
         self._rows = SpeedRows(cells, self._samples, ledger, rates)
+        self._stage = WindowStage(suite, self._samples, ledger)
         self._warm: dict[str, int] = {}
+        self._clients: dict[int, Client] = {}
+        self._process: int | None = None
+        """Which of the group's processes has measured last, in this run of the program."""
+        self._why: dict[str, str] = {}
+        """Why a cell has no windows, by its id."""
 
     def run(self) -> None:
-        """All rounds, then all rows."""
-        cells, first = self._unfinished()
+        """All windows and rounds, then all rows."""
+        cells, first_round, first_process = self._unfinished()
         for cell in cells:
             self._find_batch(cell)
-        number = first
-        while (live := self._live(cells)) and not (why := self._stopped(live, range(first, number))):
-            for order, cell in enumerate(abba(cells, number)):
-                if self.ledger.open(cell) and not self._samples[cell.id].has(number):
-                    self._measure(cell, number, order)
-            number += 1
+        self._why = dict(self._obstacles(live)) if (live := self._live(cells)) else {}
+        number, stopped = first_round, ""
+        for share in range(1, self.timing.processes + 1):
+            process = first_process + share - 1
+            self._measure_windows(cells, process)
+            while live := self._live(cells):
+                rounds = range(first_round, number)
+                if self._enough(live, rounds, share) or (stopped := self._stopped(live, rounds)):
+                    break
+                for order, cell in enumerate(abba(cells, number)):
+                    if self.ledger.open(cell) and not self._samples[cell.id].has(number):
+                        self._measure(cell, number, order, process)
+                number += 1
         for cell in self._live(cells):
-            self._samples[cell.id].save(stopped=why)
+            self._samples[cell.id].save(stopped=stopped, turns_why=self._why.get(cell.id, ""))
         for cell in self._live(self.cells):
             self._rows.write(cell)
 
-    def _unfinished(self) -> tuple[list[Cell], int]:
-        """The cells that need rounds, and the number of their first one.
+    def _measure_windows(self, cells: Sequence[Cell], process: int) -> None:
+        """The windows of one process, where they are not on the disk.
 
-        A cell that is tried again after its group has ended gets numbers of its own: its rounds were not measured
-        beside the others' and must not be paired with them.
+        Windows are compared with those of other cells, so they are measured again for all where one cell lacks them.
+        """
+        able = [cell for cell in self._live(cells) if cell.id not in self._why]
+        if all(self._samples[cell.id].has_windows(process) for cell in able):
+            return
+        self._enter(process)
+        self.client = self._client_of(able[0])
+        self._why |= self._stage.run(able, self.client, process)
+        for cell in able:
+            if cell.id not in self._why:
+                self._warm[cell.id] = self.client.generation
+
+    def _enter(self, process: int) -> None:
+        """Begins another of the group's processes: the workers are ended, and start afresh when they are next asked."""
+        if self._process not in (None, process):
+            for client in self._clients.values():
+                client.close()
+        self._process = process
+
+    def _client_of(self, cell: Cell) -> Client:
+        client = self._worker_of(cell)
+        self._clients[id(client)] = client
+        return client
+
+    def _unfinished(self) -> tuple[list[Cell], int, int]:
+        """The cells that need rounds, and the numbers of their first round and of their first process.
+
+        A cell that is tried again after its group has ended gets numbers of its own: it was not measured beside the
+        others and must not be paired with them.
         """
         over = [one for one in self._samples.values() if "stopped" in one.data]
         if not over:
-            return self._live(self.cells), 0
+            return self._live(self.cells), 0, 0
         count = 1 + max(part["round"] for one in over for part in one.rounds)
+        measured = [part for one in over for part in (*one.rounds, *one.data.get("windows", ()))]
         for cell in self._live(self.cells):
             samples = self._samples[cell.id]
             if "stopped" not in samples.data and all(samples.has(number) for number in range(count)):
                 samples.save(stopped=over[0].data["stopped"])  # killed while this was being written
-        return [cell for cell in self._live(self.cells) if "stopped" not in self._samples[cell.id].data], count
+        left = [cell for cell in self._live(self.cells) if "stopped" not in self._samples[cell.id].data]
+        return left, count, 1 + max(part.get("process", 0) for part in measured)
 
     def _live(self, cells: Sequence[Cell]) -> list[Cell]:
         return [cell for cell in cells if self.ledger.open(cell)]
@@ -116,23 +169,39 @@ class SpeedGroup:
         """
         if not rounds:
             return ""
-        parts = {cell.id: [one for one in self._samples[cell.id].rounds if one["round"] in rounds] for cell in cells}
-        if sum(part["seconds"] for one in parts.values() for part in one) >= self.timing.max_seconds:
+        parts = self._parts(cells, rounds)
+        if _seconds(parts) >= self.timing.max_seconds:
             return "max_seconds"
         if len(rounds) >= self.timing.max_rounds:
             return "max_rounds"
-        undisturbed = min(sum(not part["flags"] for part in one) for one in parts.values())
-        if undisturbed < self.timing.rounds:
+        if min(map(_undisturbed, parts.values())) < self.timing.rounds:
             return ""
-        traces = {name: msgspec.convert(one, list[RequestTrace]) for name, one in parts.items()}
-        narrow = all(_relative_width(tpot(name, one)) <= self.timing.interval for name, one in traces.items())
+        timed = [cell.id for cell in cells if not self._samples[cell.id].data.get("windows")]
+        traces = {name: msgspec.convert(parts[name], list[RequestTrace]) for name in timed}
+        narrow = all(narrowness(name, one) <= self.timing.interval for name, one in traces.items())
         return "interval" if narrow else ""
 
-    def _measure(self, cell: Cell, number: int, order: int) -> None:
+    def _enough(self, cells: Sequence[Cell], rounds: range, share: int) -> bool:
+        """Whether ``share`` of the group's processes have done their part of the rounds; the last one does the rest."""
+        timing = self.timing
+        if share == timing.processes or not rounds:
+            return False
+        parts, part = self._parts(cells, rounds), share / timing.processes
+        return (
+            min(map(_undisturbed, parts.values())) >= math.ceil(timing.rounds * part)
+            or len(rounds) >= math.ceil(timing.max_rounds * part)
+            or _seconds(parts) >= timing.max_seconds * part
+        )
+
+    def _parts(self, cells: Sequence[Cell], rounds: range) -> dict[str, list[dict[str, Any]]]:
+        return {cell.id: [one for one in self._samples[cell.id].rounds if one["round"] in rounds] for cell in cells}
+
+    def _measure(self, cell: Cell, number: int, order: int, process: int) -> None:
         """One request, warmed up first where this worker process has not seen the cell; its round or its row."""
         samples = self._samples[cell.id]
         self.ledger.begin(cell)
-        self.client = self._worker_of(cell)
+        self._enter(process)
+        self.client = self._client_of(cell)
         request = {
             "axes": msgspec.to_builtins(cell.axes),
             "round": number,
@@ -153,7 +222,10 @@ class SpeedGroup:
             self.ledger.fail(cell, problem, samples)
             return
         samples.data["model"] = found["model"]
-        samples.add({**found["trace"], "round": number, "order": order, "seconds": round(seconds, 6)})
+        place = {"round": number, "process": process, "order": order}
+        samples.add({**found["trace"], **place, "seconds": round(seconds, 6)})
+        if any(map(is_disturbance, found["trace"]["flags"])):
+            self.ledger.note_once(BUSY)
 
     @property
     def _sampled(self) -> list[int]:
@@ -171,6 +243,7 @@ class SpeedGroup:
         return runs[False]
 
     def _warm_up(self, cell: Cell, request: dict[str, Any]) -> None:
+        """Warms the cell up where its worker is cold; windows in this process have warmed it up already."""
         if self.client.pid is not None and self._warm.get(cell.id) == self.client.generation:
             return
         watcher = self.ledger.watcher
@@ -204,8 +277,9 @@ def warm_up(client: Client, request: Mapping[str, Any], timing: Timing, most: in
     return found
 
 
-def _relative_width(value: Value) -> float:
-    """Half an interval's width ÷ its value; 0 without steps, infinite where there is no interval yet."""
-    if not value.value:
-        return 0.0
-    return (value.hi - value.lo) / 2 / value.value if value.hi is not None and value.lo is not None else math.inf
+def _seconds(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    return float(sum(part["seconds"] for one in parts.values() for part in one))
+
+
+def _undisturbed(rounds: Sequence[Mapping[str, Any]]) -> int:
+    return sum(not any(map(is_disturbance, part["flags"])) for part in rounds)

@@ -1,8 +1,9 @@
-"""From the raw rounds of a timed cell to its row: figures, ratios to the full cache, and the words to show with them.
+"""From the raw values of a timed cell to its row: figures, ratios to the full cache, and the words to show with them.
 
-Times are compared only where they were measured in the same round of one interleaved group. With equal batch the ratios
-are ``speedup``, ``speedup_e2e`` and ``prefill_cost``. With batch ``max`` each policy runs at its own largest batch, so
-throughputs are compared instead (``speedup_memory``). The two kinds are never mixed.
+Times are compared only where they were measured beside each other: decode steps in windows of the same sweep, or where
+a cell has none in the same round of requests, as everything else is. With equal batch the ratios are ``speedup``,
+``speedup_e2e`` and ``prefill_cost``. With batch ``max`` each policy runs at its own largest batch, so throughputs are
+compared instead (``speedup_memory``). The two kinds are never mixed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.roofline import largest_speedup
 from d2obench.measure.summarise import Machine, Summary, summarise
 from d2obench.measure.trace import RequestTrace
+from d2obench.measure.windows import decoded
 from d2obench.record import Value
 from d2obench.run.progress import Display
 from d2obench.run.run_log import RunLog, Samples
@@ -88,9 +90,11 @@ class SpeedRows:
             values=values,
             details=summary.details
             | {key: samples.data.get(key) for key in ("stopped", "warm_up", "model")}
+            | ({"turns_why": why} if (why := samples.data.get("turns_why")) and "windows" not in samples.data else {})
             | {"device": self._rates.known(cell.axes.device)},
             flags=(
                 *summary.flags,
+                *(["busy machine: no verdict on speed"] if summary.details["busy"] else []),
                 *self._never_beside_full(cell, values),
                 *self._beyond_context(cell),
                 *samples.data["model"].get("flags", ()),
@@ -106,7 +110,7 @@ class SpeedRows:
             bandwidth, idle_w = self._rates.bandwidth(device), self._rates.idle_w(device)
             machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth, idle_w)
             rounds = msgspec.convert(samples.rounds, list[RequestTrace])
-            self._summaries[cell.id] = summarise(cell.id, rounds, machine)
+            self._summaries[cell.id] = summarise(cell.id, rounds, machine, decoded(samples.data))
         return self._summaries[cell.id]
 
     def _against_full(self, cell: Cell, summary: Summary) -> dict[str, Value]:
@@ -118,8 +122,8 @@ class SpeedRows:
             return {}
         if cell.batch == "max":
             batches = (mine.data["batch"], theirs.data["batch"])
-            return against_full(cell.id, mine.rounds, theirs.rounds, batches=batches)
-        found = against_full(cell.id, mine.rounds, theirs.rounds)
+            return against_full(cell.id, mine.data, theirs.data, batches=batches)
+        found = against_full(cell.id, mine.data, theirs.data)
         step, step_full = (one.values["step_bytes"].value for one in (summary, self._summary(full)))
         if step and step_full:
             found["speedup_bound"] = Value(step_full / step)

@@ -35,6 +35,9 @@ OPS = (
     "warm_up",
     "measure",
     "count",
+    "hold",
+    "decode_in_turn",
+    "let_go",
     "evaluate",
     "exit",
 )

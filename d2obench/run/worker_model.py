@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from d2obench.errors import ModelError
 from d2obench.models.devices import beside
 from d2obench.run.worker_machine import Args, MachineOperations, Report
 from d2obench.suite.definition import Quality
@@ -19,6 +20,9 @@ from d2obench.suite.placement import Placement
 from d2obench.tasks import read_cell
 from d2obench.tasks.base import Cell, shape_of
 from d2obench.tasks.prompts import timing_prompts
+
+if TYPE_CHECKING:
+    from d2obench.measure.counters import StepCounts
 
 WARM_TOKENS = 8
 """Tokens a warm-up generates: enough to run every kernel of the loop."""
@@ -39,6 +43,10 @@ class Worker(MachineOperations):
         self._loaded: Any = None
         self._key: tuple[str, str, str] | None = None
         self._prompts: tuple[Any, list[list[int]]] = (None, [])
+        self._held: dict[str, Any] = {}
+        """Caches that live side by side, by cell id."""
+        self._origin = 0.0
+        """When the first of them began to decode in turn; 0 before."""
 
     def load(self, args: Args, report: Report) -> Args:
         """Loads the model of ``axes`` and says what it is."""
@@ -52,8 +60,9 @@ class Worker(MachineOperations):
         """
         from d2obench.external import record_of
         from d2obench.measure.clock import clock_for, shared_clock, shared_load
-        from d2obench.measure.disturbance import between, gpu_flags, load
+        from d2obench.measure.disturbance import between, load
         from d2obench.measure.memory import probe_for, settle
+        from d2obench.measure.nvml import gpu_flags
         from d2obench.measure.phases import Sampled, measure_request
 
         cell = read_cell(args)
@@ -125,15 +134,68 @@ class Worker(MachineOperations):
                 alive = live_bytes() - before
             finally:
                 session.close()
-        found = {
-            "ops_step": counts.ops,
-            "flops_step": counts.flops,
-            "cats_step": sum(counts.concatenations.values()),
-            "waits_step": sum(counts.waits.values()),
-            "fresh_step_bytes": counts.allocated_bytes,
-            "live_bytes": alive,
-        }
-        return found if counts.launches is None else {**found, "launches_step": counts.launches}
+        return _as_metrics(counts, alive)
+
+    def hold(self, args: Args, report: Report) -> Args:
+        """Prefills the cache of a speed cell, warms its decode steps up and keeps it beside others: ``cell`` (an id),
+        ``axes``, ``batch``, ``within``. Answers with the model and what the warm-up saw, or ``why`` it can't be kept.
+        """
+        from d2obench.external import record_of
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.memory import settle
+        from d2obench.measure.phases import shortage_named
+        from d2obench.measure.side_by_side import hold
+
+        cell = read_cell(args)
+        loaded, shape = self._model(cell, report), shape_of(cell)
+        texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
+        settle(loaded.device, beside(loaded.model))
+        try:
+            with shortage_named() as mark:
+                self._held[args["cell"]], warm = hold(
+                    lambda: _session(loaded, cell, shape.gen, mark),
+                    texts,
+                    shape.gen - 1,
+                    clock=clock_for(loaded.device),
+                    within=args["within"],
+                )
+        except ModelError as problem:  # a session that can't go back to an earlier step
+            return {"why": str(problem)}
+        return {"model": self._about(loaded) | record_of(cell.policy), "warm_up": warm._asdict()}
+
+    def decode_in_turn(self, args: Args, report: Report) -> Args:
+        """Measures ``rounds`` of windows of the caches held, each ``[sweep, depth, start, order, attempt]``; ``lead``
+        and ``steps`` of a window; the number of this ``process``. Answers with ``[cell, window]`` pairs."""
+        from d2obench.measure.clock import clock_for
+        from d2obench.measure.side_by_side import decode_in_turn
+        from d2obench.measure.windows import RoundOfWindows
+
+        device = self._loaded.device
+        clock, gpu = clock_for(device), self._nvml(device)
+        self._origin = self._origin or clock.now()
+        found = decode_in_turn(
+            self._held,
+            msgspec.convert(args["rounds"], list[RoundOfWindows]),
+            process=args["process"],
+            lead=args["lead"],
+            steps=args["steps"],
+            clock=clock,
+            origin=self._origin,
+            read_gpu=gpu.read if gpu else None,
+        )
+        return {"windows": [[cell, msgspec.to_builtins(window)] for cell, window in found]}
+
+    def let_go(self, args: Args, report: Report) -> Args:
+        """Closes every cache held; first counts a decode step of those in ``count``. Answers with the ``counts``."""
+        counts: dict[str, Any] = {}
+        try:
+            for cell in args["count"]:
+                counts[cell] = _as_metrics(*self._held.pop(cell).count())
+        finally:
+            while self._held:
+                self._held.popitem()[1].close()
+            self._origin = 0.0
+        return {"counts": counts}
 
     def evaluate(self, args: Args, report: Report) -> Args:
         """A quality cell: ``cell`` and ``quality`` as in the suite."""
@@ -212,3 +274,16 @@ def _session(loaded: Any, cell: Cell, gen: int, mark: Any) -> Any:
     return open_session(
         loaded, cell.policy.built, cell.budget, max_new=gen, seed=cell.axes.seed, mark=mark, beyond=True
     )
+
+
+def _as_metrics(counts: StepCounts, live_bytes: int) -> Args:
+    """Counts of a decode step by metric."""
+    found = {
+        "ops_step": counts.ops,
+        "flops_step": counts.flops,
+        "cats_step": sum(counts.concatenations.values()),
+        "waits_step": sum(counts.waits.values()),
+        "fresh_step_bytes": counts.allocated_bytes,
+        "live_bytes": live_bytes,
+    }
+    return found if counts.launches is None else {**found, "launches_step": counts.launches}

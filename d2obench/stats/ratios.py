@@ -1,21 +1,28 @@
-"""Ratios of two caches that were measured in the same rounds: the one place where they are defined and computed.
+"""Ratios of two caches that were measured beside each other: the one place where they are defined and computed.
 
 The runner records the ratios to the full cache, a report adds those to StreamingLLM, to the library's caches and to
-D2O's rivals, and a gate compares the same ratios of two revisions. All of them are pairs of rounds: what slows the
-machine down for a while slows both sides of a pair.
+D2O's rivals, and a gate compares the same ratios of two revisions. All of them are pairs: what slows the machine down
+for a while slows both sides of a pair. A pair is a round of whole requests; for the time of decode steps it is a sweep
+of windows (:mod:`d2obench.measure.windows`) where both caches were measured in windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from d2obench.measure.disturbance import undisturbed
+from d2obench.measure.windows import decode_times
 from d2obench.record import Value
 from d2obench.stats.bootstrap import paired_ratio
 
 FULL, STREAMING = "full", "streaming"
 Round = Mapping[str, Any]
 """One measured request as a run keeps it: ``round``, ``ttft_s``, ``decode_s``, ``e2e_s``, ``peaks``."""
+Samples = Mapping[str, Any]
+"""The raw values of a cell as a run keeps them: ``rounds``, and where it has any ``windows`` and their ``plan``."""
+Figures = Mapping[tuple[str, int, int], float]
+"""Figures that were measured beside those of another cell where the keys are the same."""
 
 
 class Ratio(NamedTuple):
@@ -25,11 +32,13 @@ class Ratio(NamedTuple):
         partner: the policy on the other side; empty where the caller chooses it.
         figure: what is compared of a round; None or 0 leaves the round out.
         speedup: True for partner ÷ own (above 1 is better), False for own ÷ partner (a cost, below 1 is better).
+        decode: it compares the time of all decode steps, which windows tell better than rounds.
     """
 
     partner: str
     figure: Callable[[Round], float | None]
     speedup: bool
+    decode: bool = False
 
 
 def seconds(key: str) -> Callable[[Round], float | None]:
@@ -54,35 +63,51 @@ def peak_to_first_token(one: Round) -> float | None:
 
 
 RATIOS: dict[str, Ratio] = {
-    "speedup": Ratio(FULL, seconds("decode_s"), True),
+    "speedup": Ratio(FULL, seconds("decode_s"), True, decode=True),
     "speedup_e2e": Ratio(FULL, seconds("e2e_s"), True),
-    "speedup_memory": Ratio(FULL, seconds("decode_s"), True),
+    "speedup_memory": Ratio(FULL, seconds("decode_s"), True, decode=True),
     "prefill_cost": Ratio(FULL, seconds("ttft_s"), False),
     "prefill_peak_cost": Ratio(FULL, peak_to_first_token, False),
-    "to_streaming": Ratio(STREAMING, seconds("decode_s"), True),
-    "to_library": Ratio("", seconds("decode_s"), True),
-    "decode_rival": Ratio("", seconds("decode_s"), True),
+    "to_streaming": Ratio(STREAMING, seconds("decode_s"), True, decode=True),
+    "to_library": Ratio("", seconds("decode_s"), True, decode=True),
+    "decode_rival": Ratio("", seconds("decode_s"), True, decode=True),
 }
 """Every paired ratio of the metric table. ``speedup_memory`` compares each at its own largest batch."""
 
 
-def pairs(metric: str, mine: Iterable[Round], partner: Iterable[Round]) -> tuple[list[float], list[float]]:
-    """The figures of ``mine`` and of ``partner`` in the rounds that both have and in which both are above 0."""
-    figure = RATIOS[metric].figure
-    theirs = {one.get("round"): figure(one) for one in partner}
-    both = [(figure(one), theirs.get(one.get("round"))) for one in mine]
-    good = [(a, b) for a, b in both if a and b and min(a, b) > 0]
+def pairs(metric: str, mine: Samples, partner: Samples, *, every: bool = False) -> tuple[list[float], list[float]]:
+    """The figures of ``mine`` and of ``partner`` where both were measured beside each other and are above 0.
+
+    Args:
+        metric: a key of RATIOS.
+        mine, partner: raw values of two cells.
+        every: take rounds in which the machine was disturbed, too.
+    """
+    one = RATIOS[metric]
+    ours: Figures = decode_times(mine) if one.decode and not every else {}
+    theirs: Figures = decode_times(partner) if one.decode and not every else {}
+    if not ours.keys() & theirs.keys():
+        ours, theirs = _of_rounds(mine, one.figure, every), _of_rounds(partner, one.figure, every)
+    good = [(ours[key], theirs[key]) for key in ours if key in theirs and min(ours[key], theirs[key]) > 0]
     return [a for a, _ in good], [b for _, b in good]
 
 
-def ratio(metric: str, seed: str, mine: Iterable[Round], partner: Iterable[Round], per: float = 1.0) -> Value | None:
-    """One ratio with its interval; None where the two share no round.
+def _of_rounds(samples: Samples, figure: Callable[[Round], float | None], every: bool) -> Figures:
+    rounds = [one for one in samples.get("rounds") or () if isinstance(one, Mapping)]
+    if not every:
+        rounds = undisturbed(rounds, lambda one: one.get("flags") or ())
+    found = {("round", 0, one.get("round", -1)): figure(one) for one in rounds}
+    return {key: value for key, value in found.items() if value}
+
+
+def ratio(metric: str, seed: str, mine: Samples, partner: Samples, per: float = 1.0) -> Value | None:
+    """One ratio with its interval; None where the two were never measured beside each other.
 
     Args:
         metric: a key of RATIOS.
         seed: names what is compared, so that the resampling can be repeated.
-        mine: rounds of the cell.
-        partner: rounds of the cell it is compared with.
+        mine: raw values of the cell.
+        partner: raw values of the cell it is compared with.
         per: own batch ÷ the partner's batch, where the two differ on purpose.
     """
     ours, theirs = pairs(metric, mine, partner)
@@ -94,14 +119,14 @@ def ratio(metric: str, seed: str, mine: Iterable[Round], partner: Iterable[Round
 
 
 def against_full(
-    cell: str, mine: Sequence[Round], full: Sequence[Round], *, batches: tuple[int, int] | None = None
+    cell: str, mine: Samples, full: Samples, *, batches: tuple[int, int] | None = None
 ) -> dict[str, Value]:
     """What the runner records of a cell beside the full cache.
 
     Args:
         cell: the cell's id.
-        mine: its rounds.
-        full: rounds of the full cache.
+        mine: its raw values.
+        full: raw values of the full cache.
         batches: batch of the cell and of the full cache where each ran at its own largest one; then only their
             throughputs can be compared, and equal batch and equal memory are never mixed.
     """

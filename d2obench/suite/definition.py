@@ -81,16 +81,24 @@ class AxesTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[timing]``: how often timed cells are repeated.
 
-    Rounds of all policies are interleaved ABBA; they stop after ``rounds`` when every TPOT interval is narrower than
-    ``interval`` (relative half-width), and in any case after ``max_rounds`` or ``max_seconds`` a group.
-    A disturbed round is kept and flagged and is not one of the ``rounds``, so that another is measured. A shape is
-    warmed up by ``warmup`` requests at most, until two successive windows of steps are within ``warm_within``.
+    Caches that fit into memory together decode in turn, in about ``windows`` windows each and process, which last
+    ``window_s`` seconds or longer (``d2obench.measure.windows``). Beside that each cell is measured in whole requests,
+    one a round: TTFT and peaks of memory come from these, and decode steps too where a cell has no windows (``windows``
+    = 0, or what the row says). Rounds of all policies are interleaved ABBA. They stop after ``rounds`` when every TPOT
+    interval is narrower than ``interval`` (relative half-width; cells with windows don't wait for it), and in any case
+    after ``max_rounds`` or ``max_seconds`` a group. Windows and rounds are divided among ``processes`` fresh worker
+    processes.
+    A disturbed round is none of the ``rounds``, so that another is measured. A shape is warmed up by ``warmup``
+    requests at most, until two successive windows of steps are within ``warm_within``.
     ``decode`` is ``full``, ``sampled`` (steps at ``depths`` points of a long generation, integrated), or ``both``: each
     request is run in full and again sampled, and the row says how far the integral lies from the truth.
     """
 
-    rounds: Positive = 5
+    rounds: Positive = 4
     max_rounds: Positive = 8
+    windows: Annotated[int, msgspec.Meta(ge=0)] = 32
+    window_s: Seconds = 0.1
+    processes: Positive = 2
     warmup: Annotated[int, msgspec.Meta(ge=0)] = 1
     warm_within: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     interval: Annotated[float, msgspec.Meta(gt=0)] = 0.05

@@ -1,0 +1,196 @@
+"""Caches that live side by side in one process and decode in turn: see :mod:`d2obench.measure.windows` for the design.
+
+A cache is prefilled once and can then be sent to any step of its generation: back to the beginning by restoring a copy
+made there, ahead by :meth:`Request.skip_to`, which makes sizes true and contents stand-ins. The copy is why a cache
+counts twice when it is worked out whether all of them fit into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+from d2obench.cpu import memory as host_memory
+from d2obench.measure.clock import Clock
+from d2obench.measure.counters import StepCounts, count_decode
+from d2obench.measure.disturbance import Load, load, window_flags
+from d2obench.measure.memory import GarbageCollection, live_bytes
+from d2obench.measure.nvml import gpu_flags
+from d2obench.measure.phases import Request
+from d2obench.measure.warmup import WINDOW, WINDOWS, WarmUp, until_stable
+from d2obench.measure.windows import RoundOfWindows, Window
+
+
+class Rewindable(Request, Protocol):
+    """What a session must be able to do beside what any request does."""
+
+    def snapshot(self) -> Any: ...
+    def restore(self, saved: Any) -> None: ...
+
+
+class HeldCache:
+    """A session that has read its prompt and waits for its windows.
+
+    Args:
+        session: prefilled and compressed.
+        first: the first token of each sequence, int64 ``[B]``.
+
+    Raises:
+        ModelError: the session can't come back to an earlier step.
+    """
+
+    def __init__(self, session: Rewindable, first: torch.Tensor) -> None:
+        self.session, self._first = session, first
+        self._beginning = session.snapshot()
+        self._at, self._token = 0, first
+
+    def go_to(self, step: int) -> None:
+        """Gets ready for decode step ``step`` of the generation, by running no step or one."""
+        if step < self._at:
+            self.session.restore(self._beginning)
+            self._at, self._token = 0, self._first
+        if step > self._at == 0:  # a policy may compress in its first step, and can't skip before
+            self._step()
+        if step > self._at:
+            self.session.skip_to(step - self._at)
+            self._at = step
+
+    def decode(self, steps: int, clock: Clock) -> list[float]:
+        """Runs decode steps; the times before the first, between them and after the last, in seconds."""
+        clock.start()
+        stamps = [clock.stamp()]
+        for _ in range(steps):
+            self._step()
+            stamps.append(clock.stamp())
+        return clock.read(stamps)
+
+    def count(self) -> tuple[StepCounts, int]:
+        """Counts the second step after the prompt and lets go of everything; nothing else can be asked afterwards.
+
+        Returns:
+            The counts, and the bytes of all tensors that went with the session.
+        """
+        self.go_to(0)
+        with torch.inference_mode():
+            counts = count_decode(self.session, self._token)
+        del self._beginning, self._first, self._token
+        before = live_bytes()
+        self.session.close()
+        del self.session
+        return counts, before - live_bytes()
+
+    def close(self) -> None:
+        """Lets go of the cache and of the copy of its beginning."""
+        self._beginning = None
+        self.session.close()
+
+    def _step(self) -> None:
+        self._token = self.session.step(self._token).argmax(-1)
+        self._at += 1
+
+
+def hold(
+    session_factory: Callable[[], Rewindable], prompts: list[list[int]], steps: int, *, clock: Clock, within: float
+) -> tuple[HeldCache, WarmUp]:
+    """Prefills a cache that is to decode in turn with others, and warms its decode steps up.
+
+    Args:
+        session_factory: makes the session.
+        prompts: token ids of each sequence.
+        steps: decode steps of the generation.
+        clock: of the session's device.
+        within: how far the medians of two successive windows of steps may be apart, relative to the later one.
+
+    Raises:
+        ModelError: the session can't come back to an earlier step.
+    """
+    session = session_factory()
+    try:
+        with torch.inference_mode():
+            logits = session.prefill(prompts)
+            session.compress()
+            held = HeldCache(session, logits.argmax(-1))
+            if logits.device.type == "cpu":
+                host_memory.release()
+            return held, until_stable(_medians(held, steps, clock), within)
+    except BaseException:
+        session.close()
+        raise
+
+
+def decode_in_turn(
+    caches: Mapping[str, HeldCache],
+    rounds: Sequence[RoundOfWindows],
+    *,
+    process: int,
+    lead: int,
+    steps: int,
+    clock: Clock,
+    origin: float,
+    read_load: Callable[[], Load] = load,
+    read_gpu: Callable[[], tuple[float | None, ...]] | None = None,
+    cores: int | None = None,
+) -> list[tuple[str, Window]]:
+    """Measures rounds of windows; a window with its cache's name for each cache of each round, in order.
+
+    Args:
+        caches: by name.
+        rounds: what to measure.
+        process: number of this process within its group.
+        lead, steps: of a window, see :class:`d2obench.measure.windows.WindowPlan`.
+        clock: of the device.
+        origin: time of ``clock`` that windows are counted from.
+        read_load: the counters of the system.
+        read_gpu: one row of the driver's columns (``d2obench.measure.nvml.COLUMNS``), on a GPU.
+        cores: of the machine.
+    """
+    taken: list[tuple[RoundOfWindows, int, list[float], tuple[Load, Load], list[str]]] = []
+    GarbageCollection.begin_timing()
+    try:
+        with torch.inference_mode():
+            for one in rounds:
+                for place, name in enumerate(one.order):
+                    caches[name].go_to(one.start)
+                    gpu = [(0.0, *read_gpu())] if read_gpu else []
+                    before = read_load()
+                    times = caches[name].decode(lead + steps, clock)
+                    after = read_load()
+                    gpu += [(0.0, *read_gpu())] if read_gpu else []
+                    taken.append((one, place, times, (before, after), gpu_flags(gpu, 0.0, 0.0)))
+    finally:
+        GarbageCollection.end_timing()
+    found = []
+    flags = window_flags([readings for _, _, _, readings, _ in taken], cores)
+    for (one, place, times, (before, after), slowed), words in zip(taken, flags, strict=True):
+        gaps = [b - a for a, b in pairwise(times)]
+        window = Window(
+            process=process,
+            sweep=one.sweep,
+            depth=one.depth,
+            attempt=one.attempt,
+            order=place,
+            start=one.start + lead,
+            at_s=times[0] - origin,
+            lead_s=gaps[:lead],
+            step_s=gaps[lead:],
+            load=_difference(before, after),
+            flags=[*words, *slowed],
+        )
+        found.append((one.order[place], window))
+    return found
+
+
+def _medians(held: HeldCache, steps: int, clock: Clock) -> Iterator[float]:
+    width = min(WINDOW, steps)
+    for _ in range(min(WINDOWS, steps // width)):
+        yield median(b - a for a, b in pairwise(held.decode(width, clock)))
+
+
+def _difference(before: Load, after: Load) -> dict[str, float]:
+    """What the counters went on by, in seconds."""
+    pairs = zip(Load._fields, before, after, strict=True)
+    return {name: round(b - a, 6) for name, a, b in pairs if a is not None and b is not None}
