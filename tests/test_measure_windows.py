@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from d2obench.errors import ModelError
 from d2obench.measure.clock import HostClock
+from d2obench.measure.counters import count_step
 from d2obench.measure.disturbance import Load, window_flags
+from d2obench.measure.memory import live_bytes
 from d2obench.measure.side_by_side import HeldCache, decode_in_turn, hold
 from d2obench.measure.windows import (
     LEAD,
@@ -347,5 +349,10 @@ def test_real_caches_decode_the_same_tokens_in_turn_as_alone(tiny: Any, policy: 
             tokens.append(plain.step(tokens[-1]).argmax(-1))
     assert first == [one.tolist() for one in tokens]
     assert seen["A"] == seen["B"] == first + first
+    plain.close()
+    caches["B"].close()
     counts, alive = caches["A"].count()
-    assert counts.ops > 0 and alive >= plain.footprint().kv_bytes
+    before = live_bytes()
+    alone = open_session(tiny, policy, budget, max_new=16)
+    assert count_step(alone, prompts) == counts  # what a gate counts, in a request of its own
+    assert live_bytes() - before == pytest.approx(alive, abs=256)
