@@ -309,6 +309,17 @@ def test_holding_warms_up_until_two_windows_agree() -> None:
     assert machine.steps[-1][1] == "restore"
 
 
+def test_a_session_that_can_t_skip_is_refused_before_anything_is_timed() -> None:
+    class Stuck(Scripted):
+        def skip_to(self, tokens: int) -> None:
+            raise ModelError("it can't be moved on")
+
+    session = Stuck(machine := Machine(), "A", 1.0)
+    with pytest.raises(ModelError, match="can't be moved on"):
+        hold(lambda: session, [[1], [2]], 31, clock=machine.clock, within=0.1)
+    assert session.closed
+
+
 @pytest.mark.parametrize(
     ("policy", "budget"),
     [("d2o", "0.3"), ("h2o", "0.3"), ("cam", "0.3")]

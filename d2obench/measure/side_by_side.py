@@ -106,7 +106,7 @@ def hold(
         within: how far the medians of two successive windows of steps may be apart, relative to the later one.
 
     Raises:
-        ModelError: the session can't come back to an earlier step.
+        ModelError: the session can't come back to an earlier step, or can't skip any.
     """
     session = session_factory()
     try:
@@ -116,7 +116,10 @@ def hold(
             held = HeldCache(session, logits.argmax(-1))
             if logits.device.type == "cpu":
                 host_memory.release()
-            return held, until_stable(_medians(held, steps, clock), within)
+            warm = until_stable(_medians(held, steps, clock), within)
+            held.go_to(0)
+            held.go_to(min(2, steps))  # shows now whether the session can skip, and not in the midst of the windows
+            return held, warm
     except BaseException:
         session.close()
         raise
