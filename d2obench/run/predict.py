@@ -107,9 +107,10 @@ def memory_of(cell: Cell, model: Dimensions, batch: int, shape: Shape | None = N
 def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Prediction:
     """Memory and time of one cell.
 
-    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer. A speed cell's rounds
-    and warm-up are counted; a quality cell's items are, as far as they are known before its data is read. Nothing is
-    told of batch ``max``.
+    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer. Of a speed cell the
+    rounds are counted and the prompts beside them (for windows, or to warm up and to count operators, in every
+    process), and not the windows themselves; of a quality cell the items, as far as they are known before its data is
+    read. Nothing is told of batch ``max``.
     """
     if cell.task is not None:
         return _quality(cell, suite, model, device)
@@ -119,7 +120,8 @@ def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Pred
     prefill, step = _pass(cell, model, device, cell.batch, shape)
     part = min(shape.gen, timing.depths * timing.steps)
     requests = {"full": [shape.gen], "sampled": [part], "both": [shape.gen, part]}[timing.decode]
-    seconds = timing.rounds * sum(prefill + steps * step for steps in requests) + (1 + timing.warmup) * prefill
+    prompts = timing.processes * (1 if timing.windows else timing.warmup) + (0 if timing.windows else 1)
+    seconds = timing.rounds * sum(prefill + steps * step for steps in requests) + prompts * prefill
     return Prediction(memory_of(cell, model, cell.batch), seconds)
 
 

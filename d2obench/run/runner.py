@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import msgspec
 
@@ -67,12 +68,13 @@ class GroupRunner:
             evaluate(suite, together[0], self._client(together[0]), ledger)
             return
         with self._workers(together) as worker_of:
-            SpeedGroup(suite, together, worker_of, ledger, self._rates, self._window_obstacles).run()
+            obstacles = partial(self._window_obstacles, suite)
+            SpeedGroup(suite, together, worker_of, ledger, self._rates, obstacles).run()
 
-    def _window_obstacles(self, cells: Sequence[Cell]) -> dict[str, str]:
+    def _window_obstacles(self, suite: Suite, cells: Sequence[Cell]) -> dict[str, str]:
         """Why cells of a group can't decode in turn in one worker, by cell id."""
         return window_obstacles(
-            self._plan.suite,
+            suite,
             cells,
             self._plan.models,
             isolated=lambda cell: self._isolated is not None and self._isolated.of(cell) is not None,
