@@ -303,7 +303,8 @@ def test_caches_are_held_decode_in_turn_and_then_make_their_requests_in_two_proc
     assert [one.status for one in found.cells] == ["ok"] * 3
     seen = log(tmp_path / "log")
     pids = [line.split()[0] for line in (tmp_path / "pids").read_text().splitlines()]
-    ops = [(op, policy) for op, policy, _ in seen]
+    probe = 2  # requests that show how fast the machine is
+    ops, pids = [(op, policy) for op, policy, _ in seen][probe:], pids[probe:]
     first = [one for one, pid in zip(ops, pids, strict=True) if pid == pids[0]]
     second = [one for one, pid in zip(ops, pids, strict=True) if pid != pids[0]]
     assert len(set(pids)) == 2
