@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -236,17 +236,43 @@ class BridgedKeys(Tensor):
             return func(*args, **kwargs)
 
 
-def real_tokens(mask: Tensor, total: int) -> Tensor:
-    """Tokens that are not padding, ``[B]``, from a 2D mask ``[B, total]`` or the last row of a 4D one; padding must
-    stand on the left."""
+def real_tokens(mask: Tensor, seen: int, new: int) -> Tensor:
+    """Tokens of a block that are not padding, ``[B]``; padding must stand on the left.
+
+    Args:
+        mask: a padding mask ``[B, seen + new]``, or an attention mask of four dimensions, whose last row counts.
+        seen: columns before the block.
+        new: columns of the block.
+
+    Raises:
+        PolicyError: padding on the right or inside, or a mask that does not reach the end of the block.
+    """
     if mask.dim() == 4:
         mask = mask[:, 0, -1]
         mask = mask if mask.dtype == torch.bool else mask == 0
-    real = mask[:, -total:].bool()
+    if mask.shape[1] < seen + new:
+        raise PolicyError(
+            f"the attention mask has {mask.shape[1]} columns for {seen + new} tokens",
+            why="it must cover what the cache has seen and what is new",
+            remedy="give the mask of the whole text, as generate does, or none",
+        )
+    real = mask[:, seen : seen + new].bool()
     counts = real.sum(1)
-    if not bool((real == (torch.arange(total, device=mask.device) >= (total - counts)[:, None])).all()):
+    if not bool((real == (torch.arange(new, device=mask.device) >= (new - counts)[:, None])).all()):
         raise PolicyError("the batch is padded on the right or inside", remedy="pad on the left")
     return counts
+
+
+def generate_reads_prompt() -> bool:
+    """Whether transformers' ``generate`` is reading a prompt now, in one block or in several.
+
+    A chunk of one token at the end of a prompt looks like a decode step to a cache: only who called it can tell.
+    """
+    prefill = inspect.unwrap(getattr(GenerationMixin, "_prefill", generate_reads_prompt)).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not prefill:
+        frame = frame.f_back
+    return frame is not None
 
 
 AttentionInterface.register(IMPLEMENTATION, policy_attention)

@@ -41,6 +41,7 @@ def prompt_attention(
     starts: list[int],
     needs: Needs,
     zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = lasting,
+    earlier: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """Causal attention and the statistics asked for.
 
@@ -52,6 +53,7 @@ def prompt_attention(
         starts: the first real position of each sequence (left padding).
         needs: which statistics; those of padding are 0.
         zeros: where they are put.
+        earlier: the queries right before these, ``[B, Hq, n, d]``, where the window begins in front of the block.
 
     Returns:
         The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
@@ -73,6 +75,8 @@ def prompt_attention(
         [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
     )
     for part, start in groups:
+        if start == length:  # a sequence that has no tokens yet
+            continue
         skip = max(0, start - (length - query.shape[2]))
         q, k, v = query[part, :, skip:], keys[part, :, start:], values[part, :, start:]
         seen = {name: stat[part, :, start:] for name, stat in stats.items()}
@@ -83,7 +87,8 @@ def prompt_attention(
             out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
         if needs.window:
             with span("scores"):
-                seen["window"].copy_(_window(q, k, scale, needs))
+                every = q if earlier is None else torch.cat((earlier[part], query[part]), 2)[:, :, start - length :]
+                seen["window"].copy_(_window(every, k, scale, needs))
     return out, stats
 
 

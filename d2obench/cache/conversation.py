@@ -67,17 +67,17 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
     return turns
 
 
-def add(earlier: Stats, newer: Stats, tokens: int) -> Stats:
+def add(earlier: Stats, newer: Stats) -> Stats:
     """Statistics after a block: column sums go on, a window is the block's own.
 
     Args:
         earlier: ``[B, H, N]`` by name.
-        newer: ``[B, H, N + tokens]``.
-        tokens: of the block.
+        newer: ``[B, H, N + n]``, n tokens of the block.
     """
     out = dict(newer)
     for name in ("sum", "square"):
         if name in earlier and name in newer:
+            tokens = newer[name].shape[2] - earlier[name].shape[2]
             out[name] = newer[name] + torch.nn.functional.pad(earlier[name], (0, tokens))
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,21 @@ from d2obench.policies.base import Stats
 
 if TYPE_CHECKING:
     from d2obench.cache.policy_cache import PolicyCache
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a block of a prompt lies in the entries of every layer.
+
+    Args:
+        columns: entries that it adds.
+        before: columns of each sequence in front of its tokens that are padding, and stay.
+        padding: columns that are padding in all sequences, and go.
+    """
+
+    columns: int
+    before: list[int]
+    padding: int = 0
 
 
 class PolicyLayer(CacheLayerMixin):
@@ -36,12 +52,13 @@ class PolicyLayer(CacheLayerMixin):
         """True position of each entry, ``[B, H, N]``; None while they are those of a prompt from its start."""
         self.starts: list[int] = []
         """The first entry of each sequence."""
+        self.queries: Tensor | None = None
+        """The last queries of the blocks before, ``[B, Hq, n, d]``, for a window that begins in front of a block."""
 
-    def append(self, keys: Tensor, values: Tensor, before: Tensor | None, *, brief: bool) -> None:
+    def append(self, keys: Tensor, values: Tensor, *, brief: bool) -> None:
         """Adds a block ``[B, H, n, d]``.
 
         Args:
-            before: int64 ``[B]``, tokens of each sequence before the block; None for the first one.
             brief: the entries are gone before the next layer runs, so that it doesn't matter what they keep alive.
         """
         if self.keys is None:
@@ -49,11 +66,37 @@ class PolicyLayer(CacheLayerMixin):
                 (keys, values) if brief else (self.cache.set_aside(self, held) for held in (keys, values))
             )
             return
-        assert self.values is not None and before is not None
+        assert self.values is not None
         self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+
+    def place(self, block: Block, lengths: Tensor) -> None:
+        """Gives the entries of a block that was appended their places.
+
+        Args:
+            block: as it lies in the entries.
+            lengths: int64 ``[B]``, tokens of each sequence up to its end.
+        """
+        assert self.keys is not None and self.values is not None
+        # 1. The first token of a sequence moves to the right by the padding of a block that comes before it.
+        self.starts = [
+            start + padded for start, padded in zip(self.starts or [0] * len(block.before), block.before, strict=True)
+        ]
+        # 2. Where positions are not those of a prompt from its start, the block's are the last ones of each sequence.
         if self.position is not None:
-            new = before[:, None, None].to(keys.device) + torch.arange(keys.shape[2], device=keys.device)
-            self.position = torch.cat((self.position, new.expand(-1, keys.shape[1], -1)), 2)
+            new = block.columns + block.padding
+            last = lengths[:, None, None].to(self.keys.device) - new + torch.arange(new, device=self.keys.device)
+            self.position = torch.cat((self.position, last.expand(-1, self.keys.shape[1], -1)), 2)
+        # 3. What is padding in all sequences goes: it would take slots and mean nothing.
+        if block.padding:
+            self.starts = [start - block.padding for start in self.starts]
+            self.keys, self.values = self.keys[:, :, block.padding :], self.values[:, :, block.padding :]
+            if self.position is not None:
+                self.position = self.position[:, :, block.padding :]
+
+    def remember(self, query: Tensor, count: int) -> None:
+        """Keeps the last ``count`` queries of the prompt until the next block comes."""
+        every = query if self.queries is None else torch.cat((self.queries, query), 2)
+        self.queries = every[:, :, -count:].clone()
 
     def positions(self) -> Tensor:
         """True position of each entry, ``[B, H, N]``, negative for padding."""

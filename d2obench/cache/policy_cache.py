@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from d2obench.attention import interface
-from d2obench.attention.interface import AttendingCache, BridgedKeys, real_tokens
+from d2obench.attention.interface import AttendingCache, BridgedKeys, generate_reads_prompt, real_tokens
 from d2obench.attention.prompt import prompt_attention
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen, rescale
 from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_apart, on, runs_of, shard_of
-from d2obench.cache.layer import PolicyLayer
+from d2obench.cache.layer import Block, PolicyLayer
 from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
 from d2obench.errors import PolicyError
@@ -43,8 +43,8 @@ from d2obench.suite.grammar import Budget, parse_budget
 
 SPARE = 256
 """Slots a growing cache is extended by when the length of the generation is not known."""
-LIVING = ("seen", "lengths", "starts", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
-          "prompt_kv_bytes", "packing", "_before", "layout")  # fmt: skip
+LIVING = ("seen", "lengths", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
+          "prompt_kv_bytes", "packing", "layout")  # fmt: skip
 """What of a cache a snapshot holds beside its layers and slots."""
 
 
@@ -65,6 +65,8 @@ class PolicyCache(AttendingCache):
         shard: the ranks that share the KV heads; None where all are here.
         runs: the layers on each device, where there are several.
         model: the model it is for; None where layers are called without one.
+        prompt: tokens of a prompt, padding included, that the caller feeds in several blocks; None if they are not
+            known. Only a last block of one token needs it, which else is taken for a decode step.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class PolicyCache(AttendingCache):
         shard: HeadShard | None = None,
         runs: Sequence[Run] = (),
         model: PreTrainedModel | None = None,
+        prompt: int | None = None,
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
         self.mark = mark or (lambda phase: None)
         self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
+        self.prompt = prompt
         self.runs = list(runs) if len(runs) > 1 else []
         self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
         self.grows = policy.grows or self.keeps_all
@@ -106,9 +110,8 @@ class PolicyCache(AttendingCache):
         """Forgets everything; the next forward is a new prompt."""
         self.seen = 0
         self.lengths: Tensor | None = None
-        self._before: Tensor | None = None
         self.layout = Layout(0, 0, (0, 0), torch.float32, torch.device("cpu"))
-        self.starts: list[int] = []
+        self._block = Block(0, [])
         self.state: DecodeState | SplitState | None = None
         self.budgets: Tensor | None = None
         self.first: tuple[Tensor, list[int]] | None = None
@@ -130,11 +133,10 @@ class PolicyCache(AttendingCache):
         new = keys.shape[2]
         if layer.index == 0:
             self.check_forward()
-            if self.seen and not self.ready and new == 1:
+            if new == 1 and self.seen and not self.ready and not self._reads_prompt():
                 self.compress()
-            if self.ready and new > 1:
+            if new > 1 and self.ready:
                 self._reopen()
-            self._before = self.lengths
         if self.policy.caches_query_heads:
             keys, values = (held.repeat_interleave(self.group, 1) for held in (keys, values))
         if self.ready:
@@ -143,7 +145,7 @@ class PolicyCache(AttendingCache):
                 self.make_room()
             self.state.write(layer.index, keys, values)
         else:
-            layer.append(keys, values, self._before, brief=self._early)
+            layer.append(keys, values, brief=self._early)
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
         handed.slot_layer = layer  # type: ignore[attr-defined]
         return handed, values
@@ -169,19 +171,22 @@ class PolicyCache(AttendingCache):
         assert layer.keys is not None and layer.values is not None
         if layer.index == 0:
             self._measure(layer, new, mask)
-        if layer.position is None:
-            layer.starts = self.starts
+        assert self.lengths is not None
+        layer.place(self._block, self.lengths)
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
-            out, stats = prompt_attention(query, layer.keys, layer.values, scale, layer.starts, needs, zeros)
-        layer.stats = add(layer.stats, stats, new)
+            out, stats = prompt_attention(
+                query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries
+            )
+        if needs.window > 1 and not self.whole:
+            layer.remember(query, needs.window - 1)
+        layer.stats = add(layer.stats, stats)
         if self._early:
-            self._compress_early(layer, new)
+            self._compress_early(layer)
         if last:
-            first_decode = self.seen > 0 and new == 1
             self.seen += new
-            if first_decode and not self._early:
+            if self.budgets is not None and not self._early:  # the first decode step of a policy that waits for it
                 self._pack()
                 self.mark("decode")
         return out
@@ -203,20 +208,21 @@ class PolicyCache(AttendingCache):
     @property
     def _early(self) -> bool:
         """Whether a layer can be compressed before the next one has read the prompt."""
-        if self.keeps_all:
-            return True
-        return (
-            self.whole
-            and not self.policy.compresses_after_first_step
-            and (self.first is not None or not self.policy.budgets_need_stats)
-        )
+        if not self.whole or self.keeps_all:
+            return self.whole
+        waits = self.first is None and self.policy.budgets_need_stats
+        return not waits and not self.policy.compresses_after_first_step
 
-    def _compress_early(self, layer: PolicyLayer, new: int) -> None:
+    def _reads_prompt(self) -> bool:
+        """Whether a block of one token belongs to the prompt: the last one of a prompt that comes in chunks."""
+        return generate_reads_prompt() if self.prompt is None else self.seen < self.prompt
+
+    def _compress_early(self, layer: PolicyLayer) -> None:
         """Compresses a layer that has just read the prompt."""
         self._note("compress")
         if layer.index == 0:
             self.budgets = self._budgets()
-            self.packing = self._new_packing(new)
+            self.packing = self._new_packing(self._block.columns)
         assert self.packing is not None
         self.packing.add(layer)
         if layer.index == len(self.own) - 1:
@@ -287,6 +293,22 @@ class PolicyCache(AttendingCache):
         if self.state is not None:
             self.state.restore(saved[2])
 
+    def skip(self, tokens: int) -> None:
+        """Moves on as if ``tokens`` more had been decoded, see :meth:`DecodeState.skip`; a sliding layer keeps what it
+        holds, as a stand-in."""
+        assert self.state is not None
+        self.state.skip(tokens)
+        self.seen += tokens
+        for layer in self.layers:
+            if not isinstance(layer, PolicyLayer):
+                layer.cumulative_length += tokens
+
+    @property
+    def slides(self) -> bool:
+        """Whether there are layers with a sliding window, which stay as they are and need a padding mask in each
+        step."""
+        return len(self.own) < len(self.layers)
+
     def held(self) -> Tensor:
         """Entries held now, per layer and sequence (mean over KV heads), float32 ``[layers, B]``."""
         assert self.lengths is not None
@@ -344,17 +366,32 @@ class PolicyCache(AttendingCache):
         return self.policy.layer_budgets(stats, length, self.budget)
 
     def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
-        """Takes the lengths of the sequences from the padding mask, once a prompt; a later block adds to them."""
+        """Takes from the padding mask how many tokens of a block are each sequence's own, and adds them to its length.
+
+        Raises:
+            PolicyError: padding that does not stand before all tokens of its sequence.
+        """
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None
+        if new > 1:
+            self.budgets = None
         widths = (keys.shape[-1], values.shape[-1])
         first = keys.shape[1] * self.shard.rank if self.shard else 0
         self.layout = Layout(keys.shape[0], keys.shape[1], widths, keys.dtype, keys.device, first)
-        if self.lengths is not None:
-            self.lengths = self.lengths + new
-            return
-        self.starts = [0] * keys.shape[0] if mask is None else (new - real_tokens(mask, new)).tolist()
-        self.lengths = new - torch.tensor(self.starts, device=keys.device)
+        batch = keys.shape[0]
+        before = torch.zeros(batch, dtype=torch.long, device=keys.device) if self.lengths is None else self.lengths
+        real = [new] * batch
+        if mask is not None:
+            counts = real_tokens(mask, self.seen, new)
+            if bool(((counts < new) & (before > 0)).any()):
+                raise PolicyError(
+                    "a sequence is padded in its midst", why="padding comes after tokens", remedy="pad on the left"
+                )
+            real = counts.tolist()
+        self.lengths = before + torch.tensor(real, device=keys.device)
+        # columns that are padding in every sequence so far are not kept
+        padding = new - max(real) if not bool((before > 0).any()) else 0
+        self._block = Block(new - padding, [new - count for count in real], padding)
 
     def make_room(self) -> None:
         """Makes room in a growing cache whose generation turned out longer than its slots."""
@@ -374,6 +411,7 @@ def cache(
     seed: int = 0,
     mark: Callable[[str], None] | None = None,
     whole: bool = False,
+    prompt: int | None = None,
 ) -> PolicyCache:
     """A cache for ``model.generate(past_key_values=…)``; hand the same one in again to go on with a conversation.
 
@@ -388,6 +426,8 @@ def cache(
         mark: told "prefill", "compress" and "decode" when a phase begins.
         whole: every prompt, and every later turn, comes in one block: a layer is then compressed before the next one
             reads the prompt, where the policy allows it. A second block is taken for a second turn.
+        prompt: tokens of a prompt, padding included, that you feed in blocks of your own and whose last block may be a
+            single token. ``generate(prefill_chunk_size=…)`` needs no such hint.
 
     Raises:
         PolicyError: an unknown policy, or one that needs a budget.
@@ -402,5 +442,18 @@ def cache(
     if shard := shard_of(model):
         check_apart(built)
     return PolicyCache(
-        built, given, kinds, group, max_new, mark, wrap, seed, rotary, whole, shard, runs_of(model, kinds), model
+        built,
+        given,
+        kinds,
+        group,
+        max_new,
+        mark,
+        wrap,
+        seed,
+        rotary,
+        whole,
+        shard,
+        runs_of(model, kinds),
+        model,
+        prompt,
     )

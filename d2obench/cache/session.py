@@ -169,7 +169,12 @@ class Session:
     def run(self, tokens: Tensor) -> Tensor:
         """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
         what a CUDA graph captures: tensors that outlive the step are changed in place."""
-        out = self._forward(tokens, self._positions, None)
+        mask = self._mask
+        if mask is not None and self.cache.slides:
+            self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            out = self._forward(tokens, self._positions, mask)
+        else:  # slots need no mask
+            out = self._forward(tokens, self._positions, None)
         self._positions += 1
         return out
 
@@ -201,8 +206,9 @@ class Session:
         """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
         if self.cache.state is None:
             raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
-        self.cache.state.skip(tokens)
-        self.cache.seen += tokens
+        self.cache.skip(tokens)
+        if self._mask is not None and self.cache.slides:
+            self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
         self._positions += tokens
 
     @torch.inference_mode()
