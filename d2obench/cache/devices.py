@@ -138,6 +138,20 @@ class SplitState:
             with on(part.now.device):
                 part.extend(tokens)
 
+    def retract(self, tokens: int) -> None:
+        """See :meth:`DecodeState.retract`."""
+        for part in self.parts:
+            with on(part.now.device):
+                part.retract(tokens)
+
+    def select(self, sequences: Tensor) -> SplitState:
+        """See :meth:`DecodeState.select`."""
+        found = []
+        for part in self.parts:
+            with on(part.now.device):
+                found.append(part.select(sequences))
+        return SplitState(found)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor beside keys and values."""
         return [tensor for part in self.parts for tensor in part.tensors()]

@@ -35,6 +35,7 @@ class PolicyLayer(CacheLayerMixin):
     """One compressed layer; ``index`` counts compressed layers only."""
 
     is_sliding = False
+    supports_early_init = True
     keys: Tensor | None
     values: Tensor | None
 
@@ -87,11 +88,17 @@ class PolicyLayer(CacheLayerMixin):
             last = lengths[:, None, None].to(self.keys.device) - new + torch.arange(new, device=self.keys.device)
             self.position = torch.cat((self.position, last.expand(-1, self.keys.shape[1], -1)), 2)
         # 3. What is padding in all sequences goes: it would take slots and mean nothing.
-        if block.padding:
-            self.starts = [start - block.padding for start in self.starts]
-            self.keys, self.values = self.keys[:, :, block.padding :], self.values[:, :, block.padding :]
-            if self.position is not None:
-                self.position = self.position[:, :, block.padding :]
+        self._trim(block.padding)
+
+    def _trim(self, padding: int) -> None:
+        """Lets go of the first ``padding`` entries."""
+        if not padding:
+            return
+        self.starts = [start - padding for start in self.starts]
+        for name in ("keys", "values", "position"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[:, :, padding:])
+        self.stats = {name: held[:, :, padding:] for name, held in self.stats.items()}
 
     def remember(self, query: Tensor, count: int) -> None:
         """Keeps the last ``count`` queries of the prompt until the next block comes."""
@@ -121,6 +128,37 @@ class PolicyLayer(CacheLayerMixin):
     def attend(self, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Attention of ``[B, Hq, n, d]`` over what the layer holds, ``[B, n, Hq, d_v]``."""
         return self.cache.attend(self, query, scale, mask)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the cache holds anything."""
+        return self.cache.seen > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """transformers' base class sets it; what the cache holds decides."""
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back, see :meth:`PolicyCache.crop`."""
+        return self.cache.is_croppable
+
+    def select(self, sequences: Tensor) -> None:
+        """The entries of other sequences, see :meth:`PolicyCache.batch_select_indices`."""
+        for name in ("keys", "values", "position", "queries"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[sequences.to(held.device)])
+        self.stats = {name: held[sequences.to(held.device)] for name, held in self.stats.items()}
+        self.starts = [self.starts[i] for i in sequences.tolist()] if self.starts else []
+        self._trim(min(self.starts, default=0))
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last ``tokens`` entries back."""
+        for name in ("keys", "values", "position"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[:, :, :-tokens])
+        if self.keys is not None:
+            self.starts = [min(start, self.keys.shape[2]) for start in self.starts]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: slots are made when the prompt's length is known."""

@@ -15,6 +15,7 @@ decoding has begun (a new turn) attends to the slots and to itself, and is then 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,7 +36,7 @@ from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, che
 from d2obench.cache.layer import Block, PolicyLayer
 from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
-from d2obench.errors import PolicyError
+from d2obench.errors import ModelError, PolicyError
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Needs, Policy
 from d2obench.ranges import span
@@ -133,6 +134,11 @@ class PolicyCache(AttendingCache):
         new = keys.shape[2]
         if layer.index == 0:
             self.check_forward()
+            if self.seen and keys.shape[0] != self.layout.batch:
+                raise ModelError(
+                    f"a batch of {keys.shape[0]} was given to a cache of {self.layout.batch} sequences",
+                    remedy="use one cache for each batch, or batch_repeat_interleave and batch_select_indices",
+                )
             if new == 1 and self.seen and not self.ready and not self._reads_prompt():
                 self.compress()
             if new > 1 and self.ready:
@@ -196,6 +202,8 @@ class PolicyCache(AttendingCache):
 
         A policy that defers only sets its budgets here; the first decode step does the rest.
         """
+        if not self.seen:
+            raise ModelError("there is nothing to compress", why="the cache has seen no prompt yet")
         if not self.ready:
             self.mark("compress")
             if self.budgets is None:
@@ -292,6 +300,121 @@ class PolicyCache(AttendingCache):
             layer.__dict__.update(fields)
         if self.state is not None:
             self.state.restore(saved[2])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Goes on with other sequences.
+
+        Args:
+            indices: int64 ``[B']``, the sequence that each new one goes on with, or a bool mask ``[B]``.
+        """
+        if not self.seen:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        chosen = indices.detach().cpu().long()
+        for layer in self.layers:
+            if not isinstance(layer, PolicyLayer):
+                layer.batch_select_indices(indices.to(layer.keys.device))
+            elif not self.ready:
+                layer.select(chosen)
+        assert self.lengths is not None
+        self.lengths = self.lengths[chosen.to(self.lengths.device)]
+        self.layout = replace(self.layout, batch=chosen.numel())
+        self.budgets, self.kept = (held if held is None else held[:, chosen] for held in (self.budgets, self.kept))
+        if self.first is not None:
+            self.first = self.first[0][:, chosen], [self.first[1][i] for i in chosen.tolist()]
+        if self.state is not None:
+            self.state = self.state.select(chosen)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Goes on with ``repeats`` copies of every sequence, one behind the other."""
+        self.batch_select_indices(torch.arange(self.layout.batch).repeat_interleave(repeats))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The sequences of a beam search after a step; the same as :meth:`batch_select_indices`."""
+        self.batch_select_indices(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest tokens back, as speculative decoding does.
+
+        Args:
+            tokens_to_remove: their number, negative or 0 (as transformers from 5.24 on has it), or the positive number
+                of tokens that stay.
+
+        Raises:
+            PolicyError: a policy has evicted or scored entries since: that can't be undone.
+        """
+        tokens = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
+        if tokens <= 0:
+            return
+        if not self.is_croppable:
+            raise PolicyError(
+                f"a cache of the policy '{self.policy.name}' can't be cropped",
+                why="what was evicted, merged or added to scores can't be undone",
+                remedy="use the policy full, or decode without an assistant",
+            )
+        if tokens >= self.seen:
+            self.reset()
+            return
+        for layer in self.layers:
+            if not isinstance(layer, PolicyLayer):
+                layer.crop(-tokens)
+        if self.state is not None and tokens <= self.state.added:
+            self.state.retract(tokens)
+        else:
+            if self.ready:
+                self._reopen()
+            assert self.lengths is not None
+            self.lengths = (self.lengths - tokens).clamp_min(0)
+            for layer in self.own:
+                layer.crop(tokens)
+        self.seen -= tokens
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can put the cache back as it was: where everything is kept as it came."""
+        return self.keeps_all and self.policy.bits in (None, 16)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; −1 before the first prompt."""
+        return self.layout.batch if self.seen else -1
+
+    max_batch_size = batch_size
+
+    @property
+    def max_cache_len(self) -> int:
+        """−1: there is no maximum of tokens that may be seen."""
+        return self.get_max_length()
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """−1: there is no maximum of tokens that may be seen."""
+        return -1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
+        """A cache of the same model that goes on by itself, for a prefix that several texts share."""
+        found = object.__new__(type(self))
+        memo[id(self)] = found
+        made_anew = {"layers", "own", "state", "_rooms"}
+        shared = {"policy", "budget", "mark", "rotary", "shard", "runs", "wrap", "first", "layout"}
+        shared |= {"_module", "_configs"}  # the model's own
+        for name, held in self.__dict__.items():
+            if name not in made_anew:
+                setattr(found, name, held if name in shared else copy.deepcopy(held, memo))
+        found.layers = [self._copied(layer, found, memo) for layer in self.layers]
+        found.own = [layer for layer in found.layers if isinstance(layer, PolicyLayer)]
+        found.state = None if self.state is None else self.state.select(torch.arange(self.layout.batch))
+        found._rooms = Rooms(len(found.own))
+        return found
+
+    @staticmethod
+    def _copied(layer: Any, cache: PolicyCache, memo: dict[int, Any]) -> Any:
+        if not isinstance(layer, PolicyLayer):
+            return copy.deepcopy(layer, memo)
+        found = PolicyLayer(cache, layer.index)
+        held = {name: copy.deepcopy(value, memo) for name, value in layer.__dict__.items() if name != "_cache"}
+        found.__dict__.update(held)
+        return found
 
     def skip(self, tokens: int) -> None:
         """Moves on as if ``tokens`` more had been decoded, see :meth:`DecodeState.skip`; a sliding layer keeps what it

@@ -11,7 +11,8 @@ The state is data; a backend (``d2obench.decode.backend``) works on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -304,6 +305,54 @@ class DecodeState:
         self._append()
         self._choose()
 
+    def retract(self, tokens: int) -> None:
+        """Takes back the last ``tokens`` that were decoded into a growing cache, at most ``added``."""
+        with torch.inference_mode(self.now.is_inference()):
+            self.now -= tokens
+            self.added -= tokens
+            self._append()
+
+    def select(self, sequences: Tensor) -> DecodeState:
+        """The same state for other sequences, for beams, parallel samples and copies.
+
+        Args:
+            sequences: int64 ``[B']``, the sequence of this state that each one of the new state goes on with. All that
+                is known of its rows goes along: entries, scores, thresholds, draws, a pending merge.
+        """
+        sequences = sequences.to(self.now.device)
+        old, rows = (
+            self.store.rows,
+            (sequences[:, None] * self.heads + torch.arange(self.heads, device=self.now.device)),
+        )
+        rows = rows.flatten()
+
+        def picked(held: Tensor) -> Tensor:
+            if held.dim() > 1 and held.shape[1] == old:
+                return held[:, rows]
+            return held[rows] if held.dim() and held.shape[0] == old else held.clone()
+
+        found = DecodeState(
+            self.store.selected(rows), self.position[:, rows], self.now[rows], self.policy, self.heads, self.group,
+            self.prompts, self.grows, self.seed, self.rotary,
+        )  # fmt: skip
+        found.added, found.steps, found.rule = self.added, self.steps, _picked_rule(self.rule, picked)
+        for name in ("attention", "score", "square", "threshold", "usable", "stream", "free"):
+            setattr(found, name, picked(getattr(self, name)))
+        found.merged, found.evicted = self.merged.clone(), self.evicted.clone()
+        found.bias = None if self.bias is None else picked(self.bias)
+        found.extra = {name: picked(held) for name, held in self.extra.items()}
+        if self.merge is not None:
+            found.merge = PendingMerge(found, self.merge.spec)
+            for new, mine in zip(found.merge.tensors()[:-1], self.merge.tensors()[:-1], strict=True):  # less work space
+                new.copy_(picked(mine))
+        if self.grows:
+            found._append()
+        else:
+            found.slot = found.free[..., self.steps % self.policy.interval]
+            torch.add(found.store.base, found.slot, out=found.target)
+        found._choose()
+        return found
+
     def held(self) -> Tensor:
         """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token doesn't count."""
         return (self.position >= 0).sum(-1) + (self.added if self.grows else -1)
@@ -332,6 +381,17 @@ class DecodeState:
 
 def _inherited(rule: DecodeRule | None) -> DecodeRule | None:
     return rule.inherited if isinstance(rule, Custom) else None
+
+
+def _picked_rule(rule: DecodeRule | None, picked: Callable[[Tensor], Tensor]) -> DecodeRule | None:
+    """A rule whose figures of rows are those of the rows that ``picked`` picks."""
+    if isinstance(rule, Custom):
+        return dataclasses.replace(rule, inherited=_picked_rule(rule.inherited, picked))
+    if rule is None:
+        return None
+    held: dict[str, Any] = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    changed: Any = {name: picked(one) for name, one in held.items() if isinstance(one, Tensor)}
+    return dataclasses.replace(rule, **changed)
 
 
 def capacities(budgets: Tensor, spare: int) -> Sequence[int]:

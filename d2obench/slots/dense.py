@@ -127,6 +127,13 @@ class DenseStore:
             larger.fill(layer, self.keys(layer), self.values(layer))
         return larger
 
+    def selected(self, rows: Tensor) -> DenseStore:
+        """A store whose rows are copies of the rows ``rows``, int64 ``[n]``, of this one; some may come twice."""
+        found = type(self)(self.capacities, rows.numel(), self.widths, self.dtype, self.device)
+        for layer in range(len(self.capacities)):
+            found.fill(layer, self.keys(layer)[rows], self.values(layer)[rows])
+        return found
+
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of the contents, for :meth:`restore`."""
         return self.key_rows.clone(), self.value_rows.clone()

@@ -205,6 +205,21 @@ class QuantStore(DenseStore):
         larger.open, larger.filled, larger.shift = self.open, self.filled, self.shift
         return larger
 
+    def selected(self, rows: Tensor) -> QuantStore:
+        """See :meth:`DenseStore.selected`; codes and ranges are copied as they are."""
+        found = QuantStore(self.capacities, rows.numel(), self.widths, self.dtype, self.device, self.bits, self.grows)
+        for layer in range(len(self.capacities)):
+            for old, new in (
+                (self.key_rows, found.key_rows),
+                (self.value_rows, found.value_rows),
+                (self.value_ranges, found.value_ranges),
+            ):
+                found._view(new, layer)[:] = self._view(old, layer)[rows]
+            found._ranges(layer)[:] = self._ranges(layer)[rows]
+        found.open.copy_(self.open[:, rows])
+        found.filled, found.shift = list(self.filled), list(self.shift)
+        return found
+
     def snapshot(self) -> tuple[Any, ...]:
         """A copy of the contents, for :meth:`restore`."""
         return [tensor.clone() for tensor in self._held()], list(self.filled)
