@@ -395,7 +395,7 @@ class PolicyCache(AttendingCache):
         """A cache of the same model that goes on by itself, for a prefix that several texts share."""
         found = object.__new__(type(self))
         memo[id(self)] = found
-        made_anew = {"layers", "own", "state", "_rooms"}
+        made_anew = {"layers", "own", "state", "_buffers"}
         shared = {"policy", "budget", "mark", "rotary", "shard", "runs", "wrap", "first", "layout"}
         shared |= {"_module", "_configs"}  # the model's own
         for name, held in self.__dict__.items():
@@ -404,7 +404,7 @@ class PolicyCache(AttendingCache):
         found.layers = [self._copied(layer, found, memo) for layer in self.layers]
         found.own = [layer for layer in found.layers if isinstance(layer, PolicyLayer)]
         found.state = None if self.state is None else self.state.select(torch.arange(self.layout.batch))
-        found._rooms = Rooms(len(found.own))
+        found._buffers = LayerBuffers(len(found.own))
         return found
 
     @staticmethod
