@@ -17,6 +17,7 @@ from d2obench.measure.clock import clock_for
 from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import probe_for
 from d2obench.measure.phases import measure_request
+from d2obench.measure.side_by_side import HeldCache, hold
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
 from d2obench.suite.definition import Quality
@@ -90,6 +91,22 @@ def test_a_step_that_breaks_late_is_found_too(tiny: LoadedModel) -> None:
         logits = session.step(tokens)
         with pytest.raises(ModelError, match=r"while decoding are not finite.*model\.layers\.3\.self_attn\.q_proj"):
             require_finite(logits, "while decoding", session, PROMPTS)
+
+
+def test_caches_that_decode_in_turn_are_held_to_it_too(tiny: LoadedModel) -> None:
+    def held() -> HeldCache:
+        clock = clock_for(tiny.device)
+        return hold(lambda: open_session(tiny, "h2o", "0.5", max_new=40), PROMPTS, 39, clock=clock, within=10.0)[0]
+
+    found = pytest.raises(ModelError, match=r"after the prompt are not finite.*model\.layers\.1\.self_attn\.v_proj")
+    with broken(tiny.model, "model.layers.1.self_attn.v_proj.weight", math.nan), found:
+        held()
+    cache = held()
+    cache.decode(2, clock_for(tiny.device))
+    found = pytest.raises(ModelError, match=r"of a decode step are not finite.*model\.layers\.2\.self_attn\.o_proj")
+    with broken(tiny.model, "model.layers.2.self_attn.o_proj.weight", math.nan), found:
+        cache.decode(2, clock_for(tiny.device))
+    cache.close()
 
 
 def test_without_a_model_the_layer_stays_unknown() -> None:

@@ -18,6 +18,7 @@ from d2obench.cpu import memory as host_memory
 from d2obench.measure.clock import Clock
 from d2obench.measure.counters import StepCounts, count_decode
 from d2obench.measure.disturbance import Load, load, window_flags
+from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import GarbageCollection, live_bytes
 from d2obench.measure.nvml import gpu_flags
 from d2obench.measure.phases import Request
@@ -47,6 +48,7 @@ class HeldCache:
         self.session, self._first = session, first
         self._beginning = session.snapshot()
         self._at, self._token = 0, first
+        self._logits = torch.zeros(0)  # of the last step
 
     def go_to(self, step: int) -> None:
         """Gets ready for decode step ``step`` of the generation, by running no step or one."""
@@ -60,13 +62,19 @@ class HeldCache:
             self._at = step
 
     def decode(self, steps: int, clock: Clock) -> list[float]:
-        """Runs decode steps; the times before the first, between them and after the last, in seconds."""
+        """Runs decode steps; the times before the first, between them and after the last, in seconds.
+
+        Raises:
+            ModelError: the logits are not finite; names the first layer where this happened.
+        """
         clock.start()
         stamps = [clock.stamp()]
         for _ in range(steps):
             self._step()
             stamps.append(clock.stamp())
-        return clock.read(stamps)
+        times = clock.read(stamps)
+        require_finite(self._logits, "of a decode step", self.session)
+        return times
 
     def count(self) -> tuple[StepCounts, int]:
         """Counts the second step after the prompt and lets go of everything; nothing else can be asked afterwards.
@@ -77,7 +85,7 @@ class HeldCache:
         self.go_to(0)
         with torch.inference_mode():
             counts = count_decode(self.session, self._token)
-        del self._beginning, self._first, self._token
+        del self._beginning, self._first, self._token, self._logits
         before = live_bytes()
         self.session.close()
         del self.session
@@ -89,7 +97,8 @@ class HeldCache:
         self.session.close()
 
     def _step(self) -> None:
-        self._token = self.session.step(self._token).argmax(-1)
+        self._logits = self.session.step(self._token)
+        self._token = self._logits.argmax(-1)
         self._at += 1
 
 
@@ -106,13 +115,14 @@ def hold(
         within: how far the medians of two successive windows of steps may be apart, relative to the later one.
 
     Raises:
-        ModelError: the session can't come back to an earlier step, or can't skip any.
+        ModelError: the session can't come back to an earlier step, or can't skip any, or its logits are not finite.
     """
     session = session_factory()
     try:
         with torch.inference_mode():
             logits = session.prefill(prompts)
             session.compress()
+            require_finite(logits, "after the prompt", session, prompts)
             held = HeldCache(session, logits.argmax(-1))
             if logits.device.type == "cpu":
                 host_memory.release()
