@@ -3,7 +3,8 @@
 A run folder holds ``run.json`` (one :class:`RunInfo`), ``cells.jsonl`` (one :class:`CellRecord` a line, appended and
 flushed when a cell ends), ``samples/<hash>.json`` (every raw value) and the views made from them.
 
-Schema history: 1, first version.
+Schema history: 1, first version. 2, a value says whether its bounds are an interval or a range; in a cell of schema 1
+they are a percentile bootstrap, which is a range where it had five samples or fewer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ import msgspec
 
 from d2obench.errors import RecordError
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_LINE = 8 * 2**20
 STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
 
@@ -242,4 +244,23 @@ def _cell(line: bytes) -> CellRecord:
     cell = msgspec.json.decode(line, type=CellRecord)
     if cell.status not in STATUSES:
         raise ValueError(f"unknown status '{cell.status[:40]}'")
-    return cell
+    return cell if cell.schema > 1 else _of_schema_1(cell)
+
+
+def _of_schema_1(cell: CellRecord) -> CellRecord:
+    """The cell with the kind of each value's bounds, which schema 1 did not record.
+
+    Times were bounded over rounds, of which ``details`` has the count, and quality over documents, which the task may
+    name; ``n`` counted steps or positions. Peaks of memory had the range as their bounds.
+    """
+    rounds, documents = cell.details.get("rounds"), re.search(r"documents=(\d+)", cell.axes.task)
+    most = rounds if isinstance(rounds, int) else int(documents[1]) if documents else None
+
+    def with_kind(key: str, value: Value) -> Value:
+        if value.lo is None or value.hi is None:
+            return value
+        n = value.n if most is None else min(most, value.n)
+        kind: Bounded = "range" if n <= 5 or key.endswith("_bytes") else "interval"
+        return msgspec.structs.replace(value, n=n, kind="exact" if value.lo == value.hi else kind)
+
+    return msgspec.structs.replace(cell, values={key: with_kind(key, value) for key, value in cell.values.items()})

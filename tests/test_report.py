@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import report_runs as made
@@ -358,15 +359,21 @@ def test_of_too_many_rows_the_largest_settings_are_shown(tmp_path: Path) -> None
 
 
 def test_what_the_intervals_hide_is_not_called_a_win(tmp_path: Path) -> None:
-    def cells(spread: float) -> list[CellRecord]:
+    def cells(spread: float, kind: Literal["interval", "range"] = "interval") -> list[CellRecord]:
         rates = {"full": 10.0, "h2o": 11.0, "d2o": 12.0}
-        values = {name: {"decode_tok_s": Value(rate, rate - spread, rate + spread, 5)} for name, rate in rates.items()}
         return [
-            made.record(made.axes("speed", name, shape="64+8", batch=1), values=found) for name, found in values.items()
+            made.record(
+                made.axes("speed", name, shape="64+8", batch=1),
+                values={"decode_tok_s": Value(rate, rate - spread, rate + spread, 9, kind=kind, df=8)},
+                details={"processes": 2},
+            )
+            for name, rate in rates.items()
         ]
 
     noisy = build([made.write_run(tmp_path / "noisy", "noisy", cells(2.0))])
     assert noisy.verdict == ("Fastest decode: no clear difference between the policies.",)
+    few = build([made.write_run(tmp_path / "few", "few", cells(0.1, "range"))])
+    assert few.verdict == noisy.verdict
     clear = build([made.write_run(tmp_path / "clear", "clear", cells(0.1))])
     assert clear.verdict[0].startswith("Fastest decode: d2o (decode 12.0 tok/s [11.9 … 12.1]")
 

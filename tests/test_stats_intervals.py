@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from d2obench.record import Value
-from d2obench.stats import coverage
 from d2obench.stats.intervals import (
     highest,
     mean,
@@ -22,6 +21,7 @@ from d2obench.stats.intervals import (
     proportion,
     trimmed_t,
 )
+from d2obench.study import coverage
 
 times = st.lists(st.floats(0.01, 1e6), min_size=3, max_size=40)
 

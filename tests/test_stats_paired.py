@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2obench.stats.paired import detectable, mcnemar, paired_difference
-from d2obench.stats.pareto import non_dominated
+from d2obench.stats.claims import front
+from d2obench.stats.intervals import paired_difference
+from d2obench.stats.paired import detectable, mcnemar
 
 
 def answers(both: int, lost: int, won: int, neither: int = 0) -> tuple[list[int], list[int]]:
@@ -69,11 +70,12 @@ points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)
 
 @given(points)
 def test_the_front_is_what_no_other_point_beats(found):
-    front = non_dominated(found, ["lower", "higher"])
-    for point, on in zip(found, front, strict=True):
-        beaten = any(a <= point[0] and b >= point[1] and (a, b) != point for a, b in found)
-        assert on is not beaten
+    sizes = {number: float(size) for number, (size, _) in enumerate(found)}
+    on = front(sizes, lambda a, b: found[a][1] > found[b][1])
+    for number, (size, quality) in enumerate(found):
+        rivals = [other for place, other in enumerate(found) if place != number]
+        assert (number in on) is not any(a <= size and b >= quality for a, b in rivals)
 
 
-def test_points_with_a_hole_are_never_on_the_front():
-    assert non_dominated([(1, 2), (None, 1), (math.nan, 0), (2, 1)], ["lower", "lower"]) == [True, False, False, True]
+def test_points_without_a_size_are_never_on_the_front():
+    assert front({"a": 1.0, "b": None, "c": math.nan, "d": 2.0}, lambda a, b: True) == {"a", "d"}

@@ -14,10 +14,11 @@ from d2obench.gate.rules import (
     judge_bounded,
     judge_exact,
     judge_ratio,
+    judge_ratios,
     judge_repeats,
     judge_sampled,
     judge_timed,
-    judge_unpaired,
+    side_by_side,
     tolerance,
 )
 from d2obench.gate.verdict import Row, Verdict, gather
@@ -151,11 +152,31 @@ def test_ratio_against_a_stored_one(head, verdict):
     assert judge_ratio("c", "speedup", 1.5, head, 0.1).verdict is verdict
 
 
-def test_runs_that_were_not_interleaved_say_so():
-    row = judge_unpaired("c", "tpot_s", Value(1.0, 0.9, 1.1, 5), Value(2.0, 1.9, 2.1, 5), 0.05)
-    assert row.verdict is REGRESSED
-    assert row.lo == pytest.approx(1.9 / 1.1 - 1)
-    assert "not interleaved" in row.reason
+def test_times_of_runs_at_different_times_are_shown_and_never_judged():
+    row = side_by_side("c", "tpot_s", Value(1.0, 0.9, 1.1, 5), Value(2.0, 1.9, 2.1, 5), "measured at another time")
+    assert row.verdict is Verdict.NOT_JUDGED
+    assert (row.base, row.head, row.effect, row.lo, row.hi) == (1.0, 2.0, 1.0, None, None)
+    assert gather("compare", "x", "y", [row]).exit_code(strict=True) == 0
+
+
+def interval(middle: float, half: float, kind: str = "interval") -> Value:
+    return Value(middle, middle - half, middle + half, 9, kind=kind, df=8)
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "verdict"),
+    [
+        (interval(1.5, 0.02), interval(1.5, 0.02), OK),
+        (interval(1.5, 0.02), interval(1.2, 0.02), REGRESSED),
+        (interval(1.5, 0.02), interval(2.0, 0.02), IMPROVED),
+        (interval(1.5, 0.02), interval(1.35, 0.02), INCONCLUSIVE),
+        (interval(1.5, 0.3), interval(1.2, 0.02), INCONCLUSIVE),  # a stored constant would say REGRESSED
+        (interval(1.5, 0.02, "range"), interval(1.2, 0.02), INCONCLUSIVE),
+        (None, interval(1.2, 0.02), INCOMPARABLE),
+    ],
+)
+def test_ratios_of_two_runs_carry_the_noise_of_both(base, head, verdict):
+    assert judge_ratios("c", "speedup", base, head, 0.1).verdict is verdict
 
 
 def scores(wrong: int, n: int = 100) -> dict[str, float]:

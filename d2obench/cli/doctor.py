@@ -33,11 +33,25 @@ Gates = Annotated[
     int, typer.Option(min=1, help="With --study: gates tried for a head that is 0, 10 and 20 % slower, each.")
 ]
 Load = Annotated[bool, typer.Option("--load", help="With --study: keep one core busy with other work meanwhile.")]
+Coverage = Annotated[
+    bool,
+    typer.Option("--coverage", help="Simulate how often a report's intervals hold the truth; this takes a minute."),
+]
+StudyQuick = Annotated[
+    bool,
+    typer.Option(
+        "--study-quick",
+        help="Run a short quick many times, quiet and under load, and count its false sentences; needs --output.",
+    ),
+]
+Runs = Annotated[
+    int,
+    typer.Option(min=4, help="With --study-quick: runs that are judged. Half as many undisturbed ones are added."),
+]
+Minutes = Annotated[float, typer.Option(min=0.0, help="With --study-quick: no run is begun after so many minutes.")]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FOLDER", help="With --study: a folder for what was found, kept up to date. Default: none is written."
-    ),
+    typer.Option(metavar="FOLDER", help="With a study: a folder for what was found. Default: none is written."),
 ]
 
 
@@ -47,6 +61,10 @@ def command(
     study: StudyGate = False,
     gates: Gates = 20,
     load: Load = False,
+    coverage: Coverage = False,
+    study_quick: StudyQuick = False,
+    runs: Runs = 40,
+    minutes: Minutes = 25.0,
     output: Output = None,
 ) -> None:
     """Tell whether this machine is fit to measure: what is here, what is missing and what to type, and the noise.
@@ -56,6 +74,12 @@ def command(
     from rich.console import Console
 
     console = Console()
+    if coverage:
+        _show_coverage(console, output)
+        return
+    if study_quick:
+        _show_study_quick(console, runs, minutes, output)
+        return
     if study:
         _show_study(console, gates, output, load=load)
         return
@@ -128,4 +152,30 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
     for outcome in found.outcomes:
         console.print(str(outcome), markup=False)
     if output is not None:
+        console.print(f"{output / 'README.md'}", markup=False)
+
+
+def _show_study_quick(console: Console, runs: int, minutes: float, output: Path | None) -> None:
+    """Runs the study of the first command and prints its table; a folder that has runs already is gone on with."""
+    from d2obench.errors import UsageError
+    from d2obench.study.quick import markdown, study
+
+    if output is None:
+        raise UsageError("the study of quick needs a folder for its runs", remedy="add --output FOLDER")
+
+    def watch(words: str) -> None:
+        console.print(words, style="dim", markup=False)
+
+    found = study(output, runs=runs, truths=max(3, runs // 2), minutes=minutes, watch=watch)
+    console.print(markdown(found), markup=False)
+
+
+def _show_coverage(console: Console, output: Path | None) -> None:
+    """Simulates and prints the least coverage of each kind of figure; with ``output`` the whole table is kept."""
+    from d2obench.study.coverage import bootstrap, least, study, write
+
+    rows = study()
+    console.print(least(rows), markup=False)
+    if output is not None:
+        write(output, rows, bootstrap())
         console.print(f"{output / 'README.md'}", markup=False)

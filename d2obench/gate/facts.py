@@ -16,6 +16,7 @@ from d2obench.gate.rules import (
     judge_bounded,
     judge_exact,
     judge_ratio,
+    judge_ratios,
     judge_repeats,
     judge_sampled,
     missing,
@@ -101,7 +102,7 @@ def _to_streaming(run: Run, cell: CellRecord, samples: dict[str, Any]) -> dict[s
     partner = next((other for other in run.cells if _is_streaming_of(other, cell)), None)
     if partner is None or cell.axes.task != SPEED or cell.status != "ok":
         return {}
-    found = ratio("to_streaming", cell.id, samples, read_samples(run.path, partner))
+    found = ratio("to_streaming", samples, read_samples(run.path, partner))
     return {} if found is None else {"to_streaming": found}
 
 
@@ -136,9 +137,23 @@ def items_of(items: Any) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
 
 
 def judge_facts(
-    cell: str, base: Facts | None, head: Facts | None, overrides: Mapping[str, float] | None = None
+    cell: str,
+    base: Facts | None,
+    head: Facts | None,
+    overrides: Mapping[str, float] | None = None,
+    *,
+    both_measured: bool = False,
+    comparisons: int = 1,
 ) -> list[Row]:
-    """One row for every figure that either side has."""
+    """One row for every figure that either side has.
+
+    Args:
+        cell: its id.
+        base, head: its figures on both sides; None where one side has no such cell.
+        overrides: the suite's tolerances.
+        both_measured: the base's ratios are another run's, with noise of their own, not a committed baseline.
+        comparisons: rows of the whole comparison that rest on intervals; see ``d2obench.stats.claims``.
+    """
     if base is None or head is None:
         return [missing(cell, "status", "exact", base.status if base else None, head.status if head else None)]
     if base.status != "ok" or head.status != "ok":
@@ -155,11 +170,15 @@ def judge_facts(
     for key in _both(base.ratio, head.ratio):
         stored = base.ratio.get(key)
         limit = tolerance(key, overrides)
-        rows.append(judge_ratio(cell, key, stored.value if stored else None, head.ratio.get(key), limit))
+        if both_measured:
+            rows.append(judge_ratios(cell, key, stored, head.ratio.get(key), limit, comparisons))
+        else:
+            rows.append(judge_ratio(cell, key, stored.value if stored else None, head.ratio.get(key), limit))
     for key in _both(base.sampled, head.sampled):
         before, after = base.sampled.get(key, {}), head.sampled.get(key, {})
         limit = tolerance(key, overrides)
-        rows.append(judge_sampled(cell, key, before, after, limit, base.clusters or head.clusters))
+        clusters = base.clusters or head.clusters
+        rows.append(judge_sampled(cell, key, before, after, limit, clusters, comparisons=comparisons))
     return rows
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from d2obench.gate.arm import Arm
 from d2obench.gate.rules import judge_timed, tolerance
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.run.plan import abba
-from d2obench.stats.bootstrap import seed_of
 from d2obench.stats.ratios import RATIOS, pairs
 from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell
@@ -72,7 +72,7 @@ class Rounds:
             sides = []
             for arm in ("base", "head"):
                 rounds = [{"rounds": _numbered(traces[arm])} for traces in (mine, self.traces[partner.id])]
-                ours, theirs = pairs(metric, *rounds, every=True)
+                ours, theirs, _ = pairs(metric, *rounds, every=True)
                 over, under = (theirs, ours) if RATIOS[metric].speedup else (ours, theirs)
                 sides.append([a / b for a, b in zip(over, under, strict=True)])
         base, head = sides
@@ -112,7 +112,7 @@ def measure_group(
     """
     rounds, gate = Rounds(cells), suite.gate
     wanted = None if only is None else set(only)
-    first = random.Random(seed_of(",".join(cell.id for cell in cells))).choice((0, 1))
+    first = random.Random(zlib.crc32(",".join(cell.id for cell in cells).encode())).choice((0, 1))
     live, number = list(cells), 0
     rows: dict[tuple[str, str], Row] = {}
     for look in sorted(gate.looks):

@@ -2,11 +2,13 @@
 
 * exact: any worse value is REGRESSED, any better one IMPROVED; a figure with no better side must not change.
 * bounded: more than the tolerance worse is REGRESSED.
-* timed: θ = median of r_i = ±ln(head_i ÷ base_i) over interleaved rounds, positive = worse, with a percentile-bootstrap
-  interval. lo > ln(1+δ): REGRESSED. hi < ln(1+δ): OK, IMPROVED if hi < −ln(1+δ). Else INCONCLUSIVE: measure on.
-* ratio: the interval of one run's paired ratio against the stored ratio × (1 − δ), or both sides measured as ``timed``.
+* timed: θ = median of r_i = ±ln(head_i ÷ base_i) over interleaved rounds, positive = worse, with its interval
+  (``d2obench.stats.intervals``). lo > ln(1+δ): REGRESSED. hi < ln(1+δ): OK, IMPROVED if hi < −ln(1+δ). Else
+  INCONCLUSIVE: measure on.
+* ratio: the interval of one run's paired ratio against the stored ratio × (1 − δ), or both sides measured as ``timed``,
+  or the ratio of the ratios of two runs made at different times, with the noise of both.
 * sampled: the same items on both sides. 0/1: REGRESSED if the mean falls by more than δ and McNemar's exact one-sided
-  p < 0.05. Else the paired cluster bootstrap of the differences against ±δ.
+  p < 0.05. Else the interval of the paired differences, documents as clusters, against ±δ.
 
 Rounds are never dropped and never "the best of"; δ comes from the metric table or from the suite.
 """
@@ -22,8 +24,9 @@ import msgspec
 from d2obench.gate.verdict import Figure, Row, Verdict
 from d2obench.metric import METRICS, Direction
 from d2obench.record import Value
-from d2obench.stats.bootstrap import Interval, paired_ratio
-from d2obench.stats.paired import detectable, mcnemar, paired_difference
+from d2obench.stats.claims import ratio_of_ratios, timed, widened
+from d2obench.stats.intervals import paired_difference, paired_ratio
+from d2obench.stats.paired import detectable, mcnemar
 
 SAME = 1e-9  # relative: two exact floats written and read again
 ALPHA = 0.05
@@ -83,7 +86,7 @@ def judge_timed(
     kind = METRICS[metric].kind if metric in METRICS else "timed"
     if not len(base) or not len(head):
         return missing(cell, metric, kind, None, None)
-    found = paired_ratio(base, head, level, f"{cell} {metric}")
+    found = paired_ratio(base, head, level=level)
     return _ratio_row(cell, metric, kind, _median(base), _median(head), found, limit, len(base))
 
 
@@ -93,20 +96,26 @@ def judge_ratio(cell: str, metric: str, stored: float | None, head: Value | None
         return missing(cell, metric, "ratio", stored, head.value if head else None)
     lo = None if head.lo is None else head.lo / stored
     hi = None if head.hi is None else head.hi / stored
-    found = Interval(head.value / stored, lo, hi)
+    found = msgspec.structs.replace(head, value=head.value / stored, lo=lo, hi=hi)
     return _ratio_row(cell, metric, "ratio", stored, head.value, found, limit, head.n)
 
 
-def judge_unpaired(cell: str, metric: str, base: Value, head: Value, limit: float) -> Row:
-    """Timed figures of two runs made at different times: the intervals' far ends, and a reason that says so."""
-    if not base.value or not head.value or base.value <= 0 or head.value <= 0:
-        return missing(cell, metric, METRICS[metric].kind, base.value, head.value)
-    bounded = None not in (base.lo, base.hi, head.lo, head.hi) and base.lo > 0 and head.lo > 0  # type: ignore[operator]
-    lo, hi = (head.lo / base.hi, head.hi / base.lo) if bounded else (None, None)  # type: ignore[operator]
-    found = Interval(head.value / base.value, lo, hi)
-    row = _ratio_row(cell, metric, METRICS[metric].kind, base.value, head.value, found, limit, min(base.n, head.n))
-    reason = "; ".join(filter(None, (row.reason, "not interleaved: the machine may have changed between the runs")))
-    return msgspec.structs.replace(row, reason=reason)
+def judge_ratios(
+    cell: str, metric: str, base: Value | None, head: Value | None, limit: float, comparisons: int = 1
+) -> Row:
+    """The same ratio inside two runs, each with its own noise."""
+    if not base or not head or not base.value or not head.value or base.value <= 0 or head.value <= 0:
+        sides = (one.value if one else None for one in (base, head))
+        return missing(cell, metric, "ratio", *sides)
+    found = widened(ratio_of_ratios(base, head), comparisons, timed=timed(metric))
+    return _ratio_row(cell, metric, "ratio", base.value, head.value, found, limit, found.n)
+
+
+def side_by_side(cell: str, metric: str, base: Value, head: Value, reason: str) -> Row:
+    """Two figures of runs made at different times, of which none is judged: the machine is in them."""
+    effect = head.value / base.value - 1 if base.value and head.value else None
+    kind = METRICS[metric].kind
+    return Row(cell, metric, Verdict.NOT_JUDGED, kind, base.value, head.value, effect, reason=reason)
 
 
 def judge_sampled(
@@ -116,8 +125,13 @@ def judge_sampled(
     head: Mapping[str, float],
     limit: float,
     clusters: Mapping[str, Any] | None = None,
+    *,
+    comparisons: int = 1,
 ) -> Row:
-    """Sampled: item by item over the ids of both sides; other ids on one side make it INCOMPARABLE."""
+    """Sampled: item by item over the ids of both sides; other ids on one side make it INCOMPARABLE.
+
+    With ``comparisons`` of them, each is judged at a level at which all are right together (Bonferroni).
+    """
     if base.keys() != head.keys() or not base:
         odd = len(base.keys() ^ head.keys())
         reason = f"the items differ: {odd} of {len(base.keys() | head.keys())} ids are on one side only"
@@ -126,13 +140,15 @@ def judge_sampled(
     before, after = [base[i] for i in ids], [head[i] for i in ids]
     groups = [clusters.get(i, i) for i in ids] if clusters else None
     changed = sum(not math.isclose(b, h, rel_tol=1e-6, abs_tol=1e-9) for b, h in zip(before, after, strict=True))
-    found = paired_difference(before, after, groups, 0.95, f"{cell} {metric}")
+    bounded = metric in METRICS and METRICS[metric].unit in ("%", "points")
+    found = paired_difference(before, after, groups, bounded=bounded, level=1 - ALPHA / comparisons)
     sign = _sign(metric)
-    verdict, reason = _sampled_verdict(before, after, found, limit, sign, changed)
+    verdict, reason = _sampled_verdict(before, after, found, limit, sign, changed, ALPHA / comparisons)
     if changed and verdict in (Verdict.INCONCLUSIVE, Verdict.OK):
         reason += f"; {len(ids)} items show a change of {detectable(before, after, groups):.3g} (80 %)"
     means = math.fsum(before) / len(ids), math.fsum(after) / len(ids)
-    return Row(cell, metric, verdict, "sampled", *means, *found, limit, len(ids), reason)
+    lo, hi = (found.lo, found.hi) if found.kind != "range" else (None, None)
+    return Row(cell, metric, verdict, "sampled", *means, found.value, lo, hi, limit, len(ids), reason)
 
 
 def confirm(first: Row, second: Row | None, failed: Mapping[str, Any] | None = None) -> Row:
@@ -155,19 +171,25 @@ def missing(cell: str, metric: str, kind: str, base: Figure, head: Figure) -> Ro
 
 
 def _sampled_verdict(
-    before: Sequence[float], after: Sequence[float], found: Interval, limit: float, sign: int, changed: int
+    before: Sequence[float],
+    after: Sequence[float],
+    found: Value,
+    limit: float,
+    sign: int,
+    changed: int,
+    alpha: float,
 ) -> tuple[Verdict, str]:
     if not changed:
         return Verdict.OK, "no item changed"
     moved = f"{changed} items changed"
-    worse = found.value * sign
+    worse = (found.value or 0.0) * sign
     binary = all(value in (0, 1) for value in (*before, *after))
     if binary:
         flips = mcnemar(before, after) if sign < 0 else mcnemar(after, before)
         moved = f"{flips.lost} lost, {flips.won} won, p = {flips.p_worse:.3g}"
-        if worse > limit and flips.p_worse < ALPHA:
+        if worse > limit and flips.p_worse < alpha:
             return Verdict.REGRESSED, moved
-    if found.lo is None or found.hi is None:
+    if found.lo is None or found.hi is None or found.kind == "range":
         return Verdict.INCONCLUSIVE, f"{moved}; too few documents for an interval"
     low, high = sorted((found.lo * sign, found.hi * sign))
     if low > limit and not binary:
@@ -177,11 +199,10 @@ def _sampled_verdict(
     return Verdict.INCONCLUSIVE, f"{moved}; the interval reaches over the limit"
 
 
-def _ratio_row(
-    cell: str, metric: str, kind: str, base: float, head: float, found: Interval, limit: float, n: int
-) -> Row:
+def _ratio_row(cell: str, metric: str, kind: str, base: float, head: float, found: Value, limit: float, n: int) -> Row:
+    assert found.value is not None
     effect = found.value - 1
-    if found.lo is None or found.hi is None:
+    if found.lo is None or found.hi is None or found.kind == "range":
         reason = "too few rounds for an interval"
         return Row(cell, metric, Verdict.INCONCLUSIVE, kind, base, head, effect, limit=limit, n=n, reason=reason)
     ends = (math.log(found.lo) * _sign(metric), math.log(found.hi) * _sign(metric))

@@ -20,13 +20,14 @@ KINDS = ("exact", "bounded", "timed", "ratio", "sampled")
 
 
 class Verdict(enum.Enum):
-    """Worst first."""
+    """Worst first; NOT_JUDGED is a figure shown beside another that it must not be held against."""
 
     REGRESSED = "REGRESSED"
     INCOMPARABLE = "INCOMPARABLE"
     INCONCLUSIVE = "INCONCLUSIVE"
     IMPROVED = "IMPROVED"
     OK = "OK"
+    NOT_JUDGED = "not judged"
 
     @property
     def severity(self) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional
 
 from d2obench.measure.clock import clock_for
+from d2obench.stats.intervals import trimmed_t
 
 LEVEL, POWER = 0.98, 0.8
 ROUNDS = (8, 16, 32)
-_TRIALS, _RESAMPLES = 300, 500
+_TRIALS = 1000
 
 
 class Noise(NamedTuple):
@@ -128,8 +129,7 @@ def _detectable(ratios: np.ndarray, rounds: int, seed: int) -> float:
     rng = np.random.default_rng(seed)
     noise = ratios - np.median(ratios)
     runs = noise[rng.integers(0, len(noise), (_TRIALS, rounds))]
-    # 2. The lower bound of each run's median, by bootstrap.
-    draws = rng.integers(0, rounds, (_RESAMPLES, rounds))
-    lower = np.quantile(np.median(runs[:, draws], axis=2), (1 - LEVEL) / 2, axis=1)
+    # 2. The lower bound of each run's median.
+    lower, _ = trimmed_t(runs, LEVEL)
     # 3. A change shifts all bounds alike. It must lift the bound at the quantile 1 − POWER to 0.
     return float(np.expm1(-np.quantile(lower, 1 - POWER)))

@@ -22,7 +22,7 @@ from d2obench.measure.roofline import mbu, step_bytes
 from d2obench.measure.trace import RequestTrace
 from d2obench.measure.windows import Decoded
 from d2obench.record import Value
-from d2obench.stats.bootstrap import interval, paired_ratio, percentile
+from d2obench.stats.intervals import highest, median, paired_ratio, percentile
 
 _PEAKS = {
     "rss_peak_bytes": ("rss_bytes", None),
@@ -102,7 +102,7 @@ def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = No
         return Value(None, note="one token has no decode step")
     sampled = windows.plan.samples if windows else bool(rounds[-1].step_at)
     note = "sampled decode" if sampled else ""
-    return Value(*interval(steps, seed=f"{name}:tpot_s"), n=sum(map(len, steps)), note=note)
+    return msgspec.structs.replace(median(steps, successive=windows is not None), note=note)
 
 
 def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
@@ -110,7 +110,9 @@ def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
     found = tpot(name, rounds)
     if not found.value:
         return 0.0
-    return math.inf if found.lo is None or found.hi is None else (found.hi - found.lo) / 2 / found.value
+    if found.lo is None or found.hi is None or found.kind == "range":
+        return math.inf
+    return (found.hi - found.lo) / 2 / found.value
 
 
 def traces(rounds: Iterable[Mapping[str, Any]]) -> list[RequestTrace]:
@@ -124,13 +126,13 @@ def _steps(rounds: Sequence[RequestTrace], windows: Decoded | None) -> list[list
 
 
 def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
-    found = {key: _timed(name, key, [getattr(one, key) for one in rounds]) for key in _TIMES}
+    found = {key: median([getattr(one, key) for one in rounds]) for key in _TIMES}
     found["tpot_s"] = tpot(name, rounds, windows)
     steps = _steps(rounds, windows)
     for key, q in (("tpot_p95_s", 0.95), ("tpot_p99_s", 0.99)) if steps else ():
-        count, bounds = sum(map(len, steps)), percentile(steps, q, seed=f"{name}:{key}")
-        refused = f"{count} steps can't carry a p{q * 100:.0f}"
-        found[key] = Value(*bounds, n=count) if bounds else Value(None, n=count, note=refused)
+        count = sum(map(len, steps))
+        refused = Value(None, n=count, note=f"{count} steps can't carry a p{q * 100:.0f}")
+        found[key] = percentile(steps, q) or refused
     return found
 
 
@@ -145,19 +147,18 @@ def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | No
         pairs = [rate(one) for one in rounds]
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
-            found[key] = _timed(name, key, samples)
+            found[key] = median(samples)
     if windows and windows.seconds:
         tokens = rounds[-1].batch * windows.plan.total
         rates_of_sweeps = [tokens / seconds for seconds in windows.seconds.values()]
-        found["decode_tok_s"] = _timed(name, "decode_tok_s", rates_of_sweeps)
+        found["decode_tok_s"] = median(rates_of_sweeps, successive=True)
     both = [(one.decode_s, one.sampled_s) for one in rounds if one.sampled_s and one.decode_s > 0]
     if both:
         true, integrated = zip(*both, strict=True)
-        error = paired_ratio(true, integrated, seed=f"{name}:sampled_error")
-        found["sampled_error"] = Value(*error, n=len(both))
+        found["sampled_error"] = paired_ratio(true, integrated)
     measured = [(one.loop_s, sum(one.step_s)) for one in rounds if one.step_s]
     if measured:
-        found["loop_overhead"] = _timed(name, "loop_overhead", [loop / steps for loop, steps in measured if steps > 0])
+        found["loop_overhead"] = median([loop / steps for loop, steps in measured if steps > 0])
     return found
 
 
@@ -180,16 +181,16 @@ def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value
     for metric, (key, phase) in _PEAKS.items():
         peaks = [peak for one in rounds if (peak := _peak(one, key, phase)) is not None]
         if peaks:
-            found[metric] = _highest(peaks)
+            found[metric] = highest(peaks)
     unique = [one.uss_bytes for one in rounds if one.uss_bytes is not None]
     if unique:
-        found["uss_decode_bytes"] = _highest(unique)
+        found["uss_decode_bytes"] = highest(unique)
     on_gpu = "alloc_peak_bytes" in found
-    highest = found.get("alloc_peak_bytes") or found.get("rss_peak_bytes")
-    if highest and highest.value:
+    largest = found.get("alloc_peak_bytes") or found.get("rss_peak_bytes")
+    if largest and largest.value:
         kv = max(max(one.kv_bytes, one.kv_prompt_bytes) for one in rounds)
         note = "" if on_gpu else "the interpreter and its libraries are in it"
-        found["workspace_bytes"] = Value(max(0.0, highest.value - machine.weights_bytes - kv), n=highest.n, note=note)
+        found["workspace_bytes"] = Value(max(0.0, largest.value - machine.weights_bytes - kv), n=largest.n, note=note)
     return found
 
 
@@ -205,18 +206,18 @@ def _against_machine(
         step = tpot(name, rounds, windows)
         if machine.bandwidth and step.value:
             value, lo, hi = (mbu(moved, t, machine.bandwidth) if t else None for t in (step.value, step.hi, step.lo))
-            found["mbu"] = Value(value, lo, hi, step.n)
+            found["mbu"] = msgspec.structs.replace(step, value=value, lo=lo, hi=hi, note="")
     if any(one.device_timeline for one in rounds):
         per_token = [_energy(one, machine.idle_w) for one in rounds]
         known = [value for value in per_token if value is not None]
         note = "" if known else "only a part was run" if last.step_at else "too short to tell, or no power known"
-        found["energy_j_tok"] = _timed(name, "energy_j_tok", known) if known else Value(None, note=note)
+        found["energy_j_tok"] = median(known) if known else Value(None, note=note)
     return found
 
 
 def _sampling(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
     known = [one.sampler_overhead for one in rounds if one.sampler_overhead is not None]
-    return {"sampler_overhead": _timed(name, "sampler_overhead", known)} if known else {}
+    return {"sampler_overhead": median(known)} if known else {}
 
 
 def _energy(one: RequestTrace, idle_w: float | None) -> float | None:
@@ -275,15 +276,6 @@ def _kinds(flags: Iterable[Iterable[str]]) -> str:
     """The three commonest kinds of flags, without their amounts."""
     kinds = Counter(kind for words in flags for kind in {_AMOUNT.sub("", flag) for flag in words})
     return ", ".join(kind for kind, _ in kinds.most_common(3))
-
-
-def _timed(name: str, key: str, samples: Sequence[float]) -> Value:
-    return Value(*interval(samples, seed=f"{name}:{key}"), n=len(samples))
-
-
-def _highest(peaks: Sequence[int]) -> Value:
-    several = len(peaks) > 1
-    return Value(max(peaks), min(peaks) if several else None, max(peaks) if several else None, len(peaks))
 
 
 def _peak(one: RequestTrace, key: str, phase: str | None) -> int | None:

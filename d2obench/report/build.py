@@ -15,9 +15,9 @@ from d2obench.report.derive import metric_of, results
 from d2obench.report.figures import figures
 from d2obench.report.machine import again, cards, environment, suites, unlike
 from d2obench.report.rows import Result, join
-from d2obench.report.sentences import verdict
-from d2obench.report.tables import ENDINGS, UNLIKE, headline, parts, ratios, signed
-from d2obench.report.targets import sentence, targets
+from d2obench.report.sentences import verdict, verdict_claims
+from d2obench.report.tables import ENDINGS, UNLIKE, best_claims, headline, parts, ratios, signed
+from d2obench.report.targets import judge, sayings, sentence, targets
 from d2obench.report.view import Case, Column, CsvRow, Field, Outcome, Report, Table
 
 MAX_CELLS, MAX_FLAGS = 2500, 5
@@ -43,7 +43,8 @@ def assemble(runs: Sequence[Run]) -> Report:
     named = list(zip(_names(runs), runs, strict=True))
     found = results(named)
     rows = join(found)
-    tables, goals = headline(found, rows), targets(named, found)
+    tables, judged = headline(found, rows), judge(named, found)
+    goals = targets(judged)
     return Report(
         title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
         subtitle=" ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip(),
@@ -61,6 +62,7 @@ def assemble(runs: Sequence[Run]) -> Report:
         cases=tuple(_cases(found, named)),
         targets=goals,
         tables=(*ratios(rows), *parts(found)),
+        claims=(*sayings(judged), *best_claims(found, rows), *verdict_claims(rows)),
     )
 
 
@@ -78,7 +80,7 @@ def csv_rows(found: Iterable[Result]) -> Iterable[CsvRow]:
         for key in sorted(result.values, key=_place):
             value = result.values[key]
             figure = (value.value, _unit(key), value.lo, value.hi, value.n)
-            yield CsvRow(*head, key, *figure, _in_words(key, value), flags, value.note, path)
+            yield CsvRow(*head, key, *figure, _in_words(key, value), flags, value.note, path, value.kind)
         spent = round(cell.seconds, 1)
         yield CsvRow(*head, "seconds", spent, "s", None, None, None, f"{spent:.1f}", flags, cell.reason, path)
 
@@ -104,8 +106,9 @@ def _in_words(key: str, value: Value) -> str:
     if metric is None or value.value is None:
         return "" if value.value is None else f"{value.value:g}"
     bounds = ""
-    if value.lo is not None and value.hi is not None:
-        bounds = f" [{show(metric.key, value.lo)} … {show(metric.key, value.hi)}]"
+    if value.lo is not None and value.hi is not None and value.kind != "exact":
+        few = f", range of {value.n}" if value.kind == "range" else ""
+        bounds = f" [{show(metric.key, value.lo)} … {show(metric.key, value.hi)}{few}]"
     return f"{signed(metric.key, value.value)}{bounds} {metric.unit}".rstrip()
 
 
@@ -164,11 +167,12 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
     """How to read the headline table; only what applies to it."""
     fields = [field for table in tables for row in table.rows for field in row]
     lines = []
-    if any(field.interval for field in fields):
-        apart = "where intervals overlap, figures are not clearly apart"
-        lines.append(f"a … b is the 95 % interval of the figure before it; {apart}.")
+    if any(field.interval and not field.range_of for field in fields):
+        lines.append("a … b is the 95 % interval of the figure before it.")
+    if any(field.range_of for field in fields):
+        lines.append("a … b (range of n): n samples are too few for an interval; these are the lowest and the highest.")
     if any(column.direction != "none" for table in tables for column in table.columns):
-        best = "; bold is the best among rows of the same model, shape and batch"
+        best = "; bold is told to be the best of its column among rows of the same model, shape and batch (95 %)"
         known = best if any(field.mark == "best" for field in fields) else ""
         lines.append(f"↓ lower is better, ↑ higher is better{known}.")
     rounds = sorted({n for result in found if isinstance(n := result.record.details.get("rounds"), int)})
@@ -179,7 +183,8 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
         )
     if any(field.text.endswith(" ◆") for field in fields):
         lines.append(
-            "◆ Pareto-optimal: no comparable row has both better quality (in the first task) and fewer KV bytes."
+            "◆ Pareto-optimal: every comparable row that holds as few KV bytes or fewer is told to be worse in the"
+            " first task (95 %)."
         )
     if any(result.name.endswith(f" {UNLIKE}") for result in found):
         lines.append(

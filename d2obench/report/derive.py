@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from d2obench.metric import METRICS, Metric
 from d2obench.policies import LIBRARY_CACHES
 from d2obench.record import CellRecord, Run, Value, read_samples
 from d2obench.report.rows import Result, yardstick
-from d2obench.stats.paired import paired_difference
+from d2obench.stats.intervals import paired_difference
 from d2obench.stats.ratios import FULL, STREAMING, ratio
 
 OURS, RIVAL = "d2o", "_rival"
@@ -81,12 +83,11 @@ def _ratios(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, 
     found: dict[str, Value | None] = {}
     for other in good:
         if other.axes.policy == STREAMING != policy and other.axes.budget == cell.axes.budget:
-            found["to_streaming"] = ratio("to_streaming", cell.id, mine, samples[other.id])
+            found["to_streaming"] = ratio("to_streaming", mine, samples[other.id])
         if other.axes.policy == FULL != policy:
-            found["prefill_peak_cost"] = ratio("prefill_peak_cost", cell.id, mine, samples[other.id])
+            found["prefill_peak_cost"] = ratio("prefill_peak_cost", mine, samples[other.id])
     for other in _rivals(cell, good):
-        name = f"{cell.id}:{other.axes.policy}"
-        found[f"decode_rival:{other.axes.policy}"] = ratio("decode_rival", name, mine, samples[other.id])
+        found[f"decode_rival:{other.axes.policy}"] = ratio("decode_rival", mine, samples[other.id])
     if policy == FULL:
         found["to_library"] = _fastest_library(cell, good, samples)
     return {key: value for key, value in found.items() if value is not None}
@@ -95,15 +96,13 @@ def _ratios(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, 
 def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> Value | None:
     """``full`` against the fastest of the library's own caches."""
     rivals = {other.axes.policy: samples[other.id] for other in good if other.axes.policy in LIBRARY_CACHES}
-    named = {
-        name: ratio("to_library", f"{cell.id}:{name}", samples[cell.id], theirs) for name, theirs in rivals.items()
-    }
+    named = {name: ratio("to_library", samples[cell.id], theirs) for name, theirs in rivals.items()}
     known = {name: value for name, value in named.items() if value and value.value}
     if not known:
         return None
     best = min(known, key=lambda name: known[name].value or math.inf)
     value, note = known[best], f"The fastest of {', '.join(rivals)} is {best}."
-    return Value(value.value, value.lo, value.hi, value.n, note)
+    return msgspec.structs.replace(value, note=note)
 
 
 def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> dict[str, Value]:
@@ -111,15 +110,14 @@ def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[
     found: dict[str, Value] = {}
     full = next((other for other in good if other.axes.policy == FULL), None)
     if full is not None and full is not cell:
-        found |= _items(cell.id, samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
+        found |= _items(samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
     for rival in _rivals(cell, good):
-        name = f"{cell.id}:{rival.axes.policy}"
-        values = _items(name, samples[cell.id], samples[rival.id], ("kl", "score", "gold_bpb"), RIVAL)
+        values = _items(samples[cell.id], samples[rival.id], ("kl", "score", "gold_bpb"), RIVAL)
         found |= {f"{key}:{rival.axes.policy}": value for key, value in values.items()}
     return found
 
 
-def _items(name: str, mine: Samples, theirs: Samples, metrics: Sequence[str], suffix: str) -> dict[str, Value]:
+def _items(mine: Samples, theirs: Samples, metrics: Sequence[str], suffix: str) -> dict[str, Value]:
     """The mean difference of each metric on the items, and positions of items, that both have."""
     base = {item.get("id"): item for item in _dicts(theirs.get("items"))}
     pairs = [(base[item["id"]], item) for item in _dicts(mine.get("items")) if item.get("id") in base]
@@ -134,8 +132,8 @@ def _items(name: str, mine: Samples, theirs: Samples, metrics: Sequence[str], su
                 before, after = before + a, after + b
                 clusters += [str(other.get("document", other["id"]))] * len(a)
         if before:
-            diff = paired_difference(before, after, clusters, seed=f"{name}:{metric}{suffix}")
-            found[metric + suffix] = Value(*diff, n=len(before))
+            bounded = METRICS[metric].unit == "%"
+            found[metric + suffix] = paired_difference(before, after, clusters, bounded=bounded)
     return found
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
-from d2obench.report.rows import Result, Row, front, grouped, kv_bytes, loss, primary, tasks_of, volume
+from d2obench.report.evidence import front
+from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, tasks_of, volume
 from d2obench.report.tables import varying
 from d2obench.report.view import Figure
 from d2obench.suite.definition import SPEED
@@ -86,7 +87,8 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
-        f"Bar: median of the rounds; line: its 95 % interval; tick: what memory traffic alone would allow.{said}",
+        f"Bar: median; line: its 95 % interval, or the range of too few samples; tick: what memory traffic alone would"
+        f" allow.{said}",
         ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
         {"x": _axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
@@ -108,7 +110,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "throughput", "throughput", "Decode throughput against batch",
-        f"Band: 95 % interval; ✕: the batch at which memory ended.{said}",
+        f"Band: 95 % interval or range; ✕: the batch at which memory ended.{said}",
         ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
         {"y": _axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from d2obench.errors import UsageError
-from d2obench.metric import METRICS
 from d2obench.record import Axes, CellRecord, Run, Value
-from d2obench.stats.pareto import non_dominated
 from d2obench.suite.definition import SPEED
 from d2obench.suite.grammar import parse_shape
 
@@ -193,14 +191,3 @@ def kv_bytes(row: Row) -> float | None:
     """KV bytes of the row's timed cell."""
     value = row.value(SPEED, "kv_bytes")
     return value.value if value else None
-
-
-def front(rows: Sequence[Row], task: str) -> set[Key]:
-    """Rows that no other row of their group beats in both quality (in ``task``) and KV bytes."""
-    best: set[Key] = set()
-    for group in grouped(row for row in rows if not row.foreign):
-        metric = primary(group, task)
-        points = [(loss(row, task, metric), kv_bytes(row)) for row in group]
-        stands = non_dominated(points, (METRICS[metric].direction, "lower"))
-        best |= {row.key for row, stand in zip(group, stands, strict=True) if stand}
-    return best

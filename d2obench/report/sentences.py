@@ -1,7 +1,7 @@
 """The verdict in words: what ran, what wins where, and what D2O gains and loses.
 
-Every number said here is one of the tables'. Two figures are called different only where their intervals do not
-overlap; a speed-up or a difference to full only where its interval leaves out 1 or 0.
+Every number said here is one of the tables'. What may be called faster, better or the best is decided by
+``d2obench.report.evidence``: by intervals, widened so that all words of a report are right together.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import Run, Value
+from d2obench.report.evidence import claim, leader, shown
 from d2obench.report.rows import Row, grouped, kv_bytes, primary, tasks_of, volume
 from d2obench.report.tables import ENDINGS, signed
+from d2obench.stats.claims import Claim, Verdict
 from d2obench.suite.definition import SPEED
 
 MAX_SETTINGS, MAX_D2O = 4, 4
@@ -31,6 +33,22 @@ def verdict(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> tuple[str, 
     if not words:
         return (outcome or "Every planned cell gave its figures; there is nothing to compare them with.",)
     return (*words, outcome) if outcome else tuple(words)
+
+
+def verdict_claims(rows: Sequence[Row]) -> list[Claim]:
+    """What the sentences on D2O say of full and of its rivals, as data."""
+    found: list[Claim | None] = []
+    for row in rows:
+        if not row.key.policy.startswith("d2o"):
+            continue
+        rivals = [other for other in rows if other.key.group == row.key.group and other.key.budget == row.key.budget]
+        for task in (SPEED, *tasks_of([row])):
+            mine = row.of(task)
+            for metric in mine.values if mine else ():
+                count = _words(row) * (max(1, len(rivals) - 1) if ":" in metric else 1)
+                if metric == "speedup" or metric.endswith("_diff") or metric.partition(":")[0] in RIVALS.values():
+                    found.append(claim(row, task, metric, shown(row, task, metric, count), count))
+    return [one for one in found if one is not None]
 
 
 def _outcome(runs: Sequence[tuple[str, Run]]) -> str:
@@ -92,7 +110,7 @@ def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> li
     at = f" at {rows[0].key.setting}" if rows[0].key.setting and task == SPEED else ""
     share = f" in {count} of {len(settings)} settings" if len(settings) > 1 else ""
     close = _close(rows, metric, task)
-    word = "just as good" if METRICS[metric].kind == "exact" else "not clearly apart"
+    word = "just as good" if METRICS[metric].kind == "exact" else "not told apart"
     near = f"; {word}: {', '.join(close[:4])}" + (" and more" if len(close) > 4 else "") if close else ""
     rest = [f"elsewhere {', '.join(other for other, _ in others[:3])}"] if others else []
     rest += [f"no clear difference in {len(settings) - len(won)}"] if len(won) < len(settings) else []
@@ -101,17 +119,10 @@ def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> li
 
 def _close(rows: Sequence[Row], metric: str, task: str) -> list[str]:
     """The labels of rows that can't be told from the first."""
-    best = rows[0].value(task, metric)
-    values = [(row.key.label, row.value(task, metric)) for row in rows[1:]]
-    return [label for label, value in values if value and best and alike(value, best, metric)]
-
-
-def alike(mine: Value, theirs: Value, metric: str) -> bool:
-    """Whether two figures can't be told apart: their intervals overlap, or they are shown as the same number."""
-    if show(metric, mine.value) == show(metric, theirs.value):
-        return True
-    bounds = (mine.lo, mine.hi, theirs.lo, theirs.hi)
-    return None not in bounds and mine.lo <= theirs.hi and theirs.lo <= mine.hi  # type: ignore[operator]
+    found = leader(rows, task, metric)
+    if found is None or found.best != rows[0].key:
+        return [row.key.label for row in rows[1:]]
+    return [row.key.label for row in rows[1:] if row.key in found.near]
 
 
 def row_value(row: Row, task: str, metric: str) -> str:
@@ -122,11 +133,10 @@ def row_value(row: Row, task: str, metric: str) -> str:
 
 def said(metric: str, value: Value) -> str:
     """A figure with its name, unit and interval."""
-    bounds = (
-        f" [{show(metric, value.lo)} … {show(metric, value.hi)}]"
-        if value.lo is not None and value.hi is not None
-        else ""
-    )
+    bounds = ""
+    if value.lo is not None and value.hi is not None and value.kind != "exact":
+        few = f", range of {value.n}" if value.kind == "range" else ""
+        bounds = f" [{show(metric, value.lo)} … {show(metric, value.hi)}{few}]"
     return f"{METRICS[metric].header} {signed(metric, value.value)} {METRICS[metric].unit}".rstrip() + bounds
 
 
@@ -164,22 +174,20 @@ def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:
         metric = primary(group, task)
         said = row_value(row, task, metric)
         if said:
-            words.append(f"{task}: {said}{_doubt(row.value(task, metric), metric)}")
+            words.append(f"{task}: {said}{_doubt(row, task, metric, _words(row))}")
     place = f" ({where})" if where else ""
     return [f"{row.key.label} against the full cache{place}: {'; '.join(words)}."] if words else []
 
 
-def _doubt(value: Value | None, metric: str) -> str:
+def _doubt(row: Row, task: str, metric: str, comparisons: int) -> str:
     """Says when a difference to full is none that these items can show."""
-    if (
-        metric.endswith("_diff")
-        and value
-        and value.lo is not None
-        and value.hi is not None
-        and value.lo <= 0 <= value.hi
-    ):
-        return " (no difference shown)"
-    return ""
+    unclear = metric.endswith("_diff") and shown(row, task, metric, comparisons) == "not told apart"
+    return " (no difference shown)" if unclear else ""
+
+
+def _words(row: Row) -> int:
+    """How many words the sentences on a row of D2O may say: to full and to a rival, in speed and in each task."""
+    return 2 * (1 + len(tasks_of([row])))
 
 
 def _against_rivals(row: Row, group: Sequence[Row]) -> list[str]:
@@ -191,19 +199,20 @@ def _against_rivals(row: Row, group: Sequence[Row]) -> list[str]:
     for task, metric in wheres:
         ranked = [other for other in _ranked([*rivals, row], task, metric) if other is not row]
         paired = RIVALS.get(metric)
-        value = row.value(task, f"{paired}:{ranked[0].key.policy}") if ranked and paired else None
+        rival = f"{paired}:{ranked[0].key.policy}" if ranked and paired else ""
+        value = row.value(task, rival)
         if paired and value is not None and value.value is not None:
-            words.append(f"{_how(value, METRICS[paired])} {ranked[0].key.policy} in {task} ({said(paired, value)})")
+            how = _how(shown(row, task, rival, _words(row) * len(rivals)), METRICS[paired])
+            words.append(f"{how} {ranked[0].key.policy} in {task} ({said(paired, value)})")
     return [f"{row.key.label} is {'; '.join(words)}: each time the best rival of its budget."] if words else []
 
 
-def _how(value: Value, metric: Metric) -> str:
-    """What a paired difference or ratio shows; without an interval it shows nothing for certain."""
-    same = 1.0 if metric.kind == "ratio" else 0.0
-    if value.lo is None or value.hi is None or value.lo <= same <= value.hi or value.value is None:
-        return "not clearly apart from"
+def _how(found: Verdict, metric: Metric) -> str:
+    """What a paired difference or ratio shows, in words."""
+    if found in ("not told apart", "impossible"):
+        return "not told apart from" if found == "not told apart" else "impossibly far from"
     faster, slower = ("faster than", "slower than") if metric.kind == "ratio" else ("better than", "worse than")
-    return faster if (value.value > same) == (metric.direction == "higher") else slower
+    return faster if found == "better" else slower
 
 
 def _bare(row: Row, task: str, metric: str) -> float:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import CellRecord, Value
-from d2obench.report.rows import Key, Result, Row, front, grouped, join, largest, primary, tasks_of
+from d2obench.report.evidence import Where, front, winners
+from d2obench.report.rows import Key, Result, Row, join, largest, primary, tasks_of
 from d2obench.report.view import Column, Field, Mark, Table
+from d2obench.stats.claims import Claim
 from d2obench.suite.definition import SPEED
 
 AXES = ("run", "model", "dtype", "device", "seed", "shape", "batch", "policy", "budget")
@@ -44,8 +46,6 @@ PARTS_NOTE = (
     "their medians nearly. TPOT is of steps with the ranges off. A kernel that does several parts at once is booked on "
     "the one it stands in; steps with ranges on run without a captured graph."
 )
-Where = tuple[str, str]
-"""Task and metric: where a figure of a row is found."""
 
 
 def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
@@ -74,6 +74,14 @@ def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
     if not tables and bare:
         tables.append(_headline("Cells without figures", bare, []))
     return tables
+
+
+def best_claims(found: Sequence[Result], rows: Sequence[Row]) -> list[Claim]:
+    """What the bold figures of the headline tables say, as data."""
+    quality = join(result for result in found if result.record.axes.task != SPEED)
+    speed = [(SPEED, metric) for metric in _metrics(rows, SPEED)]
+    others = [(task, metric) for task in tasks_of(rows) for metric in _metrics(rows, task)]
+    return [*winners(rows, speed)[1], *winners(quality, others)[1]]
 
 
 def ratios(rows: Sequence[Row]) -> list[Table]:
@@ -185,10 +193,11 @@ def show_value(metric: str, value: Value | None, mark: Mark = "") -> Field:
     if value is None or value.value is None:
         return Field("–", mark="quiet", note=value.note if value else "")
     bounds = ("", "", "")
-    if value.lo is not None and value.hi is not None:
+    if value.lo is not None and value.hi is not None and value.kind != "exact":
         half = max(value.hi - value.value, value.value - value.lo)
-        bounds = (show(metric, value.lo), show(metric, value.hi), show(metric, half))
-    return Field(signed(metric, value.value), *bounds, value.value * METRICS[metric].scale, mark, value.note)
+        bounds = (show(metric, value.lo), show(metric, value.hi), show(metric, half) if value.kind != "range" else "")
+    few = value.n if value.kind == "range" else 0
+    return Field(signed(metric, value.value), *bounds, value.value * METRICS[metric].scale, mark, value.note, few)
 
 
 def signed(metric: str, value: float | None) -> str:
@@ -200,7 +209,7 @@ def signed(metric: str, value: float | None) -> str:
 def _headline(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
     shared = {metric for _, metric in wheres if sum(other == metric for _, other in wheres) > 1}
     columns = [value_column(METRICS[metric], task if metric in shared else "") for task, metric in wheres]
-    tasks, best = tasks_of(rows), _best(rows, wheres)
+    tasks, (best, _) = tasks_of(rows), winners(rows, wheres)
 
     def figures(row: Row) -> list[Field]:
         values = [_figure(row, task, metric, (row.key, task, metric) in best) for task, metric in wheres]
@@ -241,29 +250,6 @@ def _why(record: CellRecord) -> str:
     if record.status in ("oom", "skipped") or not record.reason:
         return ""
     return f" ({record.reason if len(record.reason) <= MAX_WHY else record.reason[: MAX_WHY - 1] + '…'})"
-
-
-def _best(rows: Sequence[Row], wheres: Sequence[Where]) -> set[tuple[Key, str, str]]:
-    """The best figure of each column among rows of the same model, shape and batch.
-
-    The full cache is the reference of quality and is not ranked there. Rows of another engine or environment are not
-    ranked at all.
-    """
-    found = set()
-    for group in grouped(rows):
-        for task, metric in wheres:
-            direction = METRICS[metric].direction
-            own = [row for row in group if not row.foreign]
-            judged = [row for row in own if METRICS[metric].group != "quality" or row.key.policy != "full"]
-            values = {row.key: value.value for row in judged if (value := row.value(task, metric))}
-            known = {key: value for key, value in values.items() if value is not None}
-            if direction == "none" or len(known) < 2:
-                continue
-            top = (min if direction == "lower" else max)(known.values())
-            winners = [key for key, value in known.items() if show(metric, value) == show(metric, top)]
-            if len(winners) < len(known):
-                found |= {(key, task, metric) for key in winners}
-    return found
 
 
 def _fixed(key: Key, columns: Sequence[str]) -> str:

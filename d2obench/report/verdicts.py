@@ -27,6 +27,7 @@ MARKS: dict[Verdict, Mark] = {
     Verdict.INCONCLUSIVE: "warn",
     Verdict.IMPROVED: "best",
     Verdict.OK: "quiet",
+    Verdict.NOT_JUDGED: "quiet",
 }
 COLUMNS = (
     Column("verdict", "verdict", numeric=False),
@@ -44,14 +45,18 @@ Point = tuple[str | float | None, ...]
 def view(verdicts: Verdicts) -> Report:
     """The page of a comparison; the rows that are OK stand in a table of their own."""
     names = short_names(verdicts.rows)
-    attention, fine = verdicts.of(*list(Verdict)[:-1]), verdicts.of(Verdict.OK)
+    fine, beside = verdicts.of(Verdict.OK), verdicts.of(Verdict.NOT_JUDGED)
+    attention = [row for row in verdicts.rows if row.verdict not in (Verdict.OK, Verdict.NOT_JUDGED)]
     return Report(
         title=f"{verdicts.title}: {verdicts.worst.value}",
         subtitle=f"{verdicts.base} → {verdicts.head}",
         verdict=(verdicts.summary,),
         warnings=verdicts.notes,
         headline=tuple(_table("What needs a look", attention, names)),
-        tables=tuple(_table("What is in order", fine, names)),
+        tables=(
+            *_table("What is in order", fine, names),
+            *_table("Times side by side, without a verdict", beside, names),
+        ),
         figures=tuple(forest(verdicts)),
         again=verdicts.commands,
         cases=tuple(_case(verdicts.title, row) for row in verdicts.rows),
@@ -139,7 +144,9 @@ def forest(verdicts: Verdicts) -> list[Figure]:
 
 
 def _moved(row: Row) -> bool:
-    """Whether there is something to draw: a change, or one that might have been within an interval or a limit."""
+    """Whether there is something to draw: a judged change, or one that might have been within an interval or limit."""
+    if row.verdict is Verdict.NOT_JUDGED:
+        return False
     numbers = [row.effect, *(end for end in (row.lo, row.hi) if end is not None)]
     if any(end is None or not math.isfinite(end) or (row.kind != "sampled" and end <= -1) for end in numbers):
         return False

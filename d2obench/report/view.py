@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from d2obench.metric import Direction
+from d2obench.stats.claims import Claim
 
 Mark = Literal["", "best", "warn", "bad", "quiet"]
 Kind = Literal[
@@ -42,6 +43,7 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
 class Field(msgspec.Struct, frozen=True, omit_defaults=True):
     """One field of a table: ``text`` and the bounds ``lo``, ``hi`` of its 95 % interval as shown, ``sort`` as a number.
 
+    ``range_of`` counts the samples where they are too few for an interval and the bounds are the lowest and highest.
     ``half`` is the wider half of the interval, for views that have no room for both bounds.
 
     ``mark``: ``best`` of its group, ``warn`` (a flag), ``bad`` (a cell that gave no figure), ``quiet`` (nothing there).
@@ -54,11 +56,13 @@ class Field(msgspec.Struct, frozen=True, omit_defaults=True):
     sort: float | None = None
     mark: Mark = ""
     note: str = ""
+    range_of: int = 0
 
     @property
     def interval(self) -> str:
-        """``lo … hi``, or nothing."""
-        return f"{self.lo} … {self.hi}" if self.lo else ""
+        """``lo … hi``, ``lo … hi (range of 2)``, or nothing."""
+        few = f" (range of {self.range_of})" if self.range_of else ""
+        return f"{self.lo} … {self.hi}{few}" if self.lo else ""
 
 
 class Table(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -116,6 +120,7 @@ class CsvRow(msgspec.Struct, frozen=True):
     flags: str
     note: str
     decode_path: str = ""
+    kind: str = ""
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -164,6 +169,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         cases: for JUnit and GitHub.
         name: begins the names of the files.
         again_title: stands above the commands.
+        claims: what bold figures, targets and sentences say, as data.
     """
 
     title: str
@@ -185,6 +191,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[Table, ...] = ()
     name: str = "report"
     again_title: str = "Run it again"
+    claims: tuple[Claim, ...] = ()
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -122,8 +122,8 @@ class SpeedRows:
             return {}
         if cell.batch == "max":
             batches = (mine.data["batch"], theirs.data["batch"])
-            return against_full(cell.id, mine.data, theirs.data, batches=batches)
-        found = against_full(cell.id, mine.data, theirs.data)
+            return against_full(mine.data, theirs.data, batches=batches)
+        found = against_full(mine.data, theirs.data)
         step, step_full = (one.values["step_bytes"].value for one in (summary, self._summary(full)))
         if step and step_full:
             found["speedup_bound"] = Value(step_full / step)

@@ -40,10 +40,11 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     """A sentence of a report, a bold figure or a target, as data: what a study of false sentences looks at.
 
     Args:
-        word: ``better`` or ``worse`` than ``same``, ``best`` of ``others``, ``met`` or ``missed``.
+        word: ``better`` or ``worse`` than the policy it is held against, ``best`` of ``others``, ``met`` or ``missed``.
         cell: the cell whose figure it is about.
         metric: the figure, as in ``results.csv``.
-        same: what the figure is held against: 1 for ratios, 0 for differences, a target's bound.
+        least, most: between which the word says the figure lies: from 1 or up to 1 for ratios, 0 for differences, a
+            target's bounds.
         others: cells it is said to be better than, for ``best``.
         lo, hi: the interval it rests on.
         comparisons: that the interval was widened for.
@@ -53,7 +54,8 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     word: Literal["better", "worse", "best", "met", "missed"]
     cell: str
     metric: str
-    same: float | None = None
+    least: float | None = None
+    most: float | None = None
     others: tuple[str, ...] = ()
     lo: float | None = None
     hi: float | None = None

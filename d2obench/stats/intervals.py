@@ -17,7 +17,7 @@ peaks of memory     the highest                                 none: the range 
 
 Below those counts the bounds are the smallest and largest sample and the result says ``range``. Samples that are all
 alike are ``exact``. Simulated coverage of every row is published under ``reports/coverage``; it is at least 93 % for
-every count that gets an interval (see :mod:`d2obench.stats.coverage`).
+every count that gets an interval (see :mod:`d2obench.study.coverage`).
 
 A time is that of the machine as it was during the run: a drift of the machine within the run is part of what is
 estimated, and another hour may differ. Ratios of caches that took turns do not share this limit.
@@ -193,7 +193,7 @@ def percentile(samples: Samples, q: float, level: float = LEVEL) -> Value | None
 def trimmed_t(x: Floats, level: float = LEVEL) -> Bounds:
     """Student's t interval of the mean without the TRIM lowest and highest, its error from the winsorised samples."""
     n = x.shape[1]
-    cut = int(TRIM * n)
+    cut = _cut(n)
     ordered = np.sort(x, axis=1)
     kept = n - 2 * cut
     middle = ordered[:, cut : n - cut].mean(axis=1)
@@ -266,6 +266,11 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[F
     return np.bincount(where, values).astype(np.float64), np.bincount(where).astype(np.float64)
 
 
+def _cut(n: int) -> int:
+    """Samples that are trimmed at either end; with fewer than six, those left could not carry an interval."""
+    return int(TRIM * n) if n > 5 else 0
+
+
 def _location(x: Floats, successive: bool, level: float) -> Value:
     """The median of ``x`` with its interval or range."""
     n, middle = len(x), float(np.median(x))
@@ -274,7 +279,7 @@ def _location(x: Floats, successive: bool, level: float) -> Value:
     if n < (WINDOWS if successive else ROUNDS):
         return _range(x, middle, n)
     lo, hi = (float(end[0]) for end in (blocks_t if successive else trimmed_t)(x[None], level))
-    df = blocks_of(n) - 1 if successive else n - 2 * int(TRIM * n) - 1
+    df = blocks_of(n) - 1 if successive else n - 2 * _cut(n) - 1
     method = "t of blocks" if successive else "trimmed t"
     return Value(middle, min(lo, middle), max(hi, middle), n, kind="interval", method=method, df=df)
 

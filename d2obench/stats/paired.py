@@ -1,15 +1,15 @@
-"""Two arms on the same items: exact McNemar for right or wrong, a paired cluster bootstrap for the rest."""
+"""Two arms on the same items: the exact test for right or wrong answers, and the smallest change they could show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import NormalDist
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
-from d2obench.stats.bootstrap import Interval, cluster_sums, mean_interval
+from d2obench.stats.intervals import cluster_sums
 
 
 class McNemar(NamedTuple):
@@ -38,28 +38,17 @@ def mcnemar(base: Sequence[float], head: Sequence[float]) -> McNemar:
         raise ValueError("McNemar's test needs 0 or 1 for each item")
     lost = sum(b > h for b, h in zip(base, head, strict=True))
     won = sum(h > b for b, h in zip(base, head, strict=True))
-    return McNemar(lost, won, _at_least(lost, lost + won), min(1.0, 2 * _at_least(max(lost, won), lost + won)))
 
+    def at_least(count: int) -> float:
+        return float(special.bdtrc(count - 1, lost + won, 0.5)) if count else 1.0
 
-def paired_difference(
-    base: Sequence[float],
-    head: Sequence[float],
-    clusters: Sequence[object] | None = None,
-    level: float = 0.95,
-    seed: int | str = 0,
-) -> Interval:
-    """The mean of head − base over items, with the interval of a bootstrap over clusters (documents).
-
-    Miller, "Adding error bars to evals" (arXiv 2411.00640) for why pairs and clusters. Raises ValueError as above.
-    """
-    _same_length(base, head)
-    return mean_interval(_minus(base, head), clusters, level, seed)
+    return McNemar(lost, won, at_least(lost), min(1.0, 2 * at_least(max(lost, won))))
 
 
 def detectable(
     base: Sequence[float],
     head: Sequence[float],
-    clusters: Sequence[object] | None = None,
+    clusters: Sequence[Hashable] | None = None,
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float:
@@ -69,7 +58,7 @@ def detectable(
     95 % bound of no event in n), so that agreement on few items does not pass for certainty.
     """
     _same_length(base, head)
-    diff = np.asarray(_minus(base, head))
+    diff = np.subtract(head, base, dtype=np.float64)
     sums, counts = cluster_sums(diff, clusters)
     n = len(sums)
     if n < 2:
@@ -77,22 +66,7 @@ def detectable(
     error = math.sqrt(n / (n - 1) * float(((sums - diff.mean() * counts) ** 2).sum())) / len(diff)
     if all(value in (0, 1) for value in (*base, *head)):
         error = max(error, math.sqrt(min(3, n)) / n)
-    normal = NormalDist()
-    return (normal.inv_cdf(1 - alpha) + normal.inv_cdf(power)) * error
-
-
-def _minus(base: Sequence[float], head: Sequence[float]) -> list[float]:
-    return [h - b for b, h in zip(base, head, strict=True)]
-
-
-def _at_least(k: int, n: int) -> float:
-    """P(X ≥ k) of n fair coins, in whole numbers until the last division."""
-    term = math.comb(n, k)
-    ways = term
-    for i in range(k, n):
-        term = term * (n - i) // (i + 1)
-        ways += term
-    return ways / (1 << n)
+    return float(special.ndtri(1 - alpha) + special.ndtri(power)) * error
 
 
 def _same_length(base: Sequence[float], head: Sequence[float]) -> None:

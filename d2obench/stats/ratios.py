@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from d2obench.measure.disturbance import undisturbed
 from d2obench.measure.windows import decode_times
 from d2obench.record import Value
-from d2obench.stats.bootstrap import paired_ratio
+from d2obench.stats.intervals import paired_ratio
 
 FULL, STREAMING = "full", "streaming"
 Round = Mapping[str, Any]
@@ -75,7 +75,16 @@ RATIOS: dict[str, Ratio] = {
 """Every paired ratio of the metric table. ``speedup_memory`` compares each at its own largest batch."""
 
 
-def pairs(metric: str, mine: Samples, partner: Samples, *, every: bool = False) -> tuple[list[float], list[float]]:
+class Pairs(NamedTuple):
+    """Figures of two cells, in the order they were measured; ``successive`` where they are sweeps of windows, which
+    follow each other so closely that neighbours may be alike."""
+
+    mine: list[float]
+    partner: list[float]
+    successive: bool
+
+
+def pairs(metric: str, mine: Samples, partner: Samples, *, every: bool = False) -> Pairs:
     """The figures of ``mine`` and of ``partner`` where both were measured beside each other and are above 0.
 
     Args:
@@ -86,10 +95,11 @@ def pairs(metric: str, mine: Samples, partner: Samples, *, every: bool = False) 
     one = RATIOS[metric]
     ours: Figures = decode_times(mine) if one.decode and not every else {}
     theirs: Figures = decode_times(partner) if one.decode and not every else {}
+    successive = bool(mine.get("windows")) and bool(ours.keys() & theirs.keys())
     if not ours.keys() & theirs.keys():
         ours, theirs = _of_rounds(mine, one.figure, every), _of_rounds(partner, one.figure, every)
     good = [(ours[key], theirs[key]) for key in ours if key in theirs and min(ours[key], theirs[key]) > 0]
-    return [a for a, _ in good], [b for _, b in good]
+    return Pairs([a for a, _ in good], [b for _, b in good], successive)
 
 
 def _of_rounds(samples: Samples, figure: Callable[[Round], float | None], every: bool) -> Figures:
@@ -100,38 +110,34 @@ def _of_rounds(samples: Samples, figure: Callable[[Round], float | None], every:
     return {key: value for key, value in found.items() if value}
 
 
-def ratio(metric: str, seed: str, mine: Samples, partner: Samples, per: float = 1.0) -> Value | None:
+def ratio(metric: str, mine: Samples, partner: Samples, per: float = 1.0) -> Value | None:
     """One ratio with its interval; None where the two were never measured beside each other.
 
     Args:
         metric: a key of RATIOS.
-        seed: names what is compared, so that the resampling can be repeated.
         mine: raw values of the cell.
         partner: raw values of the cell it is compared with.
         per: own batch ÷ the partner's batch, where the two differ on purpose.
     """
-    ours, theirs = pairs(metric, mine, partner)
-    if not ours:
+    found = pairs(metric, mine, partner)
+    if not found.mine:
         return None
-    ours = [value / per for value in ours]
+    ours, theirs = [value / per for value in found.mine], found.partner
     below, above = (ours, theirs) if RATIOS[metric].speedup else (theirs, ours)
-    return Value(*paired_ratio(below, above, seed=f"{seed}:{metric}"), n=len(ours))
+    return paired_ratio(below, above, successive=found.successive)
 
 
-def against_full(
-    cell: str, mine: Samples, full: Samples, *, batches: tuple[int, int] | None = None
-) -> dict[str, Value]:
+def against_full(mine: Samples, full: Samples, *, batches: tuple[int, int] | None = None) -> dict[str, Value]:
     """What the runner records of a cell beside the full cache.
 
     Args:
-        cell: the cell's id.
-        mine: its raw values.
+        mine: raw values of the cell.
         full: raw values of the full cache.
         batches: batch of the cell and of the full cache where each ran at its own largest one; then only their
             throughputs can be compared, and equal batch and equal memory are never mixed.
     """
     if batches is not None:
-        found = {"speedup_memory": ratio("speedup_memory", cell, mine, full, batches[0] / batches[1])}
+        found = {"speedup_memory": ratio("speedup_memory", mine, full, batches[0] / batches[1])}
     else:
-        found = {name: ratio(name, cell, mine, full) for name in ("speedup", "speedup_e2e", "prefill_cost")}
+        found = {name: ratio(name, mine, full) for name in ("speedup", "speedup_e2e", "prefill_cost")}
     return {name: value for name, value in found.items() if value is not None}

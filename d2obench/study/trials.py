@@ -7,17 +7,16 @@ others.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import msgspec
 
 from d2obench.gate.rules import confirm, judge_timed
 from d2obench.gate.verdict import Row, Verdict
+from d2obench.stats.intervals import proportion
 from d2obench.suite.definition import GateTable
 
 
@@ -92,8 +91,9 @@ class Outcome(msgspec.Struct, frozen=True):
         return sum(self.counts.values())
 
     def share(self, verdict: Verdict) -> tuple[float, float, float]:
-        """The share of gates with this verdict, and its 95 % interval (Wilson 1927)."""
-        return wilson(self.counts.get(verdict, 0), self.total)
+        """The share of gates with this verdict, and its 95 % interval."""
+        found = proportion(self.counts.get(verdict, 0), self.total)
+        return found.value or 0.0, found.lo or 0.0, found.hi or 0.0
 
     def __str__(self) -> str:
         order = sorted(self.counts.items(), key=lambda item: item[0].severity)
@@ -148,12 +148,3 @@ def _parts(recorded: Sequence[Pairs], rule: Rule, change: float, rng: random.Ran
         slower = [time * (1 + change) for time in head[start : start + length]]
         found.append(Pairs(base[start : start + length], slower))
     return found
-
-
-def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float, float]:
-    """A share and its score interval."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share = hits / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return share, max(0.0, middle - half), min(1.0, middle + half)

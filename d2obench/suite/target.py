@@ -6,23 +6,17 @@
     shape = "2048+64"
     at_least = 0.97              # and / or at_most, in the metric's recorded unit
 
-A target is met where the whole interval of the figure lies inside the bounds and missed where all of it lies outside;
-otherwise there is no verdict. A figure that is the same on every repeat is judged by itself.
+Whether a figure keeps its bounds is decided by ``d2obench.stats.claims.outcome``.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from d2obench.metric import METRICS, show
-from d2obench.record import Value
 from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec
-
-Outcome = Literal["met", "missed", "no verdict"]
-CERTAIN = ("exact", "bounded", "info")
-"""Kinds of metrics whose value is judged without an interval."""
 
 
 class Where(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
@@ -70,21 +64,6 @@ class Target(Where, frozen=True, kw_only=True):
         words = f"{low} … {high}" if low and high else f"≥ {low}" if low else f"≤ {high}"
         return f"{words} {METRICS[self.metric].unit}".rstrip()
 
-    def outcome(self, value: Value) -> Outcome:
-        """The verdict on a figure."""
-        if value.value is None:
-            return "no verdict"
-        lo, hi = value.lo, value.hi
-        if METRICS[self.metric].kind in CERTAIN:
-            lo = hi = value.value
-        if lo is None or hi is None:
-            return "no verdict"
-        if self._inside(lo) and self._inside(hi):
-            return "met"
-        low, high = self.at_least, self.at_most
-        outside = (low is not None and hi < low) or (high is not None and lo > high)
-        return "missed" if outside else "no verdict"
-
     def margin(self, value: float) -> float:
         """How far a figure is inside the nearest bound, as a share of it; negative outside."""
         room = []
@@ -103,6 +82,3 @@ class Target(Where, frozen=True, kw_only=True):
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
             return f"'{self.metric}' has at_least above at_most"
         return ""
-
-    def _inside(self, value: float) -> bool:
-        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)

@@ -175,13 +175,14 @@ def parameters(cls: type[Task]) -> Mapping[str, Any]:
 
 
 def values_of(items: Sequence[Item]) -> dict[str, Value]:
-    """Every metric that the items hold, as a mean with its 95 % interval, resampled by ``document``.
+    """Every metric that the items hold, as a mean over documents with its interval or range.
 
-    An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts the values that went in.
+    An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts the documents left.
     Perplexity is computed from ``nll``, and ``budget_effective`` from ``kept``, the share of its prompt that an item's
-    cache kept. A single document carries no interval. Items that all failed, or all succeeded, have the exact binomial
-    interval, because resampling equal values would give one of width zero.
+    cache kept.
     """
+    from d2obench.stats.intervals import mean
+
     found = {}
     for key, metric in METRICS.items():
         if metric.group != "quality" or metric.kind == "info" or key == "ppl":
@@ -190,10 +191,8 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
         if not pairs:
             continue
         values, documents = [value for value, _ in pairs], [document for _, document in pairs]
-        if metric.unit == "%" and len(set(documents)) == len(values) > 1 and {*values} in ({0.0}, {1.0}):
-            found[key] = _unanimous(values)
-        else:
-            found[key] = _mean(values, documents)
+        ends = {"%": (0.0, 1.0), "points": (-1.0, 1.0)}.get(metric.unit, (0.0, math.inf))
+        found[key] = mean(values, documents, ends=ends)
         if key == "nll":
             found["ppl"] = _exp(found[key])
     shares = [item["kept"] for item in items if item.get("kept") is not None]
@@ -212,24 +211,11 @@ def kept_of(session: Session) -> list[Item]:
     ]
 
 
-def _mean(values: Sequence[float], clusters: Sequence[str]) -> Value:
-    from d2obench.stats.bootstrap import mean_interval
-
-    middle, lo, hi = mean_interval(values, clusters)
-    return Value(middle, lo, hi, len(values))
-
-
-def _unanimous(values: Sequence[float]) -> Value:
-    from d2obench.stats.bootstrap import unanimous_interval
-
-    return Value(*unanimous_interval(values[0], len(values)), len(values))
-
-
 def _exp(value: Value) -> Value:
     def exp(x: float | None) -> float | None:
         return None if x is None else math.exp(x) if x < 700 else math.inf
 
-    return Value(exp(value.value), exp(value.lo), exp(value.hi), value.n)
+    return msgspec.structs.replace(value, value=exp(value.value), lo=exp(value.lo), hi=exp(value.hi))
 
 
 def _flat(value: Any) -> list[float]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from d2obench.errors import UsageError
 from d2obench.record import Value
 from d2obench.suite.grammar import Shape
@@ -80,17 +82,17 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         found = {
             **_shares("prefill_share", prompts),
             **_shares("step_share", with_ranges),
-            "ttft_s": _over(prompts, "ttft_s", lambda block: float(block["seconds"])),
-            "tpot_s": _over(without, "tpot_s", lambda block: block["seconds"] / block["steps"]),
+            "ttft_s": _over(prompts, lambda block: float(block["seconds"])),
+            "tpot_s": _over(without, lambda block: block["seconds"] / block["steps"]),
         }
         if loop := found.get("step_share:loop"):
             found["loop_overhead"] = loop
-        from d2obench.stats.bootstrap import paired_ratio
+        from d2obench.stats.intervals import paired_ratio
 
         on, off = ([block["seconds"] for request in several for block in request] for several in (with_ranges, without))
-        ratio = paired_ratio(off, on, seed="ranges_overhead")
-        less = [None if end is None else end - 1 for end in ratio]
-        return {**found, "ranges_overhead": Value(less[0], less[1], less[2], len(on))}
+        ratio = paired_ratio(off, on)
+        value, lo, hi = (None if end is None else end - 1 for end in (ratio.value, ratio.lo, ratio.hi))
+        return {**found, "ranges_overhead": msgspec.structs.replace(ratio, value=value, lo=lo, hi=hi)}
 
 
 Blocks = Sequence[Sequence[Item]]
@@ -121,14 +123,10 @@ def _shares(metric: str, requests: Blocks) -> dict[str, Value]:
     def share(name: str) -> Callable[[Item], float]:
         return lambda block: block["parts"].get(name, 0.0) / block["seconds"]
 
-    return {
-        f"{metric}:{name}": _over(requests, f"{metric}:{name}", share(name))
-        for name in sorted(whole, key=lambda name: -whole[name])
-    }
+    return {f"{metric}:{name}": _over(requests, share(name)) for name in sorted(whole, key=lambda name: -whole[name])}
 
 
-def _over(requests: Blocks, name: str, figure: Callable[[Item], float]) -> Value:
-    from d2obench.stats.bootstrap import interval
+def _over(requests: Blocks, figure: Callable[[Item], float]) -> Value:
+    from d2obench.stats.intervals import median
 
-    samples = [[figure(block) for block in request] for request in requests]
-    return Value(*interval(samples, seed=name), n=sum(map(len, samples)))
+    return median([[figure(block) for block in request] for request in requests])

@@ -99,6 +99,6 @@ def _rich(table: Table, places: list[int], first: int = 0) -> RichTable:
 
 def _text(field: Field) -> Text:
     text = Text(printable(field.text), style=STYLES[field.mark])
-    if field.half:
-        text.append(f" ±{field.half}", style="not bold dim")
+    if field.half or field.range_of:
+        text.append(f" ±{field.half}" if field.half else f" (range of {field.range_of})", style="not bold dim")
     return text

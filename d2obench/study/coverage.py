@@ -150,7 +150,7 @@ def kinds() -> Iterator[Kind]:
 
 def markdown(rows: Sequence[Covered], old: Sequence[Covered]) -> str:
     """The tables, with the least of each kind first."""
-    lines = ["# Coverage of every interval the project prints\n", _about(rows), _worst(rows)]
+    lines = ["# Coverage of every interval the project prints\n", _about(rows), least(rows)]
     for figure in dict.fromkeys(row.figure for row in rows):
         mine = [row for row in rows if row.figure == figure]
         counts = sorted({row.n for row in mine})
@@ -185,7 +185,7 @@ def _about(rows: Sequence[Covered]) -> str:
     )
 
 
-def _worst(rows: Sequence[Covered]) -> str:
+def least(rows: Sequence[Covered]) -> str:
     lines = ["| figure | method | interval from n | least coverage | where |\n|---|---|--:|--:|---|"]
     for figure in dict.fromkeys(row.figure for row in rows):
         mine = [row for row in rows if row.figure == figure]
