@@ -17,6 +17,7 @@ POLICIES = [("full", None), *((policy, budget) for budget in ("0.2", "0.4") for 
 PACE = {"full": 1.0, "streaming": 0.55, "h2o": 0.6, "d2o": 0.65}
 LOSS = {"full": 0.0, "streaming": 0.15, "h2o": 0.10, "d2o": 0.13}
 ROUNDS, ITEMS, LAYERS, MIB = 5, 12, 6, 2**20
+WEIGHTS = 4 * MIB
 Rounds = list[dict[str, Any]]
 
 
@@ -72,19 +73,19 @@ def speed_cell(folder: Path, point: Axes, full: Rounds | None, draw: random.Rand
     values = {
         "budget_effective": Value(share),
         "kv_bytes": Value(kv),
-        "weights_bytes": Value(538 * MIB),
-        "step_bytes": Value(538 * MIB + kv),
+        "weights_bytes": Value(WEIGHTS),
+        "step_bytes": Value(WEIGHTS + kv),
         "rss_peak_bytes": highest([900 * MIB, 900 * MIB + kv]),
         "ttft_s": median([part["ttft_s"] for part in rounds]),
         "tpot_s": tpot,
         "tpot_p95_s": Value(None, note="too few steps"),
         "decode_tok_s": median([batch * (gen - 1) / part["decode_s"] for part in rounds]),
         "e2e_tok_s": median([batch * gen / part["e2e_s"] for part in rounds]),
-        "mbu": Value((538 * MIB + kv) / tpot.value / 40e9, n=ROUNDS),
+        "mbu": Value((WEIGHTS + kv) / tpot.value / 40e9, n=ROUNDS),
     }
     if full is not None:
         values |= against_full({"rounds": rounds}, {"rounds": full})
-        values["speedup_bound"] = Value(2.5)
+        values["speedup_bound"] = Value((WEIGHTS + batch * (prompt + gen) * 46080) / (WEIGHTS + kv))
     slope = 0.3 if point.policy.startswith("d2o") else 0.0
     kept = [prompt * share * (1 + slope * (layer - 2.5) / 5) for layer in range(LAYERS)]
     details: dict[str, Any] = {"kept_layers": kept, "rounds": ROUNDS, "processes": 2}

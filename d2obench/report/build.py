@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from d2obench.errors import RecordError
-from d2obench.metric import METRICS, show
+from d2obench.metric import METRICS
 from d2obench.record import Run, Value, read_run
 from d2obench.report.derive import metric_of, results
-from d2obench.report.figures import figures
+from d2obench.report.figures import figures, in_order
 from d2obench.report.machine import again, cards, environment, suites, unlike
 from d2obench.report.rows import Result, join
-from d2obench.report.sentences import verdict, verdict_claims
-from d2obench.report.tables import ENDINGS, UNLIKE, best_claims, headline, parts, ratios, signed
+from d2obench.report.sentences import first_words
+from d2obench.report.tables import ENDINGS, UNLIKE, best_claims, bounds_in_words, first, headline, parts, ratios, signed
 from d2obench.report.targets import judge, sayings, sentence, targets
-from d2obench.report.view import Case, Column, CsvRow, Field, Outcome, Report, Table
+from d2obench.report.view import Case, Column, CsvRow, Field, Figure, Outcome, Report, Table
+from d2obench.suite.definition import SPEED
 
-MAX_CELLS, MAX_FLAGS = 2500, 5
+MAX_CELLS, MAX_FLAGS = 2500, 8
 EMBEDDED = (
     "The model embedded is SmolLM2-135M-Instruct with weights dequantised from 4 bits (GGUF Q4_1); "
     "its KV cache is full precision."
 )
+BUSY_MACHINE = (
+    "The machine was busy: other work disturbed most of the timings of {count}, so there is no verdict on their speed. "
+    "End the other work (d2obench doctor shows the load) and run again. Quality, counts and bytes of caches stand."
+)
+FLAGS = {
+    "keeps more than asked": "the policy holds more than its budget allows, so it can't be compared at that budget",
+    "sampled decode": "decoding was measured in windows of the generation, and the whole was estimated from them",
+    "beyond the model's context": "the text is longer than the model was made for: its time is true, its text is not",
+    "not measured beside full": "the full cache was measured in other rounds, so there is no ratio to it",
+    "differs between rounds": "figures that should be equal in every round were not",
+    "busy machine": "other work disturbed most of its timings, so there is no verdict on its speed",
+}
+"""How a flag begins → what it means for the reader."""
 _PLACES = {key: place for place, key in enumerate(METRICS)}
+
+
+class _Published(msgspec.Struct):
+    """What a published run keeps of its raw samples in ``report.json``: figures of cells, and pictures."""
+
+    tidy: tuple[CsvRow, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
 
 def build(folders: Sequence[Path]) -> Report:
     """The report of one run or several side by side.
 
-    A published run has no raw samples any more; its report is read back from ``report.json``.
+    A published run has no raw samples any more: what was made of them is read back from its ``report.json``.
     """
-    if len(folders) == 1 and _published(folders[0]):
-        return _stored(folders[0] / "report.json")
-    return assemble([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    kept = {place: _stored(folder / "report.json") for place, folder in enumerate(folders) if _published(folder)}
+    runs = [_with_derived(run, kept[place]) if place in kept else run for place, run in enumerate(runs)]
+    report = assemble(runs)
+    if len(runs) == 1 and kept:
+        missing = [figure for figure in kept[0].figures if figure.kind in ("position", "timeline")]
+        report = msgspec.structs.replace(report, figures=tuple(in_order((*report.figures, *missing))))
+    return report
 
 
 def assemble(runs: Sequence[Run]) -> Report:
@@ -43,15 +69,18 @@ def assemble(runs: Sequence[Run]) -> Report:
     named = list(zip(_names(runs), runs, strict=True))
     found = results(named)
     rows = join(found)
-    tables, judged = headline(found, rows), judge(named, found)
+    screen, judged = first(rows), judge(named, found)
     goals = targets(judged)
+    tables = [*headline(found, rows), *ratios(rows), *parts(found)]
+    words = first_words(named, rows)
     return Report(
         title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
         subtitle=" ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip(),
-        verdict=(*sentence(goals), *verdict(named, rows)),
+        verdict=(*sentence(goals), *words.sentences),
         warnings=(*_warnings(named), *unlike(named)),
-        headline=tuple(tables),
-        reading=_reading(found, tables),
+        headline=tuple(screen),
+        reading=_reading(found, screen),
+        notes=tuple(_notes(named)),
         machine=cards(named, rows),
         figures=tuple(figures(found, rows)),
         cells=_cells(named, len(runs) > 1),
@@ -61,8 +90,9 @@ def assemble(runs: Sequence[Run]) -> Report:
         results=tuple(csv_rows(found)),
         cases=tuple(_cases(found, named)),
         targets=goals,
-        tables=(*ratios(rows), *parts(found)),
-        claims=(*sayings(judged), *best_claims(found, rows), *verdict_claims(rows)),
+        tables=tuple(tables),
+        glossary=_glossary([*screen, *tables]),
+        claims=(*sayings(judged), *words.claims, *best_claims(found, rows)),
     )
 
 
@@ -90,7 +120,9 @@ def _cases(found: Iterable[Result], runs: Sequence[tuple[str, Run]]) -> Iterable
     outcomes: dict[str, Outcome] = {"ok": "passed", "skipped": "skipped"}
     for result in found:
         cell = result.record
-        known = [(metric_of(key), key, value) for key, value in result.values.items()]
+        known = [
+            (metric_of(key), key, value) for key, value in sorted(result.values.items(), key=lambda one: _place(one[0]))
+        ]
         text = "\n".join(f"{metric.header}: {_in_words(key, value)}" for metric, key, value in known if metric)
         outcome = outcomes.get(cell.status, "error")
         seconds = round(cell.seconds, 3)
@@ -105,11 +137,8 @@ def _in_words(key: str, value: Value) -> str:
     metric = metric_of(key)
     if metric is None or value.value is None:
         return "" if value.value is None else f"{value.value:g}"
-    bounds = ""
-    if value.lo is not None and value.hi is not None and value.kind != "exact":
-        few = f", range of {value.n}" if value.kind == "range" else ""
-        bounds = f" [{show(metric.key, value.lo)} … {show(metric.key, value.hi)}{few}]"
-    return f"{signed(metric.key, value.value)}{bounds} {metric.unit}".rstrip()
+    bounds = bounds_in_words(key, value)
+    return f"{signed(metric.key, value.value)} {metric.unit}".rstrip() + (f" [{bounds}]" if bounds else "")
 
 
 def _unit(key: str) -> str:
@@ -128,11 +157,22 @@ def _published(folder: Path) -> bool:
     return (folder / "report.json").is_file() and not (folder / "samples").is_dir()
 
 
-def _stored(path: Path) -> Report:
+def _stored(path: Path) -> _Published:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Report)
+        return msgspec.json.decode(path.read_bytes(), type=_Published)
     except (OSError, msgspec.DecodeError, RecursionError) as problem:
         raise RecordError(f"can't read {path}", why=str(problem), remedy="publish the run again") from None
+
+
+def _with_derived(run: Run, kept: _Published) -> Run:
+    """The run with the figures that were derived from its samples; a figure that the record holds is never replaced."""
+    derived: dict[str, dict[str, Value]] = {}
+    for row in kept.tidy:
+        if row.metric != "seconds":
+            value = Value(row.value, row.lo, row.hi, row.n or 1, row.note, row.kind)
+            derived.setdefault(row.cell, {})[row.metric] = value
+    cells = [msgspec.structs.replace(cell, values=derived.get(cell.id, {}) | cell.values) for cell in run.cells]
+    return msgspec.structs.replace(run, cells=tuple(cells))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -148,6 +188,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
+    """What a reader must know before he believes a figure."""
     words = []
     for name, run in runs:
         at = f"{name}: " if len(runs) > 1 else ""
@@ -155,42 +196,66 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
             words.append(
                 f"{at}The run is not finished: {len(run.missing)} of {len(run.info.cells)} cells have no record yet."
             )
+        disturbed = [cell for cell in run.cells if cell.axes.task == SPEED and cell.details.get("busy")]
+        if disturbed:
+            timed = sum(cell.axes.task == SPEED for cell in run.cells)
+            words.append(at + BUSY_MACHINE.format(count=f"{len(disturbed)} of {timed} timed cells"))
         words += [f"{at}{warning}" for warning in run.warnings[:5]]
-    flags = Counter(flag for _, run in runs for cell in run.cells for flag in cell.flags)
-    words += [f"{count} cells: {flag}." for flag, count in flags.most_common(MAX_FLAGS)]
-    if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
-        words.append(EMBEDDED)
     return words
 
 
+def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
+    """What else a reader should know: the flags of cells and what they mean for him."""
+    flags = Counter(flag for _, run in runs for cell in run.cells for flag in cell.flags)
+    for flag, count in flags.most_common(MAX_FLAGS):
+        meaning = next((words for begin, words in FLAGS.items() if flag.startswith(begin)), "")
+        cells = f"{count} cells carry" if count > 1 else "1 cell carries"
+        yield f"{cells} the flag “{flag}”" + (f": {meaning}." if meaning else ".")
+    if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
+        yield EMBEDDED
+
+
 def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...]:
-    """How to read the headline table; only what applies to it."""
+    """How to read the first table; only what applies to it."""
     fields = [field for table in tables for row in table.rows for field in row]
     lines = []
     if any(field.interval and not field.range_of for field in fields):
-        lines.append("a … b is the 95 % interval of the figure before it.")
-    if any(field.range_of for field in fields):
-        lines.append("a … b (range of n): n samples are too few for an interval; these are the lowest and the highest.")
+        lines.append(
+            "± and a … b are 95 % intervals. Words such as faster rest on wider ones, made for all of them together."
+        )
+    if any(field.range_of < 0 for field in fields):
+        lines.append("Bounds of an older record were not tested to cover 95 %: they tell no policies apart.")
+    if any(field.range_of > 0 for field in fields):
+        lines.append(
+            "A figure with a range instead of an interval comes from too few samples: it tells no policies apart."
+        )
     if any(column.direction != "none" for table in tables for column in table.columns):
-        best = "; bold is told to be the best of its column among rows of the same model, shape and batch (95 %)"
-        known = best if any(field.mark == "best" for field in fields) else ""
-        lines.append(f"↓ lower is better, ↑ higher is better{known}.")
-    rounds = sorted({n for result in found if isinstance(n := result.record.details.get("rounds"), int)})
-    if rounds:
-        count = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"{rounds[0]}"
-        lines.append(
-            f"Times come from {count} rounds in which the policies took turns; ratios are paired within a round."
-        )
+        told = " A bold figure is shown to be the best of its model, shape and batch."
+        known = told if any(field.mark == "best" for field in fields) else ""
+        lines.append(f"↓ means that lower is better, ↑ that higher is better.{known}")
     if any(field.text.endswith(" ◆") for field in fields):
-        lines.append(
-            "◆ Pareto-optimal: every comparable row that holds as few KV bytes or fewer is told to be worse in the"
-            " first task (95 %)."
-        )
+        lines.append("◆ is shown to be beaten by no comparable row in both quality (of the first task) and KV bytes.")
     if any(result.name.endswith(f" {UNLIKE}") for result in found):
         lines.append(
-            f"{UNLIKE} after a run's name: made in another environment than the first run; compare its times with care."
+            f"{UNLIKE} marks runs of another environment than the first: their times can't be compared with it."
         )
-    return (*lines, "– was not asked for or can't be told; a cell without figures says why.")
+    if any(field.mark == "quiet" for field in fields):
+        lines.append("– was not measured.")
+    return tuple(lines)
+
+
+def _glossary(tables: Sequence[Table]) -> tuple[Table, ...]:
+    """What every figure of these tables means."""
+    columns = dict.fromkeys(part for table in tables for column in table.columns for part in column.key.split(":"))
+    rows = tuple(
+        (Field(METRICS[key].header), Field(METRICS[key].unit), Field(METRICS[key].about))
+        for key in columns
+        if key in METRICS
+    )
+    head = (Column("figure", "figure", numeric=False), Column("unit", "unit", numeric=False))
+    return (
+        (Table("What each figure means", (*head, Column("about", "definition", numeric=False)), rows),) if rows else ()
+    )
 
 
 def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:

@@ -113,6 +113,30 @@ def _tradeoff(figure: Figure) -> Any:
     return _panels(figure, alt.layer(*_if(figure, "front", front), whiskers, dots.add_params(pick), names))
 
 
+def _overview(figure: Figure) -> Any:
+    """Two panels over one axis of bytes: quality above, speed below."""
+    base, pick, fade = _base(figure)
+    x = alt.X("kv:Q", title=figure.options["x"], scale=alt.Scale(type="log", nice=False, padding=24))
+    x = x.axis(tickCount=5, labelOverlap="greedy")
+    tips = ["label:N", "kv:Q", "quality:Q", "lo:Q", "hi:Q", "speed:Q", "slow:Q", "fast:Q"]
+    panels: list[Any] = []
+    for value, low, high, title in (
+        ("quality", "lo", "hi", figure.options["y"]), ("speed", "slow", "fast", figure.options["speed"])
+    ):  # fmt: skip
+        if not any(one is not None for one in _column(figure, value)):
+            continue
+        colours = _policies(figure).legend(orient="top", columns=4, title=None)
+        shown = base.transform_filter(f"isValid(datum.{value})").encode(x=x, color=colours, opacity=fade)
+        y = alt.Y(f"{value}:Q", title=title, scale=alt.Scale(zero=False))
+        whiskers = shown.mark_rule().encode(y=alt.Y(f"{low}:Q", title=title), y2=f"{high}:Q")
+        dots = shown.mark_point(filled=True, size=70).encode(y=y, tooltip=tips)
+        dots = dots if panels else dots.add_params(pick)
+        names = shown.mark_text(dx=6, dy=-7, align="left", fontSize=10).encode(y=y, text="budget:N")
+        layer = alt.layer(*_if(figure, low, whiskers), dots, names)
+        panels.append(layer.properties(width=300, height=150))
+    return alt.vconcat(*panels, data=_data(figure)) if len(panels) > 1 else panels[0].properties(data=_data(figure))
+
+
 def _speedup(figure: Figure) -> Any:
     base, _, _ = _base(figure)
     ends = [value for row in figure.rows for value in row[3:] if isinstance(value, float)]
@@ -303,6 +327,7 @@ def _xml(text: str) -> str:
 
 
 _CHARTS: dict[str, Callable[[Figure], Any]] = {
+    "overview": _overview,
     "tradeoff": _tradeoff,
     "speedup": _speedup,
     "throughput": _throughput,

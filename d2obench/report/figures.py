@@ -6,17 +6,17 @@ Raw samples are read for the largest setting only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
-from d2obench.report.evidence import front
+from d2obench.report.evidence import busy, front, impossible
 from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, tasks_of, volume
 from d2obench.report.tables import varying
-from d2obench.report.view import Figure
+from d2obench.report.view import KINDS, Figure
 from d2obench.suite.definition import SPEED
 
 MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 3, 6, 64, 12, 24
@@ -33,9 +33,20 @@ def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
     """Every figure the records can carry, in the order of the page."""
     main = _main(rows)
     timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
-    made: list[Figure | None] = [*_tradeoffs(rows), _speedups(rows), _throughput(rows), _positions(timed)]
+    made: list[Figure | None] = [
+        _overview(main),
+        *_tradeoffs(rows),
+        _speedups(rows),
+        _throughput(rows),
+        _positions(timed),
+    ]
     made += [_peak(main), _timeline(timed), *_layers(found), *_needles(found)]
-    return [figure for figure in made if figure is not None]
+    return in_order(figure for figure in made if figure is not None)
+
+
+def in_order(made: Iterable[Figure]) -> list[Figure]:
+    """Figures in the order of the page."""
+    return sorted(made, key=lambda figure: KINDS.index(figure.kind))
 
 
 def _main(rows: Sequence[Row]) -> list[Row]:
@@ -43,6 +54,37 @@ def _main(rows: Sequence[Row]) -> list[Row]:
     groups = [[row for row in group if row.speed and row.speed.record.status == "ok"] for group in grouped(rows)]
     groups = [group for group in groups if group]
     return max(groups, key=lambda group: (len(group) > 1, volume(group[0].key), len(group))) if groups else []
+
+
+def _overview(group: Sequence[Row]) -> Figure | None:
+    """Quality and decode speed against KV bytes at the largest setting: what everybody should see."""
+    tasks = tasks_of(group)
+    metric = METRICS[primary(group, tasks[0])] if tasks else None
+    points: list[Point] = []
+    for row in group:
+        kv, speed = kv_bytes(row), row.value(SPEED, "speedup")
+        if kv is None:
+            continue
+        quality = loss(row, tasks[0], metric.key) if metric else None
+        spread = _bounds(row.value(tasks[0], metric.key), metric.scale) if metric else (None, None)
+        if row.key.policy == "full":
+            speed = Value(1.0)
+        elif busy(row) or impossible(row):
+            speed = None
+        fast = speed.value if speed else None
+        lost = quality * metric.scale if metric and quality is not None else None
+        where = (row.key.policy, row.key.label, _budget_of(row), round(kv * METRICS["kv_bytes"].scale, 3))
+        points.append((*where, lost, *spread, fast, *_bounds(speed, 1)))
+    if len(points) < 2 or not any(point[4] is not None or point[7] not in (None, 1.0) for point in points):
+        return None
+    what = f"{metric.header} on {tasks[0].partition('(')[0]}" if metric and tasks else ""
+    shown = " and ".join(filter(None, (what, "decode speed")))
+    return Figure(
+        "overview", "overview", f"{shown} against KV memory ({group[0].key.setting})",
+        "Each point is a policy at a budget; lines are intervals, or ranges where there are too few samples for one.",
+        ("policy", "label", "budget", "kv", "quality", "lo", "hi", "speed", "slow", "fast"), tuple(points),
+        {"x": _axis_title("kv_bytes"), "y": _axis_title(metric.key) if metric else "", "speed": "decode speed, × full"},
+    )  # fmt: skip
 
 
 def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -64,7 +106,8 @@ def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
         if len({point[2] for point in points}) > 1:
             yield Figure(
                 f"tradeoff-{number}-{_slug(task)}", "tradeoff", f"Quality against KV memory: {task}",
-                f"{metric.header}: {metric.about}. The line joins the points that nothing beats in both.",
+                f"{metric.header}: {metric.about} The dashed line joins the points that are shown to be beaten by "
+                "no other in both.",
                 ("setting", "policy", "label", "budget", "kv", "quality", "lo", "hi", "front"), tuple(points),
                 {"x": _axis_title("kv_bytes"), "y": _axis_title(metric.key), "wide": _wide(points)},
             )  # fmt: skip
@@ -87,8 +130,8 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
-        f"Bar: median; line: its 95 % interval, or the range of too few samples; tick: what memory traffic alone would"
-        f" allow.{said}",
+        f"Bar: median of the pairs; line: its interval, or the range of too few; tick: what reading the bytes of a "
+        f"step would allow at most.{said}",
         ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
         {"x": _axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
@@ -110,7 +153,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "throughput", "throughput", "Decode throughput against batch",
-        f"Band: 95 % interval or range; ✕: the batch at which memory ended.{said}",
+        f"Band: interval, or the range of too few rounds; ✕: the batch at which memory ended.{said}",
         ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
         {"y": _axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip

@@ -98,7 +98,7 @@ def unlike(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
     differ = ", ".join(keys[:8]) + (" and more" if len(keys) > 8 else "")
     return (
         f"These runs were made in unlike environments ({differ or 'by their hash'}): "
-        "compare times between them with care.",
+        "their times can't be compared with each other.",
     )
 
 

@@ -1,7 +1,8 @@
 """Publishing: what is worth keeping of a run goes to ``reports/<name>/``, and ``reports/README.md`` lists all of them.
 
-Raw samples stay behind; ``report.json`` holds what was made of them, so a published run is rendered again from it to
-the same bytes. Files of the gate's baselines beside the runs are left alone.
+Raw samples stay behind. What is made of them, ratios and pictures, is kept in ``cells.jsonl`` and ``report.json``, so a
+published run is rendered again from these to the same bytes. Files of the gate's baselines beside the
+runs are left alone.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from d2obench.errors import D2OBenchError, RecordError, UsageError
-from d2obench.record import Run, cannot_write, read_run, write_atomic
+from d2obench.record import CellRecord, Run, cannot_write, dump, read_run, write_atomic
 from d2obench.report.build import build
+from d2obench.report.derive import results
 from d2obench.report.render.markdown import escape
 from d2obench.report.view import Report
 from d2obench.report.write import write_report
@@ -64,11 +68,19 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
         if (folder / RAW).is_dir():
             shutil.copytree(folder / RAW, target / RAW)
         report = build([target])
+        cells = [*_with_derived(read_run(target))]
+        write_atomic(target / "cells.jsonl", b"".join(dump(cell) + b"\n" for cell in cells))
         shutil.rmtree(target / RAW, ignore_errors=True)
     except OSError as problem:
         raise cannot_write(target, problem) from problem
     written = write_report(report, target, FORMATS)
     return [*(target / record for record in RECORDS), *written, index(reports)]
+
+
+def _with_derived(run: Run) -> Iterator[CellRecord]:
+    """The cells with the figures that only their raw samples could give: ratios and differences between cells."""
+    for result in results([(run.info.name, run)]):
+        yield msgspec.structs.replace(result.record, values=result.values)
 
 
 def _at_home(record: Path) -> bytes:

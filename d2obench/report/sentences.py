@@ -1,57 +1,236 @@
-"""The verdict in words: what ran, what wins where, and what D2O gains and loses.
+"""The first sentences of a report: what D2O costs and gives, and what could not be told.
 
-Every number said here is one of the tables'. What may be called faster, better or the best is decided by
-``d2obench.report.evidence``: by intervals, widened so that all words of a report are right together.
+D2O at its smallest budget, at the largest setting that was timed, is held against the full cache and against every
+policy with the same budget. Without D2O the leaders are named. Each word rests on an interval (see
+``d2obench.report.evidence``), and every number said here stands in the tables with that interval.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from d2obench.metric import METRICS, Metric, show
+from d2obench.metric import METRICS, show
 from d2obench.record import Run, Value
-from d2obench.report.evidence import claim, leader, shown
-from d2obench.report.rows import Row, grouped, kv_bytes, primary, tasks_of, volume
-from d2obench.report.tables import ENDINGS, signed
+from d2obench.report.evidence import busy, claim, leader, processes, shown
+from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, tasks_of, volume
+from d2obench.report.tables import ENDINGS, bounds_in_words, signed
+from d2obench.stats import claims
 from d2obench.stats.claims import Claim, Verdict
+from d2obench.stats.ratios import FULL
 from d2obench.suite.definition import SPEED
 
-MAX_SETTINGS, MAX_D2O = 4, 4
-RIVALS = {
-    "kl": "kl_rival",
-    "score_diff": "score_rival",
-    "gold_bpb_diff": "gold_bpb_rival",
-    "decode_tok_s": "decode_rival",
-}
+OURS = "d2o"
+MAX_TASKS, MAX_NAMES = 2, 4
+SPEEDS = (("decode speed", ("speedup", "decode_rival")), ("time to first token", ("prefill_cost",)))
+"""What is said of speed, and the ratios it is told by."""
+PAIRED = {"kl": "kl_rival", "score_diff": "score_rival", "gold_bpb_diff": "gold_bpb_rival"}
+"""The figure of a task → its difference to another policy, on the same items."""
 
 
-def verdict(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> tuple[str, ...]:
-    """The sentences, most important first."""
-    words = [*_winners(rows), *_d2o(rows)]
-    outcome = _outcome(runs)
-    if not words:
-        return (outcome or "Every planned cell gave its figures; there is nothing to compare them with.",)
-    return (*words, outcome) if outcome else tuple(words)
+class Finding(NamedTuple):
+    """A ratio or difference of D2O that was looked at, and what it shows."""
+
+    task: str
+    metric: str
+    value: Value
+    verdict: Verdict
+
+    @property
+    def other(self) -> str:
+        """The policy on the other side."""
+        return self.metric.partition(":")[2] or FULL
 
 
-def verdict_claims(rows: Sequence[Row]) -> list[Claim]:
-    """What the sentences on D2O say of full and of its rivals, as data."""
-    found: list[Claim | None] = []
-    for row in rows:
-        if not row.key.policy.startswith("d2o"):
+class Words(NamedTuple):
+    """Sentences, and what they claim as data."""
+
+    sentences: tuple[str, ...]
+    claims: tuple[Claim, ...] = ()
+
+
+def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
+    """The sentences, the most important first."""
+    group = main_group(rows)
+    ours = _ours(group)
+    found = _about(ours, group) if ours is not None else _leaders(group)
+    ended = _ended(runs)
+    if not found.sentences and not ended:
+        return Words(("Every planned cell gave its figures. There is nothing to compare them with.",))
+    return Words((*found.sentences, *([ended] if ended else [])), found.claims)
+
+
+def main_group(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the largest setting in which D2O was timed; without D2O the largest in which policies were."""
+
+    def weight(group: Sequence[Row]) -> tuple[bool, bool, bool, int]:
+        timed = [row for row in group if row.speed is not None and row.speed.record.status == "ok"]
+        d2o = any(_is_ours(row) for row in timed)
+        return d2o, len(timed) > 1, any(_is_ours(row) for row in group), volume(group[0].key)
+
+    groups = grouped(rows)
+    return max(groups, key=weight) if groups else []
+
+
+def _is_ours(row: Row) -> bool:
+    return row.key.policy.split("(")[0].split("+")[0] == OURS
+
+
+def _ours(group: Sequence[Row]) -> Row | None:
+    """D2O with the paper's settings where it is there, at its smallest budget."""
+
+    def order(row: Row) -> tuple[bool, float]:
+        budget = row.value(SPEED, "budget_effective")
+        asked = float(row.key.budget) if row.key.budget else 0.0
+        return row.key.policy != OURS, (budget.value if budget and budget.value is not None else asked)
+
+    good = [row for row in group if _is_ours(row) and any(cell.record.status == "ok" for cell in row.cells)]
+    return min(good, key=order) if good else None
+
+
+def _about(ours: Row, group: Sequence[Row]) -> Words:
+    """Three sentences: against the full cache, against the rivals, what could not be told."""
+    rivals = [
+        row for row in group if row.key.budget == ours.key.budget is not None and not _is_ours(row) and not row.foreign
+    ]
+    tasks = [(task, primary(group, task)) for task in tasks_of([ours])[:MAX_TASKS]]
+    questions = [
+        (SPEED, "speedup"),
+        (SPEED, "prefill_cost"),
+        *((task, metric) for task, metric in tasks if metric.endswith("_diff")),
+    ]
+    for rival in rivals:
+        questions += [(task, f"{PAIRED[metric]}:{rival.key.policy}") for task, metric in tasks if metric in PAIRED]
+        questions.append((SPEED, f"decode_rival:{rival.key.policy}"))
+    asked = [(task, metric, value) for task, metric in questions if _known(value := ours.value(task, metric)) and value]
+    findings = [Finding(*one, shown(ours, *one[:2], len(asked))) for one in asked]
+    full = next((row for row in group if row.key.policy == FULL), None)
+    to_full = [one for one in findings if one.other == FULL]
+    to_rivals = [one for one in findings if one.other != FULL]
+    sentences = [
+        _against_full(ours, full, to_full, tasks),
+        _against_rivals(ours, to_rivals),
+        _untold(ours, findings, group),
+    ]
+    told = [claim(ours, one.task, one.metric, one.verdict, len(asked)) for one in findings]
+    return Words(tuple(filter(None, sentences)), tuple(one for one in told if one is not None))
+
+
+def _against_full(ours: Row, full: Row | None, findings: Sequence[Finding], tasks: Sequence[tuple[str, str]]) -> str:
+    parts = []
+    if full is not None and (mine := kv_bytes(ours)) is not None and (theirs := kv_bytes(full)) is not None:
+        parts.append(f"holds {show('kv_bytes', mine)} MiB of keys and values instead of {show('kv_bytes', theirs)} MiB")
+    for one in findings:
+        if one.metric == "speedup" and one.verdict in ("better", "worse"):
+            pace = "decodes" if one.verdict == "better" else "decodes only"
+            note = claims.resting_on(processes(ours))
+            parts.append(
+                f"{pace} {show('speedup', one.value.value)} times as fast "
+                f"({bounds_in_words('speedup', one.value)}{f', {note}' if note else ''})"
+            )
+        if one.metric == "prefill_cost" and one.verdict in ("better", "worse"):
+            wait = show("prefill_cost", one.value.value)
+            parts.append(
+                f"takes {wait} times as long to the first token ({bounds_in_words('prefill_cost', one.value)})"
+            )
+    for task, metric in tasks:
+        value = ours.value(task, metric)
+        if value is None or value.value is None:
             continue
-        rivals = [other for other in rows if other.key.group == row.key.group and other.key.budget == row.key.budget]
-        for task in (SPEED, *tasks_of([row])):
-            mine = row.of(task)
-            for metric in mine.values if mine else ():
-                count = _words(row) * (max(1, len(rivals) - 1) if ":" in metric else 1)
-                if metric == "speedup" or metric.endswith("_diff") or metric.partition(":")[0] in RIVALS.values():
-                    found.append(claim(row, task, metric, shown(row, task, metric, count), count))
-    return [one for one in found if one is not None]
+        what = METRICS[metric].header.replace(" − full", "")
+        if metric == "kl":
+            parts.append(f"moves the next-token distribution by a KL of {_figure(metric, value)}")
+        elif metric.endswith("_diff"):
+            told = next((one.verdict for one in findings if (one.task, one.metric) == (task, metric)), "not told apart")
+            verb = {"better": "gains", "worse": "loses"}.get(told)
+            if verb:
+                parts.append(f"{verb} quality on {_short(task)}: {what} {_figure(metric, value)}")
+        else:
+            parts.append(f"reaches a {what} of {_figure(metric, value)} on {_short(task)}")
+    if not parts:
+        return ""
+    return f"{_at(ours.key)}{_named(ours)} {_listed(parts)}."
 
 
-def _outcome(runs: Sequence[tuple[str, Run]]) -> str:
+def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
+    words = {
+        (True, "better"): "decodes faster than", (True, "worse"): "decodes slower than",
+        (False, "better"): "loses less quality than", (False, "worse"): "loses more quality than",
+    }  # fmt: skip
+    parts = []
+    for (timed, verdict), verb in words.items():
+        told = [one for one in findings if (one.task == SPEED) is timed and one.verdict == verdict]
+        names = [_beside(one) for one in told]
+        if names:
+            parts.append(f"{verb} {_listed(names[:MAX_NAMES])}" + (" and others" if len(names) > MAX_NAMES else ""))
+    if not parts:
+        return ""
+    return f"Against the other policies with the same budget, {_named(ours)} {_listed(parts)}."
+
+
+def _beside(one: Finding) -> str:
+    """``h2o (fidelity: KL +0.15 nats/token, 95 % interval 0.05 … 0.25)``."""
+    key, task = one.metric.partition(":")[0], "" if one.task == SPEED else f"{_short(one.task)}: "
+    what = METRICS[key].header.replace(" − rival's", "").replace("decode ÷ rival's", "")
+    text = f"{what} {signed(key, one.value.value)} {METRICS[key].unit}".strip()
+    return f"{one.other} ({task}{text}, {bounds_in_words(key, one.value)})"
+
+
+def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str:
+    """What the run can't tell, and what would."""
+    parts = []
+    sentences = []
+    if busy(ours) or any(busy(row) for row in group if row.key.policy == FULL):
+        findings = [one for one in findings if one.task != SPEED]
+        sentences.append("There is no verdict on speed, because the machine was busy.")
+    for what, metrics in SPEEDS:
+        parts += _names([one for one in findings if one.metric.partition(":")[0] in metrics], what)
+    for task in dict.fromkeys(one.task for one in findings if one.task != SPEED):
+        parts += _names([one for one in findings if one.task == task], f"quality on {_short(task)}")
+    if wrong := list(dict.fromkeys(one.other for one in findings if one.verdict == "impossible")):
+        sentences.append(
+            f"The decode speed measured against {_listed(wrong)} is more than the bytes of a step allow, which is "
+            "impossible: something disturbed the measurement, so it says nothing."
+        )
+    if parts:
+        sentences.append(
+            f"This run can't tell {_named(ours)} apart from {_listed(parts, ';')}. More rounds (--rounds) narrow the "
+            "intervals of speed, more items (--limit) those of quality."
+        )
+    return " ".join(sentences)
+
+
+def _names(findings: Sequence[Finding], what: str) -> list[str]:
+    """``h2o and streaming in decode speed``; those that were told apart are left out."""
+    names = [one.other for one in findings if one.verdict == "not told apart"]
+    return [f"{_listed(names[:MAX_NAMES])}{' and others' if len(names) > MAX_NAMES else ''} in {what}"] if names else []
+
+
+def _leaders(group: Sequence[Row]) -> Words:
+    """Without D2O: who leads in what, or that nobody is told to."""
+    asked = [("Fastest decode", SPEED, "decode_tok_s"), ("Shortest time to first token", SPEED, "ttft_s")]
+    asked += [("Smallest KV cache", SPEED, "kv_bytes")]
+    asked += [(f"Least loss of quality on {_short(task)}", task, primary(group, task)) for task in tasks_of(group)]
+    sentences: list[str] = []
+    for what, task, metric in asked[: 3 + MAX_TASKS]:
+        found = leader(group, task, metric)
+        if found is None:
+            continue
+        top = next(row for row in group if row.key == found.best)
+        near = [row.key.label for row in group if row.key in found.near]
+        value = top.value(task, metric)
+        ranked = [row for row in group if _known(row.value(task, metric)) and not row.foreign]
+        if value is None or len(near) >= len(ranked) - 1:
+            sentences.append(f"{what}: the policies were not told apart.")
+            continue
+        note = claims.resting_on(processes(top)) if claims.timed(metric) else ""
+        same = f"; not told apart from it: {_listed(near[:MAX_NAMES])}" if near else ""
+        sentences.append(f"{what}: {top.key.label} with {_figure(metric, value)}{f', {note}' if note else ''}{same}.")
+    return Words(tuple(sentences))
+
+
+def _ended(runs: Sequence[tuple[str, Run]]) -> str:
     """How many planned cells gave no figure, and why; empty where all did."""
     found: Counter[str] = Counter()
     planned = 0
@@ -65,156 +244,37 @@ def _outcome(runs: Sequence[tuple[str, Run]]) -> str:
     return f"{found.total()} of {planned} cells gave no figures: {parts}." if found else ""
 
 
-def _winners(rows: Sequence[Row]) -> list[str]:
-    words = []
-    groups = [group for group in grouped(rows) if len(group) > 1]
-    for metric, what in (
-        ("decode_tok_s", "Fastest decode"),
-        ("ttft_s", "Shortest TTFT"),
-        ("kv_bytes", "Smallest KV cache"),
-    ):
-        words += _tally(what, [_ranked(group, SPEED, metric) for group in groups], metric, SPEED)
-    tasks = tasks_of(rows)
-    for task in tasks[:3]:
-        metric = primary(rows, task)
-        ranked = [_ranked([row for row in group if row.key.policy != "full"], task, metric) for group in groups]
-        different = {tuple(id(row.of(task)) for row in rows): rows for rows in ranked}
-        ranked = list(different.values())
-        words += _tally(f"Least loss of quality on {task}", ranked, metric, task)
-    return words
+def _at(key: Key) -> str:
+    """``With a prompt of 768 tokens, 32 generated ones and batch 4, ``."""
+    prompt, plus, gen = (key.shape or "").partition("+")
+    words = [f"a prompt of {prompt} tokens", f"{gen} generated ones"] if plus else []
+    words += [f"batch {key.batch}"] if key.batch is not None else []
+    return f"With {_listed(words)}, " if words else ""
 
 
-def _ranked(group: Sequence[Row], task: str, metric: str) -> list[Row]:
-    """The rows that have the figure, best first; none where there is nothing to choose from."""
-    own = [row for row in group if not row.foreign]
-    known = [row for row in own if (value := row.value(task, metric)) and value.value is not None]
-    sign = 1 if METRICS[metric].direction == "lower" else -1
-    return sorted(known, key=lambda row: sign * _bare(row, task, metric)) if len(known) > 1 else []
+def _named(row: Row) -> str:
+    """``d2o with budget 0.2``."""
+    return f"{row.key.policy} with budget {row.key.budget}" if row.key.budget else row.key.policy
 
 
-def _tally(what: str, ranked: Sequence[list[Row]], metric: str, task: str) -> list[str]:
-    """``what``: who is first how often, its figure at the largest setting, and who is not clearly behind it there.
-
-    A setting where the first can't be told from any other has no first.
-    """
-    settings = [rows for rows in ranked if rows]
-    won = [rows for rows in settings if len(_close(rows, metric, task)) < len(rows) - 1]
-    if not won:
-        return [f"{what}: no clear difference between the policies."] if settings else []
-    counts = Counter(rows[0].key.label for rows in won)
-    (label, count), *others = counts.most_common()
-    rows = max((rows for rows in won if rows[0].key.label == label), key=lambda rows: volume(rows[0].key))
-    figure = (row_value(rows[0], task, "speedup") if metric == "decode_tok_s" else "") or row_value(
-        rows[0], task, metric
-    )
-    at = f" at {rows[0].key.setting}" if rows[0].key.setting and task == SPEED else ""
-    share = f" in {count} of {len(settings)} settings" if len(settings) > 1 else ""
-    close = _close(rows, metric, task)
-    word = "just as good" if METRICS[metric].kind == "exact" else "not told apart"
-    near = f"; {word}: {', '.join(close[:4])}" + (" and more" if len(close) > 4 else "") if close else ""
-    rest = [f"elsewhere {', '.join(other for other, _ in others[:3])}"] if others else []
-    rest += [f"no clear difference in {len(settings) - len(won)}"] if len(won) < len(settings) else []
-    return [f"{what}: {label}{share} ({figure}{at}){near}{''.join(f'; {word}' for word in rest)}."]
+def _figure(metric: str, value: Value) -> str:
+    """A figure with its unit and its bounds; a ratio without an interval has no place in a sentence."""
+    text = f"{signed(metric, value.value)} {METRICS[metric].unit}".rstrip()
+    bounds = bounds_in_words(metric, value)
+    return f"{text} ({bounds})" if bounds else text
 
 
-def _close(rows: Sequence[Row], metric: str, task: str) -> list[str]:
-    """The labels of rows that can't be told from the first."""
-    found = leader(rows, task, metric)
-    if found is None or found.best != rows[0].key:
-        return [row.key.label for row in rows[1:]]
-    return [row.key.label for row in rows[1:] if row.key in found.near]
+def _short(task: str) -> str:
+    """A task without its parameters."""
+    return task.partition("(")[0]
 
 
-def row_value(row: Row, task: str, metric: str) -> str:
-    """``decode, equal batch 1.42 × full [1.38 … 1.46]``; empty where there is none."""
-    value = row.value(task, metric)
-    return said(metric, value) if value is not None and value.value is not None else ""
+def _listed(words: Sequence[str], comma: str = ",") -> str:
+    """``a, b and c``."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{f'{comma} '.join(words[:-1])}{comma if comma == ';' else ''} and {words[-1]}"
 
 
-def said(metric: str, value: Value) -> str:
-    """A figure with its name, unit and interval."""
-    bounds = ""
-    if value.lo is not None and value.hi is not None and value.kind != "exact":
-        few = f", range of {value.n}" if value.kind == "range" else ""
-        bounds = f" [{show(metric, value.lo)} … {show(metric, value.hi)}{few}]"
-    return f"{METRICS[metric].header} {signed(metric, value.value)} {METRICS[metric].unit}".rstrip() + bounds
-
-
-def _d2o(rows: Sequence[Row]) -> list[str]:
-    """D2O at the largest setting of each machine and model: against full, then against its rivals."""
-    words: list[str] = []
-    largest: dict[tuple[str, str, str, str], list[Row]] = {}
-    for group in grouped(rows):
-        key = group[0].key
-        home = (key.run, key.model, key.dtype, key.device)
-        if home not in largest or _weight(group) > _weight(largest[home]):
-            largest[home] = group
-    each = MAX_D2O if len(largest) == 1 else 1
-    for home, group in list(largest.items())[:MAX_SETTINGS]:
-        apart = [word for place, word in enumerate(home) if len({other[place] for other in largest}) > 1]
-        where = ", ".join(word for word in (*apart, group[0].key.setting) if word)
-        for row in [row for row in group if row.key.policy.startswith("d2o")][:each]:
-            words += _against_full(row, group, where) + _against_rivals(row, group)
-    return words
-
-
-def _weight(group: Sequence[Row]) -> tuple[bool, int]:
-    """Settings where D2O was timed against full come first, then the larger ones."""
-    timed = any(row.value(SPEED, "speedup") for row in group if row.key.policy.startswith("d2o"))
-    return timed, volume(group[0].key)
-
-
-def _against_full(row: Row, group: Sequence[Row], where: str) -> list[str]:
-    full = next((other for other in group if other.key.policy == "full"), None)
-    gains = [row_value(row, SPEED, metric) for metric in ("speedup", "speedup_memory")]
-    words = [word for word in gains if word]
-    if full is not None and (mine := kv_bytes(row)) is not None and (theirs := kv_bytes(full)) is not None:
-        words.append(f"KV {show('kv_bytes', mine)} MiB instead of {show('kv_bytes', theirs)} MiB")
-    for task in tasks_of([row]):
-        metric = primary(group, task)
-        said = row_value(row, task, metric)
-        if said:
-            words.append(f"{task}: {said}{_doubt(row, task, metric, _words(row))}")
-    place = f" ({where})" if where else ""
-    return [f"{row.key.label} against the full cache{place}: {'; '.join(words)}."] if words else []
-
-
-def _doubt(row: Row, task: str, metric: str, comparisons: int) -> str:
-    """Says when a difference to full is none that these items can show."""
-    unclear = metric.endswith("_diff") and shown(row, task, metric, comparisons) == "not told apart"
-    return " (no difference shown)" if unclear else ""
-
-
-def _words(row: Row) -> int:
-    """How many words the sentences on a row of D2O may say: to full and to a rival, in speed and in each task."""
-    return 2 * (1 + len(tasks_of([row])))
-
-
-def _against_rivals(row: Row, group: Sequence[Row]) -> list[str]:
-    """The best rival of the same budget in each task, compared on the same items or rounds."""
-    rivals = [other for other in group if other.key.budget == row.key.budget and not other.key.policy.startswith("d2o")]
-    tasks = tasks_of([row])
-    wheres = [(task, primary(group, task)) for task in tasks[:3]] + [(SPEED, "decode_tok_s")]
-    words = []
-    for task, metric in wheres:
-        ranked = [other for other in _ranked([*rivals, row], task, metric) if other is not row]
-        paired = RIVALS.get(metric)
-        rival = f"{paired}:{ranked[0].key.policy}" if ranked and paired else ""
-        value = row.value(task, rival)
-        if paired and value is not None and value.value is not None:
-            how = _how(shown(row, task, rival, _words(row) * len(rivals)), METRICS[paired])
-            words.append(f"{how} {ranked[0].key.policy} in {task} ({said(paired, value)})")
-    return [f"{row.key.label} is {'; '.join(words)}: each time the best rival of its budget."] if words else []
-
-
-def _how(found: Verdict, metric: Metric) -> str:
-    """What a paired difference or ratio shows, in words."""
-    if found in ("not told apart", "impossible"):
-        return "not told apart from" if found == "not told apart" else "impossibly far from"
-    faster, slower = ("faster than", "slower than") if metric.kind == "ratio" else ("better than", "worse than")
-    return faster if found == "better" else slower
-
-
-def _bare(row: Row, task: str, metric: str) -> float:
-    value = row.value(task, metric)
-    return value.value if value is not None and value.value is not None else 0.0
+def _known(value: Value | None) -> bool:
+    return value is not None and value.value is not None

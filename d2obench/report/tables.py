@@ -6,12 +6,15 @@ do not vary are left out of the columns and named once in the title.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+
+import msgspec
 
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import CellRecord, Value
-from d2obench.report.evidence import Where, front, winners
-from d2obench.report.rows import Key, Result, Row, join, largest, primary, tasks_of
+from d2obench.report.evidence import Where, busy, front, impossible, winners
+from d2obench.report.rows import Key, Result, Row, grouped, join, largest, primary, tasks_of, volume
 from d2obench.report.view import Column, Field, Mark, Table
 from d2obench.stats.claims import Claim
 from d2obench.suite.definition import SPEED
@@ -22,6 +25,8 @@ ENDINGS = {"oom": "out of memory", "skipped": "skipped", "failed": "failed", "in
 SHORT_ENDINGS = ENDINGS | {"oom": "OOM"}
 UNLIKE = "≠"
 """Stands behind the name of a run that was made in another environment than the first."""
+UNTESTED = -1
+"""``Field.range_of`` of bounds that were recorded before their coverage was tested."""
 NOTHING = Field("–", mark="quiet")
 MAX_TASKS, MAX_ROWS, MAX_WHY = 4, 240, 140
 ELSEWHERE = ("mbu",)
@@ -46,6 +51,107 @@ PARTS_NOTE = (
     "their medians nearly. TPOT is of steps with the ranges off. A kernel that does several parts at once is booked on "
     "the one it stands in; steps with ranges on run without a captured graph."
 )
+FIRST_COLUMNS = ("kv_bytes", "ttft_s", "decode_tok_s", "speedup")
+FIRST_TASKS, MAX_FIRST_ROWS = 2, 24
+
+
+def first(rows: Sequence[Row]) -> list[Table]:
+    """The table that everybody should see: at most nine columns and MAX_FIRST_ROWS rows, in three digits a figure.
+
+    Of axes beside policy and budget those that vary share one column. The largest setting comes first; where there are
+    too many rows, the smaller settings are left out. None where no row has any of its figures.
+    """
+    tasks = [(task, primary(rows, task)) for task in tasks_of(rows)[:FIRST_TASKS]]
+    wheres = [*tasks, *((SPEED, metric) for metric in FIRST_COLUMNS)]
+    wheres = [where for where in wheres if any(_known(row.value(*where)) for row in rows)]
+    if not wheres:
+        return []
+    names = [name for name in varying(rows) if name not in ("policy", "budget")]
+    shown = _largest_settings(rows, MAX_FIRST_ROWS)
+    star = front(rows, tasks[0][0]) if tasks else set()
+    leaders, _ = winners(rows, wheres)
+    columns = [Column("setting", "setting", numeric=False)] if names else []
+    columns += [axis_column("policy"), axis_column("budget")]
+    columns += [_first_column(METRICS[metric], task if len(tasks) > 1 else "") for task, metric in wheres]
+    body, groups = [], []
+    for number, row in enumerate(shown):
+        if not number or row.key.group != shown[number - 1].key.group:
+            groups.append(number)
+        axes = [Field(setting(row.key, names))] if names else []
+        axes += [show_axis(row.key, "policy", row.key in star), show_axis(row.key, "budget")]
+        figures = [_first_figure(row, task, metric, (row.key, task, metric) in leaders) for task, metric in wheres]
+        body.append((*axes, *figures))
+    fixed = _fixed(rows[0].key, [*names, "policy", "budget"])
+    title = "Quality, memory and speed" if tasks else "Memory and speed"
+    left_out = len(rows) - len(shown)
+    notes = (f"{left_out} rows of smaller settings stand in the tables below and in results.csv.",) if left_out else ()
+    return [Table(f"{title}: {fixed}" if fixed else title, tuple(columns), tuple(body), tuple(groups), notes)]
+
+
+def _first_column(metric: Metric, task: str) -> Column:
+    """The column of a metric, named after its task where there are several, and in short words."""
+    if metric.key == "speedup":
+        return Column("speedup", "× full", "", metric.direction, metric.about)
+    column = value_column(metric, task.partition("(")[0] if metric.group == "quality" else "")
+    return msgspec.structs.replace(column, key=metric.key)
+
+
+def setting(key: Key, names: Sequence[str]) -> str:
+    """The axes ``names`` of a row in one field: ``1024+64, batch 4``."""
+    values = [(name, getattr(key, name)) for name in names]
+    words = [
+        f"{name} {value}" if name in ("batch", "seed") else str(value) for name, value in values if value is not None
+    ]
+    return ", ".join(words)
+
+
+def _largest_settings(rows: Sequence[Row], most: int) -> list[Row]:
+    """Whole settings as long as they fit, those that gave figures of speed first, then the largest.
+
+    The first is shown in any case, as far as it fits.
+    """
+    kept: list[Row] = []
+
+    def order(group: Sequence[Row]) -> tuple[bool, int]:
+        return not any(row.speed and row.speed.record.status == "ok" for row in group), -volume(group[0].key)
+
+    for group in sorted(grouped(rows), key=order):
+        if kept and len(kept) + len(group) > most:
+            break
+        kept += group[:most]
+    return kept
+
+
+def _first_figure(row: Row, task: str, metric: str, leads: bool) -> Field:
+    """A figure in three digits; a speed-up that can't be, or was measured on a busy machine, is no figure."""
+    value = row.value(task, metric)
+    if metric == "speedup" and value is not None:
+        if busy(row):
+            note = "The machine was busy while this was measured, so there is no verdict on speed."
+            return Field("no verdict", mark="warn", note=note)
+        if impossible(row):
+            note = f"{show(metric, value.value)} × was measured, which is more than the bytes of a step allow."
+            return Field("impossible", mark="bad", note=note)
+    if value is None or value.value is None:
+        return _figure(row, task, metric, leads)
+    field = show_value(metric, value, "best" if leads else "")
+    spread = 0.0 if value.lo is None or value.hi is None else max(value.hi - value.value, value.value - value.lo)
+    digits = _digits(max(abs(value.value), spread) * METRICS[metric].scale)
+
+    def short(number: float | None) -> str:
+        return "" if number is None else f"{number * METRICS[metric].scale:,.{digits}f}"
+
+    sign = "+" if field.text.startswith("+") else ""
+    half = short(spread) if field.half else ""
+    bounds = (short(value.lo), short(value.hi)) if field.lo else ("", "")
+    return Field(sign + short(value.value), *bounds, half, field.sort, field.mark, field.note, field.range_of)
+
+
+def _digits(value: float) -> int:
+    """Digits after the point that leave three digits in all, none for hundreds."""
+    if not value:
+        return 2
+    return max(0, min(4, 2 - math.floor(math.log10(abs(value)))))
 
 
 def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
@@ -77,7 +183,7 @@ def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
 
 
 def best_claims(found: Sequence[Result], rows: Sequence[Row]) -> list[Claim]:
-    """What the bold figures of the headline tables say, as data."""
+    """What the bold figures of the tables say, as data."""
     quality = join(result for result in found if result.record.axes.task != SPEED)
     speed = [(SPEED, metric) for metric in _metrics(rows, SPEED)]
     others = [(task, metric) for task in tasks_of(rows) for metric in _metrics(rows, task)]
@@ -189,15 +295,29 @@ def show_axis(key: Key, name: str, star: bool = False) -> Field:
 
 
 def show_value(metric: str, value: Value | None, mark: Mark = "") -> Field:
-    """A value as a field, its interval rounded as the value is."""
+    """A value as a field, its bounds rounded as the value is."""
     if value is None or value.value is None:
         return Field("–", mark="quiet", note=value.note if value else "")
-    bounds = ("", "", "")
-    if value.lo is not None and value.hi is not None and value.kind != "exact":
-        half = max(value.hi - value.value, value.value - value.lo)
-        bounds = (show(metric, value.lo), show(metric, value.hi), show(metric, half) if value.kind != "range" else "")
-    few = value.n if value.kind == "range" else 0
-    return Field(signed(metric, value.value), *bounds, value.value * METRICS[metric].scale, mark, value.note, few)
+    text, sort = signed(metric, value.value), value.value * METRICS[metric].scale
+    if value.lo is None or value.hi is None or value.kind == "exact":
+        return Field(text, sort=sort, mark=mark, note=value.note)
+    half = show(metric, max(value.hi - value.value, value.value - value.lo)) if value.kind == "interval" else ""
+    few = {"interval": 0, "range": value.n}.get(value.kind, UNTESTED)
+    return Field(text, show(metric, value.lo), show(metric, value.hi), half, sort, mark, value.note, few)
+
+
+def bounds_in_words(metric: str, value: Value) -> str:
+    """``95 % interval 1.12 … 1.14``, ``range of 2: 1.1 … 1.2``; empty where there are no bounds.
+
+    Bounds that were recorded before their coverage was tested are no interval.
+    """
+    key = metric.partition(":")[0]
+    if value.lo is None or value.hi is None or value.kind == "exact":
+        return ""
+    ends = f"{show(key, value.lo)} … {show(key, value.hi)}"
+    if value.kind == "interval":
+        return f"95 % interval {ends}"
+    return f"range of {value.n}: {ends}" if value.kind == "range" else f"bounds {ends}, coverage not tested"
 
 
 def signed(metric: str, value: float | None) -> str:
@@ -209,10 +329,10 @@ def signed(metric: str, value: float | None) -> str:
 def _headline(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
     shared = {metric for _, metric in wheres if sum(other == metric for _, other in wheres) > 1}
     columns = [value_column(METRICS[metric], task if metric in shared else "") for task, metric in wheres]
-    tasks, (best, _) = tasks_of(rows), winners(rows, wheres)
+    tasks, (leaders, _) = tasks_of(rows), winners(rows, wheres)
 
     def figures(row: Row) -> list[Field]:
-        values = [_figure(row, task, metric, (row.key, task, metric) in best) for task, metric in wheres]
+        values = [_figure(row, task, metric, (row.key, task, metric) in leaders) for task, metric in wheres]
         return [*values, _remarks(row)]
 
     star = frozenset(front(rows, tasks[0])) if tasks else frozenset[Key]()

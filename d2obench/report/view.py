@@ -12,13 +12,26 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 
 from d2obench.metric import Direction
+from d2obench.record import Bounded
 from d2obench.stats.claims import Claim
 
 Mark = Literal["", "best", "warn", "bad", "quiet"]
 Kind = Literal[
-    "tradeoff", "speedup", "throughput", "position", "timeline", "peak", "layers", "merges", "heatmap", "forest"
+    "overview",
+    "tradeoff",
+    "speedup",
+    "throughput",
+    "position",
+    "timeline",
+    "peak",
+    "layers",
+    "merges",
+    "heatmap",
+    "forest",
 ]
 KINDS = get_args(Kind)
+FIRST: Kind = "overview"
+"""The figure that stands on the first screen."""
 Outcome = Literal["passed", "failure", "error", "skipped"]
 SCHEMA = 1
 
@@ -41,10 +54,11 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Field(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One field of a table: ``text`` and the bounds ``lo``, ``hi`` of its 95 % interval as shown, ``sort`` as a number.
+    """One field of a table: ``text`` and its bounds ``lo`` and ``hi`` as shown, ``sort`` as a number.
 
-    ``range_of`` counts the samples where they are too few for an interval and the bounds are the lowest and highest.
-    ``half`` is the wider half of the interval, for views that have no room for both bounds.
+    The bounds are those of the 95 % interval, or where ``range_of`` samples are too few for one the lowest and
+    highest. It is −1 where a record from before intervals were tested does not say what its bounds are.
+    ``half`` is the wider half of an interval, for views that have no room for both bounds.
 
     ``mark``: ``best`` of its group, ``warn`` (a flag), ``bad`` (a cell that gave no figure), ``quiet`` (nothing there).
     """
@@ -60,8 +74,8 @@ class Field(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def interval(self) -> str:
-        """``lo … hi``, ``lo … hi (range of 2)``, or nothing."""
-        few = f" (range of {self.range_of})" if self.range_of else ""
+        """``lo … hi``, ``lo … hi (range of 2)``, ``lo … hi (not tested)``, or nothing."""
+        few = "" if not self.range_of else " (not tested)" if self.range_of < 0 else f" (range of {self.range_of})"
         return f"{self.lo} … {self.hi}{few}" if self.lo else ""
 
 
@@ -96,7 +110,10 @@ class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class CsvRow(msgspec.Struct, frozen=True):
-    """One row of ``results.csv``: one figure of one cell, in base units, and ``shown`` as every view prints it."""
+    """One row of ``results.csv``: one figure of one cell, in base units, and ``shown`` as the tables print it.
+
+    ``kind`` says what ``lo`` and ``hi`` are: a 95 % ``interval``, the ``range`` of too few samples, or ``exact``.
+    """
 
     run: str
     cell: str
@@ -120,7 +137,7 @@ class CsvRow(msgspec.Struct, frozen=True):
     flags: str
     note: str
     decode_path: str = ""
-    kind: str = ""
+    kind: Bounded = ""
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -157,6 +174,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         warnings: what a reader must know before he believes a figure.
         headline: tables; the first is the one that everybody should see.
         reading: how to read them.
+        notes: what else a reader should know, such as flags of cells.
+        glossary: what each figure of the tables means; at most one table.
+        claims: what the sentences say, as data.
         targets: the suite's targets; at most one table.
         tables: more tables: ratios, costs of parts, what a gate found in order.
         machine: the machine card and the roofline.
@@ -169,7 +189,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         cases: for JUnit and GitHub.
         name: begins the names of the files.
         again_title: stands above the commands.
-        claims: what bold figures, targets and sentences say, as data.
     """
 
     title: str
@@ -191,6 +210,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[Table, ...] = ()
     name: str = "report"
     again_title: str = "Run it again"
+    notes: tuple[str, ...] = ()
+    glossary: tuple[Table, ...] = ()
     claims: tuple[Claim, ...] = ()
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from d2obench.report.render import Drawn, Files
-from d2obench.report.view import Column, Field, Mark, Report, Table, printable
+from d2obench.report.view import FIRST, Column, Field, Figure, Mark, Report, Table, printable
 
 MAX_ROWS, MAX_TEXT = 120, 160
 SUMMARY_BYTES = 900_000
@@ -33,32 +33,31 @@ def markdown(report: Report, figures: Iterable[str] = (), limit: int | None = No
         limit: bytes; tables lose their last rows first, then parts are left out from the end.
     """
     drawn = set(figures)
+    shown = [figure for figure in report.figures if figure.id in drawn]
     parts = [f"# {escape(report.title)}"]
     if report.subtitle:
         parts.append(escape(report.subtitle, 1000))
     parts += [f"> **Note.** {escape(line, 1000)}" for line in report.warnings]
     parts += ["\n".join(f"- {escape(line, None)}" for line in report.verdict)]
-    for shown in report.headline:
-        parts += [f"## {escape(shown.title)}", table(shown)]
-    if report.reading:
-        parts += ["\n".join(f"- {escape(line, None)}" for line in report.reading)]
-    for shown in (*report.targets, *report.tables, *report.machine):
-        parts += [f"## {escape(shown.title)}", table(shown)]
-    if drawn:
-        parts.append("## Figures")
-    for figure in report.figures:
-        if figure.id in drawn:
-            parts += [f"### {escape(figure.title)}", f"![{escape(figure.title)}](figures/{figure.id}.svg)"]
-            parts.append(f"{escape(figure.about, None)} Data: [{figure.id}.csv](figures/{figure.id}.csv)")
-    if report.cells.columns:
-        parts += [f"## {escape(report.cells.title)}", _folded("every cell and how it ended", table(report.cells))]
-    for shown in report.environment:
-        parts += [f"## {escape(shown.title)}", _folded("every fact of it", table(shown))]
-    for name, suite in report.suites:
-        parts.append(_folded(f"the suite of {escape(name)}, resolved", code(suite, "toml")))
+    for made in report.headline:
+        parts += [f"## {escape(made.title)}", table(made)]
+    parts += [_figure(figure) for figure in shown if figure.kind == FIRST]
+    for made in report.targets:
+        parts += [f"## {escape(made.title)}", table(made)]
+    if report.reading or report.notes:
+        parts += ["\n".join(f"- {escape(line, None)}" for line in (*report.reading, *report.notes))]
     if report.again:
         parts += [f"## {report.again_title}", code("\n".join(report.again), "sh")]
+    parts += [_folded(made.title, table(made)) for made in (*report.tables, *report.glossary, *report.machine)]
+    parts += [_folded(figure.title, _figure(figure)) for figure in shown if figure.kind != FIRST]
+    parts += [_folded(made.title, table(made)) for made in (report.cells, *report.environment) if made.columns]
+    parts += [_folded(f"The suite of {name}, resolved", code(suite, "toml")) for name, suite in report.suites]
     return _within(parts, limit) if limit else "\n\n".join(parts) + "\n"
+
+
+def _figure(figure: Figure) -> str:
+    picture = f"![{escape(figure.title)}](figures/{figure.id}.svg)"
+    return f"{picture}\n\n{escape(figure.about, None)} Data: [{figure.id}.csv](figures/{figure.id}.csv)"
 
 
 def table(shown: Table, limit: int = MAX_ROWS) -> str:
@@ -98,7 +97,7 @@ def _field(column: Column, field: Field) -> str:
 
 
 def _folded(summary: str, body: str) -> str:
-    return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
+    return f"<details><summary>{escape(summary)}</summary>\n\n{body}\n\n</details>"
 
 
 def _within(parts: Iterable[str], limit: int) -> str:
