@@ -27,15 +27,22 @@ STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
 
 
 Bounded = Literal["", "interval", "range", "exact"]
+"""What the bounds of a value are; empty where it has none."""
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One figure of a cell in base units (see ``d2obench.metric``).
+    """One figure of a cell.
 
-    ``lo`` and ``hi`` bound ``value`` over ``n`` independent samples (rounds, windows, documents); ``kind`` says what
-    they are: a 95 % ``interval``, the ``range`` of samples that are too few for one, or ``exact`` where all samples
-    were alike. ``method`` and its degrees of freedom ``df`` are those of ``d2obench.stats.intervals``. ``note`` says
-    why a value is missing or how it was made.
+    Args:
+        value: in the base unit of its metric: seconds, bytes, tokens per second, nats, or a plain ratio or fraction
+            (see ``d2obench.metric``). None where the figure could not be had.
+        lo, hi: its bounds, in the same unit.
+        n: independent samples behind it: rounds, windows of decode steps, or documents.
+        note: why the value is missing, or how it was made.
+        kind: what the bounds are: a 95 % ``interval``, the ``range`` of samples that are too few for one, or ``exact``
+            where all samples were alike.
+        method: how the interval was made (see ``d2obench.stats.intervals``).
+        df: degrees of freedom of that method.
     """
 
     value: float | None
@@ -49,7 +56,19 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Axes(msgspec.Struct, frozen=True):
-    """One point of the suite's product. What a task or policy does not use is None."""
+    """One point of the suite's product, as text; what a task or policy does not use is None.
+
+    Args:
+        task: ``speed``, or a quality task with its parameters.
+        model: as it was asked for, for example ``embedded`` or ``shape:llama-3-8b``.
+        dtype: of weights, activations and cache, for example ``float32``.
+        device: for example ``cpu`` or ``cuda:0``.
+        policy: with its parameters, for example ``d2o(merge=values)``.
+        budget: what the policy may keep: a share of the prompt (``0.2``) or tokens per layer (``512``).
+        shape: ``prompt+gen``, in tokens of each sequence.
+        batch: sequences decoded together, or ``max``.
+        seed: of everything that is random.
+    """
 
     task: str
     model: str
@@ -63,13 +82,23 @@ class Axes(msgspec.Struct, frozen=True):
 
 
 class CellRecord(msgspec.Struct, frozen=True):
-    """One finished cell: a row of every table.
+    """One finished cell: a line of ``cells.jsonl``, and a row of the tables.
 
-    ``id`` is readable and stable; ``hash`` covers everything the result depends on. ``status`` is one of STATUSES and
-    ``reason`` says why it is not ``ok``. ``details`` holds what only some views use (kept tokens per layer, phases,
-    ``decode_path``, ``items`` of a quality task are in the samples). ``flags`` are words every view must show, such as
-    ``keeps more than asked`` or ``sampled decode``. ``environment`` is the hash of the fingerprint it was measured
-    under.
+    Args:
+        id: readable and stable: the axes, joined by slashes.
+        hash: covers everything that the result depends on.
+        axes: the point that was measured.
+        status: one of STATUSES.
+        reason: why the status is not ``ok``.
+        values: figures by key of the metric table.
+        details: what only some views use: kept tokens of each layer, the decode path, fresh processes, whether the
+            machine was busy.
+        flags: words that every view must show, such as ``keeps more than asked`` or ``sampled decode``.
+        samples: the file with every raw value, relative to the run folder.
+        started: date and time, ISO 8601.
+        seconds: it took, loading the model not included.
+        environment: hash of the environment it was measured in.
+        schema: of this record.
     """
 
     id: str
@@ -88,7 +117,20 @@ class CellRecord(msgspec.Struct, frozen=True):
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """``run.json``: what was asked, where and of what code; ``cells`` are the ids planned, in order."""
+    """``run.json``: what was asked, where it ran, and of what code.
+
+    Args:
+        name: of the suite.
+        suite: resolved: every table with its defaults and the overrides of the command line.
+        suite_digest: SHA-256 of it.
+        cells: ids of the planned cells, in order.
+        environment: facts of the machine and the software, such as processor, threads, versions and commit.
+        environment_hash: of those facts that figures depend on.
+        command: the command line, without folders of the machine.
+        version: of d2obench.
+        started: date and time, ISO 8601.
+        schema: of this record.
+    """
 
     name: str
     suite: dict[str, Any]
@@ -103,7 +145,14 @@ class RunInfo(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """A run folder as read: ``warnings`` are words for the reader, such as a torn last line that was left out."""
+    """A run folder as it was read.
+
+    Args:
+        path: the folder.
+        info: ``run.json``.
+        cells: every cell that has ended, in the order of the plan.
+        warnings: what a reader should know of the files, such as a torn last line that was left out.
+    """
 
     path: Path
     info: RunInfo

@@ -29,6 +29,7 @@ from d2obench.report.publish import publish
 from d2obench.report.render.console import show_report, show_table
 from d2obench.report.rescore import rescore
 from d2obench.report.view import Report
+from d2obench.report.write import render
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 EVIL = (
@@ -591,3 +592,30 @@ def test_wrong_words_are_one_line(usual: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1
+
+
+PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "reports").glob("*/run.json"))
+
+
+def test_there_are_published_runs() -> None:
+    assert len(PUBLISHED) > 9
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_runs_render_and_say_nothing_their_intervals_do_not(folder: Path) -> None:
+    report = build([folder])
+    run = read_run(folder)
+    assert {row.cell for row in report.results} == {cell.id for cell in run.cells}
+    kept = json.loads((folder / "report.json").read_text("utf-8"))
+    before = {(row["cell"], row["metric"]): row["value"] for row in kept["tidy"]}
+    assert {(row.cell, row.metric): row.value for row in report.results} == before
+    for name in FORMATS:
+        assert all(text for _, text in render(name, report, {}))
+    for claim in report.claims:
+        assert claim.word == "best" or claim.lo is not None, claim
+    bounds = {(cell.id, key): value for cell in run.cells for key, value in cell.values.items()}
+    for claim in report.claims:
+        value = bounds.get((claim.cell, claim.metric))
+        if METRICS[claim.metric.partition(":")[0]].kind == "bounded":  # peaks are told by the range of all of them
+            continue
+        assert value is None or value.kind in ("interval", "exact") or value.lo is None, claim

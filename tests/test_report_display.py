@@ -32,6 +32,7 @@ def play(shown: PlainDisplay | LiveDisplay | QuietDisplay, clock: Clock) -> None
     shown.start(["a", "b", "c", "d"])
     shown.phase("loading embedded", 1, 2)
     shown.phase("loading embedded", 2, 2)
+    shown.phase("dequantise", 1, 9)
     shown.cell("a", "running", "round 1/5")
     clock.now = 60.0
     shown.cell("a", "ok", "TPOT 11.80 ms ± 2 %  1,420 MiB now, 1,611 peak")
@@ -49,6 +50,7 @@ def test_plain_lines() -> None:
     assert stream.getvalue().splitlines() == [
         "4 cells",
         "loading embedded",
+        "unpacking the model's weights, once",
         "[1/4]  a  ok  TPOT 11.80 ms ± 2 %  1,420 MiB now, 1,611 peak  about 3 min left",
         "[2/4]  b  oom  out of memory  [31m  about 2 min left",
         "the machine is busy",

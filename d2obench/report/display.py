@@ -23,6 +23,12 @@ STYLES = {
     "failed": "bold red",
 }
 MAX_SHOWN, MAX_TEXT = 16, 200
+PHASES = {
+    "download": "fetching the model, once; its digest is checked",
+    "dequantise": "unpacking the model's weights, once",
+    "load": "loading the model",
+}
+"""What a worker calls a step of its work → what a reader is told."""
 
 
 class Display(Protocol):
@@ -111,7 +117,7 @@ class PlainDisplay:
         """A line where a new kind of work begins, not for every step of it."""
         kind = text.split(" ")[0]
         if kind and kind != self._last:
-            self._line(text)
+            self._line(PHASES.get(text, text))
         self._last = kind
 
     def note(self, text: str) -> None:
@@ -162,7 +168,7 @@ class LiveDisplay:
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """Shown below the table."""
-        self._progress.words, self._part = text, (done or 0, total or 0)
+        self._progress.words, self._part = PHASES.get(text, text), (done or 0, total or 0)
 
     def note(self, text: str) -> None:
         """Printed above the table, where it stays."""
