@@ -122,6 +122,21 @@ def test_every_figure_is_drawn(page: Browser) -> None:
     assert all(labels)
 
 
+def test_the_first_screen_shows_the_sentences_the_figure_and_the_speed_up(page: Browser) -> None:
+    size = {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.call("Emulation.setDeviceMetricsOverride", **size)
+    page.run("scrollTo(0, 0)")
+    corner = "(e => [e.getBoundingClientRect().right, e.getBoundingClientRect().bottom])(document.querySelector({}))"
+    for part in ("'.verdict'", "'#headline tbody tr:nth-child(4) td:last-child'", "'#figure-overview svg'"):
+        right, bottom = page.run(corner.format(part))
+        assert right <= 1280, part
+        assert bottom <= 800, part
+    assert page.run("document.querySelector('#headline th:last-child').textContent").startswith("× full")
+    scrolled = page.run("(e => [e.scrollWidth, e.clientWidth])(document.querySelector('#headline .scroll'))")
+    assert scrolled[0] <= scrolled[1]
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_console_is_silent_and_nothing_is_fetched(page: Browser) -> None:
     said = [
         event for event in page.events if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown")
@@ -141,7 +156,7 @@ def test_console_is_silent_and_nothing_is_fetched(page: Browser) -> None:
 def test_a_click_on_a_header_sorts(page: Browser) -> None:
     table = "document.querySelector('#headline table')"
     heads = page.run(f"[...{table}.tHead.rows[0].cells].map(e => e.textContent)")
-    place = next(i for i, head in enumerate(heads) if head.startswith("TPOT, ms"))
+    place = next(i for i, head in enumerate(heads) if head.startswith("decode, tok/s"))
     column = f"[...{table}.tBodies[0].rows].map(e => parseFloat(e.cells[{place}].dataset.s))"
     button = f"{table}.tHead.rows[0].cells[{place}].querySelector('button')"
     before = page.run(column)
@@ -155,6 +170,7 @@ def test_a_click_on_a_header_sorts(page: Browser) -> None:
 
 
 def test_a_click_on_the_legend_leaves_one_policy_standing_out(page: Browser) -> None:
+    page.run("document.querySelector('#figures').open = true")
     faint = "[...document.querySelectorAll('#figure-position .mark-line path')].map(e => getComputedStyle(e).opacity)"
     assert set(page.run(faint)) == {"1"}
     entry = "document.querySelectorAll('#figure-position .role-legend-symbol path')[1]"

@@ -133,7 +133,7 @@ def _overview(figure: Figure) -> Any:
         dots = dots if panels else dots.add_params(pick)
         names = shown.mark_text(dx=6, dy=-7, align="left", fontSize=10).encode(y=y, text="budget:N")
         layer = alt.layer(*_if(figure, low, whiskers), dots, names)
-        panels.append(layer.properties(width=300, height=150))
+        panels.append(layer.properties(width=300, height=135))
     return alt.vconcat(*panels, data=_data(figure)) if len(panels) > 1 else panels[0].properties(data=_data(figure))
 
 

@@ -32,9 +32,14 @@ def busy(row: Row) -> bool:
 
 
 def bound(row: Row) -> float | None:
-    """The largest speed-up over full that the row's bytes allow, where it is known."""
-    value = row.value(SPEED, "speedup_bound")
-    return value.value if value else None
+    """The largest speed-up over full that the row's bytes and the measured bandwidth allow, where it is known.
+
+    Records from before ``speedup_largest`` have only the ratio of the bytes.
+    """
+    largest, ratio = row.value(SPEED, "speedup_largest"), row.value(SPEED, "speedup_bound")
+    if largest is not None and largest.value is not None:
+        return largest.value if largest.hi is None else largest.hi
+    return ratio.value if ratio else None
 
 
 def impossible(row: Row) -> bool:

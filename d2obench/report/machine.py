@@ -23,6 +23,7 @@ ROOFLINE = (
     "mbu",
     "speedup",
     "speedup_bound",
+    "speedup_largest",
 )
 CARD = (
     "cpu",
