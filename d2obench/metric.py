@@ -223,8 +223,8 @@ _TABLE = (
     Metric("speedup_bound", "bound on speed-up", "× full", 1, 2, "none", "info", "machine",
            "The decode speed-up over the full cache if a step did nothing but read its bytes."),
     Metric("speedup_largest", "largest possible speed-up", "× full", 1, 2, "none", "info", "machine",
-           "The full cache's decode step in its calmer windows, divided by the time that the policy's bytes take at the "
-           "bandwidth measured in this run. A speed-up above its upper end is impossible."),
+           "The full cache's decode step in its calmer windows, divided by the time that the policy's bytes take at "
+           "the bandwidth measured in this run. A speed-up above its upper end is impossible."),
     Metric("ceiling_tok_s", "decode ceiling", "tok/s", 1, 1, "none", "info", "machine",
            "Decode tokens per second if a step did nothing but move its bytes at the copy bandwidth measured in this "
            "run.", base="tok/s"),
