@@ -2,7 +2,7 @@
 
 Rows are compared within one group: the same model, shape and batch. Rows of another engine or environment are shown,
 but win nothing, and neither does a row whose speed-up is more than its bytes allow. On a machine that stayed busy
-nothing is said of speed.
+no word is given on speed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def winners(rows: Sequence[Row], wheres: Iterable[Where]) -> tuple[set[tuple[Key
     Figures that are the same on every repeat share the first place where they are equal, if others are behind them.
     """
     best: set[tuple[Key, str, str]] = set()
-    said: list[Claim] = []
+    told: list[Claim] = []
     for group in grouped(rows):
         by_key = {row.key: row for row in group}
         for task, metric in wheres:
@@ -95,8 +95,8 @@ def winners(rows: Sequence[Row], wheres: Iterable[Where]) -> tuple[set[tuple[Key
             if found.near and (METRICS[metric].kind != "exact" or not others):
                 continue
             best |= {(key, task, metric) for key in first if isinstance(key, Key)}
-            said += [_best(by_key[key], others, task, metric) for key in first if isinstance(key, Key)]
-    return best, said
+            told += [_best(by_key[key], others, task, metric) for key in first if isinstance(key, Key)]
+    return best, told
 
 
 def front(rows: Sequence[Row], task: str) -> set[Key]:

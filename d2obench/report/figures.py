@@ -120,7 +120,7 @@ def _wide(points: Sequence[Point]) -> bool:
 
 def _speedups(rows: Sequence[Row]) -> Figure | None:
     points: list[Point] = []
-    panel, (rows, said) = _panels(rows), _lean(rows, MAX_BARS)
+    panel, (rows, left_out) = _panels(rows), _lean(rows, MAX_BARS)
     for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
         value, bound = row.value(SPEED, "speedup"), row.value(SPEED, "speedup_bound")
         if value and value.value is not None:
@@ -131,7 +131,7 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
     return Figure(
         "speedup", "speedup", "Decode speed-up over the full cache, equal batch",
         f"Bar: median of the pairs; line: its interval, or the range of too few; tick: what reading the bytes of a "
-        f"step would allow at most.{said}",
+        f"step would allow at most.{left_out}",
         ("setting", "policy", "label", "speedup", "lo", "hi", "bound"), tuple(points),
         {"x": _axis_title("speedup"), "wide": _wide(points)},
     )  # fmt: skip
@@ -140,7 +140,7 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
 def _throughput(rows: Sequence[Row]) -> Figure | None:
     """Decode tok/s against batch; out of memory is the wall."""
     points: list[Point] = []
-    panel, (rows, said) = _panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
+    panel, (rows, left_out) = _panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
     shown = list(dict.fromkeys(panel(row) for row in rows))[:MAX_SETTINGS]
     for row in (row for row in rows if panel(row) in shown):
         value = row.value(SPEED, "decode_tok_s")
@@ -153,7 +153,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
         return None
     return Figure(
         "throughput", "throughput", "Decode throughput against batch",
-        f"Band: interval, or the range of too few rounds; ✕: the batch at which memory ended.{said}",
+        f"Band: interval, or the range of too few rounds; ✕: the batch at which memory ended.{left_out}",
         ("setting", "policy", "label", "budget", "batch", "tok_s", "lo", "hi", "wall"), tuple(points),
         {"y": _axis_title("decode_tok_s"), "wide": _wide(points)},
     )  # fmt: skip

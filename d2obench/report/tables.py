@@ -47,9 +47,9 @@ PARTS_ORDER = (
     "lm head", "rest of the model", "loop",
 )  # fmt: skip
 PARTS_NOTE = (
-    "Own time of each part ÷ the whole, by stamps where ranges begin and end; the shares of a row add up to 100 %, "
-    "their medians nearly. TPOT is of steps with the ranges off. A kernel that does several parts at once is booked on "
-    "the one it stands in; steps with ranges on run without a captured graph."
+    "Each share is the time of a part itself, without the parts inside it, divided by the whole. The shares of a row "
+    "add up to 100 %, their medians nearly. TPOT is that of steps without time stamps. A kernel that does several parts "
+    "at once counts for the part it stands in, and steps with time stamps run without a CUDA graph."
 )
 FIRST_COLUMNS = ("kv_bytes", "ttft_s", "decode_tok_s", "speedup")
 FIRST_TASKS, MAX_FIRST_ROWS = 2, 24
@@ -243,7 +243,7 @@ def table_of(
     """A table of rows: the axes that vary, then ``columns``, filled by ``figures``.
 
     Args:
-        title: said above it.
+        title: stands above it.
         rows: at most MAX_ROWS are shown, those of the largest settings where there are more.
         columns: of the figures; a last one of remarks is left out where no row has any.
         figures: the fields of a row, one for each column.

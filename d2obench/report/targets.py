@@ -69,8 +69,8 @@ def sentence(tables: Sequence[Table]) -> tuple[str, ...]:
     if not rows:
         return ()
     counts = Counter(row[-1].text for row in rows)
-    said = [f"{counts[word]} {word}" + _named(rows, word) for word in MARKS if counts[word]]
-    return (f"Targets of the suite: {', '.join(said)}.",)
+    outcomes = [f"{counts[word]} {word}" + _named(rows, word) for word in MARKS if counts[word]]
+    return (f"Targets of the suite: {', '.join(outcomes)}.",)
 
 
 def of_suite(suite: Mapping[str, Any]) -> list[Target]:

@@ -107,9 +107,9 @@ def _case(title: str, row: Row) -> Case:
         Verdict.INCONCLUSIVE: "skipped",
     }
     figures = f"{row.shown(row.base)} → {row.shown(row.head)} {row.change}".strip()
-    said = "; ".join(filter(None, (figures if row.base is not None or row.head is not None else "", row.reason)))
+    reason = "; ".join(filter(None, (figures if row.base is not None or row.head is not None else "", row.reason)))
     outcome = outcomes.get(row.verdict, "passed")
-    return Case(title, row.header, row.cell, row.verdict.value, said, 0.0, "", outcome)
+    return Case(title, row.header, row.cell, row.verdict.value, reason, 0.0, "", outcome)
 
 
 def forest(verdicts: Verdicts) -> list[Figure]:

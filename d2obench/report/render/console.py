@@ -11,14 +11,14 @@ from d2obench.report.view import Field, Report, Table, printable
 STYLES = {"": "", "best": "bold green", "warn": "yellow", "bad": "red", "quiet": "dim"}
 
 
-def show_report(report: Report, console: Console, *, every: bool = False) -> None:
-    """Prints what a reader wants first; the files hold the rest. ``every`` adds the tables that stand below there."""
+def show_report(report: Report, console: Console) -> None:
+    """Prints what a reader wants first; the files hold the rest."""
     for line in report.warnings:
         console.print(Text(f"! {printable(line)}", style="bold yellow"))
     for line in report.verdict:
         console.print(Text(f"• {printable(line)}"))
     console.print()
-    for table in (*(report.headline or report.tables), *report.targets, *(report.tables if every else ())):
+    for table in (*(report.headline or report.tables), *report.targets):
         show_table(table, console)
     for line in (*report.reading, *report.notes):
         console.print(Text(printable(line), style="dim"))
