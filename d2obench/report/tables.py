@@ -48,8 +48,8 @@ PARTS_ORDER = (
 )  # fmt: skip
 PARTS_NOTE = (
     "Each share is the time of a part itself, without the parts inside it, divided by the whole. The shares of a row "
-    "add up to 100 %, their medians nearly. TPOT is that of steps without time stamps. A kernel that does several parts "
-    "at once counts for the part it stands in, and steps with time stamps run without a CUDA graph."
+    "add up to 100 %, their medians nearly. TPOT is that of steps without time stamps. A kernel that does several "
+    "parts at once counts for the one it stands in, and steps with time stamps run without a CUDA graph."
 )
 FIRST_COLUMNS = ("kv_bytes", "ttft_s", "decode_tok_s", "speedup")
 FIRST_TASKS, MAX_FIRST_ROWS = 2, 24
