@@ -453,6 +453,24 @@ def test_on_a_busy_machine_nothing_is_said_of_speed(tmp_path: Path) -> None:
     assert "no verdict" in {field.text for field in report.headline[0].rows[1]}
 
 
+def test_flags_say_what_they_mean_and_counts_do_not_part_them(tmp_path: Path) -> None:
+    flags = [(f"{count} of 24 windows left out: other load",) for count in (3, 5)]
+    cells = [
+        made.record(made.axes("speed", policy, shape="64+8", batch=1), values={"kv_bytes": Value(1.0)}, flags=found)
+        for policy, found in zip(("full", "h2o"), flags, strict=True)
+    ]
+    notes = build([made.write_run(tmp_path, "flags", cells)]).notes
+    assert notes[0] == (
+        "2 cells carry the flag “some windows left out: other load”: they were disturbed by other work and are in no "
+        "figure of time."
+    )
+
+
+def test_how_caches_took_turns_is_said(tmp_path: Path) -> None:
+    report = against_full(tmp_path, turns="windows")
+    assert any("in windows of decode steps" in line and "in 2 fresh processes" in line for line in report.reading)
+
+
 def test_one_process_is_said(tmp_path: Path) -> None:
     assert "measured in one process)" in against_full(tmp_path, processes=1).verdict[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,9 +37,15 @@ FLAGS = {
     "beyond the model's context": "the text is longer than the model was made for: its time is true, its text is not",
     "not measured beside full": "the full cache was measured in other rounds, so there is no ratio to it",
     "differs between rounds": "figures that should be equal in every round were not",
+    "some windows left out": "they were disturbed by other work and are in no figure of time",
+    "some rounds left out": "they were disturbed by other work and are in no figure of time",
+    "some windows disturbed": "too many were disturbed by other work to leave them all out",
+    "some rounds disturbed": "too many were disturbed by other work to leave them all out",
     "busy machine": "other work disturbed most of its timings, so there is no verdict on its speed",
 }
 """How a flag begins → what it means for the reader."""
+_COUNTS = re.compile(r"^\d+ of \d+ ")
+"""Begins flags that count rounds or windows, differently in each cell."""
 _PLACES = {key: place for place, key in enumerate(METRICS)}
 
 
@@ -206,7 +213,7 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
 
 def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
     """What else a reader should know: the flags of cells and what they mean for him."""
-    flags = Counter(flag for _, run in runs for cell in run.cells for flag in cell.flags)
+    flags = Counter(_COUNTS.sub("some ", flag) for _, run in runs for cell in run.cells for flag in cell.flags)
     for flag, count in flags.most_common(MAX_FLAGS):
         meaning = next((words for begin, words in FLAGS.items() if flag.startswith(begin)), "")
         cells = f"{count} cells carry" if count > 1 else "1 cell carries"
@@ -219,6 +226,12 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
     """How to read the first table; only what applies to it."""
     fields = [field for table in tables for row in table.rows for field in row]
     lines = []
+    taken = {str(how) for result in found if (how := result.record.details.get("turns"))}
+    if taken:
+        how = "in windows of decode steps, one cache after the other" if "windows" in taken else "request by request"
+        fresh = sorted({count for result in found if isinstance(count := result.record.details.get("processes"), int)})
+        processes = f" in {fresh[0]} fresh processes" if fresh and fresh[0] > 1 else " in one process"
+        lines.append(f"Caches took turns {how},{processes}. × full compares what was measured side by side.")
     if any(field.interval and not field.range_of for field in fields):
         lines.append(
             "± and a … b are 95 % intervals. Words such as faster rest on wider ones, made for all of them together."
