@@ -16,7 +16,7 @@ from d2obench.cache.devices import Run, SplitState, runs_of
 from d2obench.errors import ModelError, OutOfMemory
 from d2obench.models import LoadedModel, load, shapes
 from d2obench.models.devices import beside, check_whole
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 POLICIES = [
     ("full", None), ("streaming", "0.3"), ("streaming(positions=cache)", "0.3"), ("h2o", "0.3"), ("d2o", "0.3"),

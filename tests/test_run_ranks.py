@@ -24,8 +24,7 @@ from d2obench.run.plan import cells
 from d2obench.run.tensor_parallel import RankedClient, client_for, combined, share
 from d2obench.run.worker_client import WorkerClient
 from d2obench.run.worker_process import DeadWorkerError
-from d2obench.suite.definition import Quality, Suite, load_suite
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement, Quality, Suite, load_suite
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
 OTHERS = [("random", "0.3"), ("cam", "0.3"), ("snapkv(window=8)", "0.5"), ("d2o(interval=2)", "0.3"),

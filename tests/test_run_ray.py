@@ -23,8 +23,8 @@ from d2obench import record
 from d2obench.errors import UsageError, WorkerError
 from d2obench.record import Run
 from d2obench.run.engines import run_suite
-from d2obench.run.engines.ray_cluster import connect, spots
-from d2obench.run.engines.ray_device import Place
+from d2obench.run.engines.ray_cluster import cluster_devices, connect
+from d2obench.run.engines.ray_device import ReservedDevice
 from d2obench.run.run_log import Samples, forget_cut_round
 from d2obench.suite.definition import Timing
 
@@ -123,9 +123,9 @@ def test_two_cells_never_share_a_device(tmp_path: Path, nodes: Nodes) -> None:
     work = checked([cell("full", shape=f"{n}+8") for n in (8, 9, 10)], Timing(rounds=2, max_rounds=2))
     with engine(work, nodes.address, fake={}) as one:
         connected, _ = connect(nodes.address)
-        (first, *_) = spots(connected, "cpu")
-        holder = Place(connected, first, one._settings, threading.Event())
-        other = Place(connected, first, one._settings, threading.Event())
+        (first, *_) = cluster_devices(connected, "cpu")
+        holder = ReservedDevice(connected, first, one._settings, threading.Event())
+        other = ReservedDevice(connected, first, one._settings, threading.Event())
         assert holder.hold(LIMIT_S)
         assert not other.hold(2.0)
         holder.leave()
@@ -164,9 +164,9 @@ def test_a_gpu_is_reserved_whole_and_each_place_sees_its_own(tmp_path: Path, nod
     try:
         with engine(work, nodes.address, fake={"visible": str(tmp_path / "gpus"), "meet": 2}) as place:
             connected, _ = connect(nodes.address)
-            assert len(spots(connected, "cuda", resource="accelerator_type:X")) == 2
-            assert len(spots(connected, "cuda", gpus=2)) == 1
-            assert not spots(connected, "cuda", resource="accelerator_type:Y")
+            assert len(cluster_devices(connected, "cuda", resource="accelerator_type:X")) == 2
+            assert len(cluster_devices(connected, "cuda", gpus=2)) == 1
+            assert not cluster_devices(connected, "cuda", resource="accelerator_type:Y")
             (tmp_path / "run").mkdir()
             run_suite(work, tmp_path / "run", place, Silent())
     finally:
@@ -287,22 +287,22 @@ def test_a_round_that_was_cut_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_group_comes_back_a_few_times_only() -> None:
-    from d2obench.run.engines.group_queue import LOSSES, Work, model_of
+    from d2obench.run.engines.group_queue import LOSSES, GroupQueue, model_of
 
     cells = [[cell("full")], [cell("h2o")]]
-    work = Work(cells)
-    assert [work.take(), work.take()] == cells
-    waiting = Background(work.take)  # nothing is left, but a group may come back
-    assert work.back(cells[1])
+    queue = GroupQueue(cells)
+    assert [queue.next(), queue.next()] == cells
+    waiting = Background(queue.next)  # nothing is left, but a group may come back
+    assert queue.give_back(cells[1])
     assert waiting.result() == cells[1]
-    assert [work.back(cells[1])] == [LOSSES > 2]
+    assert [queue.give_back(cells[1])] == [LOSSES > 2]
     with contextlib.suppress(IndexError):
-        assert model_of(work.take() or cells[1]) == ("fake", "float32")
-    assert not work.back(cells[1])
-    assert not work.wait(0)
-    work.done()
-    assert work.wait(0)
-    assert work.take() is None
+        assert model_of(queue.next() or cells[1]) == ("fake", "float32")
+    assert not queue.give_back(cells[1])
+    assert not queue.wait(0)
+    queue.done()
+    assert queue.wait(0)
+    assert queue.next() is None
 
 
 def test_no_node_for_a_resource_is_one_clear_line(nodes: Nodes) -> None:

@@ -24,7 +24,7 @@ from d2obench.models.base import Dimensions, LoadedModel, Progress, Source
 from d2obench.models.devices import check_fits
 from d2obench.models.reading import silent
 from d2obench.plugin import Registry
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError, OutOfMemory, UsageError
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
     import torch

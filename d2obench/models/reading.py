@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
 from d2obench.models.devices import check_whole, no_gguf, options, own_share
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, dimensions_of, loaded
 from d2obench.models.reading import fingerprint, read_config, read_folder, silent
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
     import torch

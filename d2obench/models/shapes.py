@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
 from d2obench.models.devices import hand_out
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
     import torch

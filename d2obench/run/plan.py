@@ -1,4 +1,4 @@
-"""What a suite comes to: its cells, the groups that are measured together, and the shards of a large sweep.
+"""The cells of a suite, the groups of them that are measured together, and the shards of a large sweep.
 
 Speed cells that differ only in policy and budget form one group: their rounds are interleaved and their ratios are
 paired. Quality cells stand alone.

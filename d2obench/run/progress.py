@@ -1,6 +1,7 @@
-"""What the progress display is told of a timed cell while it runs, from the rounds that are on the disk already.
+"""What the progress display is told while a run goes on.
 
-Nothing is asked of the worker for it: a measurement is not disturbed to show how it goes.
+The figures of a running cell come from the rounds that are on the disk already. The worker is not asked, so that
+showing progress disturbs no measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MIB = 2**20
 
 
 class Display(Protocol):
-    """Who is told how a run goes on, such as a ``Display`` of d2obench.report.display."""
+    """What shows how a run goes on, such as the displays of ``d2obench.report.display``."""
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
         """A cell is ``running``, with a share of its work done, or ended with a status."""

@@ -1,4 +1,4 @@
-"""Where a run lives: ``d2obench-runs/<time>-<suite>/`` or ``--out``; made, checked and described here."""
+"""The folder of a run, ``d2obench-runs/<time>-<suite>/`` or ``--out``: made, checked, locked, described, and merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: a row for each cell that ended, and the samples of a cell that still runs.
+"""The run log: a row for each cell that ended, and the samples of cells that still run.
 
 Rounds of a speed cell go to ``samples/<hash>.json`` as they come, each time in one step, so that a kill loses one
 request at most. A run that goes on reads them back and measures what is missing; a cell is finished when its row
@@ -188,9 +188,9 @@ class _File(msgspec.Struct):
 
 
 def forget_cut_round(folder: Path, cells: Iterable[Cell]) -> None:
-    """Takes the last round of a group back where only some of its cells have it.
+    """Removes the last round of a group where only some of its cells have it.
 
-    The rest of it would be measured on another device, and rounds are paired: both times of a ratio must come from one.
+    The other cells would measure it on another device, but both times of a ratio must come from the same one.
     """
     group = [one for one in (Samples(folder, cell) for cell in cells) if "stopped" not in one.data]
     last = max((part["round"] for one in group for part in one.rounds), default=0)

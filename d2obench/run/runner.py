@@ -1,10 +1,9 @@
-"""One device and the worker on it: brings interleaved groups of cells to their rows, the same way in every engine.
+"""Measuring groups of cells on one device, in the same way for every engine.
 
-``worker.mode = "fresh"`` gives every cell a process of its own. A quality cell is alone anyway. The rounds of timed
-cells are interleaved, so their processes live side by side until the group is done, one measuring while the others
-wait, as the two sides of a gate do. Where that can't be, the group shares one fresh process: on a GPU, whose used
-memory is a figure of the device and would count the processes that wait; with batch ``max``, which fills the memory;
-and where all of them together would not fit.
+With ``worker.mode = "fresh"`` every cell has a process of its own. Timed cells take turns, so their processes live side
+by side until the group is done: one measures while the others wait. In three cases the group shares one fresh process
+instead: on a GPU, where the memory in use would count the processes that wait; with batch ``max``, which fills the
+memory; and where all processes together would not fit.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ PROCESS_BYTES = 512 * 2**20
 
 
 class GroupRunner:
-    """Runs groups one after another on one device.
+    """Measures groups one after another on one device.
 
     Args:
         plan: the run's cells and the dimensions of its models.

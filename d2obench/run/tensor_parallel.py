@@ -1,12 +1,12 @@
-"""Several worker processes that share one model (tensor parallel), and look like one worker.
+"""Tensor parallelism: several worker processes share one model and look like one worker.
 
-Design. Each rank is a worker like any other, with torchrun's variables; all are given the same request and run the
-same code, so the model's collectives meet, and rank 0's answer is the answer, with what each rank holds added up
-(:func:`combined`). They join each other when a model is first loaded, over loopback.
+Design. Each rank is an ordinary worker with torchrun's environment variables. All ranks get the same request and run
+the same code, so that the collectives of the model meet. Rank 0's answer counts, with the memory and rates of all ranks
+added up (:func:`combined`). The ranks connect over loopback when a model is first loaded.
 
-A rank that fails leaves the others waiting in a collective. So the first failure ends them all, after a moment in
-which they may fail alike by themselves: the same clear error of every rank (a prompt too long) leaves them running.
-The next call starts a new set. A rank that hangs is ended by its own silence, as any worker is.
+A rank that fails leaves the others waiting in a collective. The first failure therefore ends all of them, after a short
+time in which the others may fail too: where every rank raises the same clear error (a prompt that is too long), they
+keep running. The next call starts new processes. A rank that hangs is ended after its timeout, as any worker is.
 """
 
 from __future__ import annotations

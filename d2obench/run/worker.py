@@ -19,7 +19,7 @@ from d2obench.errors import WorkerError
 from d2obench.run.worker_client import UNKNOWN, describe
 from d2obench.run.worker_machine import Args
 from d2obench.run.worker_model import Worker
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement
 
 OPS = (
     "hello",

@@ -1,4 +1,4 @@
-"""A worker process and the words spoken with it: one JSON object a line, over two pipes of their own.
+"""A worker process and the protocol spoken with it: one JSON object a line, over two pipes.
 
 The worker's stdout and stderr are a log, so that nothing a library prints can corrupt an answer. A request is
 ``{"id", "op", "args"}``; an answer has the same id and one of ``"ok"`` (the result), ``"error"`` (see
@@ -168,7 +168,7 @@ class WorkerClient:
 
 
 def again(work: Callable[[], T]) -> T:
-    """``work()``, and once more where the worker died in the middle of it: a stray kill is not the cell's fault."""
+    """Calls ``work``, and once more where the worker died in the middle: a process may be killed by somebody else."""
     try:
         return work()
     except DeadWorkerError:

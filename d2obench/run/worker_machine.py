@@ -1,4 +1,4 @@
-"""What a worker process can be asked about its machine and its software, with no model loaded."""
+"""What a worker process answers about its machine and its software; no model is loaded for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Report(Protocol):
 
 
 class MachineOperations:
-    """Operations about the place a worker runs in; the driver's view of a GPU is opened once."""
+    """Operations about the machine that a worker runs on; each GPU's driver is opened once."""
 
     def __init__(self) -> None:
         self._gpu: dict[str, Any] = {}
@@ -41,8 +41,8 @@ class MachineOperations:
         }
 
     def describe(self, args: Args, report: Report) -> Args:
-        """What a suite's words stand for here: ``devices`` by name and ``models`` by name, checked but not loaded; and
-        how many ``gpus`` there are."""
+        """The ``devices`` that names such as ``auto`` stand for, the dimensions of ``models`` (checked, not loaded),
+        and how many ``gpus`` there are."""
         import torch
 
         from d2obench.models import check, config_of, pick_device
@@ -56,7 +56,7 @@ class MachineOperations:
         }
 
     def prepare(self, args: Args, report: Report) -> Args:
-        """Whether ``policies`` that stand for other libraries can run here, and the ``versions`` of those."""
+        """Checks that yardsticks among ``policies`` can run here, and gives the ``versions`` of their libraries."""
         from d2obench.external import check_installed
 
         return {"versions": check_installed(args["policies"])}

@@ -1,7 +1,7 @@
-"""What a worker process can be asked to do. One method an operation; its arguments and results are JSON.
+"""What a worker process does with a model: one method an operation, whose arguments and results are JSON.
 
-What it is asked about a model stands here, what it is asked about its machine in ``operations_machine``. A
-worker holds at most one model, the last one asked for, so that the cells of a group find it warm.
+A worker holds at most one model, the last one asked for, so that the cells of a group find it loaded. Operations about
+the machine are in ``worker_machine``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import msgspec
 from d2obench.errors import ModelError
 from d2obench.models.devices import beside
 from d2obench.run.worker_machine import Args, MachineOperations, Report
-from d2obench.suite.definition import Quality
-from d2obench.suite.placement import Placement
+from d2obench.suite.definition import Placement, Quality
 from d2obench.tasks import read_cell
 from d2obench.tasks.base import Cell, shape_of
 from d2obench.tasks.prompts import timing_prompts
@@ -29,7 +28,7 @@ WARM_TOKENS = 8
 
 
 class Worker(MachineOperations):
-    """One process: at most one model is held, the last one asked for.
+    """The operations of one worker process.
 
     Args:
         placement: where its models lie; on the device of the request if it doesn't say.

@@ -1,4 +1,4 @@
-"""A process with two pipes for lines and a log of everything it prints; nothing here knows what the lines say."""
+"""A process with two pipes for lines, and a log of everything it prints. What the lines mean is not known here."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from d2obench.suite.grammar import (
     parse_spec,
     split_list,
 )
-from d2obench.suite.placement import Placement
 from d2obench.suite.target import Target, Where
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,6 +75,23 @@ class AxesTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def batches(self) -> list[int | Literal["max"]]:
         """The batches, with every range written out."""
         return [batch for text in self.batch for batch in parse_batch(text)]
+
+
+class Placement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """``[models]`` of a suite. Without either, a model lies on the cell's device.
+
+    Args:
+        device_map: accelerate's way to hand out whole layers to the GPUs; ``none`` for one device.
+        tensor_parallel: processes ("ranks"), one a device, that hold a share of every layer's heads each.
+    """
+
+    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def single(self) -> bool:
+        """Whether one device holds it all."""
+        return self.device_map == "none" and self.tensor_parallel == 1
 
 
 class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

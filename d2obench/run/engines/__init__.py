@@ -1,4 +1,4 @@
-"""Where cells run: this machine, or a cluster. One engine is chosen for a run, and only its file is imported."""
+"""Where cells run: on this machine or on a cluster. One engine is chosen for a run, and only its module is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENGINES = ("local", "ray", "slurm")
 
 
 class Engine(Protocol):
-    """Brings cells to their rows; how a cell is measured and recorded is the same in all of them."""
+    """Measures every cell and writes its row; how a cell is measured and recorded is the same for all engines."""
 
     suite: Suite
     """The suite, its devices named as far as the engine decides them."""

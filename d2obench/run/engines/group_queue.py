@@ -1,4 +1,4 @@
-"""Groups of cells that wait for a device, handed out to several threads; a group whose device is lost comes back."""
+"""The groups of cells that wait for a device; several threads take from it, and a lost device gives its group back."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def model_of(cells: Sequence[Cell]) -> Model:
     return cells[0].axes.model, cells[0].axes.dtype
 
 
-class Work:
-    """All groups of a run. Each is taken by one thread at a time, until it is done."""
+class GroupQueue:
+    """All groups of a run. A thread that takes one has it alone until it is done."""
 
     def __init__(self, groups: Sequence[Sequence[Cell]]) -> None:
         self._waiting = [list(one) for one in groups]
@@ -27,7 +27,7 @@ class Work:
         self._over = False
         self._change = threading.Condition()
 
-    def take(self, warm: Model | None = None) -> list[Cell] | None:
+    def next(self, warm: Model | None = None) -> list[Cell] | None:
         """The next group: the first whose model is ``warm``, or else the first. None when no more will come.
 
         Waits while others hold groups that might come back.
@@ -42,12 +42,12 @@ class Work:
             return self._waiting.pop(place)
 
     def done(self) -> None:
-        """A group that was taken has all its rows."""
+        """Says that a group which was taken has all its rows."""
         with self._change:
             self._taken -= 1
             self._change.notify_all()
 
-    def back(self, cells: Sequence[Cell]) -> bool:
+    def give_back(self, cells: Sequence[Cell]) -> bool:
         """A group that was taken has lost its device; false when that happened too often and it is given up."""
         with self._change:
             self._taken -= 1
@@ -58,7 +58,7 @@ class Work:
             return losses < LOSSES
 
     def stop(self) -> None:
-        """Nobody gets anything any more."""
+        """Lets :meth:`next` return None to everybody from now on."""
         with self._change:
             self._over = True
             self._change.notify_all()

@@ -1,12 +1,14 @@
-"""``--engine ray``: groups of cells on the devices of a cluster, recorded here as a local run records them.
+"""``--engine ray``: groups of cells run on the devices of a cluster and are recorded here, as a local run records them.
 
-Design. For each device an actor reserves it (:mod:`ray_place`) and hosts the worker process; a thread of this process
-runs group after group on it with the runner's own code, so that rounds, rows, samples and resume are those of a local
-run and an operation is all that crosses the wire. A group stays on one device: its rounds are paired there.
+Design. For each device an actor reserves it (:mod:`d2obench.run.engines.ray_device`) and hosts the worker process. A
+thread of this process runs group after group on it with the same code as a local run, so that rounds, rows, samples and
+resume are the same too; only single operations cross the wire. A group stays on one device, because its rounds are
+paired.
 
-A worker that dies is met as locally. A host that dies, and a node that is gone, are not the cell's doing: the group
-comes back, and a device of like hardware goes on with it and measures a round anew that was cut in the middle. Nodes
-that join are used. Hardware is told apart by its fingerprint: a run has one kind, others are left out and named.
+A worker that dies is handled as in a local run. When an actor dies or a node is lost, its group goes back to the queue
+and another device of the same hardware goes on with it; a round that was cut in the middle is measured again there.
+Nodes that join later are used. A run has one kind of hardware, told by its fingerprint; other devices are left out and
+named.
 """
 
 from __future__ import annotations
@@ -22,9 +24,16 @@ import msgspec
 from d2obench import __version__
 from d2obench.errors import D2OBenchError, RecordError, WorkerError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.run.engines.group_queue import Work, model_of
-from d2obench.run.engines.ray_cluster import Spot, check_devices, connect, gpus_to_reserve, memory_to_reserve, spots
-from d2obench.run.engines.ray_device import PATIENCE_S, LostError, Place, RayClient, ScoutClient, StoppedError
+from d2obench.run.engines.group_queue import GroupQueue, model_of
+from d2obench.run.engines.ray_cluster import (
+    ClusterDevice,
+    check_devices,
+    cluster_devices,
+    connect,
+    gpus_to_reserve,
+    memory_to_reserve,
+)
+from d2obench.run.engines.ray_device import PATIENCE_S, LostError, RayClient, ReservedDevice, ScoutClient, StoppedError
 from d2obench.run.engines.ray_host import Settings
 from d2obench.run.plan import Plan, group
 from d2obench.run.progress import LockedDisplay
@@ -81,8 +90,8 @@ class RayEngine:
             self.suite, tuple(command), env or {}, os.environ.get("OMP_NUM_THREADS", ""), whole_node=kind == "cpu"
         )
         self._settings = msgspec.json.encode(told)
-        self._scout: Place | None = None
-        self._places: dict[Spot, Place] = {}
+        self._scout: ReservedDevice | None = None
+        self._places: dict[ClusterDevice, ReservedDevice] = {}
         self._fatal: BaseException | None = None
         self._known: dict[str, Any] = {}
 
@@ -111,16 +120,16 @@ class RayEngine:
         ledger.watcher = LockedDisplay(ledger.watcher)
         if plan.suite.within:
             ledger.watcher.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
-        work = Work([one for one in group(plan.cells) if any(ledger.open(cell) for cell in one)])
+        queue = GroupQueue([one for one in group(plan.cells) if any(ledger.open(cell) for cell in one)])
         memory = memory_to_reserve(plan)
-        threads: dict[Spot, threading.Thread] = {}
-        failures: dict[Spot, int] = {}
+        threads: dict[ClusterDevice, threading.Thread] = {}
+        failures: dict[ClusterDevice, int] = {}
         if self._scout is not None:
             self._scout.leave()
             self._scout = None
         self._fatal, deadline, scanned = None, time.monotonic() + self._patience, 0.0
         try:
-            while not work.wait(0.2):
+            while not queue.wait(0.2):
                 if self._fatal is not None:
                     raise self._fatal
                 if any(thread.is_alive() for thread in threads.values()):
@@ -137,7 +146,7 @@ class RayEngine:
                         failures[spot] = failures.get(spot, 0) + 1
                         serve = threading.Thread(
                             target=self._serve,
-                            args=(spot, plan, ledger, work, failures),
+                            args=(spot, plan, ledger, queue, failures),
                             name=str(spot),
                             daemon=True,
                         )
@@ -147,9 +156,9 @@ class RayEngine:
             if self._fatal is not None:
                 raise self._fatal
         finally:
-            work.stop()
+            queue.stop()
             self._stop.set()
-            if self._fatal is not None or not work.finished:
+            if self._fatal is not None or not queue.finished:
                 for place in list(self._places.values()):
                     place.leave()
             for thread in threads.values():
@@ -175,9 +184,11 @@ class RayEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _serve(self, spot: Spot, plan: Plan, ledger: RunLog, work: Work, failures: dict[Spot, int]) -> None:
+    def _serve(
+        self, spot: ClusterDevice, plan: Plan, ledger: RunLog, queue: GroupQueue, failures: dict[ClusterDevice, int]
+    ) -> None:
         """Runs group after group on one device, until none is left or the device is lost."""
-        place = self._places[spot] = Place(self._ray, spot, self._settings, self._stop)
+        place = self._places[spot] = ReservedDevice(self._ray, spot, self._settings, self._stop)
         watcher, device = ledger.watcher, plan.suite.axes.device[0]
         try:
             client = RayClient(place)
@@ -193,16 +204,16 @@ class RayEngine:
             if self._kind == "cuda" and not self._allow_busy:
                 client.call("refuse_busy", {"device": device, "own": [os.getpid()]})
             bench, warm = GroupRunner(plan, client, ledger), None
-            while (cells := work.take(warm)) is not None:
+            while (cells := queue.next(warm)) is not None:
                 warm = model_of(cells)
                 try:
                     forget_cut_round(ledger.folder, [cell for cell in cells if ledger.open(cell)])
                     bench.run(cells)
                 except LostError as loss:
-                    self._moved(cells, spot, loss, ledger, work)
+                    self._moved(cells, spot, loss, ledger, queue)
                     return
                 failures.pop(spot, None)
-                work.done()
+                queue.done()
         except StoppedError:
             pass
         except LostError as loss:
@@ -217,9 +228,11 @@ class RayEngine:
             place.dismiss("*")
             place.leave()
 
-    def _moved(self, cells: Sequence[Cell], spot: Spot, loss: LostError, ledger: RunLog, work: Work) -> None:
+    def _moved(
+        self, cells: Sequence[Cell], spot: ClusterDevice, loss: LostError, ledger: RunLog, queue: GroupQueue
+    ) -> None:
         """The group of a lost device waits for another one, or is given up; rows first, so that none is missing."""
-        if work.back(cells):
+        if queue.give_back(cells):
             ledger.watcher.note(f"{spot}: {loss}; its cells go on elsewhere")
             return
         for cell in cells:
@@ -236,11 +249,13 @@ class RayEngine:
             )
         return facts
 
-    def _spots(self, memory: int = 0) -> list[Spot]:
+    def _spots(self, memory: int = 0) -> list[ClusterDevice]:
         gpus = gpus_to_reserve(self.suite)
-        return spots(self._ray, self._kind, gpus=gpus, cpus=self._cpus, memory=memory, resource=self._resource)
+        return cluster_devices(
+            self._ray, self._kind, gpus=gpus, cpus=self._cpus, memory=memory, resource=self._resource
+        )
 
-    def _first(self, wanted: Sequence[Spot]) -> Place:
+    def _first(self, wanted: Sequence[ClusterDevice]) -> ReservedDevice:
         """A place at the first of these devices that comes free."""
         if not wanted:
             of = f" with the resource {self._resource}" if self._resource else ""
@@ -249,7 +264,7 @@ class RayEngine:
         until, said, why = time.monotonic() + self._patience, False, "all are in use"
         while True:
             for spot in wanted:
-                place = Place(self._ray, spot, self._settings, self._stop)
+                place = ReservedDevice(self._ray, spot, self._settings, self._stop)
                 try:
                     if place.hold(min(10.0, self._patience)):
                         return place

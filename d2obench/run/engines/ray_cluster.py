@@ -1,4 +1,6 @@
-"""Ray itself: found, started or joined, and what devices its nodes have. The one place that imports it.
+"""Ray itself: starting or joining a cluster, the devices of its nodes, and what a suite needs of them.
+
+This is the only module that imports ray.
 
 A cluster of our own is this machine alone, with every port on the loopback address, no dashboard and no usage report.
 A cluster that is named is joined as it is.
@@ -23,8 +25,8 @@ OBJECT_STORE = 128 * 2**20
 REACH_S = 5.0
 
 
-class Spot(NamedTuple):
-    """A device that one cell at a time may use, and what is reserved for it.
+class ClusterDevice(NamedTuple):
+    """A device that one cell at a time may use, and what is reserved with it.
 
     A CPU is a whole node with all its cores; a GPU comes with its share of them.
     """
@@ -86,7 +88,9 @@ def connect(address: str = "") -> tuple[Any, bool]:
     return ray, True
 
 
-def spots(ray: Any, kind: str, *, gpus: int = 1, cpus: float = 0.0, memory: int = 0, resource: str = "") -> list[Spot]:
+def cluster_devices(
+    ray: Any, kind: str, *, gpus: int = 1, cpus: float = 0.0, memory: int = 0, resource: str = ""
+) -> list[ClusterDevice]:
     """Devices of all nodes that are alive.
 
     Args:
@@ -106,13 +110,13 @@ def spots(ray: Any, kind: str, *, gpus: int = 1, cpus: float = 0.0, memory: int 
         whole = int(has.get("memory", 0))
         if kind == "cpu":
             if cores > 0:
-                found.append(Spot(name, 0, address, cores, 0, min(memory, whole)))
+                found.append(ClusterDevice(name, 0, address, cores, 0, min(memory, whole)))
             continue
         each = gpus or int(has.get("GPU", 0))
         places = int(has.get("GPU", 0)) // each if each else 0
         for number in range(places):
             own = min(cpus or max(1.0, cores // places), cores)
-            found.append(Spot(name, number, address, own, each, min(memory, whole // places)))
+            found.append(ClusterDevice(name, number, address, own, each, min(memory, whole // places)))
     return found
 
 

@@ -1,7 +1,7 @@
-"""One device of the cluster, held by an actor that reserves it, and the workers on it as clients of the runner.
+"""GPU reservation on a Ray cluster: an actor holds one device, and the workers on it are clients of the runner.
 
-Two cells never share a device: an actor reserves every core of a node, or whole GPUs, and it does one operation at a
-time. Ray lets nobody else in until the actor ends.
+Two cells never share a device: an actor reserves every core of a node, or whole GPUs, and does one operation at a time.
+Ray gives the device to nobody else until the actor ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
-from d2obench.run.engines.ray_cluster import Spot, alive
+from d2obench.run.engines.ray_cluster import ClusterDevice, alive
 from d2obench.run.engines.ray_host import Answer, Host, Request
 from d2obench.run.worker_client import Progress, revive
 from d2obench.run.worker_process import DeadWorkerError
@@ -25,14 +25,14 @@ PATIENCE_S = 600.0
 
 
 class LostError(Exception):
-    """The place is gone, and not through the cell: its group goes on elsewhere."""
+    """The device is gone, and the cell is not the cause: its group goes on elsewhere."""
 
 
 class StoppedError(Exception):
     """The run is being stopped."""
 
 
-class Place:
+class ReservedDevice:
     """An actor on a device.
 
     Args:
@@ -42,7 +42,7 @@ class Place:
         stop: set when the run ends.
     """
 
-    def __init__(self, ray: Any, spot: Spot, settings: bytes, stop: threading.Event) -> None:
+    def __init__(self, ray: Any, spot: ClusterDevice, settings: bytes, stop: threading.Event) -> None:
         self.spot, self.held = spot, False
         self._ray, self._settings, self._stop = ray, settings, stop
         self._actor: Any = None
@@ -141,7 +141,7 @@ class Place:
 class RayClient:
     """One worker process at a place; the runner's :class:`d2obench.run.worker_client.Client`."""
 
-    def __init__(self, place: Place, name: str = "") -> None:
+    def __init__(self, place: ReservedDevice, name: str = "") -> None:
         self._place, self._name = place, name
         self._token, self._generation, self._others = "", 0, 0
 
@@ -158,7 +158,7 @@ class RayClient:
     def call(
         self, op: str, args: Any = None, *, progress: Progress | None = None, timeout_s: float | None = None
     ) -> dict[str, Any]:
-        """Runs one operation on the node; raises as a local worker does, and what :meth:`Place.ask` raises."""
+        """Runs one operation on the node; raises as a local worker does, and what :meth:`ReservedDevice.ask` raises."""
         token, self._token = self._token, ""
         request = Request(self._name, token, op, args or {}, timeout_s)
         answer = msgspec.json.decode(self._place.ask(msgspec.json.encode(request), progress), type=Answer)
