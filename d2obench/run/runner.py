@@ -39,14 +39,14 @@ class GroupRunner:
     Args:
         plan: the run's cells and the dimensions of its models.
         client: the worker; a shared one keeps its model warm from group to group.
-        ledger: holds the rows that stand already and takes the new ones.
+        log: holds the rows that stand already and takes the new ones.
         isolated: the workers of cells that can't share ``client``.
     """
 
-    def __init__(self, plan: Plan, client: Client, ledger: RunLog, isolated: IsolatedWorkers | None = None) -> None:
-        self._plan, self._common, self._ledger, self._isolated = plan, client, ledger, isolated
+    def __init__(self, plan: Plan, client: Client, log: RunLog, isolated: IsolatedWorkers | None = None) -> None:
+        self._plan, self._common, self._log, self._isolated = plan, client, log, isolated
         self._last = client
-        self._rates = DeviceRates(client, ledger.watcher)
+        self._rates = DeviceRates(client, log.watcher)
 
     def run(self, together: Sequence[Cell], suite: Suite | None = None) -> None:
         """Brings every cell of one group to its row; ``suite`` in place of the plan's, with fewer rounds or items.
@@ -54,21 +54,21 @@ class GroupRunner:
         Raises:
             RecordError: the run folder can't be written any more.
         """
-        suite, ledger = suite or self._plan.suite, self._ledger
+        suite, log = suite or self._plan.suite, self._log
         for cell in together:
-            ledger.skip_if_too_large(cell)
-        if not any(ledger.open(cell) for cell in together):
+            log.skip_if_too_large(cell)
+        if not any(log.open(cell) for cell in together):
             return
         if suite.worker.mode == "fresh":
             self._common.close()
             if self._isolated is not None:
                 self._isolated.stop()
         if not together[0].timed:
-            evaluate(suite, together[0], self._client(together[0]), ledger)
+            evaluate(suite, together[0], self._client(together[0]), log)
             return
         with self._workers(together) as worker_of:
             obstacles = partial(self._window_obstacles, suite)
-            SpeedGroup(suite, together, worker_of, ledger, self._rates, obstacles).run()
+            SpeedGroup(suite, together, worker_of, log, self._rates, obstacles).run()
 
     def _window_obstacles(self, suite: Suite, cells: Sequence[Cell]) -> dict[str, str]:
         """Why cells of a group can't decode in turn in one worker, by cell id."""
@@ -92,7 +92,7 @@ class GroupRunner:
     @contextmanager
     def _workers(self, together: Sequence[Cell]) -> Iterator[Callable[[Cell], Client]]:
         """Which worker measures a cell."""
-        live = [cell for cell in together if self._ledger.open(cell)]
+        live = [cell for cell in together if self._log.open(cell)]
         if self._plan.suite.worker.mode == "shared" or len(live) < 2 or not self._side_by_side(live):
             yield self._client
             return
@@ -118,29 +118,29 @@ class GroupRunner:
         if needed <= SHARE * free:
             return True
         words = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
-        self._ledger.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {words}")
+        self._log.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {words}")
         return False
 
 
-def evaluate(suite: Suite, cell: Cell, client: Client, ledger: RunLog) -> None:
+def evaluate(suite: Suite, cell: Cell, client: Client, log: RunLog) -> None:
     """Brings a quality cell to its row."""
-    ledger.begin(cell)
-    ledger.watcher.cell(cell.id, "running")
+    log.begin(cell)
+    log.watcher.cell(cell.id, "running")
     request = {"cell": cell.sent(), "quality": msgspec.to_builtins(suite.quality)}
 
     def progress(done: int, total: int, words: str) -> None:
-        ledger.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)
+        log.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)
         if not words:
-            ledger.watcher.cell(cell.id, "running", share=done / max(1, total))
+            log.watcher.cell(cell.id, "running", share=done / max(1, total))
 
     try:
         found = again(lambda: client.call("evaluate", request, progress=progress))
     except D2OBenchError as problem:
-        ledger.fail(cell, problem)
+        log.fail(cell, problem)
         return
-    samples = Samples(ledger.folder, cell)
+    samples = Samples(log.folder, cell)
     samples.save(items=found["items"])
-    ledger.end(
+    log.end(
         cell,
         "ok",
         values=msgspec.convert(found["values"], dict[str, Value]),

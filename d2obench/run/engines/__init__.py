@@ -41,7 +41,7 @@ class Engine(Protocol):
             like: the hash of an earlier part of the run; where there is hardware of several kinds, that one is chosen.
         """
 
-    def run(self, plan: Plan, ledger: RunLog) -> None:
+    def run(self, plan: Plan, log: RunLog) -> None:
         """Every cell that has no row yet gets one.
 
         Raises:
@@ -95,10 +95,10 @@ class LocalEngine:
         facts = again(lambda: self.client.call("environment", {"device": device}))
         return {**facts, "environments": self._versions} if self._versions else facts
 
-    def run(self, plan: Plan, ledger: RunLog) -> None:
+    def run(self, plan: Plan, log: RunLog) -> None:
         """Brings every cell to its row."""
-        runner = GroupRunner(plan, self.client, ledger, self._isolated)
-        schedule = Schedule(plan, ledger)
+        runner = GroupRunner(plan, self.client, log, self._isolated)
+        schedule = Schedule(plan, log)
         schedule.probe(self.client)
         for together in group(plan.cells):
             suite = schedule.begin(together)
@@ -152,11 +152,11 @@ def run_suite(
             records = _comparable(earlier, facts, watcher).cells
         else:
             write_info(folder, describe_run(plan.suite, plan.cells, facts, environment_hash(facts), command))
-        ledger = RunLog(folder, watcher, finished(plan.cells, records), environment_hash(facts), plan.cells)
+        log = RunLog(folder, watcher, finished(plan.cells, records), environment_hash(facts), plan.cells)
         for cell in plan.cells:
-            if cell.id in plan.too_long and ledger.open(cell):
-                ledger.end(cell, "skipped", reason=plan.too_long[cell.id])
-        engine.run(plan, ledger)
+            if cell.id in plan.too_long and log.open(cell):
+                log.end(cell, "skipped", reason=plan.too_long[cell.id])
+        engine.run(plan, log)
 
 
 def _comparable(run: Run, facts: Mapping[str, Any], watcher: Display) -> Run:

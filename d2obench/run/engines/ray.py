@@ -115,12 +115,12 @@ class RayEngine:
             self._known = self._facts(self.client, device)
         return self._known
 
-    def run(self, plan: Plan, ledger: RunLog) -> None:
+    def run(self, plan: Plan, log: RunLog) -> None:
         """Every cell gets its row on some device."""
-        ledger.watcher = LockedDisplay(ledger.watcher)
+        log.watcher = LockedDisplay(log.watcher)
         if plan.suite.within:
-            ledger.watcher.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
-        queue = GroupQueue([one for one in group(plan.cells) if any(ledger.open(cell) for cell in one)])
+            log.watcher.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
+        queue = GroupQueue([one for one in group(plan.cells) if any(log.open(cell) for cell in one)])
         memory = memory_to_reserve(plan)
         threads: dict[ClusterDevice, threading.Thread] = {}
         failures: dict[ClusterDevice, int] = {}
@@ -146,7 +146,7 @@ class RayEngine:
                         failures[spot] = failures.get(spot, 0) + 1
                         serve = threading.Thread(
                             target=self._serve,
-                            args=(spot, plan, ledger, queue, failures),
+                            args=(spot, plan, log, queue, failures),
                             name=str(spot),
                             daemon=True,
                         )
@@ -185,32 +185,32 @@ class RayEngine:
         self.close()
 
     def _serve(
-        self, spot: ClusterDevice, plan: Plan, ledger: RunLog, queue: GroupQueue, failures: dict[ClusterDevice, int]
+        self, spot: ClusterDevice, plan: Plan, log: RunLog, queue: GroupQueue, failures: dict[ClusterDevice, int]
     ) -> None:
         """Runs group after group on one device, until none is left or the device is lost."""
         place = self._places[spot] = ReservedDevice(self._ray, spot, self._settings, self._stop)
-        watcher, device = ledger.watcher, plan.suite.axes.device[0]
+        watcher, device = log.watcher, plan.suite.axes.device[0]
         try:
             client = RayClient(place)
             if not place.hold(self._patience):
                 watcher.note(f"{spot} is left out: other work of the cluster uses it")
                 return
             facts = self._facts(client, device)
-            if environment_hash(facts) != ledger.environment:
+            if environment_hash(facts) != log.environment:
                 differ = ", ".join(differences(self._known, facts))
                 watcher.note(f"{spot} is left out: only like hardware is compared, and it differs in {differ}")
                 failures[spot] = FAILURES
                 return
             if self._kind == "cuda" and not self._allow_busy:
                 client.call("refuse_busy", {"device": device, "own": [os.getpid()]})
-            bench, warm = GroupRunner(plan, client, ledger), None
+            bench, warm = GroupRunner(plan, client, log), None
             while (cells := queue.next(warm)) is not None:
                 warm = model_of(cells)
                 try:
-                    forget_cut_round(ledger.folder, [cell for cell in cells if ledger.open(cell)])
+                    forget_cut_round(log.folder, [cell for cell in cells if log.open(cell)])
                     bench.run(cells)
                 except LostError as loss:
-                    self._moved(cells, spot, loss, ledger, queue)
+                    self._moved(cells, spot, loss, log, queue)
                     return
                 failures.pop(spot, None)
                 queue.done()
@@ -229,15 +229,15 @@ class RayEngine:
             place.leave()
 
     def _moved(
-        self, cells: Sequence[Cell], spot: ClusterDevice, loss: LostError, ledger: RunLog, queue: GroupQueue
+        self, cells: Sequence[Cell], spot: ClusterDevice, loss: LostError, log: RunLog, queue: GroupQueue
     ) -> None:
         """The group of a lost device waits for another one, or is given up; rows first, so that none is missing."""
         if queue.give_back(cells):
-            ledger.watcher.note(f"{spot}: {loss}; its cells go on elsewhere")
+            log.watcher.note(f"{spot}: {loss}; its cells go on elsewhere")
             return
         for cell in cells:
-            if ledger.open(cell):
-                ledger.fail(cell, WorkerError("its devices were lost again and again", why=str(loss)))
+            if log.open(cell):
+                log.fail(cell, WorkerError("its devices were lost again and again", why=str(loss)))
 
     def _facts(self, client: RayClient, device: str) -> dict[str, Any]:
         facts = again(lambda: client.call("environment", {"device": device}))
