@@ -124,6 +124,7 @@ def test_what_can_not_fit_is_dropped_and_its_row_says_so(tmp_path: Path, monkeyp
     dropped = [one for one in CELLS if given[one.id] is None]
     assert dropped
     assert len(dropped) < len(CELLS)
+    assert any("dropped" in note for note in log.watcher.notes)  # type: ignore[attr-defined]
     for one in dropped:
         record = log.records[one.id]
         assert record.status == "skipped"

@@ -56,7 +56,7 @@ Within = Annotated[
         metavar="TIME",
         rich_help_panel=REPEATS,
         help="Plan the run into this time: --within 90s, 10m or 2h. Rounds and items are cut first, then whole cells "
-        "are dropped; the rows say which. Default: the suite's, or as long as it takes.",
+        "are dropped; the rows say which. Default: the suite's; --within '' is as long as it takes.",
     ),
 ]
 Decode = Annotated[

@@ -51,6 +51,11 @@ class Unit(NamedTuple):
         """Whether rounds are counted, and not items."""
         return self.cells[0].timed
 
+    @property
+    def counted(self) -> str:
+        """What is counted, in words."""
+        return "rounds" if self.timed else "items"
+
 
 class Schedule:
     """Decides for each group of cells how much of it is measured.
@@ -119,9 +124,8 @@ class Schedule:
                 self._log.end(cell, "skipped", reason=f"dropped: no time was left for it within {suite.within}")
             return None
         if count < unit.most:
-            what = "rounds" if unit.timed else "items"
             for cell in live:
-                self._log.flag(cell, f"{count} of {unit.most} {what} within {suite.within}")
+                self._log.flag(cell, f"{count} of {unit.most} {unit.counted} within {suite.within}")
         if not unit.timed:
             quality = msgspec.structs.replace(suite.quality, limit=count)
             return suite if count == unit.most else msgspec.structs.replace(suite, quality=quality)
@@ -154,8 +158,11 @@ class Schedule:
                     counts[id(one)], grown = more, True
         chosen = self._units[place]
         known = [found for cell in chosen.cells if (found := self._items_of(cell, chosen)) is not None]
-        for cell in chosen.cells:  # a run that goes on measures the items of the rows that stand: they are paired
-            self._chosen[cell.id] = chosen, known[0] if known else counts[id(chosen)]
+        count = known[0] if known else counts[id(chosen)]  # items are paired with those of the rows that stand
+        for cell in chosen.cells:
+            self._chosen[cell.id] = chosen, count
+        if count < chosen.most:
+            self._log.watcher.note(f"within {self._plan.suite.within}: {_spelt(chosen, count)}")
 
     def _items_of(self, cell: Cell, unit: Unit) -> int | None:
         """The items of a quality cell that was measured in an earlier part of the run."""
@@ -238,6 +245,13 @@ def cut_timing(suite: Suite, rounds: int) -> Any:
 def processes(suite: Suite) -> int:
     """Fresh worker processes that a group's rounds are divided among."""
     return int(getattr(suite.timing, "processes", 1))
+
+
+def _spelt(unit: Unit, count: int) -> str:
+    """``2 of 3 rounds of speed, 768+32, 4 cells``, or that the unit is dropped."""
+    axes = unit.cells[0].axes
+    name = ", ".join(filter(None, (axes.task, axes.model, axes.shape, f"{len(unit.cells)} cells")))
+    return f"{count} of {unit.most} {unit.counted} of {name}" if count else f"{name} dropped"
 
 
 def _most(plan: Plan, cell: Cell) -> int:
