@@ -116,17 +116,17 @@ def test_warm_ups_counts_and_rates_of_ranks(folder: Path, one: WorkerClient, two
 
 def test_an_error_of_every_rank_leaves_them_running(folder: Path, two: RankedClient) -> None:
     two.call("load", request(folder, "full", None))
-    before = [client.pid for client in (two, *two.others)]
+    before = [client.pid for client in (two, *two.peers)]
     with pytest.raises(PolicyError, match=r"policy 'tova' can't run with --tensor-parallel: .*all heads"):
         two.call("measure", request(folder, "tova", "0.3"))
-    assert [client.pid for client in (two, *two.others)] == before
+    assert [client.pid for client in (two, *two.peers)] == before
 
 
 def test_a_rank_that_dies_ends_the_request_and_the_next_one_finds_new_ranks(folder: Path, two: RankedClient) -> None:
     two.call("load", request(folder, "full", None))
     before = two.generation
     for length in (100, 1000, 10_000):  # a request that ends before the kill is made longer
-        timer = threading.Timer(0.1, os.kill, (two.others[0].started, signal.SIGKILL))
+        timer = threading.Timer(0.1, os.kill, (two.peers[0].started, signal.SIGKILL))
         timer.start()
         try:
             two.call("measure", request(folder, "full", None, f"40+{length}"))
@@ -134,11 +134,11 @@ def test_a_rank_that_dies_ends_the_request_and_the_next_one_finds_new_ranks(fold
             assert "killed by SIGKILL during 'measure'" in str(problem)  # noqa: PT017
             break
     assert two.pid is None
-    assert all(other.pid is None for other in two.others)
+    assert all(other.pid is None for other in two.peers)
     assert two.call("bandwidth", {"device": "cpu", "seconds": 0.01})["n"] >= 5
     assert two.generation == before + 1
-    os.kill(two.others[0].started, signal.SIGKILL)  # between two requests: the next one must be warmed up again
-    two.others[0]._process._process.wait(LIMIT_S)  # type: ignore[union-attr]
+    os.kill(two.peers[0].started, signal.SIGKILL)  # between two requests: the next one must be warmed up again
+    two.peers[0]._process._process.wait(LIMIT_S)  # type: ignore[union-attr]
     assert two.pid is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from d2obench.errors import D2OBenchError, SuiteError, UsageError
-from d2obench.run.check import check_words
+from d2obench.run.check import check_suite
 from d2obench.run.plan import cells
 from d2obench.suite.definition import Suite, load_suite, shipped
 
@@ -146,7 +146,7 @@ def test_every_shipped_suite_can_run(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
     assert suite.about.endswith(".")
-    check_words(suite)
+    check_suite(suite)
     found = cells(suite)
     assert len({cell.id for cell in found}) == len(found) > 0
 

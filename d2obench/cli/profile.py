@@ -82,13 +82,13 @@ def command(
 
 def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, list[Cell]]:
     """The suite's name and the cells to profile."""
-    from d2obench.run.check import check_words
+    from d2obench.run.check import check_suite
     from d2obench.run.device_placement import check_one
     from d2obench.run.plan import cells
     from d2obench.suite.definition import load_suite
 
     chosen = load_suite(suite, given)
-    check_words(chosen)
+    check_suite(chosen)
     check_one(chosen, "d2obench profile")
     return chosen.name, pick(cells(chosen), wanted)
 

@@ -29,7 +29,7 @@ from d2obench.tasks.data import digest_of
 
 
 def check(suite: Suite, client: Client, *, allow_busy: bool = False) -> Plan:
-    """Checks words first, then models and devices through the worker, then what needs both.
+    """Checks policies, tasks and files first, then models and devices through the worker, then what needs both.
 
     Args:
         suite: as read.
@@ -39,7 +39,7 @@ def check(suite: Suite, client: Client, *, allow_busy: bool = False) -> Plan:
     Raises:
         D2OBenchError: one line for the first thing that is wrong.
     """
-    check_words(suite)
+    check_suite(suite)
     facts = again(lambda: client.call("describe", {"models": suite.axes.model, "devices": suite.axes.device}))
     models = {name: Dimensions(**dimensions) for name, dimensions in facts["models"].items()}
     plan = _plan(suite, facts, models)
@@ -59,7 +59,7 @@ def plan_here(suite: Suite, python: Path | None = None) -> Plan:
     Raises:
         D2OBenchError: as :func:`check`.
     """
-    check_words(suite)
+    check_suite(suite)
     with closing(IsolatedWorkers(suite, python)) as isolated:
         isolated.check()
     for name in suite.axes.model:
@@ -89,7 +89,7 @@ def _device_here(name: str, gpus: int) -> str:
     return str(pick_device(name))
 
 
-def check_words(suite: Suite) -> None:
+def check_suite(suite: Suite) -> None:
     """Policies, tasks, files and numbers; touches no model."""
     timing = suite.timing
     if timing.rounds > timing.max_rounds:
@@ -164,8 +164,10 @@ def _too_long(cells: Sequence[Cell], models: dict[str, Dimensions]) -> dict[str,
         model = models[cell.axes.model]
         bound = model.bound if cell.timed else ""
         if cell.shape.prompt + cell.shape.gen > model.context and (bound or not cell.timed):
-            words = f"the shape {cell.shape} is longer than the context of {cell.axes.model} ({model.context:,} tokens)"
-            found[cell.id] = f"{words}, and {bound}" if bound else words
+            reason = (
+                f"the shape {cell.shape} is longer than the context of {cell.axes.model} ({model.context:,} tokens)"
+            )
+            found[cell.id] = f"{reason}, and {bound}" if bound else reason
     if found and len(found) == len(cells):
         raise UsageError(next(iter(found.values())), remedy="use a shorter shape, or a model with a longer context")
     return found

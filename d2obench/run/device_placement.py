@@ -18,7 +18,7 @@ def check_placement(suite: Suite, facts: Mapping[str, Any], models: Mapping[str,
     """Raises a UsageError or PolicyError for the first thing that is impossible.
 
     Args:
-        suite: its words are checked; its devices may still be ``auto``.
+        suite: its names are checked already; its devices may still be ``auto``.
         facts: what the worker says: ``devices`` by name, and how many ``gpus`` it sees.
         models: dimensions by name.
     """
@@ -67,27 +67,27 @@ def check_one(suite: Suite, command: str) -> None:
 def _check_map(device_map: str, device: str, gpus: int) -> None:
     if device_map == "none":
         return
-    words = f"--device-map {device_map}"
+    option = f"--device-map {device_map}"
     if not device.startswith("cuda") or gpus < 2:
         raise UsageError(
-            f"{words} hands a model's layers out to several GPUs",
+            f"{option} hands a model's layers out to several GPUs",
             why=f"the device is {device}" if not device.startswith("cuda") else f"torch sees {gpus} GPU",
             remedy="leave it out",
         )
     if device not in FIRST:
-        raise UsageError(f"{words} starts at the first GPU", why=f"the device is {device}", remedy="use --device cuda")
+        raise UsageError(f"{option} starts at the first GPU", why=f"the device is {device}", remedy="use --device cuda")
 
 
 def _check_ranks(ranks: int, device: str, gpus: int) -> None:
     if ranks == 1:
         return
-    words = f"--tensor-parallel {ranks}"
+    option = f"--tensor-parallel {ranks}"
     if device.startswith("cuda") and gpus < ranks:
-        raise UsageError(f"{words} needs as many GPUs", why=f"torch sees {gpus}", remedy="use fewer ranks")
+        raise UsageError(f"{option} needs as many GPUs", why=f"torch sees {gpus}", remedy="use fewer ranks")
     if device.startswith("cuda") and device not in FIRST:
-        raise UsageError(f"{words} takes the first GPUs", why=f"the device is {device}", remedy="use --device cuda")
+        raise UsageError(f"{option} takes the first GPUs", why=f"the device is {device}", remedy="use --device cuda")
     if not device.startswith("cuda") and gpus:
-        raise UsageError(f"{words} on {device} and on GPUs can't be one run", remedy=f"use --device {device} alone")
+        raise UsageError(f"{option} on {device} and on GPUs can't be one run", remedy=f"use --device {device} alone")
 
 
 def _check_model(name: str, model: Dimensions, ranks: int) -> None:

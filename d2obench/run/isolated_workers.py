@@ -83,8 +83,8 @@ def install(name: str, say: Callable[[str], None]) -> Path:
     done = False
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        for words in ([sys.executable, "-m", "venv", str(place)], [str(python), "-m", "pip", "install", *wanted]):
-            subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+        for command in ([sys.executable, "-m", "venv", str(place)], [str(python), "-m", "pip", "install", *wanted]):
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         (place / MARKER).write_bytes(msgspec.json.encode(wanted))
         done = True
     except (OSError, subprocess.CalledProcessError) as problem:

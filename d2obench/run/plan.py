@@ -143,14 +143,14 @@ def _cell(
     task: Task | None,
 ) -> Cell:
     at = f"@{point.budget}" if point.budget else ""
-    words = [point.task, point.model, point.dtype, point.device, point.policy + at]
-    words += [point.shape] if point.shape else []
-    words += [f"b{point.batch}"] if point.batch is not None else []
+    parts = [point.task, point.model, point.dtype, point.device, point.policy + at]
+    parts += [point.shape] if point.shape else []
+    parts += [f"b{point.batch}"] if point.batch is not None else []
     settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
     placed = [] if suite.models.single else [suite.models]
     within = [suite.within] if suite.within else []  # it decides on rounds and items
     content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within])).hexdigest()[:16]
-    return Cell("/".join([*words, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
+    return Cell("/".join([*parts, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
 
 
 def _settings(task: str, quality: Quality) -> list[Any]:

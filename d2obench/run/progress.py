@@ -54,11 +54,11 @@ def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: 
     if not rounds:
         return text, _share(0, timing.max_rounds, timing)
     width = narrowness(cell, rounds)
-    spread = f" ± {width:.0%}".replace("%", " %") if math.isfinite(width) else ""
-    step = f"TPOT {show('tpot_s', tpot(cell, rounds).value, unit=True)}{spread}"
-    words = [text, step, memory(rounds), clock(rounds[-1])]
+    width_text = f" ± {width:.0%}".replace("%", " %") if math.isfinite(width) else ""
+    step = f"TPOT {show('tpot_s', tpot(cell, rounds).value, unit=True)}{width_text}"
+    parts = [text, step, memory(rounds), clock(rounds[-1])]
     likely = timing.rounds if width <= timing.interval else timing.max_rounds
-    return "  ".join(filter(None, words)), _share(len(rounds), likely, timing)
+    return "  ".join(filter(None, parts)), _share(len(rounds), likely, timing)
 
 
 def memory(rounds: Sequence[RequestTrace]) -> str:

@@ -30,7 +30,7 @@ from d2obench.tasks.base import Cell
 SHARE = 0.8
 """How much of the free memory the processes of a group may be predicted to take together."""
 PROCESS_BYTES = 512 * 2**20
-"""A process with its libraries, before it loads a model; rough."""
+"""What a process with its libraries takes before it loads a model, roughly."""
 
 
 class GroupRunner:
@@ -81,7 +81,7 @@ class GroupRunner:
         )
 
     def _client(self, cell: Cell) -> Client:
-        """The worker of a cell: its own where it is apart. A GPU is held by one of them at a time, since the memory in
+        """The worker of a cell: its own where it is isolated. A GPU is held by one of them at a time, since the memory in
         use there is a figure of the device."""
         found = (self._isolated.of(cell) if self._isolated else None) or self._common
         if found is not self._last and cell.axes.device.startswith("cuda"):
@@ -92,8 +92,8 @@ class GroupRunner:
     @contextmanager
     def _workers(self, together: Sequence[Cell]) -> Iterator[Callable[[Cell], Client]]:
         """Which worker measures a cell."""
-        live = [cell for cell in together if self._log.open(cell)]
-        if self._plan.suite.worker.mode == "shared" or len(live) < 2 or not self._side_by_side(live):
+        unfinished = [cell for cell in together if self._log.open(cell)]
+        if self._plan.suite.worker.mode == "shared" or len(unfinished) < 2 or not self._side_by_side(unfinished):
             yield self._client
             return
         known = {cell.id: self._client(cell).beside() for cell in together}
@@ -117,8 +117,8 @@ class GroupRunner:
         free = again(lambda: self._common.call("memory", {"device": axes.device}))["free"]
         if needed <= SHARE * free:
             return True
-        words = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
-        self._log.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {words}")
+        sizes = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
+        self._log.watcher.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {sizes}")
         return False
 
 
@@ -128,9 +128,9 @@ def evaluate(suite: Suite, cell: Cell, client: Client, log: RunLog) -> None:
     log.watcher.cell(cell.id, "running")
     request = {"cell": cell.sent(), "quality": msgspec.to_builtins(suite.quality)}
 
-    def progress(done: int, total: int, words: str) -> None:
-        log.watcher.phase(words or f"{cell.axes.task} {done}/{total}", done, total)
-        if not words:
+    def progress(done: int, total: int, text: str) -> None:
+        log.watcher.phase(text or f"{cell.axes.task} {done}/{total}", done, total)
+        if not text:
             log.watcher.cell(cell.id, "running", share=done / max(1, total))
 
     try:

@@ -99,32 +99,32 @@ class Schedule:
     def begin(self, together: Sequence[Cell]) -> Suite | None:
         """The suite by which a group is measured, with fewer rounds or items where time is short; None where the group
         was dropped, and its rows say so."""
-        live = [cell for cell in together if self._log.open(cell)]
-        suite = self._plan.suite if self._until is None or not live else self._cut(live)
+        unfinished = [cell for cell in together if self._log.open(cell)]
+        suite = self._plan.suite if self._until is None or not unfinished else self._cut(unfinished)
         if suite is not None:
-            self._running = self._clock(), sum(self._told(cell, suite) for cell in live)
+            self._running = self._clock(), sum(self._predicted(cell, suite) for cell in unfinished)
         return suite
 
     def end(self, together: Sequence[Cell]) -> None:
         """Notes what the group at hand took, for the estimates of those that come."""
-        began, told = self._running
+        began, predicted = self._running
         self._measured = True
-        if told > 0:
+        if predicted > 0:
             fixed = self._fixed(together[0], self._plan.suite) * len(together)
-            self._scale[together[0].timed] = max(0.0, self._clock() - began - fixed) / told or 1.0
+            self._scale[together[0].timed] = max(0.0, self._clock() - began - fixed) / predicted or 1.0
         self._expect()
 
-    def _cut(self, live: Sequence[Cell]) -> Suite | None:
+    def _cut(self, unfinished: Sequence[Cell]) -> Suite | None:
         suite = self._plan.suite
-        if live[0].id not in self._chosen:
-            self._choose(live[0])
-        unit, count = self._chosen[live[0].id]
+        if unfinished[0].id not in self._chosen:
+            self._choose(unfinished[0])
+        unit, count = self._chosen[unfinished[0].id]
         if count == 0:
-            for cell in live:
+            for cell in unfinished:
                 self._log.end(cell, "skipped", reason=f"dropped: no time was left for it within {suite.within}")
             return None
         if count < unit.most:
-            for cell in live:
+            for cell in unfinished:
                 self._log.flag(cell, f"{count} of {unit.most} {unit.counted} within {suite.within}")
         if not unit.timed:
             quality = msgspec.structs.replace(suite.quality, limit=count)
@@ -169,10 +169,8 @@ class Schedule:
         record = self._log.records.get(cell.id)
         if unit.timed or record is None or record.status != "ok":
             return None
-        said = [
-            flag.partition(" of ")[0] for flag in record.flags if flag.endswith(f"within {self._plan.suite.within}")
-        ]
-        return int(said[0]) if said else unit.most
+        cut = [flag.partition(" of ")[0] for flag in record.flags if flag.endswith(f"within {self._plan.suite.within}")]
+        return int(cut[0]) if cut else unit.most
 
     def _cost(self, unit: Unit, count: int) -> float:
         """Seconds of a unit in so many rounds or items."""
@@ -186,7 +184,7 @@ class Schedule:
         return sum(self._seconds(cell, suite) for cell in unit.cells)
 
     def _seconds(self, cell: Cell, suite: Suite) -> float:
-        return self._told(cell, suite) * self._scale[cell.timed] + self._fixed(cell, suite)
+        return self._predicted(cell, suite) * self._scale[cell.timed] + self._fixed(cell, suite)
 
     def _fixed(self, cell: Cell, suite: Suite) -> float:
         """Seconds that windows of steps take whatever the machine's speed: they are as long as they are."""
@@ -196,8 +194,8 @@ class Schedule:
         windows = getattr(timing, "windows", 0) * getattr(timing, "window_s", 0.0)
         return WINDOW_LEAD * windows * processes(suite)
 
-    def _told(self, cell: Cell, suite: Suite) -> float:
-        """The unscaled prediction; 0 where nothing can be told."""
+    def _predicted(self, cell: Cell, suite: Suite) -> float:
+        """The unscaled prediction; 0 where nothing can be predicted."""
         model = self._plan.models.get(cell.axes.model)
         if model is None or not self._log.open(cell):
             return 0.0

@@ -78,7 +78,7 @@ class RankedClient(WorkerClient):
         command: Sequence[str] = WORKER,
     ) -> None:
         super().__init__(env=env, timeout_s=timeout_s, threads=threads, command=command)
-        self.others = [
+        self.peers = [
             WorkerClient(env=env, timeout_s=timeout_s, threads=threads, command=command) for _ in range(1, ranks)
         ]
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -87,12 +87,12 @@ class RankedClient(WorkerClient):
     @property
     def ranks(self) -> int:
         """How many processes share a model."""
-        return 1 + len(self.others)
+        return 1 + len(self.peers)
 
     @property
     def pid(self) -> int | None:
         """Rank 0's process id while all run; where one has ended, the others are ended too."""
-        if self._joined and not self._busy and any(other.pid is None for other in self.others):
+        if self._joined and not self._busy and any(other.pid is None for other in self.peers):
             self.kill()
         return super().pid
 
@@ -103,14 +103,14 @@ class RankedClient(WorkerClient):
         if op not in TOGETHER + EACH:
             return super().call(op, args, progress=progress, timeout_s=timeout_s)
         self._running()
-        for other in self.others:
+        for other in self.peers:
             other._running()
         self._joined = True
         requests = [share(args or {}, rank, self.ranks) for rank in range(self.ranks)]
         work: list[Callable[[], dict[str, Any]]] = [
             lambda: super(RankedClient, self).call(op, requests[0], progress=progress, timeout_s=timeout_s)
         ]
-        for other, request in zip(self.others, requests[1:], strict=True):
+        for other, request in zip(self.peers, requests[1:], strict=True):
             work.append(lambda other=other, request=request: other.call(op, request, timeout_s=timeout_s))  # type: ignore[misc]
         together = _Together(work, self._strike)
         self._busy = True
@@ -127,20 +127,20 @@ class RankedClient(WorkerClient):
     def beside(self) -> RankedClient:
         """As many more, which share a model of their own."""
         other = RankedClient(self.ranks, timeout_s=self.timeout_s, command=self.command)
-        for mine, theirs in zip((self, *self.others), (other, *other.others), strict=True):
+        for mine, theirs in zip((self, *self.peers), (other, *other.peers), strict=True):
             theirs.env = dict(mine.env)
         return other
 
     def close(self) -> None:
         """Lets all of them end."""
-        for client in self.others:
+        for client in self.peers:
             client.close()
         super().close()
         self._leave()
 
     def kill(self) -> None:
         """Ends all of them at once."""
-        for client in self.others:
+        for client in self.peers:
             client.kill()
         super().kill()
         self._leave()
@@ -149,7 +149,7 @@ class RankedClient(WorkerClient):
         if self.pid is None:
             self.kill()
             self._folder = tempfile.TemporaryDirectory(prefix="d2obench-ranks-")
-            for rank, client in enumerate((self, *self.others)):
+            for rank, client in enumerate((self, *self.peers)):
                 client.env = client.env | self._variables(rank, Path(self._folder.name) / "rendezvous")
         return super()._running()
 
@@ -161,7 +161,7 @@ class RankedClient(WorkerClient):
 
     def _strike(self) -> None:
         """Kills every process; whoever waits for its answer sees it die. Any thread may call it."""
-        for client in (self, *self.others):
+        for client in (self, *self.peers):
             if client.started:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(client.started, signal.SIGKILL)

@@ -66,12 +66,12 @@ class Target(Where, frozen=True, kw_only=True):
 
     def margin(self, value: float) -> float:
         """How far a figure is inside the nearest bound, as a share of it; negative outside."""
-        room = []
+        shares = []
         if self.at_least is not None:
-            room.append(value / self.at_least - 1 if self.at_least else value)
+            shares.append(value / self.at_least - 1 if self.at_least else value)
         if self.at_most is not None:
-            room.append(1 - value / self.at_most if self.at_most else -value)
-        return min(room)
+            shares.append(1 - value / self.at_most if self.at_most else -value)
+        return min(shares)
 
     def fault(self) -> str:
         """What is wrong with the target itself, in words; empty where nothing is."""

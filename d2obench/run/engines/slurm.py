@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from d2obench.errors import UsageError, WorkerError
 from d2obench.record import write_atomic
-from d2obench.run.check import check_words
+from d2obench.run.check import check_suite
 from d2obench.run.plan import cells, group
 from d2obench.run.run_folder import new_folder
 from d2obench.suite.definition import Suite
@@ -95,7 +95,7 @@ def write_array(
     Raises:
         D2OBenchError: the suite can't run, there are fewer groups than shards, or the folder can't be written.
     """
-    check_words(suite)
+    check_suite(suite)
     groups = len(group(cells(suite)))
     if shards is not None and shards > groups:
         raise UsageError(f"{shards} shards are too many", why=f"the suite has {groups} groups of cells")
