@@ -81,8 +81,8 @@ class GroupRunner:
         )
 
     def _client(self, cell: Cell) -> Client:
-        """The worker of a cell: its own where it is isolated. A GPU is held by one of them at a time, since the memory in
-        use there is a figure of the device."""
+        """The worker of a cell: an isolated one or the common one. Only one of them holds a GPU at a time, because the
+        memory in use there is a figure of the device."""
         found = (self._isolated.of(cell) if self._isolated else None) or self._common
         if found is not self._last and cell.axes.device.startswith("cuda"):
             self._last.close()

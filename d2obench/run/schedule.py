@@ -82,8 +82,8 @@ class Schedule:
         """How many rounds or items each cell's unit was given, by cell id; 0 where it was dropped."""
 
     def probe(self, client: Client) -> None:
-        """Loads the first model and times a small request on it; what the device does with it is what the rest is
-        predicted from."""
+        """Loads the first model and times a small request on it, which gives the rates that the rest is predicted
+        from."""
         cell = next((one for one in self._plan.cells if one.policy.yardstick is None and self._log.open(one)), None)
         model = self._plan.models.get(cell.axes.model) if cell is not None else None
         fresh = self._plan.suite.worker.mode == "fresh" and self._until is None  # no process beside those of the cells
