@@ -24,12 +24,14 @@ from d2obench.run.plan import Plan, group
 from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
 from d2obench.run.run_log import RunLog
 from d2obench.run.worker_client import Client, again
-from d2obench.suite.definition import Suite
+from d2obench.suite.definition import Suite, Timing
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell
 
 REPORT_S = 10.0
 """Seconds that are left for writing and rendering the report."""
+LEAST_WINDOWS = 8
+"""Windows of steps that a process measures at least, however few its rounds are."""
 LEAST_ITEMS = 2
 """Items below which a quality task is dropped rather than cut: one item carries no interval."""
 PROBE = Shape(256, 9)
@@ -179,7 +181,7 @@ class Schedule:
         suite = self._plan.suite
         if unit.timed:
             suite = msgspec.structs.replace(suite, timing=cut_timing(suite, count))
-            return sum(self._seconds(cell, suite) for cell in unit.cells) + self._load_s * processes(suite)
+            return sum(self._seconds(cell, suite) for cell in unit.cells) + self._load_s * suite.timing.processes
         suite = msgspec.structs.replace(suite, quality=msgspec.structs.replace(suite.quality, limit=count))
         return sum(self._seconds(cell, suite) for cell in unit.cells)
 
@@ -190,9 +192,8 @@ class Schedule:
         """Seconds that windows of steps take whatever the machine's speed: they are as long as they are."""
         if not cell.timed:
             return 0.0
-        timing: Any = suite.timing
-        windows = getattr(timing, "windows", 0) * getattr(timing, "window_s", 0.0)
-        return WINDOW_LEAD * windows * processes(suite)
+        timing = suite.timing
+        return WINDOW_LEAD * timing.windows * timing.window_s * timing.processes
 
     def _predicted(self, cell: Cell, suite: Suite) -> float:
         """The unscaled prediction; 0 where nothing can be predicted."""
@@ -227,22 +228,14 @@ def units_of(plan: Plan) -> list[Unit]:
     return [Unit(tuple(cells), _most(plan, cells[0])) for cells in units.values()]
 
 
-def cut_timing(suite: Suite, rounds: int) -> Any:
+def cut_timing(suite: Suite, rounds: int) -> Timing:
     """The table ``timing`` with at most so many rounds, and its windows and processes in proportion."""
-    timing: Any = suite.timing
+    timing = suite.timing
     if rounds >= timing.rounds:
         return timing
-    changes: dict[str, Any] = {"rounds": rounds, "max_rounds": rounds}
-    if hasattr(timing, "processes"):
-        changes["processes"] = min(timing.processes, rounds)
-    if getattr(timing, "windows", 0):
-        changes["windows"] = max(8, math.ceil(timing.windows * rounds / timing.rounds))
-    return msgspec.structs.replace(timing, **changes)
-
-
-def processes(suite: Suite) -> int:
-    """Fresh worker processes that a group's rounds are divided among."""
-    return int(getattr(suite.timing, "processes", 1))
+    windows = max(LEAST_WINDOWS, math.ceil(timing.windows * rounds / timing.rounds)) if timing.windows else 0
+    processes = min(timing.processes, rounds)
+    return msgspec.structs.replace(timing, rounds=rounds, max_rounds=rounds, windows=windows, processes=processes)
 
 
 def _spelt(unit: Unit, count: int) -> str:
