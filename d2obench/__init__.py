@@ -1,6 +1,7 @@
 """d2obench: what a KV-cache policy buys on your model and hardware, and what it costs in quality.
 
-``d2obench.cache("d2o", budget=0.2, model=model)`` is a cache for ``model.generate(past_key_values=…)``; see
+``d2obench.cache("d2o", budget=0.2, model=model)`` is a cache for ``model.generate(cache=…)`` (``past_key_values=…``
+in transformers before 5.24); see
 :func:`d2obench.cache.policy_cache.cache`. It is imported when it is asked for: ``import d2obench`` loads nothing else.
 """
 

@@ -16,6 +16,7 @@ import torch
 from tiny_families import prompts, tiny_model
 
 import d2obench
+from d2obench.attention.interface import keyword
 
 POLICIES = ["full", "h2o", "d2o", "streaming", "snapkv(window=4)", "tova", "roco", "cam", "random", "quant"]
 
@@ -27,7 +28,7 @@ def cache_of(policy: str, model: Any, new: int) -> Any:
 
 def feed(model: Any, cache: Any, tokens: list[list[int]]) -> None:
     with torch.inference_mode():
-        model(torch.tensor(tokens), past_key_values=cache)
+        model(torch.tensor(tokens), **{keyword(model): cache})
 
 
 def misuse(draw: random.Random) -> None:

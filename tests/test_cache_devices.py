@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_families import prompts, tiny_model
 
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache import devices as split
 from d2obench.cache.devices import Run, SplitState, runs_of
@@ -98,7 +99,7 @@ def test_a_conversation_goes_on_over_several_runs(apart: Callable[[int], None], 
         cache = policy_cache.cache(policy, 0.4, model=model)
         ids = torch.tensor(prompts(30))
         for turn in ([5, 6, 7, 8, 9], [11, 12, 13]):
-            ids = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False, pad_token_id=0)
+            ids = model.generate(ids, **{keyword(model): cache}, max_new_tokens=9, do_sample=False, pad_token_id=0)
             ids = torch.cat((ids, torch.tensor([turn])), 1)
         return ids
 

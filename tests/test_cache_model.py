@@ -128,3 +128,16 @@ def test_a_cache_of_another_model_is_refused() -> None:
 
 def test_every_family_is_in_the_matrix() -> None:
     assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {one["model_type"] for one in CONFIGS.values()}
+
+
+def test_a_cache_is_taken_under_either_name() -> None:
+    """transformers 5.24 calls the argument ``cache`` and still takes the older name."""
+    model = plain_model("llama-gqa2")
+    ids, _ = padded((30,), 30)
+    with torch.no_grad():
+        found = [
+            model(ids, **{name: d2obench.cache("h2o", 0.5, model=model)}).logits
+            for name in {keyword(model), "past_key_values"}
+        ]
+        for one in found:
+            torch.testing.assert_close(one, model(ids).logits, atol=1e-4, rtol=1e-4)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2obench.attention import prompt as prefill
+from d2obench.attention.interface import keyword
 from d2obench.cache import PolicyCache, Session, policy_cache
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_choice, parse_policy
@@ -79,7 +80,7 @@ def test_turns_of_one_block_each_are_turns(policy: str, family: str, monkeypatch
         held = policy_cache.cache(policy, budget, model=model, max_new=20, seed=1, whole=True)
         with torch.inference_mode():
             blocks = [prompts(30, 30), [[3], [4]], [[5], [6]], prompts(11, 11, seed=2), [[7], [8]], [[9], [10]]]
-            return [model(torch.tensor(block), past_key_values=held).logits for block in blocks], held
+            return [model(torch.tensor(block), **{keyword(model): held}).logits for block in blocks], held
 
     found, held = converse()
     assert held.lengths.tolist() == [43, 43]
@@ -95,7 +96,7 @@ def test_a_prompt_in_several_blocks_waits_for_the_last() -> None:
     held = policy_cache.cache("h2o", 0.3, model=model, max_new=4, mark=marks.append)
     with torch.inference_mode():
         for block in (prompts(20), prompts(15)):
-            model(torch.tensor(block), past_key_values=held)
+            model(torch.tensor(block), **{keyword(model): held})
     assert (held.ready, marks) == (False, [])
     assert all(layer.keys.shape[2] == 35 for layer in held.own)
 

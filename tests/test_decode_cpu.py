@@ -15,6 +15,7 @@ from numba import int64
 from tiny_families import prompts, tiny_model
 
 from d2obench import cpu
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session, policy_cache
 from d2obench.cpu import language
 from d2obench.decode import backend
@@ -101,9 +102,11 @@ def test_a_growing_cache_outgrows_its_slots(tiny: Any) -> None:
     for room in (4, 64):
         cache = policy_cache.cache("full", model=tiny.model, max_new=room)
         with torch.inference_mode():
-            tiny.model(input_ids=torch.arange(3, 23)[None], past_key_values=cache, use_cache=True)
+            tiny.model(input_ids=torch.arange(3, 23)[None], **{keyword(tiny.model): cache}, use_cache=True)
             for token in range(12):
-                out = tiny.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
+                out = tiny.model(
+                    input_ids=torch.tensor([[token]]), **{keyword(tiny.model): cache}, use_cache=True
+                ).logits
         assert cache.state.decode_path == "compiled CPU loops"
         outputs.append(out)
     torch.testing.assert_close(*outputs)

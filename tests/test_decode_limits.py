@@ -19,6 +19,7 @@ from tiny_families import prompts, tiny_model
 from transformers import DynamicCache
 
 from d2obench import cpu
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.decode import backend
 from d2obench.errors import D2OBenchError, ModelError
@@ -168,9 +169,9 @@ def test_nan_stays_nan(poison: str, policy: str, compiled: bool, monkeypatch: py
     session = opened(model, policy, 20)
     plain = DynamicCache()
     with torch.inference_mode():
-        model.model(torch.tensor(texts), past_key_values=plain)
+        model.model(torch.tensor(texts), **{keyword(model.model): plain})
         for token in range(3, 8):
-            theirs = model.model(torch.tensor([[token]]), past_key_values=plain).logits[:, -1]
+            theirs = model.model(torch.tensor([[token]]), **{keyword(model.model): plain}).logits[:, -1]
             ours = session.step(torch.tensor([token]))
             assert torch.equal(ours.isnan(), theirs.isnan()) and ours.isnan().any()
 

@@ -17,6 +17,7 @@ from kernels import interpreted  # noqa: F401
 from tiny_families import prompts, tiny_model
 
 from d2obench import compiler
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache import policy_cache as cache_module
 from d2obench.decode import backend
@@ -156,7 +157,11 @@ def test_a_growing_cache_outgrows_its_slots(monkeypatch: pytest.MonkeyPatch) -> 
         loaded = tiny_model("llama-gqa2")
         cache = cache_module.cache("full", model=loaded.model)
         out = loaded.model.generate(
-            torch.tensor(prompts(12)), past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None
+            torch.tensor(prompts(12)),
+            **{keyword(loaded.model): cache},
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=None,
         )
         assert cache.state.store.capacities[0] > 12 + 3
         return out

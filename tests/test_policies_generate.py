@@ -12,6 +12,7 @@ from tiny_families import prompts, tiny_model
 from torch import Tensor
 
 import d2obench
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache import policy_cache as cache_module
 from d2obench.cache.conversation import reopen, rescale
@@ -37,7 +38,7 @@ def generate(model: LoadedModel, held: Any, texts: list[list[int]], new: int = N
     tokens = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
     out: Tensor = model.model.generate(
-        tokens, attention_mask=mask, past_key_values=held, max_new_tokens=new, do_sample=False, pad_token_id=0
+        tokens, attention_mask=mask, **{keyword(model.model): held}, max_new_tokens=new, do_sample=False, pad_token_id=0
     )
     return out[:, longest:]
 
@@ -86,7 +87,9 @@ def converse(model: LoadedModel, policy: str, budget: float | None, texts: list[
                 mask = torch.nn.functional.pad(mask, (0, block.shape[1]), value=1)
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -block.shape[1] :]
             out.append(
-                model.model(block, attention_mask=mask, position_ids=positions, past_key_values=held).logits[:, -1]
+                model.model(block, attention_mask=mask, position_ids=positions, **{keyword(model.model): held}).logits[
+                    :, -1
+                ]
             )
     return torch.stack(out[7:], 1), held
 
@@ -128,7 +131,7 @@ def test_a_prompt_in_blocks_is_the_prompt(tiny: LoadedModel) -> None:
             held = d2obench.cache(policy, of(policy), model=tiny.model, max_new=9)
             with torch.inference_mode():
                 for block in (*blocks, [3], [4], [5]):
-                    out = tiny.model(torch.tensor([block]), past_key_values=held).logits[:, -1]
+                    out = tiny.model(torch.tensor([block]), **{keyword(tiny.model): held}).logits[:, -1]
             logits.append(out)
         assert (logits[0] - logits[1]).abs().max() < 1e-4
 

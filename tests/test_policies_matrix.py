@@ -15,6 +15,7 @@ import torch
 from tiny_families import CONFIGS, VOCAB, prompts, tiny_model
 from torch import Tensor
 
+from d2obench.attention.interface import keyword
 from d2obench.cache import Footprint, Session
 from d2obench.cache.policy_cache import cache
 from d2obench.models import LoadedModel
@@ -145,8 +146,11 @@ def test_reset_forgets_the_prompt_before(policy: str) -> None:
     for text in (*prompts(33, seed=1), *prompts(30), *prompts(30)):
         held.reset()
         with torch.inference_mode():
-            out = [model.model(torch.tensor([text]), past_key_values=held).logits[:, -1]]
-            out += [model.model(torch.tensor([[token]]), past_key_values=held).logits[:, -1] for token in range(3, 9)]
+            out = [model.model(torch.tensor([text]), **{keyword(model.model): held}).logits[:, -1]]
+            out += [
+                model.model(torch.tensor([[token]]), **{keyword(model.model): held}).logits[:, -1]
+                for token in range(3, 9)
+            ]
         fresh.append(torch.stack(out))
     assert torch.equal(fresh[1], fresh[2])
     assert not torch.equal(fresh[0], fresh[1])

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from d2obench.errors import ModelError, PolicyError
-from d2obench.models.base import CONSTANT_ROPE
+from d2obench.models.base import CONSTANT_ROPE, rotary_limit
 
 IMPLEMENTATION = "d2obench"
 """The name of our attention in transformers' interface."""
@@ -51,6 +51,7 @@ class AttendingCache(Cache):
         self._module = None if model is None else weakref.ref(model.base_model)
         self._configs = [] if model is None else attention_configs(model)
         self._own_attention = "sdpa" if model is not None and _family(model) in BRIDGED else IMPLEMENTATION
+        self._limit = None if model is None else rotary_limit(model.config)
         self._previous: list[str] | None = None
         """The attention of each configuration before the forward pass that runs now; None while none runs."""
 
@@ -77,8 +78,22 @@ class AttendingCache(Cache):
             config._attn_implementation_internal = attention
         self._previous = None
 
-    def check_forward(self) -> None:
-        """A ModelError where the cache is used outside of a forward pass of its model: attention would not be ours."""
+    def check_forward(self, tokens: int) -> None:
+        """Refuses a forward pass that would give wrong numbers.
+
+        Args:
+            tokens: what the model will have seen at its end, padding included.
+
+        Raises:
+            ModelError: the cache is used outside of a forward pass of its model, so that attention is not ours; or
+                rotary angles would change, so that what is cached no longer fits.
+        """
+        if self._limit is not None and tokens > self._limit:
+            raise ModelError(
+                f"this model's rotary angles change beyond {self._limit} tokens, and {tokens} were given",
+                why="what is cached was turned by the angles of shorter texts",
+                remedy="use a shorter text, or transformers' own cache",
+            )
         if self._module is not None and self._previous is None:
             raise ModelError(
                 "this cache was made for another model",
@@ -119,9 +134,27 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for value in (*kwargs.values(), *args):
-        if isinstance(value, AttendingCache):
-            value.begin_forward(module)
+    caches = [value for value in (*kwargs.values(), *args) if isinstance(value, AttendingCache)]
+    for cache in caches:
+        cache.begin_forward(module)
+    limit = getattr(module.config, "original_max_position_embeddings", None)
+    if limit is not None and not caches and _dropped_by_generate():
+        raise ModelError(
+            f"transformers gives up the cache of this model at {limit} tokens",
+            why="from there on it computes the whole text anew, with other rotary angles and without the policy",
+            remedy=f"stay below {limit} tokens, prompt and generation together",
+        )
+
+
+def _dropped_by_generate() -> bool:
+    """Whether ``generate`` was given a cache of ours and now runs the model without it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name in ("_prefill", "_sample", "_beam_search"):
+            given = frame.f_locals.get("model_kwargs", {})
+            return any(isinstance(value, AttendingCache) for value in given.values())
+        frame = frame.f_back
+    return False
 
 
 def _end(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -159,13 +192,14 @@ def layer_kinds(model: PreTrainedModel) -> list[int | None]:
 
 
 def longest(model: PreTrainedModel) -> int:
-    """The most tokens a session may see: the context, or the window where all layers slide."""
+    """The most tokens a session may see: the context, the window where all layers slide, or what the model's rotary
+    angles hold for (:func:`d2obench.models.base.rotary_limit`)."""
     config: Any = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     slides = all(kind == "sliding_attention" for kind in kinds) if kinds else True
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) and slides else None
     context: int = config.max_position_embeddings
-    return min(context, window or context)
+    return min(context, window or context, rotary_limit(config) or context)
 
 
 def rotary(model: PreTrainedModel) -> Tensor | None:

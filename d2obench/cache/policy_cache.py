@@ -133,7 +133,7 @@ class PolicyCache(AttendingCache):
         """Called by a layer's ``update``."""
         new = keys.shape[2]
         if layer.index == 0:
-            self.check_forward()
+            self.check_forward(self.seen + new)
             if self.seen and keys.shape[0] != self.layout.batch:
                 raise ModelError(
                     f"a batch of {keys.shape[0]} was given to a cache of {self.layout.batch} sequences",
@@ -536,7 +536,9 @@ def cache(
     whole: bool = False,
     prompt: int | None = None,
 ) -> PolicyCache:
-    """A cache for ``model.generate(past_key_values=…)``; hand the same one in again to go on with a conversation.
+    """A cache for ``model.generate(cache=…)``; hand the same one in again to go on with a conversation.
+
+    transformers before 5.24 calls the argument ``past_key_values``.
 
     The model itself stays as it is: our attention takes part only in a forward pass that this cache is given to.
 

@@ -135,6 +135,7 @@ class Session:
                 why=bound,
                 remedy="use a smaller shape",
             )
+        self._check_tokens(prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -153,18 +154,28 @@ class Session:
     @torch.inference_mode()
     def compress(self) -> None:
         """Brings the cache down to the budget."""
+        self._check_begun("compress")
         self.cache.compress()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out."""
-        if tokens.shape != (len(self._lengths),):
+        """Decodes one token of each sequence: ``tokens`` int64 ``[B]`` in, float32 logits ``[B, V]`` out.
+
+        Raises:
+            UsageError: no prompt was read, ``tokens`` has another shape, or holds an id outside the vocabulary.
+        """
+        self._check_begun("step")
+        if tokens.shape != (len(self._lengths),) or tokens.dtype not in (torch.int64, torch.int32):
             raise UsageError(
-                f"a step was given {list(tokens.shape)} tokens",
+                f"a step was given {list(tokens.shape)} tokens of {tokens.dtype}",
                 why=f"its prompt had {len(self._lengths)} sequences, and each decodes one token",
-                remedy="give one token for each sequence",
+                remedy="give one int64 token for each sequence",
             )
-        return self._steps.step(self, tokens)
+        try:
+            return self._steps.step(self, tokens)
+        except IndexError as problem:  # the embedding's, on a CPU
+            self._check_tokens([tokens.tolist()])
+            raise problem from None
 
     def run(self, tokens: Tensor) -> Tensor:
         """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
@@ -204,6 +215,7 @@ class Session:
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
         """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
+        self._check_begun("skip_to")
         if self.cache.state is None:
             raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
         self.cache.skip(tokens)
@@ -214,8 +226,28 @@ class Session:
     @torch.inference_mode()
     def footprint(self) -> Footprint:
         """What the cache holds now; where ranks share the heads, all of them ask, and are told of the whole."""
+        self._check_begun("footprint")
         own, shard = self._footprint(), shard_of(self.loaded.model)
         return own if shard is None else shard.whole(own)
+
+    def _check_begun(self, what: str) -> None:
+        if self.cache is None:
+            raise UsageError(
+                f"{what} was called before prefill, or after close",
+                why="the session holds no prompt",
+                remedy="call prefill(prompts) first",
+            )
+
+    def _check_tokens(self, texts: list[list[int]]) -> None:
+        """A UsageError for a token id that the model has no embedding for."""
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
+        for text in texts:
+            if wrong := [token for token in text if not 0 <= token < vocabulary]:
+                raise UsageError(
+                    f"the token id {wrong[0]} is outside the vocabulary",
+                    why=f"{self.loaded.name} knows the ids 0 to {vocabulary - 1}",
+                    remedy="use the tokenizer of this model",
+                )
 
     def _decode_path(self) -> str:
         return "" if self.cache is None or self.cache.state is None else str(self.cache.state.decode_path)
@@ -243,6 +275,7 @@ class Session:
     @torch.inference_mode()
     def snapshot(self) -> Any:
         """The compressed state, to come back to by :meth:`restore` any number of times."""
+        self._check_begun("snapshot")
         return self.cache.snapshot(), self._positions.clone(), self._mask
 
     @torch.inference_mode()

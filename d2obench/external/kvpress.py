@@ -60,12 +60,14 @@ class KvpressSession(LibrarySession):
     @torch.inference_mode()
     def compress(self) -> None:
         """Done while the prompt was read; remembers what is left of it."""
+        self._check_begun("compress")
         self._prompt_bytes, self._kept = self._bytes(), self._held()
         self.mark("decode")
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """See :meth:`Session.step`."""
+        self._check_begun("step")
         found, start = [], 0
         for i, (cache, positions, masks) in enumerate(self._parts):
             end = start + positions.shape[0]
@@ -94,6 +96,7 @@ class KvpressSession(LibrarySession):
     @torch.inference_mode()
     def footprint(self) -> Footprint:
         """What the caches of all groups hold, by their tensors."""
+        self._check_begun("footprint")
         held, size = self._held(), self._bytes()
         kept = self._kept or held
         total = sum(self._lengths)

@@ -70,6 +70,7 @@ class LibrarySession(Session):
 
     def compress(self) -> None:
         """Nothing is compressed; decoding begins."""
+        self._check_begun("compress")
         self.mark("decode")
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -83,6 +84,7 @@ class LibrarySession(Session):
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
         """See :meth:`Session.skip_to`."""
+        self._check_begun("skip_to")
         skip(self.cache, tokens)
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, tokens), value=1)
@@ -98,6 +100,7 @@ class LibrarySession(Session):
         Raises:
             ModelError: a layer with a sliding window, whose entries move.
         """
+        self._check_begun("snapshot")
         for layer in self.cache.layers:
             if type(layer) not in (DynamicLayer, StaticLayer, FilledLayer):
                 raise ModelError(f"a library cache with a {type(layer).__name__} can't go back to an earlier step")

@@ -142,10 +142,12 @@ class LlamaCppSession(Session):
 
     def compress(self) -> None:
         """Nothing to do."""
+        self._check_begun("compress")
         self.mark("decode")
 
     def step(self, tokens: Tensor) -> Tensor:
         """The tokens after the next; it is its own greedy ones that it goes on with, whatever ``tokens`` are."""
+        self._check_begun("step")
         self._fed += 1
         return self._next()
 
@@ -158,6 +160,7 @@ class LlamaCppSession(Session):
 
     def footprint(self) -> Footprint:
         """What the cache was allocated, by its types' sizes: it is filled up to what was decoded."""
+        self._check_begun("footprint")
         size = self._cells(max(self._lengths)) * len(self._lengths)
         numbers = 2 * self.loaded.layers * size * self.loaded.kv_heads * self.loaded.head_dim
         bytes_ = int(numbers * BITS[self.asked.cache] / 8)

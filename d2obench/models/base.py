@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def dimensions_of(config: Any, *, parameters: int | None = None, context: int | 
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        context=context or int(text.max_position_embeddings),
+        context=min(context or int(text.max_position_embeddings), rotary_limit(config) or sys.maxsize),
         parameters=_count(config) if parameters is None else parameters,
         bound=bound_of(config),
     )
@@ -128,6 +129,23 @@ def bound_of(config: Any) -> str:
     slides = all(kind == "sliding_attention" for kind in layers) if layers else True
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) and slides else None
     return f"all its layers see a window of {window:,} tokens" if window else ""
+
+
+def rotary_limit(config: Any) -> int | None:
+    """Tokens up to which a model's rotary angles stay what they are; None where they are the same at every length.
+
+    Beyond it longrope takes other angles for all positions, and dynamic NTK other ones at every token: what was cached
+    before is then wrong.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for part in rope.values() if "rope_type" not in rope else [rope]:
+        if isinstance(part, dict) and part.get("rope_type", "default") not in CONSTANT_ROPE:
+            own = part.get("original_max_position_embeddings")
+            own = own or getattr(text, "original_max_position_embeddings", None)
+            limits.append(int(own or text.max_position_embeddings))
+    return min(limits, default=None)
 
 
 def loaded(
