@@ -1,4 +1,4 @@
-"""Whether Triton, the compiler of our kernels for GPUs, serves a device. Asking imports nothing of it."""
+"""Whether Triton, which compiles the GPU kernels, can be used on a device. These checks do not import Triton."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 OLDEST = (3, 2)
-"""The first Triton whose language has what the kernels use."""
+"""The first Triton version whose language has everything that the kernels use."""
 CAPABILITY = (8, 0)
-"""The first NVIDIA generation that Triton compiles bfloat16 products for."""
+"""The first NVIDIA compute capability for which Triton compiles bfloat16 products."""
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for."""
+    """Whether ``TRITON_INTERPRET=1`` is set, so that Triton's interpreter runs the kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
 def missing(device: torch.device) -> str:
-    """Why kernels can't run on a device, in words; empty where they can."""
+    """Why kernels can't run on a device; empty if they can."""
     if device.type != "cuda":
         return "" if interpreted() else f"there are no kernels for {device.type}"
     if torch.version.hip is not None:

@@ -1,12 +1,13 @@
 """How long PyTorch's CPU threads spin before they sleep.
 
-A decode step on a CPU is a few hundred short parallel regions. At the end of each one, a thread of the OpenMP runtime
-(libgomp) waits for the others by spinning, by default for some milliseconds. On an idle machine that is fastest. When
-another process needs one of the cores, the spinning thread uses up the time slice in which the thread that it waits
-for could have run: a step takes 30 times as long. A thread that spins for a few microseconds and then sleeps costs
-next to nothing on an idle machine, and twice the time, which is its fair share of the cores, on a busy one.
+A decode step on a CPU consists of a few hundred short parallel regions. At the end of each, a thread of the OpenMP
+runtime (libgomp) waits for the other threads by spinning, by default for some milliseconds. On an idle machine that is
+fastest. If another process needs one of the cores, the spinning thread uses up the time slice in which the thread that
+it waits for could have run, and a step takes 30 times as long. A thread that spins for a few microseconds and then
+sleeps costs almost nothing on an idle machine; on a busy one a step takes twice as long, which corresponds to a fair
+share of the cores.
 
-libgomp counts spins in pause instructions, whose length differs tenfold between processors, so one is timed first.
+libgomp counts spins in pause instructions, whose duration differs tenfold between processors, so it is measured first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 from collections.abc import Mapping
 
 SPIN_S = 7e-6
-"""Seconds that a waiting thread spins: longer than neighbouring threads usually differ, shorter than a wake-up."""
+"""Seconds that a waiting thread spins: longer than threads of one region usually differ, shorter than a wake-up
+takes."""
 VARIABLE = "GOMP_SPINCOUNT"
 _LOOP = """
 declare void @llvm.x86.sse2.pause()
@@ -38,9 +40,11 @@ end:
 
 
 def bounded_spin(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable that makes the threads of a process started with ``environment`` spin for a few microseconds.
+    """The environment variable that makes OpenMP threads of a process spin for a few microseconds only, as a
+    dictionary.
 
-    Empty where the user has chosen a waiting policy, and on processors where it has not been measured (only x86 has).
+    Empty if ``environment`` already sets a wait policy, or on processors other than x86, where this has not been
+    measured.
     """
     if VARIABLE in environment or "OMP_WAIT_POLICY" in environment or platform.machine() not in ("x86_64", "AMD64"):
         return {}
@@ -49,7 +53,8 @@ def bounded_spin(environment: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def pause_s() -> float:
-    """Seconds of one pause instruction: the shortest of a few runs, so that other work on the machine hardly counts."""
+    """Duration of one pause instruction in seconds: the shortest of a few runs, so that other work on the machine has
+    little influence."""
     from llvmlite import binding
 
     binding.initialize_native_target()

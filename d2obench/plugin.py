@@ -1,4 +1,4 @@
-"""Names to classes: those built in, and those that other packages offer through entry points.
+"""Registries of classes by name: the built-in ones, and those that other packages provide through entry points.
 
 A registry holds import paths, so that its names can be listed without importing anything; ``get`` imports one class.
 """
@@ -15,7 +15,7 @@ from d2obench.errors import D2OBenchError
 
 
 class Offer(NamedTuple):
-    """What another package offers: where it comes from, and why it can't be used (empty where it can)."""
+    """An entry point of another package: its name and origin, and why it can't be used (empty if it can)."""
 
     kind: str
     name: str
@@ -39,11 +39,11 @@ class Registry:
         self.kind, self.group, self.builtin, self._error = kind, group, dict(builtin), error
 
     def names(self) -> list[str]:
-        """Built-in names in their order, then plugins by name."""
+        """Built-in names in the order of definition, then plugins in alphabetical order."""
         return [*self.builtin, *sorted(self.plugins())]
 
     def plugins(self) -> dict[str, str]:
-        """Names from other packages → ``distribution: module:attribute``; a built-in name is never overridden."""
+        """Names of other packages' classes → ``distribution: module:attribute``; built-in names can't be overridden."""
         found = {}
         for point in entry_points(group=self.group):
             if point.name not in self.builtin:
@@ -51,7 +51,7 @@ class Registry:
         return found
 
     def offers(self) -> list[Offer]:
-        """Everything other packages offer under this group, each one imported to see whether it can be."""
+        """Every entry point of this group; each is imported to find out whether it can be used."""
         found = []
         for point in entry_points(group=self.group):
             source = (point.dist.name, point.dist.version) if point.dist else ("?", "")
@@ -60,7 +60,7 @@ class Registry:
         return sorted(found)
 
     def get(self, name: str) -> Any:
-        """The class of that name.
+        """The class with that name.
 
         Raises:
             D2OBenchError: of the registry's own class, for an unknown name or a plugin that can't be imported.
@@ -81,7 +81,7 @@ class Registry:
         raise self._unknown(name)
 
     def check(self, name: str) -> None:
-        """Raises the error of an unknown name; imports nothing."""
+        """Raises the registry's error if a name is unknown; imports nothing."""
         if name not in self.builtin and name not in self.plugins():
             raise self._unknown(name)
 
@@ -94,7 +94,7 @@ class Registry:
 
 
 def _fault(point: EntryPoint) -> str:
-    """Why an entry point can't be imported, in one line; empty where it can."""
+    """Why an entry point can't be imported, in one line; empty if it can."""
     try:
         point.load()
     except (Exception, SystemExit) as problem:

@@ -1,4 +1,5 @@
-"""Named ranges around parts of the engine, for a profiler or a timer. They cost nothing while neither is active."""
+"""Named ranges around parts of a model and of a decode step, for a profiler or a timer. Without one they cost
+nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ MODEL_PARTS = {
     "lm_head": "lm head",
     "embed_out": "lm head",
 }
-"""Last part of a module's name → its range. What the engine names inside of it counts for the engine's range."""
+"""Last part of a module's name → name of its range. A range that our own code opens inside of it is counted
+separately."""
 RANGES = (*ENGINE_RANGES, *dict.fromkeys(MODEL_PARTS.values()))
 
 _OFF: AbstractContextManager[None] = nullcontext()
@@ -32,18 +34,19 @@ _made: Callable[[str], AbstractContextManager[object]] | None = None
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A context: a range of that name inside :func:`profiler_ranges` or :func:`ranges_as`, otherwise nothing."""
+    """A context manager: opens a range of that name inside :func:`profiler_ranges` or :func:`ranges_as`; otherwise does
+    nothing."""
     return _OFF if _made is None else _made(name)
 
 
 def active() -> bool:
-    """Whether ranges are recorded now."""
+    """Whether ranges are being recorded."""
     return _made is not None
 
 
 @contextmanager
 def ranges_as(make: Callable[[str], AbstractContextManager[object]]) -> Iterator[None]:
-    """Inside this context a range is the context that ``make(name)`` returns."""
+    """Inside this context, :func:`span` returns the context manager ``make(name)``."""
     global _made
     before, _made = _made, make
     try:
@@ -53,5 +56,5 @@ def ranges_as(make: Callable[[str], AbstractContextManager[object]]) -> Iterator
 
 
 def profiler_ranges() -> AbstractContextManager[None]:
-    """Inside this context ranges are those of torch.profiler."""
+    """Inside this context, ranges are recorded by torch.profiler."""
     return ranges_as(torch.profiler.record_function)

@@ -1,13 +1,14 @@
 """Compiled loops on PyTorch's own threads (CPU).
 
-Design. A decode step on a CPU is a few hundred short loops that read memory. As PyTorch operators they don't read it at
-the speed it has, and a second pool of threads would fight with PyTorch's for the cores. So numba compiles a loop to a C
-function (``d2obench.cpu.language``), and the OpenMP runtime that PyTorch has loaded runs it: its ``GOMP_parallel`` uses
-the threads of PyTorch's operators, which are awake between them. A launch costs some two microseconds. Items of the
-work are handed out one by one, so that a core that is held up does fewer of them.
+Design. A decode step on a CPU consists of a few hundred short loops that are limited by memory bandwidth. PyTorch
+operators do not reach that bandwidth, and a second thread pool would compete with PyTorch's for the cores. Therefore
+numba compiles each loop to a C function (``d2obench.cpu.language``), and the OpenMP runtime that PyTorch has loaded
+runs it: its function ``GOMP_parallel`` uses the threads of PyTorch's operators, which are still awake between two
+operators. A launch costs about two microseconds. Threads fetch work items one by one, so that a core that is slowed
+down by other work processes fewer of them.
 
-Where there is no such runtime (another system, a PyTorch with other threads, no numba), :func:`available` is False and
-callers use PyTorch's operators, which give the same results.
+If there is no such runtime (another operating system, a PyTorch with another thread library, no numba),
+:func:`available` returns False and callers use PyTorch operators, which give the same results.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ import torch
 from torch import Tensor
 
 _LOADED = 4
-"""``RTLD_NOLOAD``: only what PyTorch has loaded; another copy would be another set of threads."""
+"""``RTLD_NOLOAD``: find only the library that PyTorch has already loaded; another copy would start another thread
+pool."""
 
 
 def _runtime(maps: str) -> str:
-    """The runtime's file among those a process has mapped: PyTorch's own, whatever its wheel calls it, or else the
-    system's."""
+    """The file of the OpenMP runtime among those that a process has mapped (``maps`` is the text of
+    ``/proc/self/maps``): PyTorch's own copy, whatever its wheel calls it, otherwise the system's."""
     found = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libgomp" in line}
     return min(found, key=lambda path: ("torch" not in path, path), default="libgomp.so.1")
 
 
 @functools.cache
 def _parallel() -> Any:
-    """The runtime's entry point, or None."""
+    """The runtime's function ``GOMP_parallel``, or None if it was not found."""
     if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
         return None
     if importlib.util.find_spec("numba") is None:
@@ -52,12 +54,12 @@ def _parallel() -> Any:
 
 
 def available() -> bool:
-    """Whether compiled loops can run on PyTorch's threads here."""
+    """Whether compiled loops can run on PyTorch's threads in this process."""
     return _parallel() is not None
 
 
 def suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are loops for tensors of this kind here."""
+    """Whether compiled loops exist for tensors of this dtype and device, and can run in this process."""
     return dtype == torch.float32 and device.type == "cpu" and available()
 
 
@@ -66,7 +68,7 @@ Real = ctypes.c_double
 
 
 class Pointer(ctypes.c_int64):
-    """The address of a tensor's storage; 0 where there is none."""
+    """The address of a tensor's storage; 0 for no tensor."""
 
     dtype: ClassVar[torch.dtype]
 
@@ -96,10 +98,10 @@ class Flags(Pointer):
 
 
 class Arguments(ctypes.Structure):
-    """What a loop is given, as named fields. Each loop declares its own: :data:`HEADER` first, then its fields."""
+    """The arguments of a loop as named fields. Each loop declares its own subclass: :data:`HEADER`, then its fields."""
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Sets addresses, after a check that each tensor is what its field says: a loop trusts its addresses.
+        """Sets fields to the addresses of tensors, and checks each tensor, because a loop cannot check an address.
 
         Raises:
             TypeError: a tensor of another dtype, on another device, or not contiguous.
@@ -114,16 +116,16 @@ class Arguments(ctypes.Structure):
 
 
 HEADER = (("next_item", Size), ("items", Size), ("failed", Size))
-"""The first fields of all arguments: the next item of work, how many there are, and whether a loop raised an error."""
+"""The first fields of all arguments: the next work item, the number of items, and whether a loop raised an error."""
 
 
 class Loop(NamedTuple):
     """A compiled loop.
 
     Args:
-        name: of the function.
-        address: of its machine code.
-        flops: floating-point operations of the products it makes when it is given these arguments.
+        name: name of the loop's function.
+        address: address of its machine code.
+        flops: function of the arguments that returns the floating-point operations of the loop's matrix products.
     """
 
     name: str
@@ -135,10 +137,10 @@ _watchers: list[Callable[[Loop, Arguments], None]] = []
 
 
 def launch(loop: Loop, arguments: Any) -> None:
-    """Runs the items of a loop on PyTorch's threads, and waits for them.
+    """Runs all work items of a loop on PyTorch's threads and waits for them.
 
     Raises:
-        RuntimeError: an error inside the loop; what it was to write is then unfinished.
+        RuntimeError: the loop raised an error; its output is then incomplete.
     """
     arguments.next_item = 0
     _parallel()(loop.address, ctypes.byref(arguments), min(arguments.items, torch.get_num_threads()), 0)
@@ -151,7 +153,7 @@ def launch(loop: Loop, arguments: Any) -> None:
 
 @contextmanager
 def watched(watch: Callable[[Loop, Arguments], None]) -> Iterator[None]:
-    """Tells ``watch`` of every launch: PyTorch's own means to look at operators don't see them."""
+    """Inside this context, ``watch`` is called for every launch; PyTorch's own operator hooks do not see launches."""
     _watchers.append(watch)
     try:
         yield

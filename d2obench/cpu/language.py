@@ -1,14 +1,14 @@
-"""What compiled loops are written in: numba, a way to get items of work, memory seen as arrays, and two tiles.
+"""Building blocks of compiled loops: numba, a way to fetch work items, memory seen as arrays, and two tile functions.
 
-A loop is a function of one address, where its :class:`d2obench.cpu.Arguments` stand. :func:`arguments` reads them by
-name, :func:`next_item` hands out the items of its work.
+A loop is a function of a single address, that of its :class:`d2obench.cpu.Arguments`. :func:`arguments` reads them by
+name; :func:`next_item` returns the next work item.
 
-Design of the tiles. What a compiler makes of the plain loop multiplies at the speed of the cores, reads at the speed of
-memory, and does one after the other: together they take the sum of both times. A tile keeps its sums in registers
-(:func:`dots` three rows of memory against four vectors, :func:`blend` two lines of a row for four) and fetches what the
-next tiles will read while it multiplies, so that the larger of the two times is left. That is the one thing which
-numba can't say; so tiles are written in LLVM's language. Products of 8 rows with weights of a language model, float32,
-two cores with AVX2: 13 GB/s, against 9 GB/s without fetching ahead, 6 GB/s by MKL, 17 GB/s for reading alone.
+Design of the tiles. A plainly written loop computes at full speed and reads at full speed, but one after the other, so
+its time is the sum of both. A tile keeps its sums in registers (:func:`dots` three rows of memory times four vectors,
+:func:`blend` two vectors of columns for four sums) and prefetches what the next tiles will read while it multiplies, so
+that the time is only the larger of the two. numba has no way to express prefetching, so tiles are emitted as LLVM code.
+Measured for products of 8 rows with a language model's weights, float32, two cores with AVX2: 13 GB/s, against 9 GB/s
+without prefetching, 6 GB/s with MKL, and 17 GB/s for reading alone.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from d2obench.cpu import Loop, Real
 
 logging.getLogger("numba").setLevel(logging.WARNING)
 FAST = {"reassoc", "contract", "nsz"}
-"""Sums in any order, so that they vectorise; infinities and NaN stay what they are, since ``ninf`` and ``nnan`` are not
-among them."""
+"""Flags that let LLVM reorder sums, so that they vectorise. ``ninf`` and ``nnan`` are left out, so infinities and NaN
+keep their meaning."""
 FLAGS = tuple(sorted(FAST))
 LOOP = {"fastmath": FAST, "error_model": "numpy"}
-"""Options of the functions that loops are made of: a division by zero gives infinity or NaN, as PyTorch's does."""
+"""numba options of the functions that loops consist of: a division by zero gives infinity or NaN, as in PyTorch."""
 LANES = 8
-"""Floats of a vector; where a register holds more or fewer, LLVM sees to it."""
+"""Floats per vector; if the CPU's registers are wider or narrower, LLVM splits or joins vectors."""
 WORD, FLOAT, INT, BYTES = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(8).as_pointer()
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
 def record_of(kind: Any) -> np.dtype[Any]:
-    """The fields of :class:`d2obench.cpu.Arguments` as numba reads them."""
+    """A :class:`d2obench.cpu.Arguments` class as the numpy record dtype that numba reads."""
     return np.dtype([(name, np.float64 if field is Real else np.int64) for name, field in kind._fields_])
 
 
 def _version(function: Any) -> str:
-    """A digest of this file and of those beside the function's: numba's cache looks at the function's own file only."""
+    """A digest of this file and of the files beside the function's own: numba's cache checks the function's file only,
+    so this invalidates it when another one changes."""
     files = {Path(__file__), *Path(function.__code__.co_filename).parent.glob("*.py")}
     return blake2b(b"".join(file.read_bytes() for file in sorted(files)), digest_size=6).hexdigest()
 
 
 def compiled(*takes: Any) -> Callable[[Any], Any]:
-    """Compiles a function for these types when its module is imported, so that no step pays for it.
+    """Compiles a function for the given argument types when its module is imported, so that no step waits for it.
 
-    Every array is contiguous, or LLVM would vectorise nothing. Where no folder takes numba's cache, every process
-    compiles for itself.
+    Every array must be contiguous, otherwise LLVM would not vectorise. If numba's cache cannot be written to any
+    folder, every process compiles again.
     """
 
     def decorate(function: Any) -> Any:
@@ -69,9 +70,10 @@ def compiled(*takes: Any) -> Callable[[Any], Any]:
 
 
 def loop(flops: Callable[[Any], int]) -> Callable[[Any], Loop]:
-    """Compiles a loop; ``flops`` as :class:`Loop` has it. What is compiled lives as long as the process.
+    """Compiles a loop; ``flops`` as in :class:`Loop`. The machine code is kept as long as the process lives.
 
-    numba prints an error that leaves a C function and goes on, so a loop catches its own and calls :func:`fail`.
+    numba prints an error that leaves a C function and continues, so every loop must catch errors itself and call
+    :func:`fail`.
     """
 
     def decorate(function: Any) -> Loop:
@@ -108,7 +110,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def _next(typing_context: Any, address: Any) -> Any:
-    """Adds 1 to the word at an address; what it was before."""
+    """Atomically adds 1 to the 64-bit integer at an address; returns its previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = builder.inttoptr(values[0], WORD.as_pointer())
@@ -119,7 +121,7 @@ def _next(typing_context: Any, address: Any) -> Any:
 
 @intrinsic
 def as_float(typing_context: Any, bits: Any) -> Any:
-    """The float32 of these 32 bits."""
+    """The float32 with these 32 bits."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return builder.bitcast(values[0], FLOAT)
@@ -129,13 +131,13 @@ def as_float(typing_context: Any, bits: Any) -> Any:
 
 @njit(inline="always")
 def arguments(given: Any, record: Any) -> Any:
-    """The named arguments of a loop; ``record`` is :func:`record_of` their class."""
+    """The arguments of a loop as a record with named fields; ``record`` is the :func:`record_of` their class."""
     return carray(given, (1,), record)[0]
 
 
 @njit(inline="always")
 def next_item(given: Any) -> int:
-    """The next item of a loop's work; −1 when all are handed out."""
+    """The next work item of a loop; −1 if none is left."""
     header = carray(given, (3,), int64)  # HEADER
     item = _next(_address(given))
     return item if item < header[1] else -1
@@ -143,32 +145,32 @@ def next_item(given: Any) -> int:
 
 @njit
 def fail(given: Any) -> None:
-    """Tells :func:`d2obench.cpu.launch` of an error, and hands out no more items."""
+    """Reports an error to :func:`d2obench.cpu.launch`, and lets :func:`next_item` return no more items."""
     header = carray(given, (3,), int64)  # HEADER
     header[0], header[2] = header[1], 1
 
 
 @njit(inline="always")
 def floats(address: int, count: int) -> Any:
-    """Float32 numbers in memory."""
+    """The ``count`` float32 numbers at an address, as an array."""
     return carray(_pointer(address), (count,), float32)
 
 
 @njit(inline="always")
 def integers(address: int, count: int) -> Any:
-    """Int64 numbers in memory."""
+    """The ``count`` int64 numbers at an address, as an array."""
     return carray(_pointer(address), (count,), int64)
 
 
 @njit(inline="always")
 def shorts(address: int, count: int) -> Any:
-    """Int32 numbers in memory."""
+    """The ``count`` int32 numbers at an address, as an array."""
     return carray(_pointer(address), (count,), int32)
 
 
 @njit(inline="always")
 def flags(address: int, count: int) -> Any:
-    """Truth values in memory, as bytes."""
+    """The ``count`` truth values at an address, one byte each, as an array."""
     return carray(_pointer(address), (count,), uint8)
 
 
@@ -181,8 +183,8 @@ C2, C3, C4, C5, C6, C7 = (
 
 @njit(inline="always", fastmath=FAST)
 def exp(x: Any) -> Any:
-    """e to the x for x ≤ 0, 0 below −87, to two units in the last place: Cephes' polynomial, which vectorises. NaN
-    stays NaN."""
+    """exp(x) for x ≤ 0, and 0 below −87; accurate to two units in the last place. Uses the polynomial of the Cephes
+    library, which vectorises. NaN stays NaN."""
     held = LOWEST if x < LOWEST else x
     power = np.floor(held * LOG2E + HALF)
     rest = held - power * LN2_HIGH - power * LN2_LOW
@@ -193,14 +195,14 @@ def exp(x: Any) -> Any:
 
 @njit(inline="always")
 def _ordered(bits: Any) -> Any:
-    """A float32's bits as an integer of the same order: LLVM vectorises a minimum of integers, not one of floats. The
-    same again gives the bits back."""
+    """Maps a float32's bits to an integer with the same order, because LLVM vectorises minima of integers but not of
+    floats. Applying it twice returns the original bits."""
     return bits ^ ((bits >> 31) & int32(0x7FFFFFFF))
 
 
 @compiled(float32[::1], int64)
 def highest(row: Any, width: int) -> Any:
-    """The largest of a row's first ``width`` numbers, −inf of none."""
+    """The largest of a row's first ``width`` numbers; −inf if ``width`` is 0."""
     bits, high = row.view(np.int32), int32(-0x7F800001)
     for c in range(width):
         high = max(high, _ordered(bits[c]))
@@ -209,7 +211,7 @@ def highest(row: Any, width: int) -> Any:
 
 @compiled(float32[::1], int64, boolean)
 def first_extreme(row: Any, width: int, largest: bool) -> int:
-    """Index of the first largest or smallest of a row's first ``width`` numbers."""
+    """Index of the first largest (or smallest) of a row's first ``width`` numbers."""
     bits, flip = row.view(np.int32), int32(-1 if largest else 0)
     low = int32(0x7FFFFFFF)
     for c in range(width):
@@ -223,8 +225,8 @@ def first_extreme(row: Any, width: int, largest: bool) -> int:
 
 @compiled(float32[::1], float32[::1], int64, int64)
 def smallest(row: Any, scratch: Any, width: int, place: int) -> Any:
-    """The number at ``place`` (from 0) in the ascending order of a row's first ``width`` ones, in linear time: Hoare's
-    selection, on a copy in ``scratch``."""
+    """The number with index ``place`` (from 0) when a row's first ``width`` numbers are sorted in ascending order.
+    Linear time: Hoare's selection, on a copy in ``scratch``."""
     bits, held = row.view(np.int32), scratch.view(np.int32)
     for c in range(width):
         held[c] = _ordered(bits[c])
@@ -250,7 +252,7 @@ def smallest(row: Any, scratch: Any, width: int, place: int) -> Any:
 
 
 def _at(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
-    """The address ``offset`` floats behind ``base``, as a pointer."""
+    """The address ``offset`` floats after ``base``, as a pointer."""
     return builder.inttoptr(builder.add(base, builder.shl(offset, ir.Constant(WORD, 2))), kind.as_pointer())
 
 
@@ -261,7 +263,7 @@ def _rows(builder: Any, base: Any, count: int, stride: Any) -> list[Any]:
 
 
 def _fetch(builder: Any, address: Any) -> None:
-    """Brings the line at an address into the cache; an address outside of everything does nothing."""
+    """Prefetches the cache line at an address; an invalid address has no effect."""
     kind = ir.FunctionType(ir.VoidType(), [BYTES, INT, INT, INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [builder.inttoptr(address, BYTES), *(ir.Constant(INT, n) for n in (0, 3, 1))])
@@ -280,7 +282,7 @@ def _summed(builder: Any, vector: Any) -> Any:
 def _counting(
     builder: Any, count: Any, step: int, starts: list[Any], body: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """A loop over 0, step, … below ``count`` (at least once) that carries vectors in registers."""
+    """Emits a loop over 0, step, … below ``count`` (at least one pass) that keeps vectors in registers."""
     before, block, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(block)
     builder.position_at_end(block)
@@ -299,11 +301,11 @@ def _counting(
 
 
 def dots(rows: int, vectors: int) -> Any:
-    """A tile: dot products of ``rows`` rows of memory with ``vectors`` vectors.
+    """A tile function: dot products of ``rows`` rows of memory with ``vectors`` vectors.
 
-    The tile takes addresses of the rows, the vectors and the results, what to fetch meanwhile (as many rows), the
-    length (a multiple of LANES), and the strides of rows, vectors and results in floats: result of row o and vector r
-    goes to ``results[r·stride + o]``.
+    The function's arguments: addresses of the rows, of the vectors and of the results; the address of what to prefetch
+    (as many rows); the length (a multiple of LANES); and the strides of rows, vectors and results in floats. The result
+    of row o and vector r is written to ``results[r·stride + o]``.
     """
     zero = ir.Constant(VECTOR, [ir.Constant(FLOAT, 0.0)] * LANES)
 
@@ -331,10 +333,11 @@ def dots(rows: int, vectors: int) -> Any:
 
 
 def blend(vectors: int) -> Any:
-    """A tile: adds to ``vectors`` sums what rows of memory give, weighted: 2·LANES columns of them.
+    """A tile function: adds a weighted sum of rows of memory to each of ``vectors`` results, for 2·LANES columns.
 
-    The tile takes addresses of the first row's columns, the weights, the sums and what to fetch meanwhile (the same
-    columns of as many rows), the count of rows (at least 1), and the strides of rows, weights and sums in floats.
+    The function's arguments: addresses of the first row's columns, of the weights, of the results and of what to
+    prefetch (the same columns of as many rows); the number of rows (at least 1); and the strides of rows, weights and
+    results in floats.
     """
 
     def emit(builder: Any, held: Any, weights: Any, out: Any, ahead: Any, count: Any, *strides: Any) -> None:

@@ -1,4 +1,4 @@
-"""The loop behind D2O's Eq. 8–9 at the end of a prompt: the kept key that is nearest to each evicted one."""
+"""The compiled loop for D2O's Eq. 8–9 at the end of a prompt: the kept key that is most similar to each evicted one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from d2obench.cpu.language import (
 )
 
 SIDE = 6
-"""Evicted keys of a tile: with two vectors of kept ones its twelve sums fill AVX2's registers."""
+"""Evicted keys per tile: with two vectors of kept keys, its twelve sums fill AVX2's registers."""
 BLOCK = 3 * SIDE
-"""Evicted keys of one item: their products with a few hundred kept keys stay in a core's first cache."""
+"""Evicted keys per work item: their products with a few hundred kept keys fit a core's first-level cache."""
 COLUMNS = 2 * LANES
-"""Kept keys of a tile."""
+"""Kept keys per tile."""
 _tile, _single = blend(SIDE), blend(1)
 
 
 class NearestArguments(Arguments):
-    """Evicted keys ``[R, E, width]``; unit vectors of the kept, channel by channel, ``[R, width, slots]``; ``bias``
-    ``[R, slots]``; where the highest products ``[R, E]`` go, and their places. ``count`` is E; ``slots`` a multiple of
-    COLUMNS."""
+    """Evicted keys ``[R, E, width]``; unit vectors of the kept keys, transposed, ``[R, width, slots]``; ``bias`` ``[R,
+    slots]``; output arrays ``[R, E]`` for the highest products and for their slots. ``count`` is E; ``slots`` is a
+    multiple of COLUMNS."""
 
     _fields_ = (
         *HEADER, ("evicted", Floats), ("unit", Floats), ("bias", Floats), ("found", Floats), ("place", Longs),
@@ -80,7 +80,8 @@ def _nearest(given: Any) -> None:
 
 @loop(lambda a: 2 * a.items * BLOCK * a.slots * a.width)
 def nearest(given: Any) -> None:
-    """Highest ``e·u + b`` of every evicted key, and where; the first of equals wins. An item is a block of a row's."""
+    """The highest ``e·u + b`` of every evicted key and its slot; ties go to the lowest slot. A work item is a block of
+    evicted keys of one row."""
     try:
         _nearest(given)
     except Exception:

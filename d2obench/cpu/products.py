@@ -1,4 +1,4 @@
-"""Loops over few rows: a product with a weight matrix, the root-mean-square norm before it, and rotary positions."""
+"""Loops over inputs with few rows: product with a weight matrix, root-mean-square norm, and rotary positions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from d2obench.cpu import HEADER, Arguments, Floats, Real, Size
 from d2obench.cpu.language import LOOP, arguments, dots, fail, floats, loop, next_item, record_of
 
 OUTPUTS, ROWS = 3, 4
-"""Sides of a tile: of the weights, and of the input. Its twelve sums and their factors fill AVX2's registers."""
+"""Weight rows and input rows per tile. Its twelve sums and their factors fill AVX2's registers."""
 _tile, _single, _last = dots(OUTPUTS, ROWS), dots(OUTPUTS, 1), dots(1, 1)
 
 
 class ProductArguments(Arguments):
-    """``x`` ``[rows, inputs]``, ``weight`` ``[outputs, inputs]``, ``bias`` ``[outputs]`` or 0, ``out``; ``inputs`` is a
-    multiple of LANES; an item is ``share`` outputs."""
+    """``x`` ``[rows, inputs]``, ``weight`` ``[outputs, inputs]``, ``bias`` ``[outputs]`` or 0, ``out`` ``[rows,
+    outputs]``; ``inputs`` is a multiple of LANES; a work item is ``share`` outputs."""
 
     _fields_ = (
         *HEADER, ("x", Floats), ("weight", Floats), ("bias", Floats), ("out", Floats), ("rows", Size),
@@ -27,7 +27,7 @@ class ProductArguments(Arguments):
 
 
 class NormArguments(Arguments):
-    """``x`` and ``out`` ``[rows, width]``, ``weight`` ``[width]``; an item is ``share`` rows."""
+    """``x`` and ``out`` ``[rows, width]``, ``weight`` ``[width]``; a work item is ``share`` rows."""
 
     _fields_ = (
         *HEADER, ("x", Floats), ("weight", Floats), ("out", Floats), ("rows", Size), ("width", Size), ("share", Size),
@@ -37,7 +37,7 @@ class NormArguments(Arguments):
 
 class RotateArguments(Arguments):
     """Queries ``[tokens, query_heads, width]``, keys ``[tokens, key_heads, width]``, cos and sin ``[lines, width]``
-    (token t has line t mod lines), where the results go; an item is ``share`` tokens."""
+    (token t uses line t mod lines), and outputs of the same shapes; a work item is ``share`` tokens."""
 
     _fields_ = (
         *HEADER, ("queries", Floats), ("keys", Floats), ("cos", Floats), ("sin", Floats), ("out_queries", Floats),
@@ -147,7 +147,7 @@ def norm(given: Any) -> None:
 
 @loop(lambda a: 0)
 def rotate(given: Any) -> None:
-    """Rotary positions: ``x·cos + (−x₂, x₁)·sin`` of queries and keys."""
+    """Applies rotary positions to queries and keys: ``x·cos + (−x₂, x₁)·sin``."""
     try:
         _rotate(given)
     except Exception:

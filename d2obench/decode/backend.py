@@ -1,7 +1,7 @@
 """Which backend executes the decode steps of a state: Triton kernels, compiled CPU loops, or PyTorch operators.
 
-Each compiled backend is offered the state and answers with itself or, in words, why it does not serve it. The words
-become part of the ``decode path`` of every result.
+:func:`choose` asks each compiled backend in turn. The answer is a backend object, or a string with the reason why it
+cannot execute this state. The reason becomes part of the ``decode path`` of every result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def triton(state: DecodeState) -> Backend | str:
-    """Triton kernels, on a CUDA device (or by Triton's interpreter where ``TRITON_INTERPRET=1`` asks for it)."""
+    """Triton kernels on a CUDA device, or Triton's interpreter on a CPU if ``TRITON_INTERPRET=1`` is set."""
     device = state.store.device
     if device.type != "cuda" and not interpreted():
         return ""
@@ -29,7 +29,7 @@ def triton(state: DecodeState) -> Backend | str:
 
 
 def compiled_cpu(state: DecodeState) -> Backend | str:
-    """Compiled loops, on a CPU."""
+    """Compiled loops (numba) on a CPU."""
     if state.store.device.type != "cpu" or interpreted():
         return ""
     from d2obench.decode.cpu.backend import offer
@@ -41,7 +41,7 @@ OFFERS: tuple[Callable[[DecodeState], Backend | str], ...] = (triton, compiled_c
 
 
 def choose(state: DecodeState) -> Backend:
-    """The first backend that serves a state, PyTorch operators if none does."""
+    """The first backend that can execute ``state``; PyTorch operators if none of the compiled ones can."""
     reasons = []
     for offer in OFFERS:
         made = offer(state)

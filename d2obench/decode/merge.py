@@ -1,15 +1,16 @@
-"""D2O's merge while decoding, at the price of one more row in a product that is computed anyway (PyTorch).
+"""D2O's merge during decoding, at the cost of one extra row in a matrix product that is computed anyway (PyTorch).
 
-Design. At the end of step t the policy evicts one entry per layer, sequence and KV head. Its merge
-(``d2obench.policies.merging``) needs the cosine similarity to every kept key, which would read the whole cache a second
-time. So the evictee is *staged*: its key and value are held aside, and at step t+1 its unit vector is one more row of
-``q·Kᵀ``. That row gives the merge target j and u = max cos before the softmax of step t+1. The target's value is merged
-in place, its logit follows by linearity, ``q·k'_j = (1−w)·q·k_j + w·q·k_e`` with ``w = exp(u) ÷ (e + exp(u)) =
-sigmoid(u − 1)``, and its key, which nothing else reads in this step, is merged for all layers at once when the step is
-over (*commit*), with thresholds and norms. The result is exactly that of merging at the end of step t, because the
-token of step t+1, which took the evictee's slot, is kept from being a merge target.
+Design. At the end of step t the policy evicts one entry per layer, sequence and KV head. To merge it
+(``d2obench.policies.merging``), its key must be compared with every kept key, which would read the whole cache a second
+time. The evictee is therefore *staged*: its key and value are copied to a buffer, and in step t+1 its unit vector is
+appended to the queries as one more row of ``q·Kᵀ``. Before the softmax of step t+1 that row yields the merge target j
+and u = max cos. The target's value is then merged in place, and its logit follows by linearity, ``q·k'_j = (1−w)·q·k_j
++ w·q·k_e`` with ``w = exp(u) ÷ (e + exp(u)) = sigmoid(u − 1)``. No other computation of this step reads the target's
+key, so the keys of all layers are merged together at the end of the step (*commit*), along with thresholds and norms.
+The result is exactly that of merging at the end of step t, because the token of step t+1, which occupies the evictee's
+slot, is excluded from the possible merge targets.
 
-This is what ``d2obench.decode.cpu.merge`` and ``d2obench.decode.triton.merge`` do, too.
+``d2obench.decode.cpu.merge`` and ``d2obench.decode.triton.merge`` implement the same algorithm.
 """
 
 from __future__ import annotations
@@ -27,28 +28,31 @@ if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
 
 TARGET_BIAS = -1.0
-"""Bias of a slot that may be a merge target: similarities are kept as u − 1, whose sigmoid is a merge's weight."""
+"""Bias of a slot that may be a merge target. It makes the stored similarity u − 1, whose sigmoid is the merge
+weight."""
 
 
 class PendingMerge:
-    """The staged evictee of every layer and row, and what its merge needs to know.
+    """The staged evictee of every layer and row (a row is one KV head of one sequence), and the state of its merge.
 
     Args:
-        state: the slots; ``state.threshold`` and ``state.merged`` are kept up to date.
-        spec: the rule's parameters.
+        state: the slots; commits update ``state.threshold`` and ``state.merged``.
+        spec: parameters of the merge rule.
 
     Attributes:
-        queries: ``[layers, rows, G + 1, d]``, work space; the last line is the evictee's unit vector.
+        queries: ``[layers, rows, G + 1, d]``, work buffer for the step's queries; the last row is the evictee's unit
+            vector.
         key: the evictee's key, ``[layers, rows, d]``.
         value: its value, ``[layers, rows, d_v]``.
         score: its score, float32 ``[layers, rows]``.
-        pending: whether there is one, bool ``[layers, rows]``.
-        similarity: u − 1 of its merge target, float32 ``[layers, rows]``; −inf without one.
-        target: the slot of that, int64 ``[layers, rows]``.
-        weight: the share that the evictee takes in it, float32 ``[layers, rows]``; 0 where it is lost.
-        required: the least u − 1 that is merged, float32 ``[layers, rows]``.
-        inverse_norm: 1 ÷ the norm of every key, float32 ``[layers, rows, C]``.
-        target_bias: TARGET_BIAS for slots that may be merge targets and −inf for others, ``[layers, rows, C]``.
+        pending: whether a row has a staged evictee, bool ``[layers, rows]``.
+        similarity: u − 1 between the evictee and its merge target, float32 ``[layers, rows]``; −inf if there is no
+            possible target.
+        target: slot of the merge target, int64 ``[layers, rows]``.
+        weight: weight w of the evictee in the merge, float32 ``[layers, rows]``; 0 if it is dropped instead of merged.
+        required: smallest u − 1 at which the evictee is merged, float32 ``[layers, rows]``.
+        inverse_norm: 1 ÷ the norm of the key in every slot, float32 ``[layers, rows, C]``.
+        target_bias: TARGET_BIAS for slots that may be merge targets and −inf for all others, ``[layers, rows, C]``.
     """
 
     def __init__(self, state: DecodeState, spec: MergeSpec) -> None:
@@ -76,15 +80,15 @@ class PendingMerge:
     def logits(
         self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
     ) -> Tensor:
-        """Logits ``[rows, G + 1, C]`` of the queries, after the staged evictee was merged into its target; the last
-        row is the evictee's own and means nothing to attention.
+        """Logits ``[rows, G + 1, C]`` of the queries, computed as if the staged evictee had already been merged. The
+        last row belongs to the evictee itself; attention must ignore it.
 
         Args:
             layer: index among the compressed layers.
             query: ``[B, Hq, 1, d]``.
             scale: factor of the logits.
             keys: the layer's keys, ``[rows, C, d]``.
-            bias: −inf for slots that hold nothing, ``[rows, 1, C]``, or None where all are filled.
+            bias: −inf for empty slots, ``[rows, 1, C]``, or None if all slots are filled.
             buffer: work space of at least ``rows·(G+1)·C``.
         """
         queries = self.queries[layer]
@@ -112,7 +116,8 @@ class PendingMerge:
         return every
 
     def commit(self) -> None:
-        """After the last layer of a step: thresholds, counts, the merged keys, and the norms of what changed."""
+        """Finishes the merge after the last layer of a step: thresholds, counts, merged keys, and the norms of changed
+        keys."""
         state, store = self.state, self.state.store
         followed = follow(state.threshold, self._newest(self.similarity) + 1, self.spec.beta)
         state.threshold.copy_(torch.where(self.pending, followed, state.threshold))
@@ -129,7 +134,8 @@ class PendingMerge:
         self.target_bias.scatter_(2, state.slot[..., None], TARGET_BIAS)
 
     def stage(self, victim: Tensor) -> None:
-        """Holds the evicted entries ``[layers, rows]`` aside, before their slots are reserved for the next token."""
+        """Copies the evicted entries ``[layers, rows]`` to the staging buffers, before their slots are reserved for the
+        next token."""
         state, store = self.state, self.state.store
         index, at = store.base + victim, victim[..., None]
         self.key.copy_(store.read_keys(index))
@@ -140,12 +146,14 @@ class PendingMerge:
         if self.spec.targets == "important":
             self.target_bias.fill_(TARGET_BIAS).masked_fill_(~state.important(), -torch.inf)
         self.target_bias.scatter_(2, at, -torch.inf)
-        # u ≥ τ_t is u ≥ τ_{t−1} for β < 1, and always true for β = 1 (one evictee, Eq. 10): no rounding of the average
+        # For β < 1, u ≥ τ_t holds exactly if u ≥ τ_{t−1}; for β = 1 it always holds (one evictee, Eq. 10). Comparing
+        # with τ_{t−1} avoids the rounding of the moving average.
         least = state.threshold - 1 if self.spec.beta < 1 else torch.full_like(self.required, -torch.inf)
         self.required.copy_(torch.where(self.pending, least, torch.inf))
 
     def commit_now(self) -> None:
-        """Carries out the staged merges by themselves, where no further step will (a new turn)."""
+        """Performs the staged merges immediately, without a decode step; used when the next input is a new turn's
+        block."""
         store = self.state.store
         for layer in range(len(store.capacities)):
             keys = store.keys(layer)
@@ -157,14 +165,14 @@ class PendingMerge:
         self.commit()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor held."""
+        """All tensors of the pending merge."""
         return [
             self.queries, self.key, self.value, self.score, self.pending, self.similarity, self.target, self.weight,
             self.required, self.inverse_norm, self.target_bias, self._cosine,
         ]  # fmt: skip
 
     def _weigh(self, layer: int) -> None:
-        """The weight of a layer's merges, 0 for an evictee that is not similar enough."""
+        """Sets the merge weights of a layer; 0 for an evictee whose similarity is below the threshold."""
         found = self.similarity[layer]
         if self.spec.per_layer:
             threshold = follow(self.state.threshold[layer], self._newest(found) + 1, self.spec.beta)
@@ -174,17 +182,20 @@ class PendingMerge:
         torch.mul(merge_weight(found), passed, out=self.weight[layer])
 
     def _merge_value(self, layer: int) -> None:
+        """Merges the evictees' values of a layer into their merge targets, in place."""
         store, share = self.state.store, self.weight[layer].unsqueeze(1)
         index = store.base[layer] + self.target[layer]
         store.write_values(index, torch.lerp(store.read_values(index), self.value[layer], share.to(store.dtype)))
 
     def _note_norms(self, slot: Tensor, keys: Tensor) -> None:
-        """Notes the norms of keys ``[layers, rows, d]`` that now stand in ``slot``."""
+        """Stores the inverse norms of the keys ``[layers, rows, d]`` that were written to the slots ``slot`` ``[layers,
+        rows]``."""
         norm = keys.float().norm(dim=-1, keepdim=True)
         self.inverse_norm.scatter_(2, slot[..., None], norm.clamp_min_(TINY).reciprocal_())
 
     def _newest(self, similarity: Tensor) -> Tensor:
-        """What the threshold follows: u itself, or its mean over the KV heads of a sequence."""
+        """The similarity that updates the threshold: u itself, or its mean over the KV heads of a sequence
+        (``per_layer``)."""
         if not self.spec.per_layer:
             return similarity
         grouped = similarity.view(*similarity.shape[:-1], -1, self.state.heads)
@@ -192,7 +203,8 @@ class PendingMerge:
 
 
 def merge_together(state: DecodeState, spec: MergeSpec, victims: Tensor) -> None:
-    """Merges the entries that a step evicts together, ``[layers, rows, n]``, right away."""
+    """Merges several entries per row that one step evicts, slots ``victims`` ``[layers, rows, n]``, immediately and in
+    place."""
     store = state.store
     for layer in range(victims.shape[0]):
         index = store.base[layer, :, None] + victims[layer]

@@ -1,8 +1,8 @@
-"""A decode step as PyTorch operators: the reference of every backend, and the one that serves everything.
+"""A decode step in PyTorch operators: the reference for every backend, and the fallback that handles every case.
 
-Here stands, for each kind of rule in ``d2obench.policies.base``, what a step does with its row of attention
-(:func:`observe`), which slot it frees (:func:`victims`), and what is still known when a conversation goes on
-(:func:`known`).
+For each kind of rule in ``d2obench.policies.base`` this module defines how a step updates its statistics from the
+step's attention (:func:`observe`), which slots it frees (:func:`victims`), and which statistics are still available
+when a conversation gets another turn (:func:`known`).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 
 class Backend:
-    """Decode steps of a state as PyTorch operators. Compiled backends replace what they do faster.
+    """Executes decode steps as PyTorch operators. Compiled backends override the methods they have faster code for.
 
     Args:
-        state: the slots; their tensors are worked on in place.
-        why: why no faster backend serves the state, in words; empty where there is none for its device.
+        state: the slots; its tensors are modified in place.
+        why: the reason why no compiled backend executes this state; empty if none exists for its device.
     """
 
     length_on_device = False
-    """Whether a growing cache's length is read from the device, so that a CUDA graph can replay a step."""
+    """Whether the length of a growing cache is read from a device tensor, so that a CUDA graph can replay a step."""
 
     def __init__(self, state: DecodeState, why: str = "") -> None:
         self.state, self.why = state, why
@@ -59,7 +59,7 @@ class Backend:
 
     @property
     def path(self) -> str:
-        """What executes a step, in the words of a result's decode path."""
+        """What executes a step, as text for the ``decode path`` field of a result."""
         return "PyTorch operators" + (f": {self.why}" if self.why else "")
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -94,12 +94,15 @@ class Backend:
         return mixed.view(query.shape[0], 1, query.shape[1], -1)
 
     def update(self) -> None:
-        """Everything between two steps of a bounded cache: commits the merge that was pending, lets the rule see the
-        step's attention and choose what to evict, merges or stages that, and reserves the slot for the next token."""
+        """Everything between two steps of a bounded cache: commits the pending merge, updates the rule's statistics
+        with the step's attention, chooses what to evict, merges or stages it, and reserves a slot for the next
+        token."""
         state, interval = self.state, self.state.policy.interval
+        # 1. finish the merge that the last step staged
         if state.merge is not None:
             with span("merge"):
                 state.merge.commit()
+        # 2. update the scores; every ``interval`` steps, choose the victims and merge or stage their entries
         with span("scores"):
             if state.tracks:
                 state.attention /= state.group
@@ -110,6 +113,7 @@ class Backend:
                 chosen = victims(state, state.rule)
             self._absorb(chosen)
             state.free_slots(chosen)
+        # 3. reserve the slot of the next token
         state.slot = state.free[..., place]
         state.reserve()
 
@@ -118,7 +122,8 @@ class Backend:
         return [self._logits, self._weights]
 
     def _absorb(self, chosen: Tensor) -> None:
-        """What becomes of the entries that leave, ``[layers, rows, interval]``."""
+        """Merges or stages the entries in the slots ``chosen`` ``[layers, rows, interval]``, or drops them if the
+        policy merges nothing."""
         state = self.state
         spec = state.merge_spec
         if isinstance(state.merge, PendingMerge):
@@ -132,7 +137,7 @@ class Backend:
 
 
 def begin(state: DecodeState, rule: DecodeRule | None, scores: list[Stats]) -> None:
-    """Sets the fields of the state that a rule works on, from the statistics of the kept entries."""
+    """Initialises the state's fields that a rule uses from the statistics of the kept entries."""
     match rule:
         case LowestScore():
             _fill(state.score, scores, "sum")
@@ -150,7 +155,7 @@ def begin(state: DecodeState, rule: DecodeRule | None, scores: list[Stats]) -> N
 
 
 def observe(state: DecodeState, rule: DecodeRule | None) -> None:
-    """What a rule does with the row of attention of a step."""
+    """Updates a rule's statistics with the attention of a step (``state.attention``)."""
     match rule:
         case LowestScore():
             state.score += state.attention
@@ -167,7 +172,7 @@ def observe(state: DecodeState, rule: DecodeRule | None) -> None:
 
 
 def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
-    """The slots that the next tokens take, ``[layers, rows, interval]``."""
+    """The slots that the next tokens will overwrite, ``[layers, rows, interval]``."""
     match rule:
         case LowestScore():
             score = state.score
@@ -180,7 +185,7 @@ def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
         case LatestAttention():
             layers, rows, width = state.attention.shape
             row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
-            # scores are 0 here but for empty and closed slots
+            # state.score is 0 here, except in empty and closed slots
             row = row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width)
             return lowest(state, state.score + row, 0)
         case MeanOfLowDeviation():
@@ -194,7 +199,7 @@ def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
 
 
 def known(state: DecodeState, rule: DecodeRule | None) -> Stats:
-    """The prompt statistics that a rule's fields still hold, ``[layers, rows, C]`` by name."""
+    """The prompt statistics that can still be read from a rule's fields, ``[layers, rows, C]`` by name."""
     match rule:
         case LowestScore():
             return {"sum": state.score}
@@ -219,24 +224,25 @@ def lowest(state: DecodeState, score: Tensor, recent: Tensor | int) -> Tensor:
 
 
 def oldest(state: DecodeState, start: Tensor | int) -> Tensor:
-    """Slots of the ``interval`` oldest tokens from position ``start`` on, ``[layers, rows, interval]``; EMPTY ones come
-    first."""
+    """Slots of the ``interval`` oldest tokens at positions ``start`` and above, ``[layers, rows, interval]``; EMPTY
+    slots come first."""
     kept = (state.position < EMPTY) | ((state.position >= 0) & (state.position < start))
     return lowest(state, state.position.float().masked_fill_(kept, NEVER), 0)
 
 
 def spread(state: DecodeState, spec: SpreadSpec, chosen: Tensor) -> None:
-    """CaM's merge: a value that leaves is now and then shared out among the values of the next slots of the ring."""
+    """CaM's merge: with a certain probability, divides an evicted value among the values in the next slots of the
+    ring."""
     assert isinstance(state.rule, Ring)
     store, first = state.store, state.rule.first[..., None]
     ring = state.usable[..., None] - first
-    # 1. the draw: the leaving token's attention against the mean of the younger ones
+    # 1. draw: the probability is the evicted token's attention ÷ the mean attention of the younger tokens
     born = state.position.gather(2, chosen)
     younger = state.position > born
     mean = (state.attention * younger).sum(-1, keepdim=True) / younger.sum(-1, keepdim=True)
     chance = (state.attention.gather(2, chosen) / mean).nan_to_num(0.0)
     share = (drawn(state.stream, born) < chance) & (born >= 0)
-    # 2. the next slots, those beyond the ring's length standing for the leaving one, which is overwritten anyway
+    # 2. choose the next slots; where the ring is shorter, use the evicted token's own slot, which will be overwritten
     step = torch.arange(1, min(spec.parts, state.position.shape[-1]) + 1, device=born.device)
     slots = torch.where(step < ring, first + (chosen - first + step) % ring, chosen)
     index, leaving = store.base[..., None] + slots, store.base[..., None] + chosen
@@ -246,13 +252,15 @@ def spread(state: DecodeState, spec: SpreadSpec, chosen: Tensor) -> None:
 
 
 def _lowest_mean(state: DecodeState, rule: MeanOfLowDeviation) -> Tensor:
-    """RoCo's victim: the lowest mean among the entries of low deviation."""
+    """RoCo's victim: the entry of lowest mean attention among those of low deviation, slots ``[layers, rows,
+    interval]``."""
     now = state.now[None, :, None]
-    # 1. deviations, with the newest tokens' and the closed slots' above all others and those of empty slots below
+    # 1. deviations: infinite for the newest tokens and closed slots, −1 for empty slots
     mean, deviation = moments(state.score, state.square, (now - state.position + 1).clamp_min(1))
     deviation.masked_fill_(state.position > now - rule.newest[..., None], torch.inf)
     deviation.masked_fill_(state.score == -NEVER, -1.0).masked_fill_(state.score == NEVER, torch.inf)
-    # 2. all but the safe ones are candidates; the slot that holds the newest token makes one more than the budget
+    # 2. the ``safe`` entries of highest deviation are no candidates; ``usable`` is one more than the budget, because of
+    # the newest token's slot
     candidates = (state.usable - rule.safe)[..., None]
     mean.masked_fill_(places(deviation, descending=False) >= candidates, torch.inf)
     slots = lowest(state, mean, 0)

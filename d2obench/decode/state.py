@@ -1,12 +1,12 @@
-"""The decode state: what is in every slot, what a step overwrites next, and the sequence of a step.
+"""The decode state: the content of every slot, the slot that the next token will overwrite, and the order of a step.
 
-One step, for every compressed layer: the new key and value go to the slot that the last step freed (``write``),
-attention runs over the layer's slots, and the row of attention (mean over the query heads of a KV head) is left in
-``attention`` (``attend``). After the last layer ``advance`` lets the policy's rule choose, for all layers at once, the
-slot that the next token takes. A slot chosen so is an eviction. There is no concatenation, no reallocation and no
-synchronisation with the host.
+A step does this in every compressed layer: ``write`` puts the new key and value into the slot that the previous step
+freed; ``attend`` computes attention over the layer's slots and leaves the attention weights (mean over the query heads
+of a KV head) in ``attention``. After the last layer, ``advance`` lets the policy's rule choose, for all layers at once,
+the slot that the next token will overwrite, which evicts the entry in it. Nothing is concatenated or reallocated, and
+the host never waits for the device.
 
-The state is data; a backend (``d2obench.decode.backend``) works on it.
+The state holds data only; a backend (``d2obench.decode.backend``) computes.
 """
 
 from __future__ import annotations
@@ -31,41 +31,42 @@ if TYPE_CHECKING:
 
 
 class DecodeState:
-    """Slots of all compressed layers of one batch.
+    """Slots of all compressed layers for one batch.
 
     Args:
         store: keys and values.
         position: int32 ``[layers, rows, C]``, true position of each slot's token, or EMPTY, or CLOSED.
         now: int32 ``[rows]``, position of the last token of each row's sequence.
-        policy: chooses the slots.
+        policy: the policy whose rule chooses the slots to overwrite.
         heads: KV heads per sequence; rows = batch × heads.
         group: query heads per KV head.
-        prompts: slots of each layer that the prompt takes.
-        grows: tokens are appended and nothing is evicted.
-        seed: for policies that draw.
-        rotary: float32 ``[r/2]``, angle per position of each rotary pair; None if it isn't constant.
-        first_layer: the model's index of the first of these layers, and
-        first_head: of a row's first KV head; for policies that draw.
+        prompts: number of slots that the prompt occupies in each layer.
+        grows: whether tokens are appended and nothing is evicted.
+        seed: seed for policies that draw random numbers.
+        rotary: float32 ``[r/2]``, rotation angle per position of each rotary pair; None if the angles depend on the
+            length.
+        first_layer: index in the model of the first of these layers, for policies that draw random numbers.
+        first_head: index in the model of the first KV head, likewise.
 
     Attributes:
-        rule: how a step chooses what to evict, and
-        merge_spec: what becomes of that; both as the policy declares them, None in a growing cache.
-        merge: the pending merge, for a D2O that evicts one entry at a time.
-        score: float32 ``[layers, rows, C]``, what the rule compares; NEVER and −NEVER for slots that can't or must be
-            taken.
+        rule: how a step chooses what to evict, as the policy declares it; None in a growing cache.
+        merge_spec: how evicted entries are merged, as the policy declares it; None in a growing cache.
+        merge: the pending merge, if D2O evicts one entry at a time.
+        score: float32 ``[layers, rows, C]``, the number that the rule compares; NEVER for slots that must not be
+            overwritten, −NEVER for slots that must be overwritten first.
         square: sums of squared attention, for the rule that needs them.
-        attention: float32 ``[layers, rows, C]``, the row of attention of the last step (its sum over the query heads of
+        attention: float32 ``[layers, rows, C]``, attention weights of the last step (their sum over the query heads of
             a KV head until the step ends, then their mean).
-        threshold: float32 ``[layers, rows]``, the similarity that a merge needs; −inf before the first eviction.
-        merged: entries merged and
-        evicted: entries evicted so far while decoding, int64 ``[layers]``.
+        threshold: float32 ``[layers, rows]``, the similarity required for a merge; −inf before the first eviction.
+        merged: entries merged during decoding, int64 ``[layers]``.
+        evicted: entries evicted during decoding, int64 ``[layers]``.
         usable: slots of each row that are not CLOSED, ``[layers, rows]``.
-        bias: −inf for slots that attention must not see; None where all hold something.
-        free: the slots of the next ``interval`` tokens, int64 ``[layers, rows, interval]``.
-        slot: that of the next one, ``[layers, rows]``, and
-        target: its line in the store.
-        stream: what the draws of a row begin with, int64 ``[layers, rows, 1]``.
-        extra: what a policy with a rule of its own keeps.
+        bias: −inf for slots that attention must not see; None if all slots are filled.
+        free: slots of the next ``interval`` tokens, int64 ``[layers, rows, interval]``.
+        slot: slot of the next token, ``[layers, rows]``.
+        target: row of that slot in the store's flat tensors, ``[layers, rows]``.
+        stream: hash state that the random numbers of a row start from, int64 ``[layers, rows, 1]``.
+        extra: tensors of a policy with a :class:`Custom` rule, by name.
     """
 
     def __init__(
@@ -110,18 +111,18 @@ class DecodeState:
         self._query_shape = (batch, heads * group, 1, key_width)
         self.backend: Backend
         self.fallback = ""
-        """Why a fast path of the device, for decoding or for the prompt, was not taken; in words."""
+        """The reason why the device's fast path, for decoding or for the prompt, was not used; empty if it was."""
 
     def start(self, memory: Sequence[dict[str, Tensor]] = (), scores: list[Stats] | None = None) -> None:
-        """Called once the kept entries are in place.
+        """Prepares decoding; called once the kept entries are in their slots.
 
         Args:
             memory: what the policy's ``absorb`` returned, per layer.
-            scores: the statistics of the kept entries, per layer, ``[B, H, C]``; None where everything was kept.
+            scores: statistics of the kept entries, per layer, ``[B, H, C]``; None if everything was kept.
         """
         unused, spare = self.position < 0, self.policy.interval
         held = (self.position >= 0).sum(-1)
-        # 1. the rule, and the fields it works on
+        # 1. the rule and the fields that it uses
         for layer, remembered in enumerate(memory):
             if "threshold" in remembered and isinstance(self.merge_spec, MergeSpec):
                 self.threshold[layer] = remembered["threshold"].flatten()
@@ -134,7 +135,7 @@ class DecodeState:
             self.score.masked_fill_(unused, -NEVER).masked_fill_(self.position == CLOSED, NEVER)
         if isinstance(self.merge_spec, MergeSpec) and spare == 1:
             self.merge = PendingMerge(self, self.merge_spec)
-        # 2. what attention must not see
+        # 2. hide empty slots from attention
         full = self.prompts if self.grows else [capacity - spare for capacity in self.store.capacities]
         whole = bool((held == torch.tensor(full, device=held.device)[:, None]).all())
         slots = torch.arange(self.position.shape[-1], device=held.device)
@@ -143,7 +144,7 @@ class DecodeState:
         if not whole or (spare > 1 and not self.grows):
             bias = torch.zeros(self.position.shape, dtype=self.store.dtype, device=held.device)
             self.bias = bias.masked_fill_(unused, -torch.inf)
-        # 3. the slots of the first tokens
+        # 3. choose the slots of the first decoded tokens
         if self.grows:
             self._append()
         else:
@@ -156,11 +157,11 @@ class DecodeState:
         self._choose()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Puts the new token's key and value ``[B, H, 1, d]`` into the layer's freed slots.
+        """Writes the new token's key and value ``[B, H, 1, d]`` to the layer's freed slots.
 
         Raises:
-            ModelError: tensors of another shape, dtype or device than the slots, or no slot left. Compiled backends
-                trust their addresses, so all is checked here.
+            ModelError: the shape, dtype or device differs from the slots', or no slot is left. Everything is checked
+                here, because compiled backends use raw addresses.
         """
         for held, shape in ((keys, self._key_shape), (values, self._value_shape)):
             if held.shape != shape or held.dtype != self.store.dtype or held.device != self.now.device:
@@ -188,7 +189,7 @@ class DecodeState:
         return self.backend.attend(layer, query, scale)
 
     def advance(self) -> None:
-        """Ends a step: the rule sees its attention and frees the slot of the next token."""
+        """Ends a step: the rule reads the step's attention and frees the slot of the next token."""
         self.count()
         self.now += 1
         if self.grows:
@@ -197,25 +198,25 @@ class DecodeState:
             self.backend.update()
 
     def count(self) -> None:
-        """Counts a step on the host: all of a step that replaying a graph of it leaves out."""
+        """Updates the host's counters for one step; the only part of a step that a replayed CUDA graph does not do."""
         self.steps += 1
         self.added += self.grows
 
     @property
     def decode_path(self) -> str:
-        """What executes a step, in the words of a result's decode path."""
+        """What executes a step, as text for the ``decode path`` field of a result."""
         return self.backend.path
 
     def observe_inherited(self) -> None:
-        """What the rule that a policy's own one is built on does with a row of attention."""
+        """Updates the statistics of the rule that a :class:`Custom` rule is based on (``Custom.inherited``)."""
         reference.observe(self, _inherited(self.rule))
 
     def inherited_victims(self) -> Tensor:
-        """The slots that the rule which a policy's own one is built on would free."""
+        """The slots that the rule which a :class:`Custom` rule is based on would free."""
         return reference.victims(self, _inherited(self.rule))
 
     def known(self) -> Stats:
-        """The prompt statistics that the slots still know, ``[layers, rows, C]`` by name."""
+        """The prompt statistics that can still be read from the slots, ``[layers, rows, C]`` by name."""
         return reference.known(self, self.rule)
 
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
@@ -234,7 +235,8 @@ class DecodeState:
         return (self.position >= 0) & ~newest & ~self.score.isinf()
 
     def free_slots(self, slots: Tensor) -> None:
-        """Evicts ``[layers, rows, interval]``; what is not overwritten before the next attention is hidden from it."""
+        """Evicts the entries in ``slots`` ``[layers, rows, interval]``. Slots that are not overwritten before the next
+        attention are hidden from it."""
         self.free.copy_(slots)
         self.slot = self.free[..., 0]
         self.evicted += (self.position.gather(2, slots) >= 0).sum((1, 2))
@@ -245,7 +247,7 @@ class DecodeState:
                 self.score.scatter_(2, slots, -NEVER)
 
     def reserve(self) -> None:
-        """Reserves the freed slot for the token to come."""
+        """Reserves the freed slot for the next token."""
         at = self.slot[..., None]
         self.position.scatter_(2, at, (self.now + 1)[None, :, None].expand(*self.slot.shape, 1))
         torch.add(self.store.base, self.slot, out=self.target)
@@ -255,7 +257,7 @@ class DecodeState:
             self.bias.scatter_(2, at, 0.0)
 
     def where(self) -> Tensor:
-        """True position of what each slot holds, ``[layers, rows, C]``; negative where it holds nothing."""
+        """True position of the token in each slot, ``[layers, rows, C]``; negative for a slot without one."""
         if not self.grows:
             return torch.where(self.position > self.now[None, :, None], EMPTY, self.position)
         position = self.position.clone()
@@ -265,8 +267,9 @@ class DecodeState:
         return position
 
     def skip(self, tokens: int) -> None:
-        """Moves on as if ``tokens`` more had been decoded: a growing cache is filled with copies of its entries, a
-        bounded one only sees later positions. For sampled decode; contents are stand-ins, sizes are true."""
+        """Advances the state as if ``tokens`` more had been decoded, for sampled decoding (``--decode sampled``). A
+        growing cache is filled with copies of its entries; a bounded one only gets later positions. Sizes are correct,
+        contents are placeholders."""
         self.now += tokens
         if not self.grows:
             return
@@ -275,18 +278,21 @@ class DecodeState:
         self._append()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor beside keys and values, for snapshots and for counting bytes."""
+        """Every tensor except keys and values, for snapshots and for counting bytes."""
         return [*self._living(), *self.store.work(), *self.backend.tensors()]
 
     def snapshot(self) -> tuple[Any, ...]:
-        """A copy of what decoding changes; work buffers are left out."""
+        """A copy of everything that decoding changes, for :meth:`restore`; work buffers are not copied."""
         return self.store.snapshot(), [tensor.clone() for tensor in self._living()], self.added, self.steps
 
     def restore(self, saved: tuple[Any, ...]) -> None:
-        """Brings back a :meth:`snapshot`, in place."""
+        """Copies the contents of a :meth:`snapshot` back, in place, so that addresses held by backends and graphs stay
+        valid."""
+        # 1. keys and values, then every tensor that a step changes
         self.store.restore(saved[0])
         for tensor, old in zip(self._living(), saved[1], strict=True):
             tensor.copy_(old)
+        # 2. the host's counters, and what is derived from them
         self.added, self.steps = saved[2], saved[3]
         if self.grows:
             self._append()
@@ -294,7 +300,7 @@ class DecodeState:
             self.slot = self.free[..., self.steps % self.policy.interval]
 
     def extend(self, tokens: int) -> None:
-        """Makes room for ``tokens`` more in a growing cache, by one copy."""
+        """Adds ``tokens`` slots to a growing cache; copies the cache once."""
         self.store = self.store.extended(tokens)
         layers, rows, width = self.position.shape
         position = torch.full((layers, rows, width + tokens), EMPTY, dtype=self.position.dtype, device=self.now.device)
@@ -306,18 +312,18 @@ class DecodeState:
         self._choose()
 
     def retract(self, tokens: int) -> None:
-        """Takes back the last ``tokens`` that were decoded into a growing cache, at most ``added``."""
+        """Removes the last ``tokens`` tokens that were decoded into a growing cache, at most ``added``."""
         with torch.inference_mode(self.now.is_inference()):
             self.now -= tokens
             self.added -= tokens
             self._append()
 
     def select(self, sequences: Tensor) -> DecodeState:
-        """The same state for other sequences, for beams, parallel samples and copies.
+        """A copy of this state for other sequences: beams, parallel samples, or copies of a sequence.
 
         Args:
-            sequences: int64 ``[B']``, the sequence of this state that each one of the new state goes on with. All that
-                is known of its rows goes along: entries, scores, thresholds, draws, a pending merge.
+            sequences: int64 ``[B']``; sequence i of the new state continues sequence ``sequences[i]`` of this one. Its
+                entries, scores, thresholds, random numbers and pending merge are copied.
         """
         sequences = sequences.to(self.now.device)
         old, rows = (
@@ -354,10 +360,11 @@ class DecodeState:
         return found
 
     def held(self) -> Tensor:
-        """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token doesn't count."""
+        """Entries held per layer and row, ``[layers, rows]``; the slot freed for the next token is not counted."""
         return (self.position >= 0).sum(-1) + (self.added if self.grows else -1)
 
     def _living(self) -> list[Tensor]:
+        """The tensors that a decode step changes, except keys and values."""
         own = [self.position, self.now, self.attention, self.score, self.square, self.free, self.target]
         own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
         own += [] if self.bias is None else [self.bias]
@@ -384,7 +391,7 @@ def _inherited(rule: DecodeRule | None) -> DecodeRule | None:
 
 
 def _picked_rule(rule: DecodeRule | None, picked: Callable[[Tensor], Tensor]) -> DecodeRule | None:
-    """A rule whose figures of rows are those of the rows that ``picked`` picks."""
+    """The rule with its per-row tensors restricted to the rows that ``picked`` selects."""
     if isinstance(rule, Custom):
         return dataclasses.replace(rule, inherited=_picked_rule(rule.inherited, picked))
     if rule is None:
@@ -395,5 +402,6 @@ def _picked_rule(rule: DecodeRule | None, picked: Callable[[Tensor], Tensor]) ->
 
 
 def capacities(budgets: Tensor, spare: int) -> Sequence[int]:
-    """Slots per layer for budgets ``[layers, B]``: the largest of the batch and what comes before it is evicted."""
+    """Slots per layer for budgets ``[layers, B]``: the largest budget of the batch plus ``spare`` slots for new
+    tokens."""
     return [int(most) + spare for most in budgets.amax(1).tolist()]

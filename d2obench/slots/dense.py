@@ -1,14 +1,14 @@
-"""Slots: where the keys and values of all compressed layers live, and what is known of each slot.
+"""Slots: the storage of the keys and values of all compressed layers, and what is known about each slot.
 
-Design. All layers share one flat tensor of rows for the keys and one for the values; layer ℓ owns a run of
-``B·H·C_ℓ`` rows, seen as ``[B·H, C_ℓ, d]``. A decode step overwrites one row per layer, sequence and KV head, so
-nothing is concatenated or moved, and what is done to "one slot in every layer" (fetch the evicted key, write back
-a merge target) is a single indexed operation for the whole model. What policies know of a slot (its token's position,
-its score) is stacked over layers too, ``[layers, B·H, C]`` with ``C = max C_ℓ``.
+Design. All layers share one flat tensor of rows for the keys and one for the values; layer ℓ owns a contiguous range of
+``B·H·C_ℓ`` rows, viewed as ``[B·H, C_ℓ, d]``. A decode step overwrites one row per layer, sequence and KV head, so
+nothing is concatenated or moved, and an operation on "one slot in every layer" (read the evicted key, write a merge
+target) is a single indexed operation for the whole model. What policies know about a slot (its token's position, its
+score) is also stacked over layers, ``[layers, B·H, C]`` with ``C = max C_ℓ``.
 
-A slot is filled, ``EMPTY`` (it will take a token, and is the first choice of every eviction) or ``CLOSED`` (never used,
-because the layer or the sequence has fewer slots than the largest one). Attention does not depend on the order of
-slots: keys carry their rotary position.
+A slot is filled, ``EMPTY`` (it will hold a token later, and every eviction chooses it first) or ``CLOSED`` (never used,
+because its layer or sequence has fewer slots than the largest one). Attention does not depend on the order of slots,
+because rotary positions are already applied to the keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ EMPTY, CLOSED = -1, -2
 NEVER = float("inf")
 """Score of a slot that must not be evicted: a sink or a closed slot."""
 PROTECTED = 3e38
-"""Score shown for a token of the recent window: evicted only when nothing but sinks is left."""
+"""Score assigned to tokens of the recent window while choosing a victim: one is evicted only if nothing but sinks is
+left."""
 
 
 class DenseStore:
@@ -34,9 +35,10 @@ class DenseStore:
     Args:
         capacities: slots per KV head of each layer, ``C_ℓ``.
         rows: batch × KV heads.
-        widths: head dim of keys and of values.
-        parts: a list of all layers' keys ``[rows, n, d]`` and one of their values, to begin with. Both are emptied
-            while the storage is filled, keys before values are allocated, so that little exists twice.
+        widths: head dimension of keys and of values.
+        parts: optional initial contents: a list of all layers' keys ``[rows, n, d]`` and a list of their values. The
+            lists are emptied as their tensors are copied, and keys are copied before memory for values is allocated, so
+            that little exists twice.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class DenseStore:
         starts = torch.tensor(self.offsets[:-1], device=device)[:, None]
         strides = torch.tensor(self.capacities, device=device)[:, None]
         self.base = starts + strides * torch.arange(rows, device=device)
-        """Row of slot 0 of each layer, sequence and head, ``[layers, rows]``."""
+        """Row index of slot 0 of each layer, sequence and head, ``[layers, rows]``."""
         self._allocate()
 
     def _allocate(self) -> None:
@@ -76,7 +78,7 @@ class DenseStore:
         return self._view(self.value_rows, layer)
 
     def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Overwrites the rows ``index`` (any shape ``[…]``) of a layer by keys and values ``[…, d]``."""
+        """Overwrites the rows ``index`` (any shape ``[…]``) of a layer with keys and values ``[…, d]``."""
         flat = index.reshape(-1)
         self.key_rows.index_copy_(0, flat, keys.reshape(-1, self.widths[0]))
         self.value_rows.index_copy_(0, flat, values.reshape(-1, self.widths[1]))
@@ -98,13 +100,13 @@ class DenseStore:
         return self.value_rows.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
-        """Writes the first ``n`` slots of a layer from ``[rows, n, d]``; ``real`` ``[rows, n]`` tells what of it means
-        something."""
+        """Writes ``[rows, n, d]`` to the first ``n`` slots of a layer; ``real`` ``[rows, n]`` marks those that hold an
+        entry."""
         self.keys(layer)[:, : keys.shape[1]] = keys
         self.values(layer)[:, : values.shape[1]] = values
 
     def repeat(self, filled: Sequence[int], tokens: int) -> None:
-        """Fills ``tokens`` slots after the first ``filled`` ones of each layer with copies of those, as stand-ins."""
+        """Fills ``tokens`` slots after the first ``filled`` ones of each layer with copies of them, as placeholders."""
         for layer, count in enumerate(filled):
             for held in (self.keys(layer), self.values(layer)):
                 for start in range(count, count + tokens, count):
@@ -112,23 +114,23 @@ class DenseStore:
                     held[:, start : start + size] = held[:, :size]
 
     def work(self) -> list[Tensor]:
-        """Buffers beside the storage."""
+        """Work buffers that are needed besides the storage."""
         return []
 
     @property
     def bytes(self) -> int:
-        """Bytes of storage held."""
+        """Bytes of storage."""
         return self.key_rows.untyped_storage().nbytes() + self.value_rows.untyped_storage().nbytes()
 
     def extended(self, slots: int) -> DenseStore:
-        """A store with ``slots`` more in every layer and the same contents."""
+        """A store with ``slots`` more slots in every layer and the same contents."""
         larger = type(self)([c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device)
         for layer in range(len(self.capacities)):
             larger.fill(layer, self.keys(layer), self.values(layer))
         return larger
 
     def selected(self, rows: Tensor) -> DenseStore:
-        """A store whose rows are copies of the rows ``rows``, int64 ``[n]``, of this one; some may come twice."""
+        """A store with copies of the rows ``rows``, int64 ``[n]``, of this one; an index may occur twice."""
         found = type(self)(self.capacities, rows.numel(), self.widths, self.dtype, self.device)
         for layer in range(len(self.capacities)):
             found.fill(layer, self.keys(layer)[rows], self.values(layer)[rows])
@@ -139,7 +141,7 @@ class DenseStore:
         return self.key_rows.clone(), self.value_rows.clone()
 
     def restore(self, saved: tuple[Any, ...]) -> None:
-        """Brings back what :meth:`snapshot` saved, in place."""
+        """Copies the contents saved by :meth:`snapshot` back, in place."""
         self.key_rows.copy_(saved[0])
         self.value_rows.copy_(saved[1])
 

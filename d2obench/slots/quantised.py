@@ -1,20 +1,21 @@
-"""Slots in 8 or 4 bits: keys per channel, values per token (KIVI, arXiv 2402.02750), asymmetric, really packed.
+"""Slots in 8 or 4 bits: keys per channel, values per token (KIVI, arXiv 2402.02750), asymmetric, bit-packed.
 
-Design. Outliers of keys sit in channels, so a key's channel is scaled together with the same channel of its ``GROUP``
-neighbouring slots (at the prompt's end: neighbours in time); a value is scaled by itself, ``GROUP`` channels together.
-Numbers are uint8, two to a byte at 4 bits (channel i in the low half, channel i + d/2 in the high one, so that a slot
-is always whole bytes); scale and zero point are float16. A layer is dequantised into a work buffer that all layers
-share, right before its attention.
+Design. The outliers of keys are concentrated in channels, so a key's channel shares its scale with the same channel of
+the ``GROUP`` neighbouring slots (neighbours in time, at the prompt's end); a value is scaled by itself, in parts of
+``GROUP`` channels. Numbers are stored as uint8, two per byte at 4 bits (channel i in the low half, channel i + d/2 in
+the high half, so that a slot is always whole bytes); scale and zero point are float16. A layer is dequantised right
+before its attention, into a work buffer that all layers share.
 
-How a decoded token's key gets in. A *growing* cache does what KIVI does: the last, unfinished group is kept in the
-model's dtype and quantised when it is full; groups end where the prompt ends, so that padding on the left changes
-nothing. (KIVI also keeps as many values; here they are quantised at once.) In a
-*bounded* cache a token takes some evicted token's slot anywhere, between neighbours read long before it. Where its key
-is outside the range of that group, the range is widened and the group coded again; elsewhere nothing changes, bit by
-bit. Ranges never shrink, but refilling a layer sets them anew. (Clamping to the prompt's ranges instead loses the keys:
-rotary positions move the slow channels out of them. On SmolLM2-135M with h2o at a ratio of 0.4, prompts of 256 tokens,
-the mean KL to the full cache over 4 × 48 decoded tokens is 0.12 without quantisation, 0.12 with 8 and 0.13 with 4 bits;
-clamped it is 0.35 and 0.36.) A group that the prompt left incomplete takes its range from the last ``GROUP`` entries.
+How a decoded token's key is stored. A *growing* cache does what KIVI does: the last, incomplete group is kept in the
+model's dtype and quantised when it is full; groups are aligned to the prompt's end, so that padding on the left changes
+nothing. (KIVI also keeps as many values unquantised; here values are quantised at once.) In a *bounded* cache a token
+overwrites an evicted token's slot anywhere, between neighbours that were read long before it. If its key is outside the
+group's range, the range is widened and the group is requantised; all other groups stay identical bit by bit. Ranges
+never shrink, except when a layer is filled again. (Clamping to the prompt's ranges instead loses the keys, because
+rotary positions move the slow channels out of them. On SmolLM2-135M with h2o at a ratio of 0.4 and prompts of 256
+tokens, the mean KL to the full cache over 4 × 48 decoded tokens is 0.12 without quantisation, 0.12 with 8 and 0.13 with
+4 bits; with clamping it is 0.35 and 0.36.) A group that the prompt left incomplete takes its range from the last
+``GROUP`` entries.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ LEAST_SCALE = 1e-7
 
 
 class QuantStore(DenseStore):
-    """Keys and values in few bits, behind the interface of :class:`DenseStore`.
+    """Keys and values in 8 or 4 bits, with the interface of :class:`DenseStore`.
 
     Args:
         bits: 8 or 4.
         grows: whether slots are filled in order and never overwritten.
 
-    The others are those of :class:`DenseStore`. Head dims must be even.
+    The other arguments are those of :class:`DenseStore`. Head dimensions must be even.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class QuantStore(DenseStore):
         self.key_rows, self.value_rows = (
             torch.zeros(total, width * self.bits // 8, dtype=torch.uint8, device=device) for width in self.widths
         )
-        # a growing cache's groups end where its prompt ends: one more may be begun on the left
+        # the groups of a growing cache are aligned to the prompt's end, so an incomplete one may be needed on the left
         groups = [-(-capacity // GROUP) + self.grows for capacity in self.capacities]
         starts = [self.rows * sum(groups[:i]) for i in range(len(groups) + 1)]
         self.key_ranges = torch.zeros(starts[-1], 2, self.widths[0], dtype=torch.float16, device=device)
@@ -77,7 +78,7 @@ class QuantStore(DenseStore):
         self._keys, self._values = (torch.empty(most * width, dtype=self.dtype, device=device) for width in self.widths)
 
     def keys(self, layer: int) -> Tensor:
-        """Keys of a layer, ``[rows, C_ℓ, d]``, in a buffer that the next call overwrites."""
+        """Keys of a layer, ``[rows, C_ℓ, d]``, in a buffer that the next call for any layer overwrites."""
         codes, ranges = self._view(self.key_rows, layer), self._ranges(layer)
         out = self._keys[: codes.shape[0] * codes.shape[1] * self.widths[0]].view(*codes.shape[:2], -1)
         numbers, count, shift = self._unpack(codes), codes.shape[1], self.shift[layer]
@@ -95,13 +96,13 @@ class QuantStore(DenseStore):
         return out
 
     def values(self, layer: int) -> Tensor:
-        """Values of a layer, ``[rows, C_ℓ, d_v]``, in a buffer that the next call overwrites."""
+        """Values of a layer, ``[rows, C_ℓ, d_v]``, in a buffer that the next call for any layer overwrites."""
         codes, ranges = self._view(self.value_rows, layer), self._view(self.value_ranges, layer)
         out = self._values[: codes.shape[0] * codes.shape[1] * self.widths[1]].view(*codes.shape[:2], -1)
         return out.copy_(self._values_of(codes, ranges))
 
     def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Takes in the new token's key and value of one layer."""
+        """Writes the new token's key and value of one layer to the rows ``index``."""
         self.write_values(index, values)
         if not self.grows:
             self.write_keys(index, keys)
@@ -113,7 +114,7 @@ class QuantStore(DenseStore):
             self._close(layer, slot // GROUP, self.open[layer])
 
     def write_keys(self, index: Tensor, keys: Tensor) -> None:
-        """Overwrites keys, at most one of a group; a range that doesn't reach them is widened."""
+        """Overwrites keys, at most one per group; widens a group's range if the new key lies outside it."""
         flat, new = index.reshape(-1), keys.reshape(-1, self.widths[0]).float()
         group, members = self._group(flat)
         scale, zero = self.key_ranges.index_select(0, group).float().unbind(1)
@@ -125,7 +126,7 @@ class QuantStore(DenseStore):
         self.key_rows.index_copy_(0, flat, self._pack((new - wide_zero) / wide_scale))
 
     def write_values(self, index: Tensor, values: Tensor) -> None:
-        """Overwrites values, each with a range of its own."""
+        """Overwrites values; each has its own range."""
         flat = index.reshape(-1)
         codes, ranges = self._coded_values(values.reshape(len(flat), -1))
         self.value_rows.index_copy_(0, flat, codes)
@@ -145,7 +146,8 @@ class QuantStore(DenseStore):
         return read.to(self.dtype).view(*index.shape, -1)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
-        """Quantises the first ``n`` slots of a layer from ``[rows, n, d]``, with new ranges over what is ``real``."""
+        """Quantises ``[rows, n, d]`` into the first ``n`` slots of a layer; new ranges are computed from the ``real``
+        entries."""
         rows, count = keys.shape[:2]
         codes, spans = self._coded_values(values)
         self._view(self.value_rows, layer)[:, :count] = codes
@@ -177,20 +179,20 @@ class QuantStore(DenseStore):
         self._view(self.key_rows, layer)[:, :count] = codes[:, before : before + count]
 
     def repeat(self, filled: Sequence[int], tokens: int) -> None:
-        """Counts ``tokens`` more slots as filled; what stands in them is a stand-in anyway."""
+        """Counts ``tokens`` more slots as filled; their contents are placeholders and stay as they are."""
         self.filled = [count + tokens for count in self.filled]
 
     def work(self) -> list[Tensor]:
-        """The buffers that layers are dequantised into."""
+        """The buffers into which layers are dequantised."""
         return [self._keys, self._values]
 
     @property
     def bytes(self) -> int:
-        """Bytes of storage held, scales and zero points included."""
+        """Bytes of storage, including scales and zero points."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._held())
 
     def extended(self, slots: int) -> QuantStore:
-        """A store with ``slots`` more in every layer and the same contents."""
+        """A store with ``slots`` more slots in every layer and the same contents."""
         larger = QuantStore(
             [c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device, self.bits, self.grows
         )
@@ -225,16 +227,17 @@ class QuantStore(DenseStore):
         return [tensor.clone() for tensor in self._held()], list(self.filled)
 
     def restore(self, saved: tuple[Any, ...]) -> None:
-        """Brings back what :meth:`snapshot` saved, in place."""
+        """Copies the contents saved by :meth:`snapshot` back, in place."""
         for tensor, old in zip(self._held(), saved[0], strict=True):
             tensor.copy_(old)
         self.filled = list(saved[1])
 
     def _held(self) -> list[Tensor]:
+        """The tensors that make up the contents."""
         return [self.key_rows, self.value_rows, self.key_ranges, self.value_ranges, self.open]
 
     def _close(self, layer: int, group: int, keys: Tensor) -> None:
-        """Quantises a whole group ``[rows, GROUP, d]``."""
+        """Quantises a complete group ``[rows, GROUP, d]`` of keys."""
         ranges = self._range(keys.amin(1).float(), keys.amax(1).float(), 1)
         self._ranges(layer)[:, group] = ranges
         scale, zero = ranges.float().unbind(1)

@@ -1,5 +1,6 @@
-"""One layer's attention of a decode step as a compiled loop (numba). Importing this compiles it, or reads numba's
-cache."""
+"""Attention of one layer in a decode step, as a compiled loop (numba). Importing this module compiles the loop, or
+loads it from numba's cache. A *lane* in this file is one query vector of a row: a query head, or the evictee's unit
+vector."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from d2obench.cpu.language import (
 from d2obench.decode.cpu.merge import copy, merge_value
 
 KEYS, VALUES = 48, 64
-"""Slots whose keys, or values, stay in a core's first cache while all query heads of the group see them."""
+"""Number of slots whose keys (or values) fit a core's first-level cache while all query heads of the group use them."""
 _dots1, _dots2, _dots3, _dots4, _dot = dots(4, 1), dots(4, 2), dots(4, 3), dots(3, 4), dots(1, 1)
 _blend1, _blend2, _blend3, _blend4 = blend(1), blend(2), blend(3), blend(4)
 
@@ -87,7 +88,7 @@ def _mix(values: int, weights: int, out: int, count: int, lanes: int, width: int
 
 @njit(**LOOP)
 def _softmax(logits: Any, bias: Any, scale: Any, count: int) -> Any:
-    """Logits become weights in place, with the highest at 1; the inverse of their sum."""
+    """Turns logits into softmax weights in place, unnormalised (the largest is 1); returns 1 ÷ their sum."""
     if len(bias):
         for slot in range(count):
             logits[slot] = logits[slot] * scale + bias[slot]
@@ -103,13 +104,13 @@ def _softmax(logits: Any, bias: Any, scale: Any, count: int) -> Any:
 
 
 class AttendArguments(Arguments):
-    """All of one layer; an item is a row.
+    """Arguments of the loop for one layer; a work item is one row.
 
-    ``query``, ``new_key``, ``new_value`` and ``out`` are the step's; ``keys`` and ``values`` have ``capacity`` slots a
-    row, of which ``filled`` are in use; ``group`` is query heads of a row, ``width`` and ``value_width`` its channels.
-    ``bias`` and ``attention`` (0 for none), ``inverse_norm`` and ``target_bias`` have ``stride`` numbers a row.
-    ``scratch`` has ``scratch_row`` floats a row. From ``merging`` on: D2O's pending merge, see
-    ``d2obench.decode.merge.PendingMerge``.
+    ``query``, ``new_key``, ``new_value`` and ``out`` belong to the current step. ``keys`` and ``values`` have
+    ``capacity`` slots per row, of which ``filled`` are in use. ``group`` is the number of query heads per row;
+    ``width`` and ``value_width`` are the channels of a key and of a value. ``bias`` and ``attention`` (0 if unused),
+    ``inverse_norm`` and ``target_bias`` have ``stride`` numbers per row. ``scratch`` has ``scratch_row`` floats per
+    row. The fields from ``merging`` on describe D2O's pending merge, see ``d2obench.decode.merge.PendingMerge``.
     """
 
     _fields_ = (
@@ -127,7 +128,7 @@ RECORD = record_of(AttendArguments)
 
 
 def _flops(a: Any) -> int:
-    """Of the products with keys, an evictee's among them, and with values."""
+    """Operations of the products with keys (including a staged evictee's) and with values."""
     found: int = 2 * a.items * a.filled * ((a.group + a.merging) * a.width + a.group * a.value_width)
     return found
 
@@ -142,12 +143,12 @@ def _attend(given: Any) -> None:
         row = next_item(given)
         if row < 0:
             return
-        # 1. the new token is written to its slot
+        # 1. write the new token to its slot
         slot = targets[row] - bases[row]
         own_keys, own_values = a.keys + 4 * row * capacity * width, a.values + 4 * row * capacity * value_width
         copy(a.new_key + 4 * row * width, own_keys + 4 * slot * width, width)
         copy(a.new_value + 4 * row * value_width, own_values + 4 * slot * value_width, value_width)
-        # 2. products with all keys; a pending evictee's unit vector is one more query
+        # 2. multiply the queries with all keys; a staged evictee's unit vector is one more query
         queries, lanes, logits = a.query + 4 * row * group * width, group, a.scratch + 4 * row * a.scratch_row
         if a.merging:
             lanes = group + 1
@@ -156,7 +157,7 @@ def _attend(given: Any) -> None:
         _multiply(own_keys, queries, logits, count, lanes, width, count)
         if a.merging:
             merge_value(a, row, queries, logits, own_values)
-        # 3. softmax, then values
+        # 3. softmax, then the weighted sum of values
         found = floats(a.out + 4 * row * group * value_width, group * value_width)
         found[:] = 0
         hidden = floats(a.bias + 4 * row * stride, stride if a.bias else 0)
@@ -166,7 +167,7 @@ def _attend(given: Any) -> None:
         _mix(own_values, logits, a.out + 4 * row * group * value_width, count, group, value_width, count)
         for lane in range(group):
             found[lane * value_width : (lane + 1) * value_width] *= inverses[lane]
-        # 4. the row of attention, summed over the group
+        # 4. attention weights per slot, summed over the query heads
         if a.attention:
             seen = floats(a.attention + 4 * row * stride, stride)
             for lane in range(group):
@@ -181,7 +182,8 @@ def _attend(given: Any) -> None:
 
 @loop(_flops)
 def attend(given: Any) -> None:
-    """Attention of one new query over a layer's slots."""
+    """Computes the attention of one new query over a layer's slots; ``given`` is the address of
+    :class:`AttendArguments`."""
     try:
         _attend(given)
     except Exception:

@@ -1,10 +1,11 @@
-"""Decode steps on a CPU by compiled loops on PyTorch's own threads: one a layer, and one between steps.
+"""Decode steps on a CPU by compiled loops that run on PyTorch's own threads: one loop per layer, and one between steps.
 
-Design. The new token's key and value are written, the queries of a KV head multiplied with its keys, D2O's pending
-evictee merged on the way, softmax taken, scores noted and values mixed, row by row: a row's logits never leave the
-core's cache, and keys and values are read once, at the speed of memory (``d2obench.cpu.language``). As operators the
-same are a dozen launches and as many tensors of the cache's length. PyTorch operators (``d2obench.decode.reference``)
-give the same results to rounding and serve what the loops don't.
+Design. Each row (one KV head of one sequence) is processed from start to end: the new token's key and value are
+written, the queries are multiplied with the keys, D2O's staged evictee is merged, the softmax is computed, scores are
+recorded and values are summed. A row's logits never leave the core's cache, and keys and values are read once, at
+memory bandwidth (``d2obench.cpu.language``). As PyTorch operators the same work takes a dozen launches and a dozen
+temporary tensors of the cache's length. PyTorch operators (``d2obench.decode.reference``) give the same results up to
+rounding and execute every state that the loops do not support.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
 
 RULES = (LowestScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
-"""Rules that the loop between steps knows, in the order of its kinds."""
+"""Rules that the loop between steps implements; the index is the rule's number in ``UpdateArguments``."""
 
 
 def offer(state: DecodeState) -> Backend | str:
-    """The compiled backend of a state, or in words why PyTorch operators serve it."""
+    """The compiled backend for ``state``, or the reason why PyTorch operators must execute it."""
     store = state.store
     if type(store) is not DenseStore:
         return "the cache is quantised"
@@ -51,8 +52,8 @@ def offer(state: DecodeState) -> Backend | str:
 
 
 def compile_loops() -> None:
-    """Compiles every loop; the first call in an environment takes a while, later ones read numba's cache. A session
-    calls this when it is made, before anything of it is timed."""
+    """Compiles every loop. The first call in an environment takes a while; later ones load numba's cache. A session
+    calls this when it is created, before any timing starts."""
     from d2obench.cpu import nearest
     from d2obench.decode.cpu import attend, update
 
@@ -60,7 +61,7 @@ def compile_loops() -> None:
 
 
 def _unserved_attention(state: DecodeState) -> str:
-    """Why the loop of attention doesn't serve a state; empty where it does."""
+    """Why the attention loop cannot execute a state; empty if it can."""
     if state.store.widths[0] % 8 or state.store.widths[1] % 16:
         return "head dims are no multiples of 8 (keys) and 16 (values)"
     if state.merge is not None and state.merge.spec.per_layer:
@@ -69,7 +70,7 @@ def _unserved_attention(state: DecodeState) -> str:
 
 
 def _unserved_update(state: DecodeState) -> str:
-    """Why the loop between steps doesn't serve a state; empty where it does."""
+    """Why the loop between steps cannot execute a state; empty if it can."""
     if state.grows:
         return ""
     if state.policy.interval > 1:
@@ -78,12 +79,12 @@ def _unserved_update(state: DecodeState) -> str:
 
 
 class CompiledLoops(Backend):
-    """Decode steps by compiled loops, which work on the state's tensors in place.
+    """Executes decode steps by compiled loops that modify the state's tensors in place.
 
     Args:
-        state: its tensors are not replaced while it decodes; the loops keep their addresses.
-        why_attention: why PyTorch operators attend; empty where the loop does.
-        why_update: the same of what happens between steps.
+        state: its tensors must not be replaced during decoding, because the loops keep their addresses.
+        why_attention: why attention runs as PyTorch operators; empty if the loop runs it.
+        why_update: why the work between steps runs as PyTorch operators; empty if the loop runs it.
     """
 
     def __init__(self, state: DecodeState, why_attention: str, why_update: str) -> None:
@@ -111,7 +112,7 @@ class CompiledLoops(Backend):
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if self._why_attention:
             super().write(layer, keys, values)
-        else:  # attention, which follows, writes them
+        else:  # the attention loop of this layer writes them
             self._new = keys.contiguous(), values.contiguous()
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
@@ -145,7 +146,7 @@ class CompiledLoops(Backend):
         return [*super().tensors(), self._scratch, self._capacities]
 
     def _attention_arguments(self) -> list[Any]:
-        """Those of each layer, with all that doesn't change from step to step."""
+        """Arguments of the attention loop for each layer, with every field that stays the same from step to step."""
         from d2obench.decode.cpu.attend import AttendArguments
 
         state, store, merge = self.state, self.state.store, self.state.merge
@@ -175,7 +176,7 @@ class CompiledLoops(Backend):
         return found
 
     def _update_arguments(self) -> Any:
-        """Those of the loop between steps, for all layers."""
+        """Arguments of the loop between steps, for all layers."""
         from d2obench.decode.cpu.update import UpdateArguments
 
         state, store, merge, rule = self.state, self.state.store, self.state.merge, self.state.rule
@@ -195,7 +196,7 @@ class CompiledLoops(Backend):
                 self._rows |= {"safe": rule.safe, "newest": rule.newest}
             case _:
                 pass
-        # the loop reads a number a row; what a rule gives may be one for all
+        # the loop reads one number per row, while a rule may give a single number for all rows
         self._rows = {name: held.squeeze(-1).expand(layers, rows) if held.dim() == 3 else held.expand(layers, rows)
                       for name, held in self._rows.items()}  # fmt: skip
         self._rows = {name: held.long().contiguous() for name, held in self._rows.items()}

@@ -1,6 +1,8 @@
-"""D2O's decode-time merge in the compiled loops; the rule and the reasons are in ``d2obench.decode.merge``.
+"""D2O's merge during decoding, as parts of the compiled loops; ``d2obench.decode.merge`` explains the algorithm.
 
-``a`` are the loop's arguments: those of ``attend`` in :func:`merge_value`, those of ``update`` elsewhere.
+``a`` holds the arguments of the calling loop: those of ``attend`` in :func:`merge_value`, those of ``update``
+elsewhere. ``lane`` is the index ``layer · rows + row`` of a row among all layers (in :func:`merge_value`: a query
+head).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def copy(source: int, to: int, count: int) -> None:
 
 @njit(**LOOP)
 def _toward(held: Any, other: Any, share: float) -> None:
-    """Moves a vector towards another by a share of the way."""
+    """Moves the vector ``held`` towards ``other`` by the fraction ``share`` of their difference, in place."""
     for i in range(len(held)):
         held[i] += share * (other[i] - held[i])
 
@@ -46,9 +48,10 @@ def _inverse_norm(key: Any) -> Any:
 
 @njit(**LOOP)
 def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) -> None:
-    """The staged evictee's merge target, from the last row of the logits; its value is merged, its logits follow."""
+    """Finds the staged evictee's merge target from the last row of the logits, merges its value, and corrects the
+    target's logits."""
     group, width, value_width, count = a.group, a.width, a.value_width, a.filled
-    # 1. the slot whose key is nearest to the evictee's, and u − 1
+    # 1. find the slot whose key is most similar to the evictee's, and u − 1
     product = floats(logits + 4 * group * count, count)
     cosine = floats(logits + 4 * (group + 1) * count, count)
     inverse = floats(a.inverse_norm + 4 * row * a.stride, count)
@@ -57,7 +60,7 @@ def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) ->
         cosine[slot] = product[slot] * inverse[slot] + may[slot]
     j = first_extreme(cosine, count, True)
     integers(a.merge_target, a.items)[row], floats(a.similarity, a.items)[row] = j, cosine[j]
-    # 2. the evictee's weight in it, and what follows
+    # 2. compute the evictee's weight; merge the value and, by linearity, the logits
     share = np.float32(0)
     if cosine[j] >= floats(a.required, a.items)[row]:
         share = np.float32(1 / (1 + math.exp(-cosine[j])))
@@ -73,10 +76,11 @@ def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) ->
 
 @njit(**LOOP)
 def commit(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
-    """The pending merge of a row: threshold, count, merged key, inherited score, and the norms of what changed."""
+    """Completes the pending merge of a row: threshold, count, merged key, inherited score, and norms of changed
+    keys."""
     lane = layer * a.rows + row
     lanes, first = a.items * a.rows, integers(a.base, a.items * a.rows)[lane]
-    # 1. the threshold
+    # 1. update the threshold
     similarity, thresholds = floats(a.similarity, lanes), floats(a.threshold, lanes)
     newest = similarity[lane]
     if a.per_layer:
@@ -87,7 +91,7 @@ def commit(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
     if flags(a.pending, lanes)[lane] and newest > -np.inf:
         u, old = newest + ONE, thresholds[lane]
         thresholds[lane] = u if math.isinf(old) else old + np.float32(a.beta) * (u - old)
-    # 2. the merge target
+    # 2. merge the target's key and score
     norms, may = floats(a.inverse_norm + 4 * lane * a.stride, a.stride), _targets(a, lane)
     share, j = floats(a.weight, lanes)[lane], integers(a.merge_target, lanes)[lane]
     if share > 0:
@@ -98,16 +102,17 @@ def commit(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
             norms[j] = _inverse_norm(target)
         if a.inherit:
             scores[j] += floats(a.staged_score, lanes)[lane]
-    # 3. the token that was decoded may be a target from now on
+    # 3. allow the token just decoded as a merge target from now on
     norms[slot] = _inverse_norm(floats(a.keys + 4 * (first + slot) * a.width, a.width))
     may[slot] = TARGET
 
 
 @njit(**LOOP)
 def stage(a: Any, lane: int, victim: int, real: bool, score: float, position: Any, scores: Any, limit: int) -> None:
-    """Holds a row's victim aside for the merge of the next step; ``limit`` is the last position before the window."""
+    """Copies a row's victim to the staging buffers for the merge in the next step; ``limit`` is the last position
+    before the recent window, ``real`` is False if the victim's slot was empty."""
     lanes, first, width = a.items * a.rows, integers(a.base, a.items * a.rows)[lane], a.width
-    # 1. its key, unit vector, value and score
+    # 1. copy its key, unit vector, value and score
     norm = floats(a.inverse_norm + 4 * lane * a.stride, a.stride)[victim]
     leaving = floats(a.keys + 4 * (first + victim) * width, width)
     unit = floats(a.queries + 4 * ((lane + 1) * (a.group + 1) - 1) * width, width)
@@ -118,14 +123,14 @@ def stage(a: Any, lane: int, victim: int, real: bool, score: float, position: An
     source = a.values + 4 * (first + victim) * a.value_width
     copy(source, a.staged_value + 4 * lane * a.value_width, a.value_width)
     floats(a.staged_score, lanes)[lane] = score
-    # 2. which slots may be merge targets
+    # 2. mark the slots that may be merge targets
     may = _targets(a, lane)
     if a.important:
         for slot in range(a.stride):
             inside = 0 <= position[slot] <= limit and not math.isinf(scores[slot])
             may[slot] = TARGET if inside else -np.inf
     may[victim] = -np.inf
-    # 3. the similarity that the merge needs
+    # 3. set the similarity required for the merge
     flags(a.pending, lanes)[lane] = real
     least = floats(a.threshold, lanes)[lane] - ONE if a.beta < 1 else np.float32(-np.inf)
     floats(a.required, lanes)[lane] = least if real else np.float32(np.inf)

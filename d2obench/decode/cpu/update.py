@@ -1,8 +1,9 @@
 """Everything between two decode steps, for all layers and rows, as a compiled loop (numba).
 
-What ``d2obench.decode.reference.Backend.update`` does one after the other over all layers is done row by row here: a
-row's scores, positions and norms are read once. Order and arithmetic are the reference's. ``lane`` is the index of a
-row among all rows of all layers. Importing this compiles it, or reads numba's cache.
+``d2obench.decode.reference.Backend.update`` performs each operation over all layers before the next one. This loop
+performs all operations row by row, so that a row's scores, positions and norms are read once. The order of operations
+and the arithmetic are the same. ``lane`` is the index ``layer · rows + row`` of a row among all layers. Importing this
+module compiles the loop, or loads it from numba's cache.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from d2obench.policies.random import FACTOR, MASK
 from d2obench.slots.dense import NEVER, PROTECTED
 
 LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(5)
-"""Kinds of a rule, as in ``d2obench.policies.base``."""
+"""Numbers of the rules in ``d2obench.policies.base``."""
 SHIELD, INFINITE, ONE = np.float32(PROTECTED), np.float32(NEVER), np.float32(1)
 
 
 class UpdateArguments(Arguments):
-    """All layers; an item is a layer.
+    """Arguments of the loop for all layers; a work item is one layer.
 
-    Fields have the names of ``DecodeState``'s, of its rule's and of ``PendingMerge``'s; ``stride`` numbers a row,
-    ``capacities`` slots of each layer in use; ``free`` is the slot that the step has filled. ``parts`` is CaM's, 0 for
-    no spread. From ``merging`` on: D2O's pending merge; ``keys`` and ``values`` are all lines of the store.
+    The fields are named after those of ``DecodeState``, of its rule and of ``PendingMerge``. Per-slot fields have
+    ``stride`` numbers per row; ``capacities`` is the number of slots in use of each layer; ``free`` is the slot that
+    the current step filled. ``parts`` is CaM's ``SpreadSpec.parts``, 0 without it. The fields from ``merging`` on
+    describe D2O's pending merge; ``keys`` and ``values`` are the store's flat tensors.
     """
 
     _fields_ = (
@@ -63,7 +65,7 @@ RECORD = record_of(UpdateArguments)
 
 @njit(**LOOP)
 def _lowest_score(a: Any, seen: Any, scores: Any, position: Any, now: int, limit: int, shown: Any, count: int) -> int:
-    """Adds a row of attention to the scores; the slot of the lowest outside the recent window."""
+    """Adds a row of attention to the scores; returns the slot of the lowest score outside the recent window."""
     group = np.float32(a.group)
     if a.normalised:
         for c in range(count):
@@ -80,7 +82,7 @@ def _lowest_score(a: Any, seen: Any, scores: Any, position: Any, now: int, limit
 
 @njit(**LOOP)
 def _latest(a: Any, layer: int, row: int, shown: Any, count: int) -> int:
-    """The slot that the newest query attends to least, on the mean over the heads of a sequence."""
+    """The slot that the newest query attends to least, by the mean over the KV heads of a sequence."""
     group, heads = np.float32(a.group), np.float32(a.heads)
     shown[:count] = 0
     for head in range(a.heads):
@@ -112,7 +114,7 @@ def _lowest_mean(
         spread = -ONE if scores[c] == -INFINITE else spread
         deviation[c] = INFINITE if scores[c] == INFINITE else spread
         shown[c] = mean
-    # 2. those beyond the candidates are safe; of equals the later ones
+    # 2. entries of higher deviation than the candidates are safe; among equals, the later ones
     if candidates < count:
         bound = smallest(deviation, scratch, count, max(candidates - 1, 0))
         left = candidates
@@ -125,7 +127,7 @@ def _lowest_mean(
                 left -= 1
             else:
                 shown[c] = INFINITE
-    # 3. every position is open to be chosen but those of closed slots
+    # 3. any slot may be the victim, except closed ones
     victim = first_extreme(shown, count, False)
     squares[victim] = 0
     return victim
@@ -147,11 +149,12 @@ def _drawn(stream: int, position: int) -> Any:
 
 @njit(**LOOP)
 def _spread(a: Any, lane: int, victim: int, first: int, usable: int, position: Any, count: int) -> bool:
-    """CaM's merge: the leaving value is shared out, or not; whether it was."""
+    """CaM's merge: with a certain probability, divides the evicted value among the next slots; returns whether it
+    did."""
     born = position[victim]
     if born < 0:
         return False
-    # 1. the draw: the leaving token's attention against the mean of the younger ones
+    # 1. draw: the probability is the evicted token's attention ÷ the mean attention of the younger tokens
     seen = floats(a.attention + 4 * lane * a.stride, a.stride)
     group, total, younger = np.float32(a.group), np.float32(0), 0
     for c in range(count):
@@ -165,7 +168,7 @@ def _spread(a: Any, lane: int, victim: int, first: int, usable: int, position: A
     stream = integers(a.stream, a.items * a.rows)[lane]
     if not (_drawn(stream, born) * mean < own if mean == 0 else _drawn(stream, born) < own / mean):
         return False
-    # 2. the next slots of the ring
+    # 2. add the value's shares to the next slots of the ring
     ring, base, width = usable - first, integers(a.base, a.items * a.rows)[lane], a.value_width
     leaving, share = floats(a.values + 4 * (base + victim) * width, width), ONE / np.float32(a.parts)
     for step in range(1, min(a.parts, ring - 1) + 1):
@@ -196,10 +199,10 @@ def _update(given: Any) -> None:
             position = shorts(a.position + line, stride)
             scores = floats(a.score + line, stride) if a.score else none
             seen = floats(a.attention + line, stride) if a.attention else none
-            # 1. the merge that was pending
+            # 1. complete the pending merge
             if a.merging:
                 commit(a, layer, row, slot, scores)
-            # 2. the victim
+            # 2. choose the victim
             limit = now
             if a.rule == LOWEST_SCORE:
                 limit = max(now - integers(a.recent, lanes)[lane], -1)
@@ -221,7 +224,7 @@ def _update(given: Any) -> None:
             else:
                 scores[slot] = _drawn(integers(a.stream, lanes)[lane], now)
                 victim = first_extreme(scores, count, False)
-            # 3. what becomes of it
+            # 3. merge or stage the victim's entry
             real = position[victim] >= 0
             if a.merging:
                 stage(a, lane, victim, real, scores[victim], position, scores, limit)
@@ -229,7 +232,7 @@ def _update(given: Any) -> None:
                 first = integers(a.first, lanes)[lane]
                 if _spread(a, lane, victim, first, usable[lane], position, count):
                     integers(a.merged, layers)[layer] += 1
-            # 4. its slot is the next token's
+            # 4. reserve its slot for the next token
             integers(a.evicted, layers)[layer] += real
             position[victim] = int32(now + 1)
             frees[lane], targets[lane] = victim, bases[lane] + victim
@@ -241,7 +244,7 @@ def _update(given: Any) -> None:
 
 @loop(lambda a: 0)
 def update(given: Any) -> None:
-    """The end of a decode step."""
+    """Ends a decode step in all layers; ``given`` is the address of :class:`UpdateArguments`."""
     try:
         _update(given)
     except Exception:

@@ -3,4 +3,4 @@
 Triton nor a kernel."""
 
 WIDEST = 256
-"""Most channels of a head: a block of them must fit shared memory."""
+"""Largest supported head dimension: a block of keys must fit shared memory."""

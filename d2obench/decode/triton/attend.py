@@ -1,17 +1,18 @@
 """Triton kernels: attention of one new query per head over the slots of a layer.
 
-Design. The cache of a KV head (a *row*) may be split over programs, so that a small batch fills the device too
-("flash-decoding"); a program serves all query heads of the row's group, padded to 16 rows for the tensor cores, and
-reads every key and value of its split once. Softmax and sums are float32. Where there is one split the program is
-done; otherwise :func:`join` puts the shares together. The row of attention that policies watch is made from the
-logits, which stay in the second-level cache until then (4·G bytes a slot against 4·d of keys and values at 16 bits).
+Design. The cache of a KV head (a *row*) can be split over several programs, so that a small batch also occupies the
+whole device ("flash-decoding"). A program computes all query heads of the row's group, padded to 16 rows for the tensor
+cores, and reads every key and value of its split once. Softmax and sums are float32. With a single split the program
+writes the final output; otherwise :func:`join` combines the partial results. The attention weights that policies use
+are computed from the logits, which stay in the second-level cache until then (4·G bytes per slot, against 4·d bytes of
+keys and values at 16 bits).
 
-The new token's key and value come from the model. They are written to their slot on the way and enter the sums by
-themselves, so that tiles go from memory straight into the products, pipelined.
+The new token's key and value come directly from the model. They are written to their slot, and their contribution to
+the sums is added separately, so that the loads of all other slots can be pipelined straight into the products.
 
-Every address is a function of the arguments and of tensors on the device, so a CUDA graph can replay a launch: the
-length of a growing cache is its newest slot + 1. Whole numbers are not specialised on: one compilation serves all
-sizes.
+Every address is computed from the arguments and from tensors on the device, so that a CUDA graph can replay a launch:
+the length of a growing cache is its newest slot + 1. Integer arguments are not specialised, so one compilation works
+for all sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def product(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def share_of(split, filled, splits, BLOCK: tl.constexpr):
-    """First and last slot of a split: whole blocks of what is filled."""
+    """First slot of a split, and the slot behind its last one. Splits consist of whole blocks of the filled slots."""
     blocks = tl.cdiv(tl.cdiv(filled, BLOCK), splits)
     first = split * blocks * BLOCK
     return first, tl.minimum(first + blocks * BLOCK, filled)
@@ -42,7 +43,7 @@ def share_of(split, filled, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def head_rows(query, row, heads, query_b, query_h, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr):
-    """The row's query heads, ``[M, DP]``, zeros below the group."""
+    """The query heads of a row, ``[M, DP]``; rows from G on are zero."""
     g, d = tl.arange(0, M), tl.arange(0, DP)
     at = (row // heads) * query_b + ((row % heads) * G + g)[:, None] * query_h + d[None, :]
     return tl.load(query + at, mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
@@ -65,7 +66,7 @@ def tile(held, row, slots, at, last, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def bias_of(bias, row, stride, at, inside, HAS_BIAS: tl.constexpr):
-    """What is added to the logits of the slots ``at``: −inf for one that holds nothing or is not ``inside``."""
+    """Bias of the logits of the slots ``at``: −inf for a slot that is empty or not ``inside``."""
     if HAS_BIAS:
         return tl.load(bias + row * stride + at, mask=inside, other=-float("inf")).to(tl.float32)
     return tl.where(inside, 0.0, -float("inf"))
@@ -73,7 +74,7 @@ def bias_of(bias, row, stride, at, inside, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def absorb(m, s, acc, shown, v, WIDE: tl.constexpr):
-    """One tile more in a running softmax: maxima, totals, weighted sums."""
+    """Adds one tile to a running softmax: updates the maxima m, the totals s and the weighted sums acc."""
     higher = tl.maximum(m, tl.max(shown, 1))
     floor = tl.where(higher == -float("inf"), 0.0, higher)
     p, fade = tl.exp(shown - floor[:, None]), tl.exp(m - floor)
@@ -86,7 +87,7 @@ def leave(
     G: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DVP: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, WATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output and the row of attention where the split is the whole row, its share otherwise."""
+    """Writes the output and the attention weights if there is a single split; otherwise the split's partial result."""
     g, dv = tl.arange(0, M), tl.arange(0, DVP)
     real = (g < G)[:, None] & (dv < DV)[None, :]
     if SINGLE:
@@ -121,8 +122,8 @@ def attend(
 
     ``out`` ``[rows, G, DV]``; ``part`` float32 ``[rows, splits, G, DV]``, ``high`` and ``total`` float32
     ``[rows, splits, G]``; ``logits`` float32 ``[rows, G, stride]``; ``attention`` float32 and ``bias``
-    ``[rows, stride]``; ``keys`` ``[rows, slots, D]``; ``target`` and ``base`` int64 ``[rows]``, lines of ``keys`` as in
-    ``DenseStore``.
+    ``[rows, stride]``; ``keys`` ``[rows, slots, D]``; ``target`` and ``base`` int64 ``[rows]``, row indices into
+    ``keys`` as in ``DenseStore``.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, dv, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
@@ -131,6 +132,7 @@ def attend(
     if GROWS:
         filled = (slot + 1).to(tl.int32)
     first, last = share_of(split, filled, splits, BLOCK)
+    # 1. write the new token to its slot, and start the running softmax with it (in the split that contains the slot)
     own = (slot >= first) & (slot < last)
     q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)
     key = head_row(new_key, row, heads, key_b, key_h, D, DP)
@@ -142,6 +144,7 @@ def attend(
         tl.store(logits + (row * G + g) * stride + slot, m, mask=g < tl.where(own, G, 0))
     s = tl.where(own, 1.0, 0.0) + tl.zeros([M], tl.float32)
     acc = s[:, None] * value.to(tl.float32)[None, :]
+    # 2. add all other slots of the split, block by block
     for start in range(first, last, BLOCK):
         at = start + n
         inside = (at < last) & (at != slot)
@@ -151,6 +154,7 @@ def attend(
             where = (row * G + g)[:, None] * stride + at[None, :]
             tl.store(logits + where, shown, mask=(g < G)[:, None] & inside[None, :])
         m, s, acc = absorb(m, s, acc, shown, tile(values, row, slots, at, last, DV, DVP), WIDE)
+    # 3. write the result, or the partial result of this split
     leave(
         out, part, high, total, logits, attention, row, split, splits, slots, stride, m, s, acc,
         G, DV, M, DVP, BLOCK, SINGLE, WATCHED,
@@ -163,8 +167,8 @@ def join(
     G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
     WATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Puts the splits together; a chunk of the row of attention (sum over the group) if WATCHED. Grid (rows, chunks),
-    SP ≥ splits."""
+    """Combines the partial results of all splits; if WATCHED, also computes a chunk of the attention weights (sum over
+    the query heads). Grid (rows, chunks), SP ≥ splits."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     every, dv = tl.arange(0, SP), tl.arange(0, DVP)
     c = chunk * CHUNK + tl.arange(0, CHUNK)

@@ -1,11 +1,13 @@
-"""Decode steps on a GPU by Triton kernels: whether they serve a state, buffers, launches, and how a row is split.
+"""Decode steps on a GPU by Triton kernels: which states they support, their buffers and launches, and how rows are
+split.
 
-Kernels are compiled before the first step: where that fails, PyTorch operators serve the state and its decode path says
-why. With ``TRITON_INTERPRET=1`` in the environment Triton's interpreter runs the kernels on a CPU: for tests, it is
-slow.
+Kernels are compiled before the first step. If that fails, PyTorch operators execute the state, and its decode path
+states the reason. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the kernels on a CPU; this
+is slow and meant for tests.
 
-Splits: as many as it takes to give every multiprocessor a program and a half, each of one block at least. A block is
-what 16 KiB of keys hold: three in flight fit the shared memory of every GPU from Ampere on.
+Splits: enough to give every multiprocessor one and a half programs, but each of at least one block. A block is the
+number of slots whose keys take 16 KiB, because three such blocks in flight fit the shared memory of every GPU since
+Ampere.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16384
 CHUNK = 512
-"""Slots of the row of attention that one program puts together."""
+"""Slots of the attention weights that one program of ``join`` computes."""
 MOST_SPLITS = 64
 
 
@@ -34,7 +36,7 @@ _probed: dict[tuple[Any, ...], str] = {}
 
 
 def offer(state: DecodeState) -> Backend | str:
-    """The kernels' backend of a state, or in words why PyTorch operators serve it."""
+    """The Triton backend for ``state``, or the reason why PyTorch operators must execute it."""
     if reason := _unserved(state):
         return reason
     device = state.store.device
@@ -53,12 +55,12 @@ def offer(state: DecodeState) -> Backend | str:
         return _probed[key] or made
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as problem:  # an installation of Triton that can't be imported, say
+    except Exception as problem:  # for example an installation of Triton that can't be imported
         return _in_words(problem)
 
 
 def _unserved(state: DecodeState) -> str:
-    """Why the kernels don't serve a state; empty where they do."""
+    """Why the kernels cannot execute a state; empty if they can."""
     store = state.store
     if type(store) is not DenseStore:
         return "the cache is quantised"
@@ -72,7 +74,7 @@ def _unserved(state: DecodeState) -> str:
 
 
 def _unserved_update(state: DecodeState) -> str:
-    """Why the kernel between steps doesn't serve a state that the other kernels serve; empty where it does."""
+    """Why the kernel between steps cannot execute a state that the attention kernels support; empty if it can."""
     rule, spec = state.rule, state.merge_spec
     if state.policy.interval > 1:
         return "several tokens are evicted together"
@@ -94,7 +96,7 @@ def _problem(made: TritonKernels) -> str:
         made.probe()
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as problem:  # whatever a compiler may throw: PyTorch operators are there
+    except Exception as problem:  # a compiler may raise anything; PyTorch operators are the fallback
         return _in_words(problem)
     return ""
 
@@ -105,18 +107,18 @@ def _in_words(problem: Exception) -> str:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **meta: Any) -> None:
-    """Every launch of the path goes through here."""
+    """Launches a kernel; every launch of this backend goes through here, so that tests can observe it."""
     kernel[grid](*given, **meta)
 
 
 class TritonKernels(Backend):
-    """Decode steps of a state by Triton kernels.
+    """Executes decode steps by Triton kernels.
 
     Args:
-        state: its tensors are worked on in place.
-        processors: multiprocessors of the device.
+        state: its tensors are modified in place.
+        processors: number of multiprocessors of the device.
         interpreted: whether Triton's interpreter runs the kernels.
-        splits: splits of every row; chosen by :meth:`splits_of` if not given.
+        splits: number of splits of every row; :meth:`splits_of` chooses it if not given.
     """
 
     length_on_device = True
@@ -169,12 +171,12 @@ class TritonKernels(Backend):
         return f"{ran}, PyTorch operators between steps: {self._why_update}" if self._why_update else ran
 
     def splits_of(self, capacity: int) -> int:
-        """Splits of a row of ``capacity`` slots."""
+        """Number of splits of a row of ``capacity`` slots."""
         wanted = -(-3 * self.processors // (2 * self.rows))
         return max(1, min(wanted, capacity // self.block, MOST_SPLITS))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Holds the new token's key and value; attention, which follows, writes them."""
+        """Remembers the new token's key and value; the attention kernel of this layer writes them."""
         self._new = _dense(keys), _dense(values)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
@@ -254,7 +256,7 @@ class TritonKernels(Backend):
             )  # fmt: skip
 
     def probe(self) -> None:
-        """Compiles and loads every kernel of the path by launches of no program; raises what goes wrong."""
+        """Compiles and loads every kernel by launching it with an empty grid; raises whatever goes wrong."""
         state, (key_width, value_width) = self.state, self.state.store.widths
         batch = self.rows // state.heads
         kind: dict[str, Any] = {"dtype": state.store.dtype, "device": self.device}
@@ -283,10 +285,10 @@ class TritonKernels(Backend):
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """With channels next to each other."""
+    """The tensor, copied if its channels are not contiguous in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _power(size: int) -> int:
-    """The least power of two that holds ``size``."""
+    """The smallest power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()

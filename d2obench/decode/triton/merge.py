@@ -1,10 +1,11 @@
-"""Triton kernels: attention over slots with D2O's pending evictee as one more query, its merge on the way, and what of
-the merge belongs between two steps.
+"""Triton kernels of D2O's merge: attention with the staged evictee as one more query, and the merge's work between
+steps.
 
-Rule and reasons are in ``d2obench.decode.merge``; logits are float32. A merge target is known only when all keys were
-read, so keys (:func:`weigh`) and values (:func:`mix`) are two passes, each over its half of the bytes. The target's
-column, like the new token's, enters the sums by itself. :func:`commit` and :func:`stage` are parts of
-``d2obench.decode.triton.update``.
+``d2obench.decode.merge`` explains the algorithm; logits are float32. The merge target is known only after all keys were
+read, so there are two passes: :func:`weigh` reads the keys and :func:`mix` the values. The contributions of the target
+and of the new token to the sums are added separately. :func:`commit` and :func:`stage` are parts of
+``d2obench.decode.triton.update``. ``lane`` is the index ``layer · rows + row`` of a row among all layers, and ``line``
+is ``lane · stride``, the start of its per-slot numbers.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def commit(
     keys, key, staged_score, pending, similarity, target, weight, threshold, merged, beta, layer, lane, start_row, slot,
     D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, INHERIT: tl.constexpr,
 ):  # fmt: skip
-    """The pending merge of a row. Returns the slot of the merge target, its key and inverse norm, the inverse norm of
-    the token just decoded, the new threshold, and the score that the target inherits."""
+    """Completes the pending merge of a row. Returns the slot of the merge target, its key and inverse norm, the inverse
+    norm of the token just decoded, the new threshold, and the score that the target inherits."""
     d = tl.arange(0, DP)
     j, u, w = tl.load(target + lane), tl.load(similarity + lane) + 1.0, tl.load(weight + lane)
     old = tl.load(threshold + lane)
@@ -65,8 +66,9 @@ def stage(
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, KEYS: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Holds a row's victim aside for the merge of the next step. What :func:`commit` has just written may not be read
-    back yet, so it is handed on: the target's key and norm, the norm of the token in ``slot``, the threshold."""
+    """Copies a row's victim to the staging buffers for the merge in the next step. Values that :func:`commit` has just
+    written may not be visible to loads yet, so they are passed as arguments: the target's key and norm, the norm of the
+    token in ``slot``, and the threshold."""
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     leaving = tl.load(keys + (start_row + victim) * D + d, mask=d < D, other=0.0)
     leaving = tl.where(victim == j, absorbing, leaving)
@@ -98,22 +100,24 @@ def weigh(
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the group, and each split's nearest slot: u − 1 (−inf for none) and its index; the first of equals
-    wins.
+    """Logits of the query heads, and for each split the slot most similar to the evictee: u − 1 (−inf if none may be a
+    target) and its index; ties go to the first.
 
-    Grid (rows, splits). ``unit`` ``[rows, G + 1, D]`` holds the evictee's unit vector in its last line; ``best``
-    float32 and ``place`` int64 ``[rows, splits]``; ``inverse_norm`` and ``target_bias`` float32 ``[rows, stride]``.
+    Grid (rows, splits). The last row of ``unit`` ``[rows, G + 1, D]`` is the evictee's unit vector; ``best`` float32
+    and ``place`` int64 ``[rows, splits]``; ``inverse_norm`` and ``target_bias`` float32 ``[rows, stride]``.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
     slot = tl.load(target + row) - tl.load(base + row)
     first, last = share_of(split, slots, splits, BLOCK)
     own = (slot >= first) & (slot < last)
+    # 1. the new token: write its key, compute its logits; it can't be a merge target
     q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)
     key = head_row(new_key, row, heads, key_b, key_h, D, DP)
     tl.store(keys + (row * slots + slot) * D + d, key, mask=d < tl.where(own, D, 0))
     fresh = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     tl.store(logits + (row * G + g) * stride + slot, fresh, mask=g < tl.where(own, G, 0))
+    # 2. all other slots: logits, and the cosine with the evictee, which is query number G
     evictee = tl.load(unit + (row * (G + 1) + G) * D + d, mask=d < D, other=0.0)
     q = tl.where((g == G)[:, None], evictee[None, :], q)
     nearest = tl.full([], -float("inf"), tl.float32)
@@ -144,7 +148,8 @@ def mix(
     BLOCK: tl.constexpr, SINGLE: tl.constexpr, SP: tl.constexpr, WATCHED: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The merge into the merge target, then softmax and values; grid (rows, splits) as in :func:`weigh`.
+    """Merges the evictee into its target, then softmax and the weighted sum of values; grid (rows, splits) as in
+    :func:`weigh`.
 
     ``required``, ``similarity`` and ``weight`` float32 ``[rows]``, ``merge_target`` int64 ``[rows]``, as in
     ``PendingMerge``.
@@ -153,6 +158,7 @@ def mix(
     g, dv, n, every = tl.arange(0, M), tl.arange(0, DVP), tl.arange(0, BLOCK), tl.arange(0, SP)
     slot = tl.load(target + row) - tl.load(base + row)
     first, last = share_of(split, slots, splits, BLOCK)
+    # 1. the merge target among all splits' best slots, and the evictee's weight
     offered = tl.load(best + row * splits + every, mask=every < splits, other=-float("inf"))
     nearest, winner = tl.max(offered, 0, return_indices=True, return_indices_tie_break_left=True)
     chosen = tl.load(place + row * splits + winner)
@@ -165,6 +171,7 @@ def mix(
     own, absorbs = (slot >= first) & (slot < last), (j >= first) & (j < last)
     share = w.to(values.dtype.element_ty).to(tl.float32)
 
+    # 2. merge the target's value, and write the new token's value
     kept = tl.load(values + (row * slots + j) * DV + dv, mask=dv < tl.where(absorbs, DV, 0), other=0.0)
     gone = tl.load(old_value + row * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
     merged = toward(kept.to(tl.float32), gone, share).to(kept.dtype)
@@ -172,6 +179,7 @@ def mix(
     value = head_row(new_value, row, heads, value_b, value_h, DV, DVP)
     tl.store(values + (row * slots + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
 
+    # 3. correct the target's logits by linearity
     line = logits + (row * G + g) * stride
     fresh = tl.load(line + slot, mask=g < tl.where(own, G, 0), other=-float("inf"))
     held = tl.load(line + j, mask=g < tl.where(absorbs, G, 0), other=-float("inf"))
@@ -182,11 +190,13 @@ def mix(
         theirs = tl.sum(q.to(tl.float32) * lost.to(tl.float32)[None, :], 1) * scale
         held = tl.where(g < tl.where(absorbs, G, 0), toward(held, theirs, share), held)
         tl.store(line + j, held, mask=g < tl.where(absorbs, G, 0))
+    # 4. start the running softmax with the new token and the target
     m = tl.maximum(fresh, held)
     floor = tl.where(m == -float("inf"), 0.0, m)
     fresh_p, held_p = tl.exp(fresh - floor), tl.exp(held - floor)
     s = fresh_p + held_p
     acc = fresh_p[:, None] * value.to(tl.float32)[None, :] + held_p[:, None] * merged.to(tl.float32)[None, :]
+    # 5. add all other slots of the split, block by block
     for start in range(first, last, BLOCK):
         at = start + n
         inside = (at < last) & (at != slot) & (at != j)

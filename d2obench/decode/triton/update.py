@@ -1,10 +1,10 @@
 """Triton kernel: everything between two decode steps, for all layers at once.
 
-As PyTorch operators this is some 25 launches for H2O and 70 for D2O, each a few microseconds even in a graph, and nine
-passes over the scores; at a batch of 64 that is several times the memory traffic and near a tenth of a step. Here it is
-one launch, one program per layer and row: scores, positions and the row of attention are read once, scores written
-once (16 bytes a slot against 512 of keys and values at 16 bits and d = 128). Order and arithmetic are those of
-``d2obench.decode.reference.Backend.update``.
+As PyTorch operators this takes about 25 launches for H2O and 70 for D2O, each of a few microseconds even in a CUDA
+graph, and nine passes over the scores; at a batch of 64 that is several times the memory traffic and almost a tenth of
+a step. Here it is one launch with one program per layer and row: scores, positions and attention weights are read once
+and scores written once (16 bytes per slot, against 512 bytes of keys and values at 16 bits and d = 128). The order of
+operations and the arithmetic are those of ``d2obench.decode.reference.Backend.update``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def update(
     SCORED: tl.constexpr, HAS_BIAS: tl.constexpr, MERGES: tl.constexpr, KEYS: tl.constexpr, INHERIT: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Commits the merge of this step, adds the row of attention to the scores, picks the victim, stages it for the next
-    merge, and reserves its slot for the token to come. Grid (rows, layers).
+    """Completes the pending merge, adds the step's attention to the scores, chooses the victim, stages it for the merge
+    in the next step, and reserves its slot for the next token. Grid (rows, layers).
 
-    SCORED takes the lowest score outside the recent window; otherwise the slots are a ring from ``first`` on.
-    ``slots_of`` int64 ``[layers]`` are the layers' capacities. Without MERGES everything from ``keys`` on is unused;
-    SMOOTH is β < 1. ``now`` is the position of the token just decoded.
+    SCORED evicts the lowest score outside the recent window; otherwise the slots from ``first`` on are a ring.
+    ``slots_of`` int64 ``[layers]`` are the layers' capacities. Without MERGES, the arguments from ``keys`` on are
+    unused. SMOOTH means β < 1. ``now`` is the position of the token just decoded.
     """
     row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     lane = layer * rows + row
@@ -44,7 +44,7 @@ def update(
     slot = tl.load(free + lane)
     newest = tl.load(now + row)
 
-    # 1. the merge that was pending
+    # 1. complete the pending merge
     gained, j = 0.0, slot
     if MERGES:
         j, absorbing, target_norm, slot_norm, followed, gained = commit(
@@ -52,7 +52,7 @@ def update(
             start_row, slot, D, DP, KEYS, INHERIT,
         )  # fmt: skip
 
-    # 2. the victim
+    # 2. choose the victim
     if SCORED:
         window = tl.load(recent + lane)
         limit = tl.maximum(newest - window, EMPTY)
@@ -76,13 +76,13 @@ def update(
             victim = tl.where(lower, (begin + index).to(tl.int64), victim)
             victim_score = tl.where(lower, here, victim_score)
             lowest = tl.where(lower, least, lowest)
-        tl.debug_barrier()  # the victim's score, written above by some thread, is written again below
+        tl.debug_barrier()  # another thread may have written the victim's score above; it is overwritten below
     else:
         after = slot + 1
         victim = tl.where(after > tl.load(usable + lane) - 1, tl.load(first + lane), after)
         victim_score = 0.0
 
-    # 3. what becomes of it
+    # 3. stage the victim's entry
     left = tl.load(position + line + victim) >= 0
     if MERGES:
         stage(
@@ -91,7 +91,7 @@ def update(
             G, D, DV, DP, DVP, KEYS, SMOOTH,
         )  # fmt: skip
 
-    # 4. its slot is the next token's
+    # 4. reserve its slot for the next token
     tl.atomic_add(evicted + layer, left.to(tl.int64))
     tl.store(free + lane, victim)
     tl.store(target + lane, start_row + victim)
