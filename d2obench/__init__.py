@@ -31,8 +31,8 @@ A map of the code. A room imports only rooms below it; a lint rule holds that::
 
 Why the comparison is fair: all policies, the full cache included, run through transformers' own model classes, one
 attention and one decode loop. A compressed layer is a fixed tensor of slots, in which a new token overwrites the
-evicted one, so decoding neither concatenates nor reallocates. Caches take turns while they are timed, and ratios are paired. A
-policy that keeps more than it was asked to is flagged, and every row says what executed its decode steps.
+evicted one, so decoding neither concatenates nor reallocates. Caches take turns while they are timed, and ratios are
+paired. A policy that keeps more than it was asked to is flagged, and every row says what executed its decode steps.
 """
 
 from __future__ import annotations
