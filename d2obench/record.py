@@ -4,7 +4,7 @@ A run folder holds ``run.json`` (one :class:`RunInfo`), ``cells.jsonl`` (one :cl
 flushed when a cell ends), ``samples/<hash>.json`` (every raw value) and the views made from them.
 
 Schema history: 1, first version. 2, a value says whether its bounds are an interval or a range; in a cell of schema 1
-they are a percentile bootstrap, which is a range where it had five samples or fewer.
+they are a percentile bootstrap, which is a range where it had seven samples or fewer.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def _of_schema_1(cell: CellRecord) -> CellRecord:
         if value.lo is None or value.hi is None:
             return value
         n = value.n if most is None else min(most, value.n)
-        kind: Bounded = "range" if n <= 5 or key.endswith("_bytes") else "interval"
+        kind: Bounded = "range" if n <= 7 or key.endswith("_bytes") else "interval"
         return msgspec.structs.replace(value, n=n, kind="exact" if value.lo == value.hi else kind)
 
     return msgspec.structs.replace(cell, values={key: with_kind(key, value) for key, value in cell.values.items()})

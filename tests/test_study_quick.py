@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+import report_runs as made
 
-from d2obench.errors import UsageError
+from d2obench.errors import RecordError, UsageError
 from d2obench.record import Value
 from d2obench.stats.claims import Claim
 from d2obench.study import quick
-from d2obench.study.quick import LOADS, TRUTH, excluded, loaded, plan, study
+from d2obench.study.quick import LOADS, TRUTH, Said, excluded, loaded, plan, read, study
 
 CELL, OTHER = "speed/d2o", "speed/h2o"
 
@@ -41,20 +42,28 @@ class Script:
         if self.lie and load == "one-core":
             claims.append(self.lie)
         place.mkdir(parents=True)
-        rows = f"cell,metric,value\n{CELL},speedup,{value}\n{OTHER},speedup,{1.5 * value}\n{CELL},tpot_s,\n"
-        (place / "results.csv").write_text(rows)
-        (place / "report.json").write_bytes(msgspec.json.encode({"claims": claims, "title": "quick"}))
+        (place / "run.json").touch()
+        figures = [(CELL, "speedup", value), (OTHER, "speedup", 1.5 * value)]
+        (place / "said.json").write_bytes(msgspec.json.encode((claims, figures)))
         return ""
+
+    @staticmethod
+    def read(place: Path) -> Said:
+        """What it left."""
+        if not (place / "said.json").is_file():
+            raise RecordError(f"{place} is not a run folder")
+        return msgspec.json.decode((place / "said.json").read_bytes(), type=Said)
 
 
 def test_true_sentences_are_true_under_every_load(tmp_path: Path) -> None:
     script, said = Script(), list[str]()
-    found = study(tmp_path, runs=8, truths=4, runner=script, watch=said.append)
+    found = study(tmp_path, runs=8, truths=4, runner=script, reader=script.read, watch=said.append)
     assert script.count == len(said) == len(found.runs) == 12
     assert Counter(one.load for one in found.sentences) == dict.fromkeys(LOADS, 2)
     assert not any(one.false for one in found.sentences)
     text = (tmp_path / "README.md").read_text()
     assert "| all | 8 | 0 | 8 | 0 | 0.0% (0.0% … 36.9%) | 0 |" in text
+    assert found.command[-2:] == ("--within", "113s")  # 25 minutes ÷ 12 runs, less what a run needs beside it
     assert "False" not in text
 
 
@@ -69,7 +78,7 @@ def test_true_sentences_are_true_under_every_load(tmp_path: Path) -> None:
     ],
 )
 def test_a_false_sentence_is_found_and_shown(tmp_path: Path, lie: Claim, why: str) -> None:
-    found = study(tmp_path, runs=8, truths=4, runner=Script(lie), watch=lambda words: None)
+    found = study(tmp_path, runs=8, truths=4, runner=Script(lie), reader=Script.read, watch=lambda words: None)
     false = [one for one in found.sentences if one.false]
     assert [(one.load, one.claim) for one in false] == [("one core", lie)] * 2
     text = (tmp_path / "README.md").read_text()
@@ -87,7 +96,9 @@ def test_what_the_truth_does_not_exclude_is_not_called_false() -> None:
 
 
 def test_failed_runs_are_counted_and_say_nothing(tmp_path: Path) -> None:
-    found = study(tmp_path, runs=4, truths=3, runner=Script(fail="bursts"), watch=lambda words: None)
+    found = study(
+        tmp_path, runs=4, truths=3, runner=Script(fail="bursts"), reader=Script.read, watch=lambda words: None
+    )
     assert [one.load for one in found.runs if one.failed] == ["bursts"]
     text = (tmp_path / "README.md").read_text()
     assert "| bursts | 1 | 1 | 0 | 0 | – | 0 |" in text
@@ -96,10 +107,10 @@ def test_failed_runs_are_counted_and_say_nothing(tmp_path: Path) -> None:
 
 def test_a_stopped_study_goes_on_and_one_out_of_time_is_smaller(tmp_path: Path) -> None:
     first = Script()
-    part = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, watch=lambda words: None)
+    part = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, reader=first.read, watch=lambda words: None)
     assert part.runs == ()
-    whole = study(tmp_path, runs=8, truths=4, runner=first, watch=lambda words: None)
-    again = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, watch=lambda words: None)
+    whole = study(tmp_path, runs=8, truths=4, runner=first, reader=first.read, watch=lambda words: None)
+    again = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, reader=first.read, watch=lambda words: None)
     assert first.count == 12
     assert [one.claims for one in again.runs] == [one.claims for one in whole.runs]
 
@@ -135,6 +146,22 @@ def test_a_load_ends_with_a_study_that_is_killed() -> None:
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
         time.sleep(0.05)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_is_read_as_its_report_says_it(tmp_path: Path) -> None:
+    where: dict[str, object] = {"shape": "256+16", "batch": 2}
+    rates = {"full": 10.0, "h2o": 14.0}
+    cells = [
+        made.record(
+            made.axes("speed", policy, None if policy == "full" else "0.2", **where),
+            values={"decode_tok_s": Value(rate, rate - 0.1, rate + 0.1, 9, kind="interval", df=8)},
+            details={"processes": 2},
+        )
+        for policy, rate in rates.items()
+    ]
+    found = read(made.write_run(tmp_path, "made", cells))
+    assert [(claim.word, claim.cell, claim.others) for claim in found.claims] == [("best", cells[1].id, (cells[0].id,))]
+    assert (cells[0].id, "decode_tok_s", 10.0) in found.figures
 
 
 def test_the_command_is_the_one_a_user_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

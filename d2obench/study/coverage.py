@@ -14,8 +14,8 @@ Models of noise:
   ``trend``: 30 % from the first to the last sample.
 * ``shared machine``: pairs that take turns (ABBA) on a level of 4 % that follows itself with 0.9, with spikes.
 * ``alike 0.3`` to ``alike 0.7``: the shared machine, and the ratio itself follows itself from pair to pair. Rounds of
-  whole requests were measured to follow each other with 0.0 (``reports/gate-study-cpu``); windows of steps are tried
-  up to 0.7.
+  whole requests were measured to follow each other with 0.0 (``reports/gate-study-cpu``); sweeps of windows are
+  tried up to 0.7.
 * items: documents' figures between normal and as skewed as a lognormal with sigma 1; the published runs have
   coefficients of variation of 0.4 to 0.8, which is a sigma of 0.4 to 0.7.
 """

@@ -3,8 +3,8 @@
 A fifth of the runs are taken alone and are the truth: their figures, one a run and each from fresh processes, give an
 interval of every figure. The others run on a quiet machine, beside one busy core, beside as many busy processes as
 there are cores, and beside bursts of two seconds. A sentence of these (a :class:`~d2obench.stats.claims.Claim` of their
-``report.json``: better, worse, best, met, missed, a bold figure) is false where the truth's interval excludes it: the
-truth lies on the other side, or so far off that the two intervals do not touch.
+report: better, worse, best, met, missed, a bold figure) is false where the truth's interval excludes it: the truth lies
+on the other side, or so far off that the two intervals do not touch.
 
 Runs of all kinds take turns, so a study that is stopped, or out of time, is a smaller study. A run that is already in
 the folder is not run again.
@@ -12,7 +12,6 @@ the folder is not run again.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -23,21 +22,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from d2obench.errors import UsageError
+from d2obench.errors import D2OBenchError, UsageError
 from d2obench.metric import METRICS
 from d2obench.record import Value, write_atomic
+from d2obench.report import build
 from d2obench.stats.claims import Claim
 from d2obench.stats.intervals import median, proportion
 
 TRUTH, LOADS = "truth", ("quiet", "one core", "all cores", "bursts")
 SHORT = (
     "--policy", "full,streaming,h2o,d2o", "--budget", "0.2", "--shape", "96+24", "--batch", "2",
-    "--task", "speed,fidelity(documents=6)", "--within", "15s",
+    "--task", "speed,fidelity(documents=6)",
 )  # fmt: skip
-"""What is said behind ``d2obench run quick`` to make it short."""
+"""What is said behind ``d2obench run quick`` to make it short, beside ``--within``."""
+OVERHEAD_S = 12.0
+"""Seconds of a run for starting, loading and writing its views, about, that ``--within`` does not hold."""
 _BURN = """
 import os, sys, time
 parent, on, off = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
@@ -48,7 +51,14 @@ while os.getppid() == parent:
     time.sleep(off)
 """
 Runner = Callable[[Sequence[str], Path], str]
-Figures = dict[tuple[str, str], float]
+Reader = Callable[[Path], "Said"]
+
+
+class Said(NamedTuple):
+    """What the report of a run claims, and all its figures as (cell, metric, value)."""
+
+    claims: tuple[Claim, ...]
+    figures: tuple[tuple[str, str, float], ...]
 
 
 class Sentence(msgspec.Struct, frozen=True):
@@ -63,13 +73,14 @@ class Sentence(msgspec.Struct, frozen=True):
     hi: float | None
 
 
-class Tried(msgspec.Struct, frozen=True):
-    """One run: its load, how long it took, what it claims, and how it failed, if it did."""
+class Tried(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One run: its load, how long it took, what it claims, its figures where it is a truth, and how it failed."""
 
     name: str
     load: str
     seconds: float
     claims: tuple[Claim, ...] = ()
+    figures: tuple[tuple[str, str, float], ...] = ()
     failed: str = ""
 
 
@@ -88,8 +99,9 @@ def study(
     runs: int = 40,
     truths: int = 20,
     minutes: float = 25.0,
-    options: Sequence[str] = SHORT,
+    options: Sequence[str] | None = None,
     runner: Runner | None = None,
+    reader: Reader | None = None,
     watch: Callable[[str], None] = print,
 ) -> QuickStudy:
     """Runs, judges and writes ``study.json`` and ``README.md`` after every run.
@@ -98,9 +110,10 @@ def study(
         folder: holds the runs and what was found.
         runs: runs that are judged, a quarter of them under each load.
         truths: undisturbed runs beside them.
-        minutes: no run is begun after these.
-        options: of ``d2obench run quick``.
+        minutes: no run is begun after these; they are divided among the runs by ``--within``.
+        options: of ``d2obench run quick``; SHORT and ``--within`` where they are left out.
         runner: runs a command that leaves its run in a folder, and returns why it failed or nothing.
+        reader: reads that folder.
         watch: is told what goes on.
 
     Raises:
@@ -112,11 +125,14 @@ def study(
             why="each of four loads needs a run, and an interval of the truth needs three",
             remedy="give --runs 4 or more",
         )
+    if options is None:
+        each = 60 * minutes / (runs + truths) - OVERHEAD_S
+        options = (*SHORT, "--within", f"{max(5.0, each):.0f}s")
     end, done = time.monotonic() + 60 * minutes, list[Tried]()
     found = QuickStudy(tuple(options), (), ())
     for name, load in plan(runs, truths):
         place = folder / "runs" / name
-        known = (place / "results.csv").is_file()
+        known = (place / "run.json").is_file()
         if not known and time.monotonic() > end:
             watch(f"{minutes:g} minutes are over after {len(done)} runs")
             break
@@ -124,9 +140,15 @@ def study(
         if not known:
             with loaded(load):
                 failed = (runner or run)(options, place)
-        done.append(_tried(name, load, time.monotonic() - since, place, failed))
+        seconds = round(time.monotonic() - since, 1)
+        try:
+            said = (reader or read)(place)
+        except D2OBenchError as problem:
+            said, failed = Said((), ()), failed or str(problem)
+        figures = said.figures if load == TRUTH else ()
+        done.append(Tried(name, load, seconds, said.claims, figures, failed))
         watch(f"{name}, {load}: {done[-1].failed or f'{len(done[-1].claims)} sentences'}")
-        found = QuickStudy(tuple(options), tuple(done), tuple(judge(done, folder)))
+        found = QuickStudy(tuple(options), tuple(done), tuple(judge(done)))
         write(folder, found)
     return found
 
@@ -164,15 +186,20 @@ def loaded(load: str) -> Iterator[None]:
             process.wait()
 
 
-def judge(runs: Sequence[Tried], folder: Path) -> list[Sentence]:
+def read(place: Path) -> Said:
+    """The report of a run folder."""
+    report = build([place])
+    return Said(
+        report.claims, tuple((row.cell, row.metric, row.value) for row in report.results if row.value is not None)
+    )
+
+
+def judge(runs: Sequence[Tried]) -> list[Sentence]:
     """Every sentence of the judged runs against the undisturbed ones; none before there are three of those."""
-    quiet = [_figures(folder / "runs" / one.name) for one in runs if one.load == TRUTH and not one.failed]
-    if len(quiet) < 3:
-        return []
     every: dict[tuple[str, str], list[float]] = {}
-    for figures in quiet:
-        for key, value in figures.items():
-            every.setdefault(key, []).append(value)
+    for one in runs:
+        for cell, metric, value in one.figures if not one.failed else ():
+            every.setdefault((cell, metric), []).append(value)
     truth = {key: median(values) for key, values in every.items() if len(values) > 2}
     return [
         _sentence(one, claim, truth) for one in runs if one.load != TRUTH and not one.failed for claim in one.claims
@@ -239,27 +266,6 @@ def markdown(found: QuickStudy) -> str:
         lines += ["\n## Failed runs\n", *(f"* {one.name}: `{' '.join(one.failed.split())}`" for one in failed)]
     lines.append("\n`study.json` holds every sentence. Made by `d2obench doctor --study-quick --output FOLDER`.")
     return "\n".join(lines) + "\n"
-
-
-def _tried(name: str, load: str, seconds: float, place: Path, failed: str) -> Tried:
-    try:
-        claims = msgspec.json.decode((place / "report.json").read_bytes(), type=_Claims).claims
-    except (OSError, msgspec.DecodeError) as problem:
-        return Tried(name, load, round(seconds, 1), failed=failed or f"no report: {problem}")
-    return Tried(name, load, round(seconds, 1), claims, failed)
-
-
-class _Claims(msgspec.Struct):
-    """What is read of a report."""
-
-    claims: tuple[Claim, ...]
-
-
-def _figures(place: Path) -> Figures:
-    """Every figure of a run by cell and metric."""
-    with open(place / "results.csv", encoding="utf-8", newline="") as file:
-        rows = [(row["cell"], row["metric"], row["value"]) for row in csv.DictReader(file)]
-    return {(cell, metric): float(value) for cell, metric, value in rows if value}
 
 
 def _sentence(one: Tried, claim: Claim, truth: Mapping[tuple[str, str], Value]) -> Sentence:
