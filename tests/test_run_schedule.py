@@ -131,6 +131,21 @@ def test_what_can_not_fit_is_dropped_and_its_row_says_so(tmp_path: Path, monkeyp
         assert "no time was left for it within 30s" in record.reason
 
 
+def test_a_machine_that_slows_down_costs_cells_and_not_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred times slower from the first quality cell on: it ends, and the other one of its task is dropped."""
+    work = Machine.work
+
+    def slower(self: Machine, cells: list[Cell], suite: Any) -> None:
+        self.slow = 1.0 if cells[0].timed else 100.0
+        work(self, cells, suite)
+
+    monkeypatch.setattr(Machine, "work", slower)
+    seconds = 1.2 * whole() + REPORT_S + 30
+    given, _, log = measured(tmp_path, f"{seconds:.1f}s", 1.0, monkeypatch)
+    assert [one.axes.policy for one in CELLS if given[one.id] is None] == ["d2o"]
+    assert "no time was left" in log.records[CELLS[-1].id].reason
+
+
 def test_something_is_measured_however_short_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, _, _ = measured(tmp_path, "30s", 1e4, monkeypatch)
     assert {one.axes.task for one in CELLS if given[one.id] is not None}

@@ -121,7 +121,8 @@ class Schedule:
         if unfinished[0].id not in self._chosen:
             self._choose(unfinished[0])
         unit, count = self._chosen[unfinished[0].id]
-        if count == 0:
+        assert self._until is not None
+        if count == 0 or (self._measured and self._clock() >= self._until):  # slower than the plan had it
             for cell in unfinished:
                 self._log.end(cell, "skipped", reason=f"dropped: no time was left for it within {suite.within}")
             return None
@@ -131,7 +132,6 @@ class Schedule:
         if not unit.timed:
             quality = msgspec.structs.replace(suite.quality, limit=count)
             return suite if count == unit.most else msgspec.structs.replace(suite, quality=quality)
-        assert self._until is not None
         timing = cut_timing(suite, count)
         most = min(timing.max_seconds, max(1.0, self._until - self._clock()))
         return msgspec.structs.replace(suite, timing=msgspec.structs.replace(timing, max_seconds=most))
