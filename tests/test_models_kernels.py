@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 
 import pytest
 import torch
+from tiny_families import plain_model, prompts
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from d2obench import cpu
-from d2obench.models import kernels
-from d2obench.models.base import loaded
-from d2obench.models.kernels import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt_layers, share_of
+from d2obench.attention import interface
+from d2obench.errors import SuiteError, UsageError
+from d2obench.external import open_session
+from d2obench.models import kernels, load
+from d2obench.models.kernels import NORMS, ROWS, FusedNorm, QuickNorm, ThinLinear, adapt, adapt_layers, share_of
+from d2obench.run.plan import cells
+from d2obench.run.tensor_parallel import client_for
+from d2obench.suite.definition import load_suite
 
 lent = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
@@ -114,11 +121,12 @@ def test_every_norm_that_is_taken_over_is_that_norm():
 
 @lent
 @pytest.mark.parametrize(("dtype", "serves"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_a_described_model_has_them_where_they_serve(dtype, serves):
+def test_a_model_has_them_where_they_serve(dtype, serves):
     config = LlamaConfig(
         hidden_size=16, intermediate_size=36, num_hidden_layers=1, num_attention_heads=2, vocab_size=480
     )
-    model = loaded("x", LlamaForCausalLM(config).to(dtype), None, digest="", has_sense=False).model
+    model = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    adapt(model)
     assert isinstance(model.lm_head, ThinLinear) is isinstance(model.model.norm, QuickNorm) is serves
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear, "36 inputs are no whole vectors"
 
@@ -197,3 +205,56 @@ def test_the_runtime_is_the_one_pytorch_brings():
     assert cpu._runtime("\n".join(lines)) == "/a b/site-packages/torch/lib/libgomp-a34b3233.so.1"
     assert cpu._runtime(lines[0]) == "/usr/lib/libgomp.so.1.0.0"
     assert cpu._runtime("") == "libgomp.so.1"
+
+
+# --- the off switch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa2", "qwen3", "phi3", "gpt-neox", "falcon", "gemma3"])
+def test_with_library_kernels_a_model_is_transformers_own_bit_for_bit(family, tmp_path):
+    """Logits of a forward pass, of a prompt and of decode steps on transformers' cache; no module is ours."""
+    plain_model(family).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    ours = load(str(tmp_path), kernels="library")
+    assert ours.kernels == "library"
+    for module in ours.model.modules():
+        assert type(module).__module__.partition(".")[0] != "d2obench" and "forward" not in vars(module)
+    ids = torch.tensor(prompts(40))
+    session = open_session(ours, "hf-dynamic", None, max_new=6)
+    cache, tokens = DynamicCache(config=theirs.config), torch.randint(2, 128, (6,))
+    with torch.inference_mode():
+        assert torch.equal(ours.model(ids).logits, theirs(ids).logits)
+        given = {interface.keyword(theirs): cache}
+        expected = [theirs(ids, logits_to_keep=1, **given).logits[:, -1]]
+        expected += [theirs(token.view(1, 1), **given).logits[:, -1] for token in tokens]
+    found = [session.prefill(ids.tolist())]
+    session.compress()
+    found += [session.step(token.view(1)) for token in tokens]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert session.decode_path.endswith("the model's own layers as in transformers")
+
+
+def test_whose_kernels_run_a_model_is_part_of_a_cell_and_of_its_worker():
+    plain, library = (load_suite("quick", words) for words in ({}, {"models.kernels": "library"}))
+    assert plain.digest != library.digest
+    assert [cell.id for cell in cells(plain)] == [cell.id for cell in cells(library)]
+    assert not {cell.hash for cell in cells(plain)} & {cell.hash for cell in cells(library)}
+    assert json.loads(client_for(library).command[-1]) == {"kernels": "library"}
+    with pytest.raises(SuiteError, match=r"models\.kernels"):
+        load_suite("quick", {"models.kernels": "mine"})
+    with pytest.raises(UsageError, match="unknown kernels 'mine'; use one of d2obench, library"):
+        load("shape:tiny", kernels="mine")
+
+
+def test_a_run_with_library_kernels_says_so_in_its_rows(tmp_path):
+    from d2obench.cli import main
+
+    words = ["--policy", "full,h2o", "--model", "shape:tiny", "--task", "speed", "--shape", "32+8", "--rounds", "1"]
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "quick", *words, "--batch", "1", "--device", "cpu", "--kernels", "library", "--out", str(out)])
+    assert not ended.value.code
+    rows = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    assert rows and all("as in transformers" in json.dumps(row) for row in rows)
+    assert '"kernels":"library"' in (out / "run.json").read_text().replace(" ", "")
+    assert "as in transformers" in (out / "report.md").read_text()

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2obench.models import LoadedModel
 from d2obench.models.base import loaded
+from d2obench.models.kernels import adapt
 from d2obench.models.shapes import fill
 
 VOCAB = 128
@@ -71,7 +72,9 @@ def plain_model(family: str, dtype: str = "float32", attention: str = "sdpa", **
 @cache
 def tiny_model(family: str, dtype: str = "float32") -> LoadedModel:
     """The same, loaded as d2obench loads models, once."""
-    return loaded(family, plain_model(family, dtype), None, digest=family, has_sense=False)
+    model = plain_model(family, dtype)
+    adapt(model)
+    return loaded(family, model, None, digest=family, has_sense=False)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -199,7 +199,11 @@ class Session:
         """What executes a decode step, in words: PyTorch operators, compiled CPU loops or Triton kernels, and whether a
         CUDA graph replays it; empty before the prompt is compressed."""
         path = self._decode_path()
-        return path + (", replayed by a CUDA graph" if path and self._steps.captured else "")
+        if path and self._steps.captured:
+            path += ", replayed by a CUDA graph"
+        return path + (
+            "; the model's own layers as in transformers" if path and self.loaded.kernels == "library" else ""
+        )
 
     @property
     def remarks(self) -> list[str]:

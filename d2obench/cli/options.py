@@ -125,6 +125,17 @@ VerdictFolder = Annotated[
 AllRows = Annotated[bool, typer.Option("--all", help="List the figures that are fine too, and not only the others.")]
 
 
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHOSE",
+        rich_help_panel=WHERE,
+        help="Whose kernels compute a model's linear layers, norms and rotary positions: --kernels library runs them "
+        "exactly as transformers has them. Default: d2obench, ours where they serve.",
+    ),
+]
+
+
 def overrides(
     axes: Mapping[str, str | None],
     settings: Mapping[str, object] | None = None,

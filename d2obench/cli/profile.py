@@ -58,6 +58,7 @@ def command(
     shape: options.Shape = None,
     batch: options.Batch = None,
     set_: options.Set = None,
+    kernels: options.Kernels = None,
     steps: Steps = 4,
     top: Top = 12,
     stacks: Stacks = False,
@@ -73,15 +74,16 @@ def command(
         "policy": policy, "budget": budget, "model": model, "dtype": dtype,
         "device": device, "shape": shape, "batch": batch, "task": "speed",
     }  # fmt: skip
-    name, picked = _picked(suite, options.overrides(axes, more=set_ or ()), cell or ())
+    given = options.overrides(axes, {"models.kernels": kernels}, set_ or ())
+    name, whose, picked = _picked(suite, given, cell or ())
     if nvtx:
-        _to_nsys(picked, steps)
+        _to_nsys(picked, steps, whose)
         return
-    _profile_all(name, picked, steps, top, out, stacks=stacks, snapshot=snapshot)
+    _profile_all(name, picked, steps, top, out, kernels=whose, stacks=stacks, snapshot=snapshot)
 
 
-def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, list[Cell]]:
-    """The suite's name and the cells to profile."""
+def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, str, list[Cell]]:
+    """The suite's name, whose kernels run its models, and the cells to profile."""
     from d2obench.run.check import check_suite
     from d2obench.run.device_placement import check_one
     from d2obench.run.plan import cells
@@ -90,11 +92,19 @@ def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tupl
     chosen = load_suite(suite, given)
     check_suite(chosen)
     check_one(chosen, "d2obench profile")
-    return chosen.name, pick(cells(chosen), wanted)
+    return chosen.name, chosen.models.kernels, pick(cells(chosen), wanted)
 
 
 def _profile_all(
-    name: str, picked: Sequence[Cell], steps: int, top: int, out: Path | None, *, stacks: bool, snapshot: bool
+    name: str,
+    picked: Sequence[Cell],
+    steps: int,
+    top: int,
+    out: Path | None,
+    *,
+    kernels: str,
+    stacks: bool,
+    snapshot: bool,
 ) -> None:
     """Profiles the cells one after another, writes everything and prints the tables."""
     from rich.console import Console
@@ -106,7 +116,7 @@ def _profile_all(
     found: dict[str, Profile] = {}
     for one in picked:
         console.print(f"profiling {one.id}", style="dim", markup=False)
-        found[one.id] = _profile(one, steps, folder, stacks=stacks, snapshot=snapshot)
+        found[one.id] = _profile(one, steps, folder, kernels=kernels, stacks=stacks, snapshot=snapshot)
     write_atomic(folder / "profile.json", dump({cell: _plain(profile) for cell, profile in found.items()}))
     labelled = {label: found[one.id] for one, label in zip(picked, labels(picked), strict=True)}
     for table in [*tables(labelled, top), counts_table(labelled, top)]:
@@ -227,11 +237,11 @@ def _mib(cost: Cost) -> float:
     return cost.allocated_bytes / 2**20
 
 
-def _profile(cell: Cell, steps: int, folder: Path, *, stacks: bool, snapshot: bool) -> Profile:
+def _profile(cell: Cell, steps: int, folder: Path, *, kernels: str, stacks: bool, snapshot: bool) -> Profile:
     from d2obench.measure.memory import settle
     from d2obench.measure.profiler import Files, profile_request
 
-    factory, loaded, prompts = _request(cell, steps)
+    factory, loaded, prompts = _request(cell, steps, kernels)
     settle(loaded.device)
     name = re.sub(r"[^\w.@+=-]+", "_", cell.id.partition("/")[2])
     files = Files(
@@ -242,7 +252,7 @@ def _profile(cell: Cell, steps: int, folder: Path, *, stacks: bool, snapshot: bo
     return profile_request(factory, loaded.model, prompts, steps=steps, files=files)
 
 
-def _to_nsys(cells: Sequence[Cell], steps: int) -> None:
+def _to_nsys(cells: Sequence[Cell], steps: int, kernels: str) -> None:
     import torch
 
     from d2obench.measure.profiler import nvtx_request
@@ -250,11 +260,11 @@ def _to_nsys(cells: Sequence[Cell], steps: int) -> None:
     if not torch.cuda.is_available():
         raise UsageError("--nvtx needs a GPU", why="torch sees none", remedy="leave it out to profile here")
     for cell in cells:
-        factory, loaded, prompts = _request(cell, steps)
+        factory, loaded, prompts = _request(cell, steps, kernels)
         nvtx_request(factory, loaded.model, prompts, steps=steps)
 
 
-def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
+def _request(cell: Cell, steps: int, kernels: str) -> tuple[Any, Any, list[list[int]]]:
     """What makes the cell's session, its model (the last one is kept), and its prompts."""
     from d2obench.external import open_session
     from d2obench.models import load
@@ -265,7 +275,7 @@ def _request(cell: Cell, steps: int) -> tuple[Any, Any, list[list[int]]]:
     key = (axes.model, axes.dtype, axes.device)
     if key not in _loaded:
         _loaded.clear()
-        _loaded[key] = load(*key)
+        _loaded[key] = load(*key, kernels=kernels)
     loaded = _loaded[key]
     shape = shape_of(cell)
     assert isinstance(axes.batch, int)

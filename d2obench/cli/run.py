@@ -218,6 +218,7 @@ def command(
     set_: options.Set = None,
     device_map: DeviceMap = None,
     tensor_parallel: TensorParallel = None,
+    kernels: options.Kernels = None,
     python: Python = None,
     allow_busy: AllowBusy = False,
     engine: EngineName = "local",
@@ -258,6 +259,7 @@ def command(
         "timing.memory_limit": json.dumps(memory_limit) if memory_limit else None,  # text, also where it is a number
         "quality.limit": limit, "worker.threads": threads,
         "models.device_map": device_map, "models.tensor_parallel": tensor_parallel,
+        "models.kernels": kernels,
     }  # fmt: skip
     given = options.overrides(axes, settings, set_ or (), data or ())
     chosen, earlier = choose(suite, given, resume, starts_anew=bool(out or shard))

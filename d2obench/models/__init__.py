@@ -14,6 +14,7 @@ Nothing here imports torch or transformers until a model is loaded or a configur
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -58,6 +59,8 @@ REGISTRY = Registry(
 """Source classes (:class:`d2obench.models.base.Source`) by name."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+KERNELS = ("d2obench", "library")
+"""Whose kernels compute a model's own layers."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,8 +70,11 @@ def load(
     device: str = "auto",
     progress: Progress | None = None,
     placement: Placement | None = None,
+    kernels: str | None = None,
 ) -> LoadedModel:
     """Loads a model ready to run: eval mode, no gradients, SDPA attention, all weights on ``device``.
+
+    Example: ``load("embedded", "bfloat16", "cuda:0", kernels="library")``.
 
     Args:
         name: a model as the module's head lists them.
@@ -76,6 +82,8 @@ def load(
         device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto`` (the first GPU, else the CPU).
         progress: called as ``progress(what, done, total)`` while something is fetched or converted.
         placement: where it lies if not on ``device`` alone.
+        kernels: ``d2obench`` (the default) lets our kernels compute its linear layers, norms and rotary positions where
+            they serve; ``library`` leaves the model exactly as transformers made it. None for what ``placement`` says.
 
     Raises:
         ModelError: the model can't be found, fetched, verified or read.
@@ -84,17 +92,31 @@ def load(
     """
     import torch
 
+    from d2obench.models.kernels import adapt
+
+    # 1. What is asked for, and whether it can be had here.
     source = source_of(name)
     kind, place = _dtype(dtype), pick_device(device)
-    spread = {} if placement is None or placement.single else {"placement": placement}
-    if spread and "placement" not in inspect.signature(source.load).parameters:
-        raise ModelError(f"{name} can't be spread", why="its source loads to one device", remedy="use one device")
+    kernels = kernels or (placement or Placement()).kernels
+    if kernels not in KERNELS:
+        raise UsageError(f"unknown kernels '{kernels}'", remedy=f"use one of {', '.join(KERNELS)}")
+    placed = {} if placement is None or placement.single else {"placement": placement}
+    if placed and "placement" not in inspect.signature(source.load).parameters:
+        raise ModelError(
+            f"{name} can't lie on several devices", why="its source loads to one device", remedy="use one device"
+        )
     check_fits(name, source.describe().parameters * kind.itemsize, place, placement or Placement())
+    # 2. The weights, without transformers' bars and notices.
     try:
         with silent(), torch.no_grad():
-            return source.load(kind, place, progress or _ignore, **spread)
+            found = source.load(kind, place, progress or _ignore, **placed)
     except torch.OutOfMemoryError as problem:
         raise OutOfMemory(f"the weights of {name} don't fit {place}", why=str(problem).split(". ")[0]) from None
+    # 3. Our kernels, unless the model is to run as transformers has it.
+    if kernels == "library":
+        return dataclasses.replace(found, kernels=kernels)
+    adapt(found.model)
+    return found
 
 
 def check(name: str) -> None:

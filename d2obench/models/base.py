@@ -61,6 +61,8 @@ class LoadedModel:
         kv_heads: KV heads a layer.
         head_dim: elements of a key.
         note: what a report must say about the weights; may be empty.
+        kernels: whose kernels compute its linear layers, norms and rotary positions: ``d2obench``, where ours serve, or
+            ``library``.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LoadedModel:
     kv_heads: int
     head_dim: int
     note: str = ""
+    kernels: str = "d2obench"
 
 
 class Source(Protocol):
@@ -151,15 +154,8 @@ def rotary_limit(config: Any) -> int | None:
 def loaded(
     name: str, model: Any, tokenizer: Any, *, digest: str, context: int | None = None, **rest: Any
 ) -> LoadedModel:
-    """Freezes ``model``, lets our kernels serve its layers, and describes it.
-
-    Args:
-        rest: fields of :class:`LoadedModel`.
-    """
-    from d2obench.models import kernels
-
+    """Freezes ``model`` and describes it; ``rest`` are fields of :class:`LoadedModel`."""
     model.eval().requires_grad_(False)
-    kernels.adapt(model)
     dimensions = dimensions_of(model.config, parameters=0, context=context)
     return LoadedModel(
         name=name,

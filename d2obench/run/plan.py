@@ -18,7 +18,7 @@ from d2obench.errors import SuiteError, UsageError
 from d2obench.models import Dimensions
 from d2obench.policies import PolicyChoice, parse_choice
 from d2obench.record import Axes, dump
-from d2obench.suite.definition import SPEED, Quality, Suite
+from d2obench.suite.definition import SPEED, Placement, Quality, Suite
 from d2obench.suite.grammar import Budget, Shape
 from d2obench.tasks import parse_task
 from d2obench.tasks.base import Batch, Cell, Task
@@ -147,7 +147,7 @@ def _cell(
     parts += [point.shape] if point.shape else []
     parts += [f"b{point.batch}"] if point.batch is not None else []
     settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
-    placed = [] if suite.models.single else [suite.models]
+    placed = [] if suite.models == Placement() else [suite.models]
     within = [suite.within] if suite.within else []  # it decides on rounds and items
     content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within])).hexdigest()[:16]
     return Cell("/".join([*parts, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)

@@ -28,7 +28,7 @@ from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
 from d2obench.models.devices import RENDEZVOUS, TIMEOUT_S
 from d2obench.run.worker_client import WORKER, Progress, WorkerClient
 from d2obench.run.worker_process import DeadWorkerError, WorkerProcess
-from d2obench.suite.definition import Suite
+from d2obench.suite.definition import Placement, Suite
 
 TOGETHER = ("load", "warm_up", "measure", "count", "evaluate")
 """Operations on a model: every rank runs them, and they meet in it."""
@@ -42,7 +42,7 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 def client_for(suite: Suite) -> WorkerClient:
     """The worker, or the ranks, that a suite's models lie in."""
     placement, worker = suite.models, suite.worker
-    if placement.single:
+    if placement == Placement():
         return WorkerClient(timeout_s=worker.timeout_s, threads=worker.threads)
     command = (*WORKER, msgspec.json.encode(placement).decode())
     if placement.tensor_parallel == 1:

@@ -78,15 +78,18 @@ class AxesTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Placement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """``[models]`` of a suite. Without either, a model lies on the cell's device.
+    """``[models]`` of a suite. How models are loaded; by default on the cell's device, with our kernels.
 
     Args:
         device_map: accelerate's way to hand out whole layers to the GPUs; ``none`` for one device.
         tensor_parallel: processes ("ranks"), one a device, that hold a share of every layer's heads each.
+        kernels: ``d2obench`` lets our kernels compute a model's linear layers, norms and rotary positions where they
+            serve; ``library`` runs them exactly as transformers has them.
     """
 
     device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
     tensor_parallel: Annotated[int, msgspec.Meta(ge=1)] = 1
+    kernels: Literal["d2obench", "library"] = "d2obench"
 
     @property
     def single(self) -> bool:
