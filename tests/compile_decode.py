@@ -103,7 +103,7 @@ for policy in ("d2o", "h2o", "streaming", "full"):
             compile_once(*launch, policy, splits)
 
 launches.clear()
-rotary_kernel.turn = Noting(rotary_kernel.turn)
+rotary_kernel.rotate = Noting(rotary_kernel.rotate)
 query, key = (torch.zeros(4, 1, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (32, 8))
 rotary_kernel.rotated(query, key, *torch.zeros(2, 4, 1, 128, dtype=torch.bfloat16))
 compile_once(*launches[0], "rotary", 1)

@@ -148,7 +148,7 @@ def test_layers_left_on_the_cpu_are_out_of_memory_and_other_devices_are_told() -
 def test_random_weights_can_be_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights as on one device, placed by accelerate's plan."""
     asked: list[str] = []
-    monkeypatch.setattr(shapes, "hand_out", lambda model, how: asked.append(how) or model)
+    monkeypatch.setattr(shapes, "dispatch_layers", lambda model, how: asked.append(how) or model)
     whole = load("shape:tiny", "float32", "cpu").model
     spread = load("shape:tiny", "float32", "cpu", placement=Placement(device_map="balanced")).model
     assert asked == ["balanced"]

@@ -231,8 +231,8 @@ def faked(monkeypatch: pytest.MonkeyPatch, operators: None) -> Any:
     monkeypatch.setattr(graph, "_warmed", set())
     real = graph.obstacle
     monkeypatch.setattr(graph, "obstacle", lambda session: real(session).replace(NO_DEVICE, ""))
-    monkeypatch.setattr(graph, "_side", lambda device: None)
-    monkeypatch.setattr(graph.Steps, "_aside", lambda self, session, tokens: session.run(tokens[:, None]))
+    monkeypatch.setattr(graph, "_stream_of", lambda device: None)
+    monkeypatch.setattr(graph.Steps, "_warm_up_step", lambda self, session, tokens: session.run(tokens[:, None]))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     return control

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2obench import cpu
 from d2obench.models import kernels
-from d2obench.models.kernels import ROTARY_FAMILIES, turning
+from d2obench.models.kernels import ROTARY_FAMILIES, with_rotary_kernel
 
 lent = pytest.mark.skipif(not cpu.available(), reason="compiled loops cannot run here")
 
@@ -47,7 +47,7 @@ CASES = [(1, 1, 16, True), (8, 1, 64, False), (3, 37, 80, True), (2, 5, 128, Fal
 @pytest.mark.parametrize("family", ROTARY_FAMILIES)
 def test_it_is_the_librarys_function(family: str, case: Any) -> None:
     q, k, cos, sin = given(*case)
-    ours = turning(library(family))(q, k, cos, sin)
+    ours = with_rotary_kernel(library(family))(q, k, cos, sin)
     for got, want, x in zip(ours, library(family)(q, k, cos, sin), (q, k), strict=True):
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(got.double(), float64(x, cos, sin), rtol=1e-5, atol=1e-6)
@@ -62,7 +62,7 @@ def test_what_loops_do_not_serve_is_the_librarys(length: int) -> None:
         asked.append(kwargs)
         return library("llama")(*args, **kwargs)
 
-    apply = turning(function)
+    apply = with_rotary_kernel(function)
     q, k, cos, sin = given(2, length, 32, False)
     assert apply(q, k, cos, sin) and not asked
     apply(q, k, cos, sin, unsqueeze_dim=1)
@@ -87,7 +87,7 @@ def test_a_model_is_what_it_was(family: str, monkeypatch: pytest.MonkeyPatch) ->
     assert turned
     scopes = [module.forward.__globals__ for module in turned if "forward" in vars(module)]
     assert all(
-        scope[kernels.ROTARY_FUNCTION] is turning(library(type(turned[0]).__module__.split(".")[-2]))
+        scope[kernels.ROTARY_FUNCTION] is with_rotary_kernel(library(type(turned[0]).__module__.split(".")[-2]))
         for scope in scopes
     )
     assert scopes, "no attention module took it"
@@ -114,7 +114,7 @@ def test_a_kernel_that_fails_is_said_and_not_asked_again(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "_refused", {})
     monkeypatch.setitem(sys.modules, "d2obench.models.rotary_triton", SimpleNamespace(rotated=broken))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    assert kernels._turn_on_gpu(*tensors) is kernels._turn_on_gpu(*tensors) is None
+    assert kernels._rotate_on_gpu(*tensors) is kernels._rotate_on_gpu(*tensors) is None
     assert len(asked) == 1
     assert kernels.rotary_fallback(tensors[0].device) == "the kernel did not compile (RuntimeError: no ptxas)"
 
@@ -146,7 +146,7 @@ def test_the_kernel_for_gpus_is_it_too(kernel: Any, case: Any, dtype: torch.dtyp
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu(case: Any) -> None:
     tensors = [tensor.cuda() for tensor in given(*case, torch.bfloat16)]
-    ours = turning(library("llama"))(*tensors)
+    ours = with_rotary_kernel(library("llama"))(*tensors)
     assert not kernels._refused
     for got, x in zip(ours, tensors, strict=False):
         torch.testing.assert_close(got.double(), float64(x, *tensors[2:]), rtol=8e-3, atol=1e-5)
@@ -157,5 +157,7 @@ def test_angles_of_some_channels_only_are_the_librarys() -> None:
     """GPT-NeoX turns a part of each head."""
     q, k, cos, sin = given(2, 3, 32, False)
     part = cos[..., :16].contiguous(), sin[..., :16].contiguous()
-    for got, want in zip(turning(library("gpt_neox"))(q, k, *part), library("gpt_neox")(q, k, *part), strict=True):
+    for got, want in zip(
+        with_rotary_kernel(library("gpt_neox"))(q, k, *part), library("gpt_neox")(q, k, *part), strict=True
+    ):
         assert torch.equal(got, want)

@@ -103,12 +103,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
     """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
     the block's probabilities (``G·64·L`` floats) stay in the core's cache. Logits become probabilities in place."""
+    # 1. One row is a KV head of a sequence; its query heads are computed together.
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
     ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
     grouped = q.view(batch, heads, group, new, -1)
     flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
     mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
+    # 2. One buffer for the logits of all blocks, as large as the largest.
     cores = torch.get_num_threads()
     most = max(group * CPU_BLOCK * length * cores, min(cores * CPU_CACHE // 4, rows * group * CPU_BLOCK * length))
     logits_of = q.new_empty(most)
@@ -122,9 +124,11 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
             part = slice(low, min(rows, low + some))
             shape = (part.stop - low, group * size, end)
             logits, weights = (held[: math.prod(shape)].view(shape) for held in (logits_of, weights_of))
+            # 3. Logits, the mask of the block's own corner, probabilities in place.
             torch.bmm(block[part], flat_k[part, :, :end], out=logits)
             logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
             torch.softmax(logits, -1, dtype=torch.float32, out=weights)
+            # 4. The output, and the column sums while the probabilities are still in the cache.
             found = torch.bmm(weights.to(v.dtype), flat_v[part, :end]).view(-1, group, size, v.shape[-1])
             for row, one in enumerate(found, low):
                 mixed[row // heads, row % heads, :, first:last] = one

@@ -1,4 +1,4 @@
-"""From entries to slots, layer by layer: selection, merging, and what is booked of every slot.
+"""From entries to slots, layer by layer: selection, merging, and the position of what every slot holds.
 
 Peak memory. Where no layer's budget depends on another layer, the cache packs each layer right after its attention
 over the prompt and its full keys and values are gone before the next layer runs: beside the slots, one layer's prompt
@@ -92,12 +92,13 @@ class Packing:
         self.scores: list[Stats] = []
         self._merged: list[Tensor | int] = []
         self._evicted: list[Tensor | int] = []
-        self._aside: list[list[Tensor]] = [[], [], []]
+        self._waiting: list[list[Tensor]] = [[], [], []]
         self.store: DenseStore | None = self._new_store() if early else None
 
     def add(self, layer: PolicyLayer) -> None:
         """Packs the next layer and lets go of its entries."""
         assert layer.keys is not None and layer.values is not None
+        # 1. What is to be packed, and how much of it may stay.
         position = layer.positions()
         at = layer.index - self.first
         total, keep = position.shape[2], self.budgets[at]
@@ -105,6 +106,7 @@ class Packing:
             index = torch.arange(total, device=position.device).expand_as(position)
             self._hold(at, layer.keys, layer.values, position >= 0)
         else:
+            # 2. The policy selects and merges; with what it wants to remember.
             entries = Entries(
                 layer.index, self.layers, layer.keys, layer.values, position, self.lengths, layer.stats, self.seed,
                 self.layout.first_head,
@@ -114,19 +116,22 @@ class Packing:
             if self.grows:
                 kept = to_the_right(kept)
             index = kept.index
+            # 3. What was evicted is counted; statistics of what stays are its first scores.
             self.memory.append(remembered)
             self._evicted.append(kept.leaving.sum())
             self._merged.append(remembered["merged"].sum() if "merged" in remembered else 0)
             self.scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
+            # 4. The layer's full keys and values go before its kept ones are stored.
             layer.keys = layer.values = None
             self._hold(at, kept.keys, kept.values, kept.filled)
+        # 5. The position of what every slot holds.
         own = self.position[at].view(*position.shape[:2], -1)[..., : self.sizes[at]]
-        book(own, index, position, None if self.grows else keep + self.spare)
+        record_positions(own, index, position, None if self.grows else keep + self.spare)
         layer.clear()
 
     def finish(self, group: int, rotary: Tensor | None) -> DecodeState:
         """The decode state, once every layer was added; arguments as :class:`DecodeState` has them."""
-        store, policy, heads = self.store or self._new_store(self._aside), self.policy, self.layout.heads
+        store, policy, heads = self.store or self._new_store(self._waiting), self.policy, self.layout.heads
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         state = DecodeState(
             store, self.position, now, policy, heads, group, self.most, self.grows, self.seed, rotary,
@@ -148,15 +153,15 @@ class Packing:
     @property
     def bytes(self) -> int:
         """Bytes of keys and values held so far."""
-        aside = [tensor.untyped_storage().nbytes() for tensor in (*self._aside[0], *self._aside[1])]
-        return (self.store.bytes if self.store else 0) + sum(aside)
+        waiting = [tensor.untyped_storage().nbytes() for tensor in (*self._waiting[0], *self._waiting[1])]
+        return (self.store.bytes if self.store else 0) + sum(waiting)
 
     def _hold(self, layer: int, keys: Tensor, values: Tensor, real: Tensor) -> None:
         rows = [held.flatten(0, 1) for held in (keys, values, real)]
         if self.store is not None:
             self.store.fill(layer, *rows)
         else:
-            for column, held in zip(self._aside, rows, strict=True):
+            for column, held in zip(self._waiting, rows, strict=True):
                 column.append(held)
 
     def _new_store(self, parts: list[list[Tensor]] | None = None) -> DenseStore:
@@ -191,7 +196,7 @@ def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple
         return kept, policy.absorb(entries, kept, keep)
 
 
-def book(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
+def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
     """Fills in the positions of a layer's slots.
 
     Args:

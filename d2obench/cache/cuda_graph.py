@@ -80,20 +80,20 @@ class Steps:
 
     def step(self, session: Session, tokens: Tensor) -> Tensor:
         """One step for ``tokens`` ``[B]``; float32 logits ``[B, V]``, the caller's own."""
-        if not self._serves(session):
+        if not self._can_replay(session):
             return session.run(tokens[:, None]).float()
-        if not self._stands(session) and not self._warms(session):
-            return self._aside(session, tokens).float()
-        if not self._stands(session) and not self._capture(session):
+        if not self._is_current(session) and not self._is_warm(session):
+            return self._warm_up_step(session, tokens).float()
+        if not self._is_current(session) and not self._capture(session):
             return session.run(tokens[:, None]).float()
         return self._replay(session, tokens)
 
     def prepare(self, session: Session) -> None:
         """Captures the step now if this process knows its shape, and decodes nothing."""
-        if self._serves(session) and not self._stands(session) and _shape(session) in _warmed:
+        if self._can_replay(session) and not self._is_current(session) and _shape(session) in _warmed:
             self._capture(session)
 
-    def _serves(self, session: Session) -> bool:
+    def _can_replay(self, session: Session) -> bool:
         cache = session.cache
         if isinstance(cache, PolicyCache) and not cache.ready:
             return False  # a policy that defers compresses after its first step
@@ -101,14 +101,14 @@ class Steps:
             self.reason = obstacle(session)
         return not self.reason and not ranges.active() and not torch._C._len_torch_dispatch_stack()
 
-    def _stands(self, session: Session) -> bool:
+    def _is_current(self, session: Session) -> bool:
         """Whether there is a graph, and it is of what the cache holds now."""
         cache = session.cache
         if cache.grows:
-            cache.make_room()
+            cache.ensure_space()
         return self._graph is not None and self._of == (cache.state, cache.state.store)
 
-    def _warms(self, session: Session) -> bool:
+    def _is_warm(self, session: Session) -> bool:
         """Whether the shape is warm; counts the step that is made if not."""
         if _shape(session) in _warmed:
             return True
@@ -117,9 +117,9 @@ class Steps:
             _warmed.add(_shape(session))
         return False
 
-    def _aside(self, session: Session, tokens: Tensor) -> Tensor:
+    def _warm_up_step(self, session: Session, tokens: Tensor) -> Tensor:
         """A step on the stream that capturing will use, so that libraries set up their workspaces for it."""
-        here, side = torch.cuda.current_stream(tokens.device), _side(tokens.device)
+        here, side = torch.cuda.current_stream(tokens.device), _stream_of(tokens.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             out = session.run(tokens[:, None])
@@ -129,12 +129,15 @@ class Steps:
 
     def _capture(self, session: Session) -> bool:
         cache, state, device = session.cache, session.cache.state, session.loaded.device
+        # 1. Capturing runs the step's Python code without its kernels: what that code counts is set back afterwards.
         counted = state.steps, state.added, cache.seen
         tokens = torch.zeros(state.store.rows // state.heads, 1, dtype=torch.long, device=device)
+        # 2. The token goes into a buffer that a replay reads; the old graph goes first, with its memory.
         graph = torch.cuda.CUDAGraph()
         self._drop()
+        # 3. The step itself, on the stream that the warm-up steps have set up.
         try:
-            with torch.cuda.graph(graph, stream=_side(device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=_stream_of(device), capture_error_mode="thread_local"):
                 logits = session.run(tokens)
         except Exception as problem:  # what a driver or a library may refuse in capturing: steps go one by one
             first = str(problem).strip().partition("\n")[0][:120]
@@ -164,11 +167,11 @@ def _shape(session: Session) -> tuple[Any, ...]:
     return id(session.loaded.model), state.policy, state.store.rows, state.grows, state.decode_path
 
 
-_sides: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def _side(device: torch.device) -> torch.cuda.Stream:
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """The stream of warm-up and capturing; one a device, since libraries keep a workspace per stream."""
-    if device not in _sides:
-        _sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _sides[device]
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]

@@ -266,7 +266,7 @@ def shard_of(model: Any) -> HeadShard | None:
     return HeadShard(group, dist.get_rank(group), size, model.device)
 
 
-def check_apart(policy: Policy) -> None:
+def check_shardable(policy: Policy) -> None:
     """A PolicyError for a policy that judges the heads of a layer together at every step."""
     if policy.judges_heads_together:
         raise PolicyError(

@@ -56,15 +56,15 @@ class PolicyLayer(CacheLayerMixin):
         self.queries: Tensor | None = None
         """The last queries of the blocks before, ``[B, Hq, n, d]``, for a window that begins in front of a block."""
 
-    def append(self, keys: Tensor, values: Tensor, *, brief: bool) -> None:
+    def append(self, keys: Tensor, values: Tensor, *, short_lived: bool) -> None:
         """Adds a block ``[B, H, n, d]``.
 
         Args:
-            brief: the entries are gone before the next layer runs, so that it doesn't matter what they keep alive.
+            short_lived: the entries go before the next layer runs, so that it doesn't matter what they keep alive.
         """
         if self.keys is None:
             self.keys, self.values = (
-                (keys, values) if brief else (self.cache.set_aside(self, held) for held in (keys, values))
+                (keys, values) if short_lived else (self.cache.keep_entries(self, held) for held in (keys, values))
             )
             return
         assert self.values is not None

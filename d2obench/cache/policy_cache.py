@@ -32,7 +32,7 @@ from d2obench.attention.interface import AttendingCache, BridgedKeys, generate_r
 from d2obench.attention.prompt import prompt_attention
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen, rescale
-from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_apart, on, runs_of, shard_of
+from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_shardable, on, runs_of, shard_of
 from d2obench.cache.layer import Block, PolicyLayer
 from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
@@ -148,23 +148,25 @@ class PolicyCache(AttendingCache):
         if self.ready:
             assert self.state is not None
             if layer.index == 0 and self.grows:
-                self.make_room()
+                self.ensure_space()
             self.state.write(layer.index, keys, values)
         else:
-            layer.append(keys, values, brief=self._early)
+            layer.append(keys, values, short_lived=self._early)
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
         handed.slot_layer = layer  # type: ignore[attr-defined]
         return handed, values
 
-    def set_aside(self, layer: PolicyLayer, held: Tensor) -> Tensor:
-        """A layer's keys or values ``[B, H, n, d]`` for as long as other layers read the prompt: copied where they are
-        part of something larger (a fused projection), and on a CPU to a room of their own."""
+    def keep_entries(self, layer: PolicyLayer, held: Tensor) -> Tensor:
+        """A layer's keys or values ``[B, H, n, d]`` for as long as other layers read the prompt. They are copied where
+        they are part of something larger, such as a fused projection, and on a CPU always, into a buffer of the layer's
+        own."""
         if held.device.type != "cpu":
             return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
         return self._buffers.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
+        # 1. A decode step works on slots.
         last, new = layer.index == len(self.own) - 1, query.shape[2]
         if self.ready:
             assert self.state is not None
@@ -175,10 +177,12 @@ class PolicyCache(AttendingCache):
                 self.seen += 1
             return out
         assert layer.keys is not None and layer.values is not None
+        # 2. The first layer tells how the block lies in the entries; all layers place theirs alike.
         if layer.index == 0:
             self._measure(layer, new, mask)
         assert self.lengths is not None
         layer.place(self._block, self.lengths)
+        # 3. Causal attention over all entries, with the statistics that the policy ranks them by.
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
@@ -188,6 +192,7 @@ class PolicyCache(AttendingCache):
         if needs.window > 1 and not self.whole:
             layer.remember(query, needs.window - 1)
         layer.stats = add(layer.stats, stats)
+        # 4. Where nothing waits for other layers, the layer is compressed now.
         if self._early:
             self._compress_early(layer)
         if last:
@@ -288,12 +293,16 @@ class PolicyCache(AttendingCache):
         return merged, evicted
 
     def snapshot(self) -> Any:
-        """A copy of everything that decoding changes. Entries are never written in place: references do for them."""
+        """A copy of everything that decoding changes.
+
+        Entries of a layer are never written in place, so references to them are enough; slots are copied.
+        """
+        # 1. The cache's own fields, 2. those of its layers, 3. the slots and what is known of them.
         own = {name: getattr(self, name) for name in LIVING}
         return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot()
 
     def restore(self, saved: Any) -> None:
-        """Brings back a :meth:`snapshot`."""
+        """Brings back a :meth:`snapshot`. Slots are written in place, so that a captured graph still fits them."""
         for name, old in saved[0].items():
             setattr(self, name, old)
         for layer, fields in zip(self.layers, saved[1], strict=True):
@@ -516,8 +525,8 @@ class PolicyCache(AttendingCache):
         padding = new - max(real) if not bool((before > 0).any()) else 0
         self._block = Block(new - padding, [new - count for count in real], padding)
 
-    def make_room(self) -> None:
-        """Makes room in a growing cache whose generation turned out longer than its slots."""
+    def ensure_space(self) -> None:
+        """Extends a growing cache whose generation turned out longer than its slots."""
         state = self.state
         assert state is not None
         if all(used + state.added < size for used, size in zip(state.prompts, state.store.capacities, strict=True)):
@@ -565,7 +574,7 @@ def cache(
     wrap = BridgedKeys if model.config.model_type in interface.BRIDGED else None
     kinds, rotary = interface.layer_kinds(model), interface.rotary(model)
     if shard := shard_of(model):
-        check_apart(built)
+        check_shardable(built)
     return PolicyCache(
         built,
         given,

@@ -1,8 +1,8 @@
 """Caches and engines that are not ours: transformers' own caches, kvpress and llama.cpp.
 
-``open_session`` makes the session of a policy, ours or another's, and is the one way to a session for the rooms above:
-``tasks``, ``measure``, ``run``, ``bridges`` and ``cli`` import this package. It imports ``cache`` and what is below.
-A library is imported only when its session is opened; importing this package loads nothing of them.
+``open_session`` makes the session of a policy, ours or another's; ``tasks``, ``run``, ``cli`` and ``bridges`` get theirs
+here alone. This package imports ``cache`` and what stands below it. A library is imported when its session is opened;
+importing this package loads nothing of any of them.
 """
 
 from __future__ import annotations

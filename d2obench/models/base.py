@@ -52,7 +52,7 @@ class LoadedModel:
         model: the transformers ``PreTrainedModel``, in eval mode.
         tokenizer: its tokenizer; None where there is none (``shape:`` models).
         dtype: of the weights.
-        device: all weights are there; where they are spread over several, its tokens and logits are.
+        device: all weights are there; where they lie on several, its tokens and logits are there.
         context: tokens its positions may reach.
         has_sense: False for random weights: no task that scores text can use it.
         digest: what identifies the weights (see the source).

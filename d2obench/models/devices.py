@@ -37,7 +37,7 @@ def beside(model: Any) -> list[torch.device]:
     return [torch.device(place) for place in places if torch.device(place) != model.device]
 
 
-def hand_out(model: Any, device_map: str) -> Any:
+def dispatch_layers(model: Any, device_map: str) -> Any:
     """Moves the layers of a model to the GPUs, as ``from_pretrained`` would have placed them."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
@@ -59,9 +59,9 @@ def check_fits(name: str, needed: int, device: torch.device, placement: Placemen
 
     where = str(device)
     if device.type == "cuda":
-        spread = placement.device_map != "none"
-        places = range(torch.cuda.device_count()) if spread else [device.index or 0]
-        where = f"the {len(places)} GPUs" if spread else where
+        on_many = placement.device_map != "none"
+        places = range(torch.cuda.device_count()) if on_many else [device.index or 0]
+        where = f"the {len(places)} GPUs" if on_many else where
         cached = sum(torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) for gpu in places)
         free = sum(torch.cuda.mem_get_info(gpu)[0] for gpu in places) + cached
         needed //= placement.tensor_parallel

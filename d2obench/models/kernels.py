@@ -155,14 +155,14 @@ def adapt_layers(model: Any) -> None:
     layers, unless they look at more than one tensor or route tokens to experts; elsewhere its norms."""
     if (getattr(model, "tp_size", 1) or 1) > 1:
         return
-    lent = cpu.suits(model.dtype, model.device)
+    compiled = cpu.suits(model.dtype, model.device)
     if model.device.type != "cpu":
         for module in model.modules():
             if type(module).__name__ in NORMS and "forward" not in vars(module):
                 module.__class__ = FusedNorm
         return
     for module in list(model.modules()):
-        plain = lent and getattr(module, "weight", None) is not None and module.weight.is_contiguous()
+        plain = compiled and getattr(module, "weight", None) is not None and module.weight.is_contiguous()
         if plain and type(module) is nn.Linear and module.in_features % 8 == 0:
             module.__class__ = ThinLinear
             _loops()
@@ -206,24 +206,24 @@ def rebind(module: Any) -> None:
     code = inspect.unwrap(type(module).forward)
     if ROTARY_FUNCTION not in code.__code__.co_names or code.__closure__:
         return
-    scope = {**code.__globals__, ROTARY_FUNCTION: turning(code.__globals__[ROTARY_FUNCTION])}
+    scope = {**code.__globals__, ROTARY_FUNCTION: with_rotary_kernel(code.__globals__[ROTARY_FUNCTION])}
     forward = FunctionType(code.__code__, scope, code.__name__, code.__defaults__)
     forward.__kwdefaults__ = code.__kwdefaults__
     module.forward = MethodType(forward, module)
 
 
 @functools.cache
-def turning(library: Callable[..., Pair]) -> Callable[..., Pair]:
+def with_rotary_kernel(library: Callable[..., Pair]) -> Callable[..., Pair]:
     """The function that serves in the library's place, and asks it where no kernel serves."""
 
     @functools.wraps(library)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Pair:
         if not args and not kwargs and _fits_rotary(q, k, cos, sin):
             if q.device.type == "cuda":
-                if (turned := _turn_on_gpu(q, k, cos, sin)) is not None:
+                if (turned := _rotate_on_gpu(q, k, cos, sin)) is not None:
                     return turned
             elif (given := _by_token(q, k)) is not None:
-                return _turn_on_cpu(*given, cos, sin)
+                return _rotate_on_cpu(*given, cos, sin)
         return library(q, k, cos, sin, *args, **kwargs)
 
     return apply
@@ -245,7 +245,7 @@ def _by_token(q: Tensor, k: Tensor) -> Pair | None:
     return (queries, keys) if whole else None
 
 
-def _turn_on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Pair:
+def _rotate_on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Pair:
     batch, length, heads, width = queries.shape
     out, out_keys = torch.empty_like(queries), torch.empty_like(keys)
     tokens = batch * length
@@ -267,7 +267,7 @@ def _rotary_loops() -> Any:
     return products
 
 
-def _turn_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
+def _rotate_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
     """By the Triton kernel; None where it can't be compiled, which is asked once a device."""
     if q.device in _refused:
         return None

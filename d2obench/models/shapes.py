@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
-from d2obench.models.devices import hand_out
+from d2obench.models.devices import dispatch_layers
 from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:
@@ -105,14 +105,14 @@ class Shape:
                 why="transformers splits a model while it reads its weights, and this one has none to read",
                 remedy="use a folder with safetensors, or --device-map auto",
             )
-        spread = placed.device_map != "none"
-        with no_init_weights(), torch.device("cpu" if spread else device):  # untouched, memory is not yet taken
+        on_many = placed.device_map != "none"
+        with no_init_weights(), torch.device("cpu" if on_many else device):  # untouched, memory is not yet taken
             model = AutoModelForCausalLM.from_config(
                 self._config(), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
         model.tie_weights()
-        if spread:
-            model = hand_out(model, placed.device_map)
+        if on_many:
+            model = dispatch_layers(model, placed.device_map)
         fill(model, SEED)
         identity = json.dumps([SHAPES[self.name], SEED], sort_keys=True)
         return loaded(

@@ -104,7 +104,7 @@ def _check_model(name: str, model: Dimensions, ranks: int) -> None:
 
 
 def _check_policy(choice: PolicyChoice, ranks: int) -> None:
-    from d2obench.cache.devices import check_apart
+    from d2obench.cache.devices import check_shardable
 
     if choice.yardstick is not None and not choice.yardstick.several_devices:
         raise UsageError(
@@ -113,4 +113,4 @@ def _check_policy(choice: PolicyChoice, ranks: int) -> None:
             remedy="leave out --tensor-parallel and --device-map, or the policy",
         )
     if choice.yardstick is None and ranks > 1:
-        check_apart(choice.policy)
+        check_shardable(choice.policy)
