@@ -1,7 +1,7 @@
 """Caches and engines that are not ours: transformers' own caches, kvpress and llama.cpp.
 
-``open_session`` makes the session of a policy, ours or another's; ``tasks``, ``run``, ``cli`` and ``bridges`` get theirs
-here alone. This package imports ``cache`` and what stands below it. A library is imported when its session is opened;
+``open_session`` makes the session of a policy, ours or another's. ``tasks``, ``run``, ``cli`` and ``bridges`` import
+this package for it; it imports ``cache`` and what stands below. A library is imported when its session is opened, and
 importing this package loads nothing of any of them.
 """
 
