@@ -24,14 +24,15 @@ from d2obench.run.plan import Plan, group
 from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
 from d2obench.run.run_log import RunLog
 from d2obench.run.worker_client import Client, again
+from d2obench.stats.intervals import WINDOWS
 from d2obench.suite.definition import Suite, Timing
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell
 
 REPORT_S = 10.0
 """Seconds that are left for writing and rendering the report."""
-LEAST_WINDOWS = 8
-"""Windows of steps that a process measures at least, however few its rounds are."""
+LEAST_WINDOWS = WINDOWS
+"""Windows of steps that a process measures at least, however few its rounds are: fewer carry no interval."""
 LEAST_ITEMS = 2
 """Items below which a quality task is dropped rather than cut: one item carries no interval."""
 PROBE = Shape(256, 9)
