@@ -23,6 +23,8 @@ from d2obench.errors import RecordError
 
 SCHEMA = 2
 MAX_LINE = 8 * 2**20
+SCORES = ("score", "em", "top1", "mc")
+"""How the keys of shares of items begin."""
 STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
 
 
@@ -293,10 +295,10 @@ def _cell(line: bytes) -> CellRecord:
     cell = msgspec.json.decode(line, type=CellRecord)
     if cell.status not in STATUSES:
         raise ValueError(f"unknown status '{cell.status[:40]}'")
-    return cell if cell.schema > 1 else _of_schema_1(cell)
+    return cell if cell.schema > 1 else with_kinds(cell)
 
 
-def _of_schema_1(cell: CellRecord) -> CellRecord:
+def with_kinds(cell: CellRecord) -> CellRecord:
     """The cell with the kind of each value's bounds, which schema 1 did not record.
 
     Times were bounded over rounds, of which ``details`` has the count, and quality over documents, which the task may
@@ -306,10 +308,11 @@ def _of_schema_1(cell: CellRecord) -> CellRecord:
     most = rounds if isinstance(rounds, int) else int(documents[1]) if documents else None
 
     def with_kind(key: str, value: Value) -> Value:
-        if value.lo is None or value.hi is None:
+        if value.lo is None or value.hi is None or value.kind:
             return value
         n = value.n if most is None else min(most, value.n)
         kind: Bounded = "range" if n <= 7 or key.endswith("_bytes") else "interval"
-        return msgspec.structs.replace(value, n=n, kind="exact" if value.lo == value.hi else kind)
+        alike = value.lo == value.hi and not key.startswith(SCORES)  # items that all agree are still a sample
+        return msgspec.structs.replace(value, n=n, kind="exact" if alike else "range" if value.lo == value.hi else kind)
 
     return msgspec.structs.replace(cell, values={key: with_kind(key, value) for key, value in cell.values.items()})

@@ -466,6 +466,16 @@ def test_flags_say_what_they_mean_and_counts_do_not_part_them(tmp_path: Path) ->
     )
 
 
+def test_what_would_narrow_the_intervals_is_said(tmp_path: Path) -> None:
+    wide = Value(1.0, 0.5, 2.0, 12, kind="interval", method="t", df=11)
+    report = against_full(tmp_path, values={"speedup": wide})
+    assert report.verdict[1] == (
+        "This run can't tell d2o with budget 0.2 apart from full in decode speed. More rounds (--rounds) narrow the "
+        "intervals of speed."
+    )
+    assert "1.000" not in " ".join(report.verdict)
+
+
 def test_how_caches_took_turns_is_said(tmp_path: Path) -> None:
     report = against_full(tmp_path, turns="windows")
     assert any("in windows of decode steps" in line and "in 2 fresh processes" in line for line in report.reading)

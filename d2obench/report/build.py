@@ -11,7 +11,7 @@ import msgspec
 
 from d2obench.errors import RecordError
 from d2obench.metric import METRICS
-from d2obench.record import Run, Value, read_run
+from d2obench.record import Run, Value, read_run, with_kinds
 from d2obench.report.derive import metric_of, results
 from d2obench.report.figures import figures, in_order
 from d2obench.report.machine import again, cards, environment, suites, unlike
@@ -178,8 +178,8 @@ def _with_derived(run: Run, kept: _Published) -> Run:
         if row.metric != "seconds":
             value = Value(row.value, row.lo, row.hi, row.n or 1, row.note, row.kind)
             derived.setdefault(row.cell, {})[row.metric] = value
-    cells = [msgspec.structs.replace(cell, values=derived.get(cell.id, {}) | cell.values) for cell in run.cells]
-    return msgspec.structs.replace(run, cells=tuple(cells))
+    cells = (msgspec.structs.replace(cell, values=derived.get(cell.id, {}) | cell.values) for cell in run.cells)
+    return msgspec.structs.replace(run, cells=tuple(map(with_kinds, cells)))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

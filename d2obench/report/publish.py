@@ -128,4 +128,4 @@ def _row(folder: Path, run: Run, report: Report) -> str:
         str(len(run.cells)),
         report.verdict[0] if report.verdict else "",
     )
-    return f"| [{folder.name}]({folder.name}/report.md) | " + " | ".join(escape(field) for field in fields) + " |"
+    return f"| [{folder.name}]({folder.name}/report.md) | " + " | ".join(escape(field, 400) for field in fields) + " |"

@@ -163,7 +163,7 @@ def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
         told = [one for one in findings if (one.task == SPEED) is timed and one.verdict == verdict]
         names = [_beside(one) for one in told]
         if names:
-            parts.append(f"{verb} {_listed(names[:MAX_NAMES])}" + (" and others" if len(names) > MAX_NAMES else ""))
+            parts.append(f"{verb} {_listed(_few(names))}")
     if not parts:
         return ""
     return f"Against the other policies with the same budget, {_named(ours)} {_listed(parts)}."
@@ -194,9 +194,17 @@ def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str
             "impossible: something disturbed the measurement, so it says nothing."
         )
     if parts:
+        more = [
+            words
+            for words, there in (
+                ("more rounds (--rounds) narrow the intervals of speed", any(one.task == SPEED for one in findings)),
+                ("more items (--limit) those of quality", any(one.task != SPEED for one in findings)),
+            )
+            if there
+        ]
+        hint = _listed(more) if len(more) > 1 else "".join(more).replace("those", "narrow the intervals")
         sentences.append(
-            f"This run can't tell {_named(ours)} apart from {_listed(parts, ';')}. More rounds (--rounds) narrow the "
-            "intervals of speed, more items (--limit) those of quality."
+            f"This run can't tell {_named(ours)} apart from {_listed(parts, ';')}. {hint[:1].upper()}{hint[1:]}."
         )
     return " ".join(sentences)
 
@@ -204,7 +212,7 @@ def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str
 def _names(findings: Sequence[Finding], what: str) -> list[str]:
     """``h2o and streaming in decode speed``; those that were told apart are left out."""
     names = [one.other for one in findings if one.verdict == "not told apart"]
-    return [f"{_listed(names[:MAX_NAMES])}{' and others' if len(names) > MAX_NAMES else ''} in {what}"] if names else []
+    return [f"{_listed(_few(names))} in {what}"] if names else []
 
 
 def _leaders(group: Sequence[Row]) -> Words:
@@ -225,7 +233,7 @@ def _leaders(group: Sequence[Row]) -> Words:
             sentences.append(f"{what}: the policies were not told apart.")
             continue
         note = claims.resting_on(processes(top)) if claims.timed(metric) else ""
-        same = f"; not told apart from it: {_listed(near[:MAX_NAMES])}" if near else ""
+        same = f"; not told apart from it: {_listed(_few(near))}" if near else ""
         sentences.append(f"{what}: {top.key.label} with {_figure(metric, value)}{f', {note}' if note else ''}{same}.")
     return Words(tuple(sentences))
 
@@ -262,6 +270,11 @@ def _figure(metric: str, value: Value) -> str:
     text = f"{signed(metric, value.value)} {METRICS[metric].unit}".rstrip()
     bounds = bounds_in_words(metric, value)
     return f"{text} ({bounds})" if bounds else text
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    """At most MAX_NAMES of them, then that there are others."""
+    return [*names] if len(names) <= MAX_NAMES else [*names[: MAX_NAMES - 1], "others"]
 
 
 def _short(task: str) -> str:

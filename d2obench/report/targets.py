@@ -22,6 +22,7 @@ from d2obench.stats.claims import Claim
 from d2obench.suite.target import Target
 
 NOT_MEASURED: Final = "not measured"
+WORDS = {"no verdict": "without a verdict"}
 MARKS: dict[str, Mark] = {"met": "best", "missed": "bad", "no verdict": "warn", NOT_MEASURED: "quiet"}
 
 
@@ -69,7 +70,7 @@ def sentence(tables: Sequence[Table]) -> tuple[str, ...]:
     if not rows:
         return ()
     counts = Counter(row[-1].text for row in rows)
-    outcomes = [f"{counts[word]} {word}" + _named(rows, word) for word in MARKS if counts[word]]
+    outcomes = [f"{counts[word]} {WORDS.get(word, word)}" + _named(rows, word) for word in MARKS if counts[word]]
     return (f"Targets of the suite: {', '.join(outcomes)}.",)
 
 
