@@ -1,8 +1,9 @@
-"""Policies by name, and the reading of a policy as it is written on an axis.
+"""Policies by name, and the parser of a policy as it is written on the command line or in a suite.
 
-:func:`parse_choice` reads ``d2o(merge=values)``, ``d2o+quant(bits=4)`` or ``kvpress:SnapKVPress`` once, into a
-:class:`PolicyChoice`: one of our policies, or a yardstick (:mod:`d2obench.policies.yardsticks`). Reading imports no
-torch; ``choice.policy`` does, because it builds the policy.
+:func:`parse_choice` parses ``d2o(merge=values)``, ``d2o+quant(bits=4)`` or ``kvpress:SnapKVPress`` into a
+:class:`PolicyChoice`: one of our policies, or a yardstick, that is another library's cache or engine
+(:mod:`d2obench.policies.yardsticks`). Parsing does not import torch; ``choice.policy`` does, because it builds the
+policy.
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ REGISTRY = Registry(
     PolicyError,
 )
 LIBRARY_CACHES = ("hf-dynamic", "hf-static", "sdpa-static")
-"""Yardsticks for ``full``: other full caches on the same loop and the same model."""
+"""Other full caches, measured with the same loop and the same model, for comparison with ``full``."""
 KEEPS_EVERYTHING = ("full", "quant")
-"""Our policies that know no budget, so that a plan can be made without importing them; a test holds this against
-``takes_budget`` of every class."""
+"""Our policies without a budget, listed here so that a run can be planned without importing them; a test compares this
+with ``takes_budget`` of every class."""
 
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """What stands on the policy axis of a cell.
+    """The policy of a cell.
 
     Args:
-        spec: as written.
-        yardstick: with its parameters, where the choice is another library's cache or engine; None for our policies.
+        spec: the parsed text.
+        yardstick: the other library's cache or engine, with its parameters; None for our own policies.
     """
 
     spec: Spec
@@ -72,7 +73,7 @@ class PolicyChoice:
 
     @property
     def takes_budget(self) -> bool:
-        """Whether the choice is multiplied by the budgets of a suite."""
+        """Whether the policy is run once for each budget of a suite."""
         return any(_takes_budget(part) for part in self.spec.parts)
 
     @cached_property
@@ -93,7 +94,7 @@ class PolicyChoice:
         return self.policy if self.yardstick is None else self.yardstick
 
     def check(self) -> None:
-        """Checks all parameters; a built-in policy without any needs no import.
+        """Checks all parameters. A built-in policy without parameters needs no check and is not imported.
 
         Raises:
             PolicyError: as :attr:`policy`.
@@ -104,12 +105,12 @@ class PolicyChoice:
 
 @lru_cache(maxsize=256)
 def parse_choice(text: str) -> PolicyChoice:
-    """Reads a policy or a yardstick as it is written on an axis.
+    """Parses a policy or a yardstick as it is written on the command line or in a suite.
 
     Raises:
         UsageError: the text does not follow the grammar.
-        PolicyError: an unknown name, parts that can't be joined by ``+``, or a wrong parameter of a yardstick. A wrong
-            parameter of our own policies is found by :meth:`PolicyChoice.check`.
+        PolicyError: an unknown name, parts that can't be joined with ``+``, or an invalid parameter of a yardstick.
+            Invalid parameters of our own policies are found later, by :meth:`PolicyChoice.check`.
     """
     spec = parse_spec(text)
     kinds = [_external(part) for part in spec.parts]
@@ -128,7 +129,7 @@ def parse_choice(text: str) -> PolicyChoice:
 
 
 def parse_policy(text: str) -> Policy:
-    """The policy of ours that ``text`` names, with its parameters set and checked.
+    """Our policy that ``text`` names, with its parameters set and checked.
 
     Raises:
         UsageError, PolicyError: as :func:`parse_choice` and :attr:`PolicyChoice.policy`.
@@ -137,7 +138,7 @@ def parse_policy(text: str) -> Policy:
 
 
 def own_policies() -> list[str]:
-    """Names of the policies with a rule for our own cache: all that are no yardsticks."""
+    """Names of the policies that run on our own cache, that is, all except yardsticks."""
     return [name for name in REGISTRY.names() if _external(Part(name)) is None]
 
 
@@ -151,7 +152,7 @@ def _takes_budget(part: Part) -> bool:
 
 
 def _external(part: Part) -> type[Yardstick] | None:
-    """The class of a yardstick; None where the name is that of a policy of ours, or of nothing."""
+    """The class of a yardstick; None if the name is one of our policies or unknown."""
     name, colon, _ = part.name.partition(":")
     if REGISTRY.builtin.get(name, "").startswith(Yardstick.__module__):
         kind = REGISTRY.get(name)
@@ -180,7 +181,7 @@ def _build(part: Part, spec: Spec) -> Policy:
 
 
 def _convert(kind: Any, part: Part, spec: Spec, params: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass of parameters, with its types checked."""
+    """Builds an instance of a dataclass of parameters, and checks their types."""
     fields = {field.name: field.type for field in dataclasses.fields(kind) if not field.kw_only}
     for key in part.params:
         if key not in fields:

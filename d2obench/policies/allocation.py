@@ -1,12 +1,12 @@
 """Layer budgets from attention density (D2O, arXiv 2406.13035, Eq. 5).
 
-``F_ℓ`` is the variance over key positions of the column sums of the head-mean attention map: low where attention is
-dense and the layer needs more cache. Eq. 5 gives layer ℓ the share ``exp(−F_ℓ) / Σ exp(−F_k)`` of all entries. On raw
-``F`` that softmax collapses onto one layer (F spans orders of magnitude), and the paper is silent on its scale, so
-``F`` is min–max normalised over the layers first; after that no layer gets more than e times another.
+``F_ℓ`` is the variance over key positions of the column sums of the head-mean attention map. It is low where attention
+is dense, and such a layer needs more cache. Eq. 5 gives layer ℓ the share ``exp(−F_ℓ) / Σ exp(−F_k)`` of all entries. F
+spans orders of magnitude, so on raw F this softmax gives nearly everything to one layer. The paper does not state how F
+is scaled; here ``F`` is min–max normalised over the layers first, after which no layer gets more than e times another.
 
-Shares are then water-filled between a floor and the prompt itself, so that the sum over layers is exactly what was
-asked for, whatever is clipped.
+The shares are then rounded to whole entries between a floor and the prompt's length (water-filling), so that the sum
+over layers is exactly what was asked for, even if some layers are clipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Rule = Literal["softmax", "raw", "threshold", "uniform"]
 
 
 def density(column_sums: Tensor, length: Tensor) -> Tensor:
-    """``F``: unbiased variance over the real positions of column sums ``[B, L]`` (padding on the left), ``[B]``."""
+    """``F`` per sequence, ``[B]``: unbiased variance of column sums ``[B, L]`` over the real positions (padding is on
+    the left)."""
     total = column_sums.shape[1]
     rows = [row[total - int(n) :].double() for row, n in zip(column_sums, length.tolist(), strict=True)]
     return torch.stack([row.var(correction=1) if row.numel() > 1 else row.new_zeros(()) for row in rows])
@@ -33,9 +34,9 @@ def shares(density: Tensor, rule: Rule, alpha: float = 2.0) -> Tensor:
     Args:
         density: F per layer.
         rule: ``softmax`` of −F after min–max over layers; ``raw``, the same on F itself; ``threshold``, the paper's
-            first version (layers at or below the median F get ``alpha`` times the others; its own threshold and α
-            are not known); ``uniform``.
-        alpha: see ``threshold``.
+            first version (layers at or below the median F get ``alpha`` times as much as the others; the paper's own
+            threshold and α are not published); ``uniform``.
+        alpha: factor of the ``threshold`` rule.
     """
     if rule == "uniform" or len(density) == 1:
         return torch.full_like(density, 1 / len(density))
@@ -49,11 +50,11 @@ def shares(density: Tensor, rule: Rule, alpha: float = 2.0) -> Tensor:
 
 
 def water_fill(share: Sequence[float], total: int, floor: int, cap: int) -> list[int]:
-    """Whole numbers near ``share·total`` within ``[floor, cap]`` that sum to ``total`` exactly.
+    """Whole numbers close to ``share·total``, within ``[floor, cap]``, that sum to exactly ``total``.
 
-    What clipping takes or adds is given to or taken from the other layers in proportion; fractions are rounded by
-    largest remainder, ties to the lower layer. ``total`` outside ``[n·floor, n·cap]`` is brought to the nearer end;
-    a floor that ``total`` can't pay gives way.
+    What clipping adds or removes is taken from or given to the other layers in proportion to their shares; fractions
+    are rounded by largest remainder, ties to the lower layer. A ``total`` outside ``[n·floor, n·cap]`` is moved to the
+    nearer end, except that ``floor`` is lowered if ``total`` is too small for it.
     """
     count = len(share)
     floor = min(floor, total // count, cap)

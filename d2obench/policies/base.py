@@ -1,17 +1,17 @@
-"""What a policy is: which entries of a prompt it keeps, and which slot each new token takes.
+"""The interface of a policy: which entries of a prompt it keeps, and which slot each new token overwrites.
 
-A policy is a frozen dataclass of its parameters; it holds no tensors. It is asked at these points:
+A policy is a frozen dataclass of its parameters; it holds no tensors. These methods define it:
 
 1. ``needs``: which statistics of the prompt's attention map to gather (``d2obench.attention.prompt``).
 2. ``layer_budgets``: how many entries each layer keeps (uniform unless a policy allocates).
 3. ``rank``: a score per entry of the prompt; the highest are kept.
 4. ``absorb``: what happens to the evicted entries of a layer (nothing, or a merge into the kept ones).
-5. ``decode_rule`` and ``merge_spec``: as data, which slot a decode step frees and what becomes of its entry. A backend
-   of ``d2obench.decode`` executes them. A rule that none of these kinds describes is :class:`Custom`: the policy's own
-   ``observe`` and ``victims`` run after every step, for all layers at once.
+5. ``decode_rule`` and ``merge_spec``: data that states which slot a decode step frees and how the entry in it is
+   merged. A backend of ``d2obench.decode`` executes them. If no kind of rule fits, the rule is :class:`Custom`: the
+   policy's own ``observe`` and ``victims`` then run after every step, for all layers at once.
 
-Adding a policy: one file with one such dataclass, one line in ``d2obench.policies.REGISTRY`` (or an entry point in
-the group ``d2obench.policies`` of another package); the shared test matrix then covers it.
+To add a policy: one file with such a dataclass, and one line in ``d2obench.policies.REGISTRY`` (or an entry point of
+the group ``d2obench.policies`` in another package); the shared test matrix then covers it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ Stats = dict[str, Tensor]
 """Statistics of the prompt's attention map by name, see :class:`Needs`."""
 
 RECENT = 1e20
-"""Ranks from here up are the recent window: above any score, below a sink."""
+"""Ranks of the recent window start here: higher than any score, lower than the rank of a sink."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a policy wants to know of the prompt's attention map, per KV head (mean over the group's query heads).
+    """The statistics of the prompt's attention map that a policy needs, per KV head (mean over the group's query
+    heads).
 
     Args:
-        columns: ``Σ_i A[i, j]`` over all queries, "sum".
-        squares: ``Σ_i A[i, j]²`` over all queries, "square".
-        window: sums over the last ``window`` queries only, "window"; 0 for none.
-        heads: keep query heads apart instead of averaging the group ("sum" becomes ``[B, Hq, L]``).
+        columns: gather ``Σ_i A[i, j]`` over all queries as "sum".
+        squares: gather ``Σ_i A[i, j]²`` over all queries as "square".
+        window: gather sums over the last ``window`` queries as "window"; 0 for none.
+        heads: keep query heads separate instead of averaging over the group ("sum" becomes ``[B, Hq, L]``).
     """
 
     columns: bool = False
@@ -54,15 +55,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """D2O's merge of what a decode step evicts: into the kept entry of the most similar key, its *merge target*, if the
-    similarity reaches a threshold (``d2obench.policies.merging``).
+    """D2O's merge of an evicted entry: into the kept entry whose key is most similar, its *merge target*, if the
+    similarity reaches a threshold (``d2obench.policies.merging``). Otherwise the entry is dropped.
 
     Args:
         beta: weight of the newest similarity in the threshold's moving average.
-        keys: whether keys are merged beside values.
+        keys: whether keys are merged, in addition to values.
         per_layer: one threshold per sequence and layer instead of one per KV head.
-        targets: all kept entries, or only those that are neither sinks nor recent.
-        inherit: whether a merge target also takes the score of what it absorbs.
+        targets: which kept entries can be merge targets: ``all``, or ``important``, those that are neither sinks nor in
+            the recent window.
+        inherit: whether the score of an evicted entry is added to that of its merge target.
     """
 
     beta: float
@@ -74,19 +76,19 @@ class MergeSpec:
 
 @dataclass(frozen=True)
 class SpreadSpec:
-    """CaM's merge of what a decode step evicts: ``value / parts`` is added to the values of the next ``parts`` slots of
-    a :class:`Ring`, with the probability ``attention ÷ mean attention of the younger entries``, at most 1."""
+    """CaM's merge of an evicted entry: with the probability ``attention ÷ mean attention of the younger entries`` (at
+    most 1), ``value / parts`` is added to the values of the next ``parts`` slots of a :class:`Ring`."""
 
     parts: int
 
 
 @dataclass(frozen=True)
 class RowSizes:
-    """What a decode rule may depend on; a row is one KV head of one sequence.
+    """The sizes that a decode rule may depend on; a row is one KV head of one sequence.
 
     Args:
-        budget: entries that a row holds beside the tokens to come, int64 ``[layers, rows]``.
-        position: true position of each slot's entry, in ascending order, ``[layers, rows, C]``; negative without one.
+        budget: entries that a row may hold, without the slots reserved for new tokens, int64 ``[layers, rows]``.
+        position: true position of each slot's entry, ascending, ``[layers, rows, C]``; negative for a slot without one.
         length: tokens of each row's sequence so far, int64 ``[rows]``.
     """
 
@@ -100,20 +102,20 @@ class RowSizes:
         return (self.position >= 0).sum(-1)
 
     def leading(self, count: Tensor) -> Tensor:
-        """Slots that the first ``count`` ``[layers, rows]`` tokens of a text take: fewer where an earlier, smaller
-        budget has already lost some of them."""
+        """Number of slots that hold one of the first ``count`` ``[layers, rows]`` tokens of a text: fewer than
+        ``count`` if an earlier, smaller budget has already evicted some of them."""
         there = ((self.position >= 0) & (self.position < count[..., None])).sum(-1)
         return count - (torch.minimum(count, self.length) - there)
 
 
 @dataclass(frozen=True, eq=False)
 class LowestScore:
-    """Evicts the lowest accumulated attention outside a recent window.
+    """Evicts the entry of lowest accumulated attention outside a recent window.
 
     Args:
         recent: size of the window, int64 ``[layers, rows]``.
         sinks: positions below this (a number or ``[layers, rows]``) are never evicted.
-        normalised: divide a score by the number of queries that could see the token.
+        normalised: divide each score by the number of queries that could attend to the token.
     """
 
     recent: Tensor
@@ -123,15 +125,15 @@ class LowestScore:
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    """Evicts the oldest entry behind the first ones. Entries lie in the order of their positions, so the slots from
-    ``first`` on (int64 ``[layers, rows]``) are a ring, overwritten one after the other."""
+    """Evicts the oldest entry, except for the first ones. Entries are stored in the order of their positions, so the
+    slots from ``first`` on (int64 ``[layers, rows]``) are overwritten in turn, as a ring."""
 
     first: Tensor
 
 
 @dataclass(frozen=True)
 class LatestAttention:
-    """Evicts what the newest query attends to least, on the mean over all heads of a layer."""
+    """Evicts the entry that the newest query attends to least, by the mean over all heads of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +141,8 @@ class MeanOfLowDeviation:
     """Evicts the lowest mean attention among the entries of low standard deviation.
 
     Args:
-        safe: entries of the highest deviation that are safe, int64 ``[layers, rows]``.
-        newest: newest tokens whose deviation counts as infinite, int64 ``[layers, rows]``.
+        safe: number of entries of highest deviation that are not evicted, int64 ``[layers, rows]``.
+        newest: number of newest tokens whose deviation counts as infinite, int64 ``[layers, rows]``.
     """
 
     safe: Tensor
@@ -149,16 +151,18 @@ class MeanOfLowDeviation:
 
 @dataclass(frozen=True)
 class LowestDraw:
-    """Evicts the lowest of the numbers that entries drew, once each (``d2obench.policies.random``)."""
+    """Evicts the entry with the lowest random number; each entry draws one number once
+    (``d2obench.policies.random``)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Custom:
-    """A rule in code: the policy's own ``observe``, ``victims`` and ``absorb_step`` run, as PyTorch operators.
+    """A rule implemented in code: the policy's own ``observe``, ``victims`` and ``absorb_step`` run, as PyTorch
+    operators.
 
     Args:
-        inherited: the rule that the hooks left out follow.
-        why: in words, for the record's decode path.
+        inherited: the rule used for those of the three methods that the policy does not override.
+        why: the reason that a record's decode path gives for running PyTorch operators.
     """
 
     inherited: DecodeRule | None = None
@@ -166,25 +170,25 @@ class Custom:
 
 
 DecodeRule = LowestScore | Ring | LatestAttention | MeanOfLowDeviation | LowestDraw | Custom
-"""How a decode step chooses the slot that the next token takes. The reference for each is in
-``d2obench.decode.reference``."""
+"""How a decode step chooses the slot that the next token overwrites. ``d2obench.decode.reference`` has the reference
+implementation of each."""
 HOOKS = frozenset({"observe", "victims", "absorb_step"})
-"""Methods that make a policy's rule :class:`Custom`."""
+"""Methods that turn a policy's rule into a :class:`Custom` one if they are overridden."""
 
 
 @dataclass
 class Entries:
-    """The entries of one layer that a policy chooses from.
+    """The entries of one layer, from which a policy chooses.
 
     Args:
-        layer: index among the compressed layers, of ``layers``.
+        layer: index of the layer among the compressed layers, of which there are ``layers``.
         keys: ``[B, H, N, d]``.
         values: ``[B, H, N, d_v]``.
         position: int64 ``[B, H, N]``, true position; negative for padding.
         length: int64 ``[B]``, tokens of each sequence so far.
         stats: float32 ``[B, H, N]`` by name, see :class:`Needs`.
-        seed: for policies that draw.
-        first_head: the model's index of the first KV head, where ranks share a layer's heads.
+        seed: seed for policies that draw random numbers.
+        first_head: index in the model of the first KV head; not 0 if a layer's heads are divided among ranks.
     """
 
     layer: int
@@ -200,12 +204,13 @@ class Entries:
 
 @dataclass
 class Kept:
-    """What a layer keeps of its entries.
+    """The entries that a layer keeps.
 
     Args:
-        index: int64 ``[B, H, C]``, indices into the entries in the order of positions; N where a slot stays empty.
-        evicted: the same for the evicted entries, ``[B, H, E]``.
-        total: N.
+        index: int64 ``[B, H, C]``, indices of the kept entries, in the order of positions; N for a slot that stays
+            empty.
+        evicted: indices of the evicted entries, int64 ``[B, H, E]``; N for "none".
+        total: N, the number of entries.
         keys: ``[B, H, C, d]``, after merging.
         values: ``[B, H, C, d_v]``.
     """
@@ -218,43 +223,44 @@ class Kept:
 
     @property
     def filled(self) -> Tensor:
-        """Which slots hold an entry, ``[B, H, C]``."""
+        """Which slots hold an entry, bool ``[B, H, C]``."""
         return self.index < self.total
 
     @property
     def leaving(self) -> Tensor:
-        """Which evicted indices stand for an entry, ``[B, H, E]``."""
+        """Which of the ``evicted`` indices are entries, bool ``[B, H, E]``."""
         return self.evicted < self.total
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies; by itself it keeps the most recent tokens."""
+    """Base class of all policies; without overrides it keeps the most recent tokens."""
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """Parameters that a value of ``preset`` stands for; what is given beside it goes first."""
+    """Parameters that each value of ``preset`` stands for; parameters given explicitly take precedence."""
     needs_attention: ClassVar[bool] = False
     """Whether the decode rule needs the attention of each step."""
     bits: int | None = field(default=None, kw_only=True)
-    """Bits of a stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
+    """Bits per stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
 
     @property
     def needs(self) -> Needs:
-        """Statistics of the prompt's attention map."""
+        """The statistics of the prompt's attention map that this policy needs."""
         return Needs()
 
     @property
     def interval(self) -> int:
-        """Tokens evicted together, every so many steps."""
+        """Number of tokens that are evicted together; eviction happens once in as many steps."""
         return 1
 
     @property
     def grows(self) -> bool:
-        """Whether decoding appends instead of evicting (prompt-only methods, as published)."""
+        """Whether decoding appends tokens instead of evicting (methods that, as published, compress the prompt
+        only)."""
         return False
 
     @property
@@ -264,18 +270,18 @@ class Policy:
 
     @property
     def budgets_need_stats(self) -> bool:
-        """Whether ``layer_budgets`` needs the statistics, so that no layer can be compressed before all of them have
-        read the prompt. A policy with budgets of its own that only need lengths says so here."""
+        """Whether ``layer_budgets`` needs the statistics, so that no layer can be compressed before all layers have
+        read the prompt. A policy whose own budgets depend only on lengths returns False here."""
         return type(self).layer_budgets is not Policy.layer_budgets
 
     @property
     def merge_spec(self) -> MergeSpec | SpreadSpec | None:
-        """How what a decode step evicts is merged; None for not at all."""
+        """How an evicted entry is merged during decoding; None if it is dropped."""
         return None
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        """How a decode step chooses what to evict. A class that overrides ``observe``, ``victims`` or ``absorb_step``
-        and not this method gets :class:`Custom` around the rule that it inherits."""
+        """How a decode step chooses what to evict. If a subclass overrides ``observe``, ``victims`` or ``absorb_step``
+        but not this method, its rule is :class:`Custom` around the inherited rule."""
         return Custom()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -297,39 +303,40 @@ class Policy:
 
     @property
     def judges_heads_together(self) -> bool:
-        """Whether a step judges the KV heads of a layer together: such a policy can't share them out over ranks."""
+        """Whether each decode step combines the KV heads of a layer; such a policy can't divide them among ranks."""
         return False
 
     def resolved(self) -> Policy:
-        """The policy that really runs, for parameters that stand for another one (presets)."""
+        """The policy that actually runs, if the parameters stand for another one (presets)."""
         return self
 
     def check(self) -> None:
         """Raises a PolicyError for a parameter out of its range."""
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
-        """Entries each layer keeps, int64 ``[layers, B]`` on the CPU; uniform unless a policy allocates.
+        """Number of entries that each layer keeps, int64 ``[layers, B]`` on the CPU; the same for all layers unless
+        overridden.
 
-        −1 stands for "all of the prompt, and growing with every decoded token".
+        −1 means that the layer keeps the whole prompt and grows with every decoded token.
 
         Args:
-            stats: per compressed layer, ``[B, H, L]`` by name; empty for a policy that doesn't wait for them.
+            stats: per compressed layer, ``[B, H, L]`` by name; empty for a policy that does not need them.
             length: prompt tokens of each sequence, int64 ``[B]``.
-            budget: what was asked for.
+            budget: the requested budget.
         """
         return torch.tensor([[budget.of(int(n)) for n in length.tolist()]] * len(stats))
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
-        """A float32 rank per entry, ``[B, H, N]``; the ``keep`` ``[B]`` highest of each row are kept."""
+        """A rank for each entry, float32 ``[B, H, N]``; the ``keep`` ``[B]`` highest of each row are kept."""
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, 0, keep)
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
-        """Merges evicted entries into ``kept.keys`` and ``kept.values`` in place; returns per-row float32 ``[B, H]``
-        figures to remember (thresholds, counts)."""
+        """Merges evicted entries into ``kept.keys`` and ``kept.values`` in place. Returns float32 tensors ``[B, H]`` by
+        name (thresholds, counts) that :meth:`begin` and the decode state receive."""
         return {}
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:
-        """Sets up what a :class:`Custom` rule keeps beside the decode state's own fields, in ``state.extra``.
+        """Initialises what a :class:`Custom` rule stores in ``state.extra``, beside the decode state's own fields.
 
         Args:
             memory: what ``absorb`` returned, per layer.
@@ -337,27 +344,27 @@ class Policy:
         """
 
     def observe(self, state: DecodeState) -> None:
-        """Takes in ``state.attention`` after a step; for a :class:`Custom` rule."""
+        """Reads ``state.attention`` after a step and updates the rule's statistics; for a :class:`Custom` rule."""
         state.observe_inherited()
 
     def victims(self, state: DecodeState) -> Tensor:
-        """The slots that the next ``interval`` tokens take, int64 ``[layers, rows, interval]``; for a :class:`Custom`
-        rule. The oldest tokens, where no rule is inherited."""
+        """The slots that the next ``interval`` tokens overwrite, int64 ``[layers, rows, interval]``; for a
+        :class:`Custom` rule. By default those of the inherited rule, or the oldest tokens if there is none."""
         return state.inherited_victims()
 
     def absorb_step(self, state: DecodeState, victims: Tensor) -> None:
-        """Merges what decoding evicts, right after it was chosen and before its slot is reused; for a :class:`Custom`
-        rule."""
+        """Merges the entries that a decode step evicts, after they were chosen and before their slots are overwritten;
+        for a :class:`Custom` rule."""
 
     def recall(self, state: DecodeState) -> Stats:
-        """The prompt statistics that the slots still know, ``[layers, rows, C]`` by name: when a conversation goes on,
-        the new block's are added to them."""
+        """The prompt statistics that can still be read from the slots, ``[layers, rows, C]`` by name. When a
+        conversation gets another turn, the statistics of the new block are added to them."""
         return state.known()
 
 
 def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Tensor) -> Tensor:
-    """``score`` with the first ``sinks`` positions above everything, then the last ``recent`` ``[B]`` (newest
-    highest), then the rest by score; padding below everything."""
+    """Ranks from ``score``: the first ``sinks`` positions rank highest, then the last ``recent`` ``[B]`` tokens (newest
+    first), then the rest by score; padding ranks lowest."""
     position, length = entries.position, entries.length[:, None, None]
     rank = score.clone()
     newest = position >= length - recent.to(position.device)[:, None, None]
@@ -372,11 +379,12 @@ def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
     Args:
         rank: ``[B, H, N]``, −inf for padding.
         keep: int64 ``[B]``, entries to keep of each sequence.
-        most: slots offered, at most N.
+        most: number of slots, at most N.
 
-    Returns:
-        Kept ``[B, H, most]`` and evicted ``[B, H, N − most]`` indices, each ascending; N stands for "none". An entry
-        beyond a sequence's ``keep`` among the first ``most`` is evicted too and joins the evicted ones.
+        Returns:
+        Kept ``[B, H, most]`` and evicted ``[B, H, N − most]`` indices, each ascending; N stands for "none". If a
+        sequence's ``keep`` is less than ``most``, the entries beyond it are evicted too and are added to the evicted
+        indices.
     """
     entries = rank.shape[2]
     order = rank.argsort(dim=-1, descending=True, stable=True)
@@ -392,8 +400,8 @@ def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Entries ``[B, H, C, d]`` of ``rows`` ``[B, H, N, d]`` at ``index`` ``[B, H, C]`` (clamped to N − 1).
 
-    Whole rows are copied, straight from either layout a model leaves them in; a gather by element takes thrice the
-    time.
+    Copies whole rows, from either of the memory layouts in which models leave them; gathering element by element takes
+    three times as long.
     """
     batch, heads, total, width = rows.shape
     index = index.clamp_max(total - 1)

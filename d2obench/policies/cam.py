@@ -1,4 +1,4 @@
-"""CaM, cache merging: a value that leaves the recent window is now and then shared out among those that stay."""
+"""CaM, cache merging: a value that leaves the recent window is, with a certain probability, added to later values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from d2obench.policies.base import DecodeRule, Entries, Policy, Ring, RowSizes, 
 
 @dataclass(frozen=True)
 class CaM(Policy):
-    """The first tokens and the last, and while decoding a merge of values, as in the authors' code.
+    """The first tokens and the most recent ones, with a random merge of values during decoding, as in the authors'
+    code.
 
-    When token i leaves the recent window, its attention in that step over the mean attention of the younger ones,
-    clamped to [0, 1], is the chance that ``value / merged`` is added to the next ``merged`` values; keys are lost.
-    Per KV head, attention as mean over its query heads. The prompt is evicted without merging. The authors' code shares
-    a token out one step before it leaves; here it is the step in which it leaves.
+    When token i leaves the recent window, its attention in that step divided by the mean attention of the younger
+    tokens, clamped to [0, 1], is the probability that ``value / merged`` is added to the next ``merged`` values; its
+    key is dropped. This is decided per KV head, with attention as the mean over its query heads. The prompt is evicted
+    without merging. The authors' code merges a token one step before it leaves; here it is merged in the step in which
+    it leaves.
 
     Args:
-        start: share of the budget kept from the start; the rest is the recent window.
-        merged: values that a lost one is shared out among.
+        start: share of the budget for the first tokens; the rest is the recent window.
+        merged: number of values that an evicted value is divided among.
         merge: whether to merge at all.
     """
 

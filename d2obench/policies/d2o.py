@@ -1,4 +1,5 @@
-"""D2O, dynamic discriminative operations: layer budgets, eviction by accumulated attention, recall by merging."""
+"""D2O, dynamic discriminative operations: layer budgets, eviction by accumulated attention, merging of evicted
+entries."""
 
 from __future__ import annotations
 
@@ -18,34 +19,36 @@ from d2obench.policies.released import Released
 from d2obench.suite.grammar import Budget
 
 FLOOR = 0.01
-"""Least share of the prompt a layer keeps."""
+"""Smallest share of the prompt that a layer keeps."""
 
 
 @dataclass(frozen=True)
 class D2O(H2O):
-    """Layer budgets from attention density, heavy hitters beside sinks and a window, merging of what is evicted.
+    """Layer budgets from attention density; heavy hitters, sinks and a recent window are kept; evicted entries are
+    merged.
 
     Per layer, the variance of the prompt's column sums sets the budget (Eq. 5). Per KV head, the sinks, the highest
-    accumulated scores and a recent window are kept, 3 important to 1 recent (Eq. 6–7). An evicted entry is merged into
-    its nearest kept one when their similarity reaches a threshold that starts as the mean at the prompt's end and
-    follows an EMA while decoding (Eq. 8–12).
+    accumulated scores and a recent window are kept, at a ratio of 3 important to 1 recent (Eq. 6–7). An evicted entry
+    is merged into the most similar kept one if their similarity reaches a threshold. The threshold starts as the mean
+    similarity at the prompt's end and follows a moving average during decoding (Eq. 8–12).
 
     Args:
-        preset: ``paper``; ``released`` for the authors' code with its deviations (for validation); ``tuned`` for the
-            setting that strays least from the full cache on a small model (``reports/ablation-cpu``): uniform layers,
-            no merging, 1:1, which is H2O with sinks. Other parameters given beside ``tuned`` go first.
-        recent: share of a layer's budget that is the recent window (paper: 3:1).
+        preset: ``paper``; ``released``, the authors' code including its deviations from the paper (for validation);
+            ``tuned``, the setting that deviates least from the full cache on a small model (``reports/ablation-cpu``):
+            uniform layers, no merging, 1:1, which is H2O with sinks. Parameters given together with ``tuned`` take
+            precedence.
+        recent: share of a layer's budget that is the recent window (paper: 3:1, that is 0.25).
         sinks: tokens at the start that are never evicted; they count as important.
         allocate: rule of the layer budgets, see :func:`d2obench.policies.allocation.shares`.
         alpha: factor of the ``threshold`` rule.
-        exempt: layers that keep the whole prompt; the others share what is left, so that the total stays as asked.
-        merge: what is merged: keys and values, values only, nothing.
-        beta: weight of the newest similarity in the threshold's EMA.
+        exempt: layers that keep the whole prompt; the others share the rest, so that the total stays as requested.
+        merge: what is merged: keys and values, values only, or nothing.
+        beta: weight of the newest similarity in the threshold's moving average.
         threshold: one per KV head, or one per layer.
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
-        inherit: whether a merge target also takes the score of what it absorbs.
-        interval: evict and merge this many tokens at once, every so many steps.
-        carry_threshold: of ``released`` alone: thresholds go on from prompt to prompt, see
+        inherit: whether the score of an evicted entry is added to that of its merge target.
+        interval: evict and merge this many tokens at once, once in as many steps.
+        carry_threshold: for ``released`` only: thresholds are kept from one prompt to the next, see
             :mod:`d2obench.policies.released`.
     """
 
@@ -147,11 +150,12 @@ class D2O(H2O):
         return {"threshold": merged.threshold.view(batch, heads), "merged": passed.sum(2).float()}
 
     def _cap(self, budget: Budget, tokens: int) -> int:
-        """A layer never needs more than the prompt, unless a count of tokens beyond it was asked for."""
+        """Largest useful budget of a layer: the prompt's length, or the requested number of tokens if that is
+        larger."""
         return tokens if budget.tokens is None else max(tokens, budget.tokens)
 
     def _targets(self, entries: Entries, kept: Kept, keep: Tensor) -> Tensor:
-        """Which kept entries may be merge targets, ``[B, H, C]``."""
+        """Which kept entries may be merge targets, bool ``[B, H, C]``."""
         if self.hosts == "all":
             return kept.filled
         position = entries.position.gather(2, kept.index.clamp_max(kept.total - 1))

@@ -1,4 +1,4 @@
-"""The full cache, the reference of every comparison on the same path, and the same in fewer bits."""
+"""The full cache, which is the reference of every comparison, and the full cache in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from d2obench.policies.base import Policy
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keeps every key and value, GQA unexpanded, in slots allocated once for prompt and generation."""
+    """Keeps every key and value, GQA unexpanded, in slots allocated once for the prompt and the generated tokens."""
 
     name: ClassVar[str] = "full"
     about: ClassVar[str] = "keeps everything: the reference"
@@ -23,11 +23,12 @@ class Full(Policy):
 
 @dataclass(frozen=True)
 class Quant(Full):
-    """Keys quantised per channel in groups of tokens, values per token, as KIVI does; see
-    ``d2obench.slots.quantised``. Behind another policy, ``d2o+quant(bits=4)``, it stores what that one keeps.
+    """Quantises keys per channel in groups of tokens, and values per token, as KIVI does; see
+    ``d2obench.slots.quantised``. Appended to another policy, as in ``d2o+quant(bits=4)``, it stores what that policy
+    keeps.
 
     Args:
-        bits: of a stored number; 16 leaves the model's dtype alone.
+        bits: bits per stored number; 16 keeps the model's dtype.
     """
 
     bits: Literal[4, 8, 16] = 4

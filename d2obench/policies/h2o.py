@@ -1,4 +1,4 @@
-"""H2O, the heavy-hitter oracle: accumulated attention decides, at the prompt's end and at every decode step."""
+"""H2O, the heavy-hitter oracle: evicts by accumulated attention, at the prompt's end and in every decode step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from d2obench.policies.base import DecodeRule, Entries, LowestScore, Needs, Poli
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Heavy hitters by accumulated attention beside a recent window, per KV head.
+    """Keeps heavy hitters by accumulated attention and a recent window, per KV head.
 
     A token's score is the sum of the attention it has received from all queries so far (mean over the query heads of
-    its KV head). The prompt keeps the ``budget − M`` highest outside the last M and those M; each decode step adds its
-    row to the scores and evicts the lowest one that is not among the last M.
+    its KV head). Of the prompt, the last M tokens and the ``budget − M`` tokens of highest score before them are kept.
+    Each decode step adds its attention to the scores and evicts the token of lowest score that is not among the last M.
 
     Args:
-        recent: share of the budget that is the recent window; the authors' code has heavy and recent equal.
-        sinks: tokens at the start that are never evicted; the authors force none.
-        normalised: divide a score by the number of queries that could see the token. Ours: it takes away the
-            advantage of early tokens.
+        recent: share of the budget that is the recent window; in the authors' code both parts are equal.
+        sinks: tokens at the start that are never evicted; the authors' code protects none.
+        normalised: divide a score by the number of queries that could attend to the token. This option is not in the
+            paper; it removes the advantage of early tokens.
     """
 
     recent: float = 0.5

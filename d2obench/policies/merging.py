@@ -1,16 +1,16 @@
-"""D2O's merge of evicted entries (arXiv 2406.13035, Eq. 8–12): the rule, for any number of them at once.
+"""D2O's merge of evicted entries (arXiv 2406.13035, Eq. 8–12): the rule, for any number of entries at once.
 
-Each evicted entry i looks for its nearest kept one, its merge target, by cosine of the keys: ``u_i = max_j cos(k_i,
-k_j)``. It is merged if ``u_i`` reaches a threshold, and lost otherwise. With ``P_j`` the merged entries whose target is
-j,
+Each evicted entry i is compared with all kept entries by the cosine of their keys. The most similar one is its merge
+target, with ``u_i = max_j cos(k_i, k_j)``. Entry i is merged if ``u_i`` reaches a threshold, and dropped otherwise.
+With ``P_j`` the merged entries whose target is j,
 
-    k_j ← (e·k_j + Σ_{i∈P_j} exp(u_i) k_i) / D_j,   v_j alike,   D_j = e + Σ_{i∈P_j} exp(u_i),
+    k_j ← (e·k_j + Σ_{i∈P_j} exp(u_i) k_i) / D_j,   v_j likewise,   D_j = e + Σ_{i∈P_j} exp(u_i),
 
-where e = exp(1) = exp(cos(k_j, k_j)). Sums are float32; a kept entry that absorbs nothing is left as it is, bit by bit.
-The threshold is the mean of the first u and follows a moving average of those that come later.
+where e = exp(1) = exp(cos(k_j, k_j)). Sums are float32; a kept entry into which nothing is merged stays identical, bit
+by bit. The threshold is the mean of the first similarities and then follows a moving average of later ones.
 
-:func:`merge_evicted` is used where a prompt is compressed and where a step evicts several entries. For one evicted
-entry of a decode step ``d2obench.decode.merge`` uses the same rule in a form that reads the cache once.
+:func:`merge_evicted` is used when a prompt is compressed and when a step evicts several entries. For a single evicted
+entry of a decode step, ``d2obench.decode.merge`` implements the same rule in a form that reads the cache only once.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from d2obench.policies.base import MergeSpec
 from d2obench.ranges import span
 
 TINY = 1e-6
-"""Least norm that a key is divided by."""
+"""Smallest norm that a key is divided by."""
 CACHED, CHUNK = 2**18, 2**25
-"""Similarities held at once, on a CPU (they stay in a core's cache) and elsewhere (128 MiB, and few launches)."""
+"""Number of similarities computed at once: on a CPU (they fit a core's cache), and elsewhere (128 MiB, few
+launches)."""
 
 
 class Merged(NamedTuple):
-    """What :func:`merge_evicted` leaves.
+    """The result of :func:`merge_evicted`.
 
     Args:
-        keys: of the kept entries, ``[R, C, d]``.
-        values: ``[R, C, d_v]``.
-        threshold: float32 ``[R]``, as these entries leave it.
+        keys: keys of the kept entries, ``[R, C, d]``.
+        values: their values, ``[R, C, d_v]``.
+        threshold: float32 ``[R]``, after these entries.
         passed: which evicted entries were merged, bool ``[R, E]``.
-        target: the kept entry each of them looks at, int64 ``[R, E]``.
+        target: the merge target of each evicted entry, int64 ``[R, E]``; meaningful if it passed.
     """
 
     keys: Tensor
@@ -65,15 +66,18 @@ def merge_evicted(
         kept: keys ``[R, C, d]`` and values ``[R, C, d_v]``; a row is a KV head of a sequence.
         evicted: keys ``[R, E, d]`` and values ``[R, E, d_v]``.
         targets: bool ``[R, C]``, which kept entries may be merge targets.
-        real: bool ``[R, E]``, which evicted ones stand for an entry.
-        heads: KV heads of a sequence.
-        threshold: float32 ``[R]`` so far; −inf before the first eviction.
+        real: bool ``[R, E]``, which of ``evicted`` are entries; the others are padding.
+        heads: KV heads per sequence.
+        threshold: float32 ``[R]``, before these entries; −inf before the first eviction.
     """
+    # 1. the merge target and similarity of each evicted entry
     with span("similarity"):
         similarity, target = nearest(evicted[0], kept[0], targets)
+    # 2. the threshold, and the entries that reach it
     real = real & (similarity > -math.inf)
     threshold = follow(threshold, mean_over(similarity, real, heads if spec.per_layer else 0), spec.beta)
     passed = real & (similarity >= threshold[:, None])
+    # 3. merge them into their targets, with weight exp(u)
     weight = torch.where(passed, similarity.exp(), 0.0)
     pairs = [(kept[1], evicted[1]), (kept[0], evicted[0])]
     values, *keys = merge_into(target, weight, *pairs[: 2 if spec.keys else 1])
@@ -81,23 +85,24 @@ def merge_evicted(
 
 
 def follow(threshold: Tensor, newest: Tensor, beta: float) -> Tensor:
-    """The threshold after similarities of mean ``newest`` (Eq. 10): the first ones set it, −inf for none leaves it."""
+    """The threshold after similarities with the mean ``newest`` (Eq. 10). The first ones set it; −inf (none) leaves it
+    as it is."""
     smoothed = torch.where(threshold.isinf(), newest, torch.lerp(threshold, newest, beta))
     return torch.where(newest.isinf(), threshold, smoothed)
 
 
 def merge_weight(similarity: Tensor) -> Tensor:
-    """The share ``exp(u) ÷ (e + exp(u))`` of a single evicted entry, from ``u − 1``."""
+    """The weight ``exp(u) ÷ (e + exp(u))`` of a single evicted entry, computed from ``similarity`` = u − 1."""
     return torch.sigmoid(similarity)
 
 
 def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest cosine of each evicted key and where it is (ties: the lowest index).
+    """The highest cosine of each evicted key with the kept keys, and its index (ties: the lowest).
 
     Args:
         evicted: keys ``[R, E, d]``.
         kept: keys ``[R, C, d]``.
-        targets: bool ``[R, C]``, which of them may take an entry.
+        targets: bool ``[R, C]``, which kept entries may be merge targets.
 
     Returns:
         float32 ``u`` ``[R, E]`` (−inf where there is no target) and int64 targets ``[R, E]``.
@@ -107,7 +112,8 @@ def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     if evicted.dtype == torch.float32 and cpu.suits(kept.dtype, device):
         return _nearest_by_loop(evicted.contiguous(), kept, targets)
     unit = _divided(kept.float(), kept)
-    # every slot may be a target, as a rule: then there is no bias to add (elsewhere than on a CPU, asking would wait)
+    # usually every slot may be a target; then no bias is needed. Only checked on a CPU, since a GPU would have to be
+    # waited for
     free = device.type == "cpu" and bool(targets.all())
     barred = torch.zeros(0 if free else rows, 1, slots, device=device)
     if not free:
@@ -124,12 +130,12 @@ def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Ten
             given, to = evicted[at].float(), unit[part].transpose(1, 2)
             products = torch.bmm(given, to) if free else torch.baddbmm(barred[part], given, to)
             similarity[at], target[at] = products.max(-1)
-    # a key's own norm does not change which target is nearest
+    # the evicted key's own norm does not change which target is nearest, so it is divided out at the end
     return _divided(similarity[..., None], evicted)[..., 0], target
 
 
 def _nearest_by_loop(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`nearest`, by one compiled loop: products never leave a core's cache."""
+    """As :func:`nearest`, in one compiled loop whose products never leave a core's cache."""
     from d2obench.cpu import nearest as loops
 
     (rows, count, width), slots = evicted.shape, kept.shape[1]
@@ -150,19 +156,19 @@ def _nearest_by_loop(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Te
 
 
 def _divided(rows: Tensor, keys: Tensor) -> Tensor:
-    """``rows`` divided by the norms of ``keys``."""
+    """Each of ``rows`` divided by the norm of the key in ``keys``."""
     norm: Tensor = keys.float().norm(dim=-1, keepdim=True)
     return rows / norm.clamp_min_(TINY)
 
 
 def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Merge targets after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]`` (keys, or values) the
-    new kept ones, in their dtype.
+    """The kept keys or values after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]``, the new
+    kept ones in their dtype.
 
     Args:
-        target: int64 ``[R, E]``.
-        weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for lost ones.
-        pairs: what is merged by the same targets and weights.
+        target: int64 ``[R, E]``, merge target of each evicted entry.
+        weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for dropped ones.
+        pairs: keys, values, or both; all use the same targets and weights.
     """
     rows, slots, _ = pairs[0][0].shape
     add = _added_by_row if weight.device.type == "cpu" else _added_by_product
@@ -174,8 +180,8 @@ def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) ->
 
 
 def _added_by_row(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """What each target is given, float32: the weights ``[R, C, 1]``, and of each of ``given`` ``[R, C, d]``; entry by
-    entry."""
+    """The sums for each merge target, float32: of the weights ``[R, C, 1]``, and of each of ``given``, weighted, ``[R,
+    C, d]``; adds entry by entry."""
     at = (target + torch.arange(rows)[:, None] * slots).view(-1)
     weighted = [weight[..., None], *(evicted.float() * weight[..., None] for evicted in given)]
     return [
@@ -185,8 +191,8 @@ def _added_by_row(target: Tensor, weight: Tensor, rows: int, slots: int, given: 
 
 
 def _added_by_product(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """The same by a product, where adding by index has no fixed order: an evicted entry has one target, so a matrix
-    with one weight in a column adds them up."""
+    """As :func:`_added_by_row`, but by a matrix product, because on a GPU adding by index has no fixed order: each
+    evicted entry has one target, so a matrix with one weight per column computes the sums."""
     count, device = target.shape[1], weight.device
     sums = [torch.zeros(rows, slots, width, device=device) for width in (1, *(part.shape[-1] for part in given))]
     step = max(1, CHUNK // max(1, rows * slots))
@@ -201,8 +207,8 @@ def _added_by_product(target: Tensor, weight: Tensor, rows: int, slots: int, giv
 
 
 def mean_over(similarity: Tensor, real: Tensor, per_layer: int = 0) -> Tensor:
-    """Mean of u over the real evicted entries of a row ``[R]``; with ``per_layer`` heads, over those of a sequence.
-    −inf where there is none."""
+    """Mean of u over the real evicted entries of a row, ``[R]``; if ``per_layer`` is the number of heads, over all rows
+    of a sequence. −inf if there is none."""
     total = torch.where(real, similarity, 0.0).sum(1)
     count = real.sum(1)
     if per_layer:

@@ -1,7 +1,7 @@
-"""Random eviction, the floor that every rule has to beat; and reproducible chance, which CaM uses, too.
+"""Random eviction, the baseline that every rule should beat; and reproducible random numbers, which CaM uses too.
 
-A number in [0, 1) comes from what it is drawn for, not from a generator's state. So a batch draws what its sequences
-would draw alone, and a run repeats itself for its seed.
+A number in [0, 1) is a hash of what it is drawn for, independent of any generator state. So a sequence draws the same
+numbers in a batch as alone, and a run is reproducible from its seed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MASK, FACTOR = 0xFFFFFFFF, 0x9E3779B1
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """A uniform sample of all tokens so far, drawn per layer and KV head.
+    """A uniform random sample of all tokens so far, drawn per layer and KV head.
 
-    Every token draws a number once, from the seed and its place; the ``budget`` highest are held at any time, which is
-    a uniform sample without replacement of whatever was read. Nothing is protected, the newest token neither.
+    Every token draws one number, from the seed, layer, head and position; the ``budget`` highest are held at any time,
+    which is a uniform sample without replacement of all tokens read. No token is protected, not even the newest.
     """
 
     name: ClassVar[str] = "random"
@@ -45,7 +45,7 @@ def uniform(seed: int, layer: Tensor | int, head: Tensor | int, position: Tensor
 
 
 def stream(seed: int, layer: Tensor | int, head: Tensor | int, device: torch.device) -> Tensor:
-    """The hash of (seed, layer, KV head), int64: what all draws of a head begin with."""
+    """The hash of (seed, layer, KV head), int64, from which all draws of a head are derived."""
     found = _mix(torch.full((), seed + 0x9E3779B9, device=device))  # no copy from the host, for a CUDA graph
     for part in (layer, head):
         found = _mix(found ^ ((part + 1) * FACTOR & MASK))
@@ -53,7 +53,7 @@ def stream(seed: int, layer: Tensor | int, head: Tensor | int, device: torch.dev
 
 
 def drawn(stream: Tensor, position: Tensor) -> Tensor:
-    """The numbers that positions draw from a :func:`stream`."""
+    """The random numbers of the given positions, derived from a :func:`stream`."""
     return (_mix(stream ^ ((position.long() + 1) * FACTOR & MASK)) >> 8).float() / 2**24
 
 

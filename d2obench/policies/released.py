@@ -1,24 +1,26 @@
 """``d2o(preset=released)``: D2O as its authors' code of March 2025 does it, for validation at batch 1.
 
-Where it differs from the paper: every query head has a cache of its own; the prompt is compressed after the first
-decode step; the variance of the column sums is min–max normalised over the heads of a layer, so it says nothing about
-layers; the first two layers and the last are never compressed and grow; heavy and recent are equal shares; one
-threshold a layer, compared with a mean over heads of similarities that have nothing in common but the rank of their
-entry among the evicted; the threshold's EMA has β = 0.5; a merge is the mean of cosine-scaled vectors.
+Differences from the paper: every query head has its own cache; the prompt is compressed after the first decode step;
+the variance of the column sums is min–max normalised over the heads of a layer, so it carries no information about
+layers; the first two layers and the last are never compressed and grow; heavy and recent tokens get equal shares; there
+is one threshold per layer, compared with a mean over heads of the similarities of unrelated entries (those with the
+same rank among each head's evicted entries); the threshold's moving average has β = 0.5; a merge is the mean of
+cosine-scaled vectors.
 
-Left out: float16 sums, and what fails outright at other sizes. A batch treats each sequence as the code treats one.
+Not reproduced: float16 sums, and what raises an error at other sizes. In a batch each sequence is treated as the
+authors' code treats a single one.
 
-The authors' module never resets its thresholds between prompts: it equals this policy on the first prompt of a process
-and merges far less later on (on the same prompt once more 4,275 of 58,941 evicted entries instead of 27,882).
-``carry_threshold=true`` does that, too, for data sets as the authors' script runs them: one prompt at a time, figures
-that depend on the order of the prompts.
+The authors' module never resets its thresholds between prompts. It equals this policy on the first prompt of a process
+and merges far less later (on the same prompt again, 4,275 of 58,941 evicted entries instead of 27,882).
+``carry_threshold=true`` reproduces that too, for data sets as the authors' script runs them: one prompt at a time, with
+results that depend on the order of the prompts.
 
-What the authors' code does without a word, and this policy does not:
+What the authors' code does silently, and this policy does not:
 
-* A layer whose cache size (from budget and prompt) is the prompt's length or more is never compressed and grows for
-  ever; at exactly the prompt's length its scores are those of the prompt in every step.
+* A layer whose cache size (from budget and prompt) is at least the prompt's length is never compressed and grows
+  without limit; at exactly the prompt's length its scores stay those of the prompt in every step.
 * With fewer than four heavy tokens the four sinks, whose scores are infinite, tie, and some of them are dropped.
-* Heavy and recent shares that differ (.05 and .15 in an older README) are possible there; here both are half.
+* Heavy and recent shares may differ there (.05 and .15 in an older README); here both are half.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ FLOOR = 0.01
 
 @dataclass(frozen=True)
 class Released(Policy):
-    """See the module's head.
+    """D2O as in its authors' code; the module's docstring lists the differences from the paper.
 
     Args:
-        carry_threshold: the thresholds go on from prompt to prompt.
+        carry_threshold: whether thresholds are kept from one prompt to the next.
     """
 
     carry_threshold: bool = False
@@ -92,7 +94,7 @@ class Released(Policy):
         skew = torch.stack([_skew(stat["sum"], length).cpu() for stat in stats])
         ratio = torch.tensor([budget.ratio or budget.of(n) / n for n in length.tolist()])
         shares = (torch.softmax(-skew, 0) * layers * ratio).clamp(FLOOR, 1.0)
-        # one heavy token and one recent at least: with none the authors' code fails
+        # at least one heavy token and one recent one: with none, the authors' code raises an error
         budgets = 2 * ((length.cpu() + 1) * shares / 2).long().clamp_min(1)
         exempt = [layer for layer in (0, 1, layers - 1) if layer < layers]
         budgets[exempt] = -1
@@ -125,7 +127,7 @@ class Released(Policy):
         }
 
     def _followed(self, layer: int, heads: int, newest: Tensor) -> Tensor:
-        """The threshold of a prompt, ``[1]``, after that of the prompt before."""
+        """The threshold of a prompt, ``[1]``, updated from that of the previous prompt."""
         if len(newest) > 1:
             raise PolicyError(
                 "d2o(preset=released,carry_threshold=true) runs one prompt at a time",
@@ -175,7 +177,7 @@ class Released(Policy):
 
 
 def scaled_mean(kept: Tensor, evicted: Tensor, target: Tensor, similarity: Tensor, passed: Tensor) -> Tensor:
-    """``(x_j + Σ u_i x_i) / (1 + n_j)`` over the n_j passing entries of each merge target.
+    """``(x_j + Σ u_i x_i) / (1 + n_j)`` over the n_j merged entries of each merge target.
 
     Args:
         kept: ``[R, C, d]``.

@@ -12,22 +12,23 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import DecodeRule, Entries, MeanOfLowDeviation, Needs, Policy, RowSizes
 
 NEWEST = 10
-"""Tokens whose few observations say nothing yet: their deviation counts as infinite."""
+"""Number of newest tokens whose deviation counts as infinite, because too few queries have seen them."""
 
 
 @dataclass(frozen=True)
 class RoCo(Policy):
-    """Mean attention decides, among tokens of low standard deviation, per KV head (mean over its query heads).
+    """Evicts by mean attention among tokens of low standard deviation, per KV head (mean over its query heads).
 
-    A token's mean and deviation are over the attention of all queries that could see it. When one of n tokens must
-    go, the ``recent·budget + 1`` of highest deviation are safe, and so are the newest 10 (half the budget at most); of
-    the others the one with the lowest mean is evicted. The prompt is brought down at once by the same rule. (The
-    authors encode a long prompt in strides and evict between them; that changes what the prompt's own tokens see.)
+    A token's mean and deviation are over the attention of all queries that could attend to it. When one of n tokens
+    must be evicted, the ``recent·budget + 1`` tokens of highest deviation are safe, and so are the newest 10 (half the
+    budget at most); of the others, the one with the lowest mean is evicted. The prompt is reduced to the budget at
+    once, by the same rule. (The authors encode a long prompt in strides and evict between them; that changes what the
+    prompt's own tokens attend to.)
 
     Args:
-        recent: share of the budget that is safe by its deviation ("recent ratio" in the authors' code).
-        sinks: tokens at the start that the prompt keeps whatever their attention, as the authors' mode for encoding a
-            prompt does; decoding doesn't protect them.
+        recent: share of the budget that is safe because of its deviation ("recent ratio" in the authors' code).
+        sinks: tokens at the start of the prompt that are kept whatever their attention, as in the authors' mode for
+            encoding a prompt; decoding does not protect them.
     """
 
     recent: float = 0.3
@@ -48,7 +49,7 @@ class RoCo(Policy):
             raise PolicyError(f"roco: sinks is {self.sinks}", remedy="use 0 or more")
 
     def safe(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens are safe at budgets of any shape, and how many of them because they are the newest."""
+        """How many tokens are safe for budgets of any shape, and how many of these because they are the newest."""
         newest = (keep // 2).clamp(1, NEWEST)
         return torch.maximum((keep * self.recent).long() + 1, newest), newest
 
@@ -73,7 +74,7 @@ def moments(total: Tensor, square: Tensor, seen: Tensor) -> tuple[Tensor, Tensor
 
 
 def places(score: Tensor, descending: bool) -> Tensor:
-    """Place of every element in the order of its row; ties to the lower index."""
+    """The place of every element in the sorted order of its row; ties go to the lower index."""
     order = score.argsort(dim=-1, descending=descending, stable=True)
     count = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, count)

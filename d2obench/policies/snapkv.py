@@ -1,5 +1,5 @@
-"""SnapKV: what the prompt's last queries attend to is kept; decoding adds to it. PyramidKV: the same with more for the
-lower layers."""
+"""SnapKV: keeps what the prompt's last queries attend to; decoded tokens are appended. PyramidKV: the same, with larger
+budgets for lower layers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class SnapKV(Policy):
     """The last ``window`` tokens, and those that their queries attend to most.
 
     The attention of the last ``window`` queries to each earlier token is summed (mean over the query heads of a KV
-    head) and pooled over neighbours; the ``budget − window`` highest are kept beside the window, per KV head. At a
-    budget below the window only the newest tokens are left: take a smaller window for short prompts.
+    head) and pooled over neighbours; the ``budget − window`` highest are kept together with the window, per KV head. If
+    the budget is smaller than the window, only the newest tokens are kept: use a smaller window for short prompts.
 
     Args:
-        window: queries that look back, and tokens kept as the recent window.
-        kernel: neighbours pooled over, odd.
+        window: number of queries whose attention is summed, and of tokens kept as the recent window.
+        kernel: number of neighbours to pool over, odd.
         pool: ``avg`` or ``max``.
-        decode: ``grow``, as published: every decoded token is added, and more than the budget is held. ``slide``:
-            the recent window slides over the decoded tokens while the prompt's chosen ones stay.
+        decode: ``grow``, as published: every decoded token is appended, so more than the budget is held. ``slide``: the
+            recent window slides over the decoded tokens, while the entries chosen from the prompt stay.
     """
 
     window: int = 32
@@ -63,7 +63,7 @@ class SnapKV(Policy):
         return window_rank(pooled, entries, 0, keep.clamp_max(self.window))
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        """The window slides (``decode=slide``): the entries in front of the prompt's recent window stay."""
+        """The rule of ``decode=slide``: the window slides, and the entries before the prompt's recent window stay."""
         recent = sizes.budget.clamp(1, self.window)
         return Ring((sizes.held - recent).clamp_min(0))
 
@@ -72,14 +72,14 @@ class SnapKV(Policy):
 class PyramidKV(SnapKV):
     """SnapKV whose layer budgets fall linearly from the first layer to the last.
 
-    With b the budget without the window, the last layer gets b ÷ ``beta``, the first as much more than b as the last
-    gets less (the prompt at most), and those between a straight line. The sum over layers is exactly that of equal
-    budgets; the authors' whole-number step may keep more.
+    With b the budget without the window, the last layer gets b ÷ ``beta``; the first layer gets as much more than b as
+    the last gets less (at most the prompt); the layers between lie on a straight line. The sum over layers is exactly
+    that of equal budgets; the authors' integer step may keep more.
 
     Args:
-        beta: 1 for equal layers.
-        short: layers of a prompt of fewer than 2·b tokens: ``pyramid`` as of any other, or ``equal``, as in the
-            authors' code.
+        beta: ratio of b to the last layer's budget; 1 for equal layers.
+        short: budgets for a prompt of fewer than 2·b tokens: ``pyramid`` as for any other, or ``equal`` for all layers,
+            as in the authors' code.
     """
 
     beta: float = 20.0

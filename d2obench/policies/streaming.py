@@ -1,4 +1,4 @@
-"""StreamingLLM and the plain local window: sinks and the most recent tokens, nothing by attention."""
+"""StreamingLLM and the plain local window: sinks and the most recent tokens, independent of attention."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 class Streaming(Policy):
     """The first ``sinks`` tokens and the last ``budget − sinks``.
 
-    With re-indexed positions a token stands at its place in the cache, so that no distance exceeds the budget. The
-    window is one run of tokens, and rotary attention knows distances only: it is the sinks that stand nearer, by the
-    number of tokens evicted so far. Their keys are rotated on by that much before each step (from the keys as they were
-    read, so nothing adds up); all other keys stay as they are. The prompt itself is read with true positions.
+    With re-indexed positions, a token's position is its place in the cache, so that no distance exceeds the budget.
+    Rotary attention depends only on distances, and the window is one contiguous run of tokens; so only the sinks move
+    closer, by the number of tokens evicted so far. Before each step their keys are rotated by that amount (always from
+    the original keys, so no error accumulates); all other keys stay as they are. The prompt itself is read with true
+    positions.
 
     Args:
         sinks: tokens at the start that are never evicted.
-        positions: ``true``, as read; ``cache``, re-indexed in the cache as the authors' code does.
+        positions: ``true``, the original positions; ``cache``, positions within the cache, as in the authors' code.
     """
 
     sinks: int = 4
@@ -56,13 +57,13 @@ class Streaming(Policy):
             self._move(state)
 
     def recall(self, state: DecodeState) -> Stats:
-        """Nothing is known of entries, but the sinks go back to where they were read."""
+        """No statistics of entries exist, but the sinks' keys are rotated back to their original positions."""
         if "read" in state.extra:
             self._write(state, state.extra["read"])
         return {}
 
     def victims(self, state: DecodeState) -> Tensor:
-        """Only for re-indexed positions: the ring's victim, once the sinks were moved."""
+        """The ring's victim, after the sinks were rotated; used only for re-indexed positions."""
         self._move(state)
         return super().victims(state)
 
@@ -72,11 +73,11 @@ class Streaming(Policy):
         return state.store.base[..., None] + slots
 
     def _move(self, state: DecodeState) -> None:
-        """Rotates the sinks to where the next token should see them."""
+        """Rotates the sinks' keys to the positions at which the next token should see them."""
         assert state.rotary is not None
         nearer = (state.now + 2 - state.usable).clamp_min(0)[..., None, None]
         read = state.extra["read"]
-        # a sink that was decoded, not read, is taken in while nothing has been evicted
+        # a sink that was decoded, not part of the prompt, is added as long as nothing has been evicted
         read.copy_(torch.where(nearer == 0, state.store.read_keys(self._sinks(state)), read))
         self._write(state, rotate(read, nearer * state.rotary))
 
@@ -88,8 +89,8 @@ class Streaming(Policy):
 
 
 def rotate(keys: Tensor, angle: Tensor) -> Tensor:
-    """Keys ``[…, d]`` turned on by angles ``[…, r/2]``, in the halves layout of transformers' rotary embeddings; only
-    the first r channels turn."""
+    """Keys ``[…, d]`` rotated by angles ``[…, r/2]``, in the layout of transformers' rotary embeddings (two halves);
+    only the first r channels are rotated."""
     half = angle.shape[-1]
     first, second, rest = torch.split(keys.float(), [half, half, keys.shape[-1] - 2 * half], -1)
     cos, sin = angle.cos(), angle.sin()

@@ -1,4 +1,4 @@
-"""TOVA, token omission via attention: the newest query alone decides, for all heads of a layer together."""
+"""TOVA, token omission via attention: only the newest query decides, for all heads of a layer together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from d2obench.policies.base import DecodeRule, Entries, LatestAttention, Needs, 
 class TOVA(Policy):
     """Keeps the ``budget`` tokens that the last query attends to most, on the mean over all heads of the layer.
 
-    At the prompt's end by its last query, and by each new query while decoding; nothing is remembered and nothing is
-    protected, the newest token neither (as in the authors' code).
+    The prompt's last query decides at the prompt's end, and each new query during decoding. No scores are kept and no
+    token is protected, not even the newest (as in the authors' code).
     """
 
     name: ClassVar[str] = "tova"

@@ -1,8 +1,8 @@
-"""What is measured beside our policies: another library's cache or method, another engine.
+"""Yardsticks: what our policies are compared with, that is, another library's cache or method, or another engine.
 
-A :class:`Yardstick` stands on the policy axis of a suite and is a dataclass of its parameters, as a policy is. It has
-no rule for our cache. It names the session that runs it, which ``d2obench.external.open_session`` opens; nothing of
-the other library is imported before that.
+A :class:`Yardstick` can be given wherever a suite takes a policy, and is a dataclass of its parameters, as a policy is.
+It has no rule for our cache. It names the session that runs it, which ``d2obench.external.open_session`` opens; the
+other library is not imported before that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from d2obench.suite.grammar import show_value
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Base of everything that stands on the policy axis without being a policy of ours."""
+    """Base class of everything that a suite runs as a policy without being one of ours."""
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
@@ -28,23 +28,24 @@ class Yardstick:
     """``module:class`` of its session, called with the model, this instance, the budget and the options of
     :class:`d2obench.cache.session.Session`."""
     methods: ClassVar[bool] = False
-    """Whether a method is named after a colon, as in ``kvpress:SnapKVPress``; it is handed in as ``method``."""
+    """Whether a method is named after a colon, as in ``kvpress:SnapKVPress``; it is passed as ``method``."""
     loads: ClassVar[str] = ""
-    """``module:function`` that loads its models and takes what ``d2obench.models.load`` takes; empty for that one."""
+    """``module:function`` that loads its models, with the signature of ``d2obench.models.load``; empty to use that
+    one."""
     isolated: ClassVar[bool] = False
-    """Whether its cells need a worker process of their own, which does not share the weights of the other cells."""
+    """Whether its cells need a separate worker process, which does not share the weights of the other cells."""
     environment: ClassVar[str] = ""
-    """The name of the Python environment it needs, where it can't be imported into ours."""
+    """The name of the Python environment it needs, if it can't be imported into ours."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Distributions whose versions are part of a cell's record."""
+    """Distributions whose versions are written to a cell's record."""
     imports: ClassVar[tuple[str, str]] = ("", "")
-    """A module that must be found in our environment, and the extra that brings it."""
+    """A module that must be importable in our environment, and the extra that installs it."""
     several_devices: ClassVar[bool] = False
-    """Whether it can run a model that lies on several devices."""
+    """Whether it can run a model whose layers are on several devices."""
     speed_only: ClassVar[bool] = False
-    """Whether it gives no distributions, so that no task that scores text can use it."""
+    """Whether it returns no probability distributions, so that tasks that score text can't use it."""
     method: str = field(default="", kw_only=True)
-    """``SnapKVPress`` of ``kvpress:SnapKVPress``; empty without one."""
+    """The part after the colon, ``SnapKVPress`` of ``kvpress:SnapKVPress``; empty if there is none."""
 
     @classmethod
     def opens(cls) -> Any:
@@ -53,10 +54,10 @@ class Yardstick:
         return getattr(importlib.import_module(module), name)
 
     def check(self) -> None:
-        """Raises a PolicyError where a parameter is out of its range."""
+        """Raises a PolicyError if a parameter is out of its range."""
 
     def installed(self) -> None:
-        """Raises a UsageError where the extra that it needs is not installed in our environment."""
+        """Raises a UsageError if the extra that it needs is not installed in our environment."""
         module, extra = self.imports
         if module and not _found(module):
             raise UsageError(
@@ -64,13 +65,14 @@ class Yardstick:
             )
 
     def flags(self, versions: Mapping[str, str | None]) -> list[str]:
-        """Flags that every view must show beside its figures; ``versions`` are those of ``packages`` where it ran."""
+        """Flags that every view must show beside its figures; ``versions`` are those of ``packages`` in the environment
+        it ran in."""
         return []
 
 
 @dataclass(frozen=True)
 class HfDynamic(Yardstick):
-    """Everything, in transformers' own dynamic cache; a yardstick for full."""
+    """Keeps everything, in transformers' own dynamic cache; for comparison with full."""
 
     name: ClassVar[str] = "hf-dynamic"
     several_devices: ClassVar[bool] = True
@@ -78,7 +80,7 @@ class HfDynamic(Yardstick):
 
 @dataclass(frozen=True)
 class HfStatic(Yardstick):
-    """Everything, in transformers' own static cache; a yardstick for full."""
+    """Keeps everything, in transformers' own static cache; for comparison with full."""
 
     name: ClassVar[str] = "hf-static"
     several_devices: ClassVar[bool] = True
@@ -86,7 +88,7 @@ class HfStatic(Yardstick):
 
 @dataclass(frozen=True)
 class SdpaStatic(Yardstick):
-    """Everything, with torch's SDPA on a preallocated cache; a yardstick for full."""
+    """Keeps everything, with torch's SDPA on a preallocated cache; for comparison with full."""
 
     name: ClassVar[str] = "sdpa-static"
     several_devices: ClassVar[bool] = True
@@ -94,12 +96,12 @@ class SdpaStatic(Yardstick):
 
 @dataclass(frozen=True)
 class HfQuantized(Yardstick):
-    """Everything, in transformers' own quantised cache (optimum-quanto); a yardstick for quant.
+    """Keeps everything, in transformers' own quantised cache (optimum-quanto); for comparison with quant.
 
     Args:
-        bits: of a stored number.
+        bits: bits per stored number.
         group: numbers that share a scale.
-        residual: newest tokens kept in full.
+        residual: number of newest tokens kept unquantised.
     """
 
     bits: Literal[2, 4] = 4
@@ -111,7 +113,7 @@ class HfQuantized(Yardstick):
     imports: ClassVar[tuple[str, str]] = ("optimum.quanto", "hf-quantized")
 
     def check(self) -> None:
-        """Sizes are positive."""
+        """Raises a PolicyError unless the sizes are positive."""
         if self.group < 1 or self.residual < 1:
             raise PolicyError("hf-quantized needs group and residual of 1 or more")
 
@@ -130,7 +132,7 @@ class Kvpress(Yardstick):
     packages: ClassVar[tuple[str, ...]] = ("kvpress", "transformers", "torch")
 
     def check(self) -> None:
-        """The press is named, and its compression comes from the budget."""
+        """Raises a PolicyError unless a press is named and its compression ratio is left to the budget."""
         if not self.method.isidentifier() or self.method.startswith("_"):
             raise PolicyError("kvpress needs the name of a press", remedy="write kvpress:SnapKVPress")
         if "compression_ratio" in self.params:
@@ -141,13 +143,13 @@ class Kvpress(Yardstick):
             )
 
     def flags(self, versions: Mapping[str, str | None]) -> list[str]:
-        """It ran with another transformers than ours."""
+        """States the versions it ran with, because it uses another transformers than ours."""
         return [f"other environment: transformers {versions.get('transformers')}, kvpress {versions.get('kvpress')}"]
 
 
 @dataclass(frozen=True)
 class LlamaCpp(Yardstick):
-    """Another engine: llama.cpp on the CPU with the same GGUF; speed only.
+    """llama.cpp on the CPU with the same GGUF file; speed only.
 
     Args:
         cache: type of its keys and values.
@@ -163,12 +165,12 @@ class LlamaCpp(Yardstick):
     speed_only: ClassVar[bool] = True
 
     def flags(self, versions: Mapping[str, str | None]) -> list[str]:
-        """It is no implementation of ours at all."""
+        """States that another engine ran it."""
         return [f"another engine: llama.cpp (xllamacpp {versions.get('xllamacpp')}), weights as in the GGUF"]
 
 
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its parent package
+    except ModuleNotFoundError:  # the parent package is missing
         return False
