@@ -1,4 +1,4 @@
-"""Attention over a prompt, and the way into transformers' model classes.
+"""Attention over a prompt, and the integration into transformers' model classes.
 
 ``interface`` registers our attention with transformers, ``families`` lists the model families that are served, and
 ``prompt`` computes causal attention with the statistics that policies need. Imported by ``cache``, ``external`` and

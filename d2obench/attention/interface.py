@@ -1,15 +1,15 @@
-"""The way into transformers' model classes: which families are served, and how our attention takes part in them.
+"""Integration into transformers' model classes: which families are supported, and how our attention is called by them.
 
-A model keeps the attention it has. Only while its ``forward`` runs with a cache of ours (:class:`AttendingCache`), two
-hooks on the model switch the configuration to our attention and mask functions and back (:func:`attach`). So every
-other use of the model, with or without a cache, before and after, is what it was.
+A model keeps its own attention. Only while its ``forward`` runs with one of our caches (:class:`AttendingCache`), two
+hooks on the model switch its configuration to our attention and mask functions and back (:func:`attach`). So any other
+use of the model, with or without a cache, is unaffected.
 
 Models whose attention goes through transformers' attention interface need nothing else. Falcon's class calls
-``scaled_dot_product_attention`` itself: its keys are handed out as :class:`BridgedKeys`, a tensor type that answers
-that one call (``__torch_function__``) with the same attention. No model code is copied or patched.
+``scaled_dot_product_attention`` itself, so its keys are returned as :class:`BridgedKeys`, a tensor type that intercepts
+this one call (``__torch_function__``) and computes the same attention. No model code is copied or patched.
 
-A family that is served has causal softmax attention without soft-capping, through the interface or through one
-``scaled_dot_product_attention`` call, and keeps one key and value per token and KV head.
+A supported family has causal softmax attention without soft-capping, through the interface or through one
+``scaled_dot_product_attention`` call, and stores one key and value per token and KV head.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SUPPORTED = (*INTERFACE, *BRIDGED)
 
 
 class AttendingCache(Cache):
-    """A cache that computes the attention over what it holds by itself.
+    """A cache that computes the attention over its own contents.
 
     Args:
-        layers: of the cache.
-        model: the model it was made for; None for one that is called without a model.
+        layers: the cache's layers.
+        model: the model it was made for; None if its layers are called without a model.
     """
 
     def __init__(self, layers: list[Any], model: PreTrainedModel | None = None) -> None:
@@ -53,7 +53,8 @@ class AttendingCache(Cache):
         self._own_attention = "sdpa" if model is not None and _family(model) in BRIDGED else IMPLEMENTATION
         self._limit = None if model is None else rotary_limit(model.config)
         self._previous: list[str] | None = None
-        """The attention of each configuration before the forward pass that runs now; None while none runs."""
+        """The attention implementation of each configuration before the current forward pass; None if none is
+        running."""
 
     def begin_forward(self, module: torch.nn.Module) -> None:
         """Switches the model to our attention for one forward pass.
@@ -73,7 +74,7 @@ class AttendingCache(Cache):
             config._attn_implementation_internal = self._own_attention
 
     def end_forward(self) -> None:
-        """Gives the model its own attention back."""
+        """Switches the model back to its own attention."""
         for config, attention in zip(self._configs, self._previous or (), strict=False):
             config._attn_implementation_internal = attention
         self._previous = None
@@ -103,10 +104,10 @@ class AttendingCache(Cache):
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Lets caches of ours serve a model. The model's own attention, configuration and weights stay as they are.
+    """Enables a model to use our caches. Its own attention, configuration and weights stay unchanged.
 
     Raises:
-        ModelError: a family that is not served; it lists those that are.
+        ModelError: the family is not supported; the message lists those that are.
     """
     family = _family(model)
     if family not in SUPPORTED:
@@ -124,7 +125,7 @@ def attach(model: PreTrainedModel) -> None:
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """The configurations that a model's modules read the name of their attention from."""
+    """The configurations from which a model's modules read the name of their attention."""
     found = {id(model.config): model.config}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -168,7 +169,7 @@ def _family(model: PreTrainedModel) -> str:
 
 
 def keyword(model: PreTrainedModel) -> str:
-    """The name under which a model's ``forward`` takes a cache: transformers 5.24 gave it another one."""
+    """The name of the cache argument of a model's ``forward``, which changed in transformers 5.24."""
     return _keyword(cast(Hashable, type(model)))
 
 
@@ -178,10 +179,10 @@ def _keyword(kind: Any) -> str:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[int | None]:
-    """Per layer: None if it is compressed, else the window of a sliding layer that stays as it is.
+    """For each layer: None if it is compressed, or the window of a sliding-window layer, which is not compressed.
 
-    Where *all* layers slide (Mistral 7B v0.1), they are treated as full attention: within the window that is the same
-    thing, and :func:`longest` keeps a session within it.
+    If *all* layers slide (Mistral 7B v0.1), they are treated as full attention: within the window both are the same,
+    and :func:`longest` keeps a session within it.
     """
     config: Any = model.config.get_text_config()
     layers = config.num_hidden_layers
@@ -192,8 +193,8 @@ def layer_kinds(model: PreTrainedModel) -> list[int | None]:
 
 
 def longest(model: PreTrainedModel) -> int:
-    """The most tokens a session may see: the context, the window where all layers slide, or what the model's rotary
-    angles hold for (:func:`d2obench.models.base.rotary_limit`)."""
+    """The largest number of tokens of a session: the model's context; the window if all layers slide; or the length up
+    to which the model's rotary angles are constant (:func:`d2obench.models.base.rotary_limit`)."""
     config: Any = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     slides = all(kind == "sliding_attention" for kind in kinds) if kinds else True
@@ -203,8 +204,8 @@ def longest(model: PreTrainedModel) -> int:
 
 
 def rotary(model: PreTrainedModel) -> Tensor | None:
-    """Angle per position of each rotary pair of the compressed layers, float32 ``[r/2]``; None where it changes with
-    the length."""
+    """Rotation angle per position of each rotary pair of the compressed layers, float32 ``[r/2]``; None if the angles
+    depend on the length."""
     module: Any = getattr(model.base_model, "rotary_emb", None)
     kind = getattr(module, "rope_type", None)
     prefix = ""
@@ -215,7 +216,7 @@ def rotary(model: PreTrainedModel) -> Tensor | None:
 
 
 def kv_heads(model: PreTrainedModel) -> tuple[int, int]:
-    """KV heads as they are cached and query heads per KV head."""
+    """Number of KV heads in the cache, and of query heads per KV head."""
     config: Any = model.config.get_text_config()
     queries = config.num_attention_heads
     if config.model_type == "falcon":
@@ -232,12 +233,12 @@ def policy_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,  # in this place by some callers, as in transformers' own SDPA
+    dropout: float = 0.0,  # some callers pass it by position, as to transformers' own SDPA function
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention for transformers' interface: the layer that rides on ``key`` attends; without one (a sliding layer)
-    this is transformers' own SDPA."""
+    """Our attention function for transformers' interface: calls the layer that is attached to ``key``. Without one (a
+    sliding-window layer) it calls transformers' own SDPA."""
     layer = getattr(key, "slot_layer", None)
     if layer is None:
         out, _ = sdpa_attention_forward(
@@ -257,7 +258,7 @@ def policy_mask(*args: Any, mask_function: Any = causal_mask_function, **kwargs:
 
 
 class BridgedKeys(Tensor):
-    """Keys that answer ``scaled_dot_product_attention`` with their layer's attention."""
+    """Keys whose ``scaled_dot_product_attention`` calls are answered by their layer's attention."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,12 +272,12 @@ class BridgedKeys(Tensor):
 
 
 def real_tokens(mask: Tensor, seen: int, new: int) -> Tensor:
-    """Tokens of a block that are not padding, ``[B]``; padding must stand on the left.
+    """Number of tokens in a block that are not padding, ``[B]``; padding must be on the left.
 
     Args:
-        mask: a padding mask ``[B, seen + new]``, or an attention mask of four dimensions, whose last row counts.
-        seen: columns before the block.
-        new: columns of the block.
+        mask: a padding mask ``[B, seen + new]``, or a 4D attention mask, whose last row is used.
+        seen: number of columns before the block.
+        new: number of columns of the block.
 
     Raises:
         PolicyError: padding on the right or inside, or a mask that does not reach the end of the block.

@@ -1,15 +1,15 @@
-"""Causal attention over a prompt, with the statistics of its map that policies rank tokens by.
+"""Causal attention over a prompt, with the statistics of the attention map by which policies rank tokens.
 
-The L×L map never exists. Without statistics this is the device's own flash/SDPA kernel. With them, on a CPU one pass
-over blocks of queries gives the output and the column sums together: a block's probabilities live in cache, are
-multiplied with the values, summed over the queries and forgotten. (The flash kernel with its log-sum-exp and a second
-pass of ``exp(q·k − lse)`` takes 1.25 times as long there: the products are the most of it, and there would be three.)
-On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton kernel adds up the columns
-(``d2obench.attention.triton_columns``); where there is none, a second pass over blocks of queries, with the same
-results, and the reason is kept for the record (:func:`fallback`). Memory is O(L) either way.
+The L×L map is never stored. Without statistics, the device's own flash/SDPA kernel is used. With statistics, a CPU
+makes a single pass over blocks of queries that gives the output and the column sums together: a block's probabilities
+stay in the core's cache, are multiplied with the values, summed over the queries and discarded. (The flash kernel with
+its log-sum-exp and a second pass of ``exp(q·k − lse)`` takes 1.25 times as long there, because matrix products dominate
+and there would be three instead of two.) On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton
+kernel sums the columns (``d2obench.attention.triton_columns``). If that kernel can't run, a second pass over blocks of
+queries gives the same results, and the reason is kept for the record (:func:`fallback`). Memory is O(L) in both cases.
 
-Sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch gives
-what single sequences give.
+The sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch
+gives the same results as single sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from d2obench.ranges import span
 
 CPU_BLOCK, GPU_BLOCK = 64, 512
 CPU_CACHE = 2**20
-"""Bytes of probabilities that a core works on at once, so that they are still in its cache when they are summed."""
+"""Bytes of probabilities that a core computes at once, so that they are still in its cache when they are summed."""
 
 
 def prompt_attention(
@@ -60,6 +60,7 @@ def prompt_attention(
     """
     batch, heads, length = keys.shape[:3]
     out = query.new_zeros(batch, query.shape[2], query.shape[1], values.shape[-1])
+    # 1. allocate the output and the requested statistics
     rows = query.shape[1] if needs.heads else heads
     names = [
         name
@@ -74,6 +75,7 @@ def prompt_attention(
     groups = (
         [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
     )
+    # 2. sequences with the same start are computed together, others one by one over their own tokens
     for part, start in groups:
         if start == length:  # a sequence that has no tokens yet
             continue
@@ -81,11 +83,13 @@ def prompt_attention(
         q, k, v = query[part, :, skip:], keys[part, :, start:], values[part, :, start:]
         seen = {name: stat[part, :, start:] for name, stat in stats.items()}
         if needs.columns or needs.squares:
+            # 3. attention, with column sums if they are needed
             block = _blocks if query.device.type == "cpu" else _flash_then_columns
             block(q, k, v, scale, out[part, skip:], seen, needs)
         else:
             out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
         if needs.window:
+            # 4. sums over the last queries only
             with span("scores"):
                 every = q if earlier is None else torch.cat((earlier[part], query[part]), 2)[:, :, start - length :]
                 seen["window"].copy_(_window(every, k, scale, needs))
@@ -93,6 +97,7 @@ def prompt_attention(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention ``[B, Hq, Q, d_v]`` by PyTorch's SDPA; the Q queries are the last positions."""
     new, length = q.shape[2], k.shape[2]
     if new == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -101,8 +106,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
-    """Output and column statistics in one pass over blocks of queries, one KV head of one sequence at a time so that
-    the block's probabilities (``G·64·L`` floats) stay in the core's cache. Logits become probabilities in place."""
+    """Computes the output and the column statistics in one pass over blocks of queries, for one KV head of one sequence
+    at a time, so that the block's probabilities (``G·64·L`` floats) fit the core's cache. Logits are turned into
+    probabilities in place."""
     # 1. One row is a KV head of a sequence; its query heads are computed together.
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
@@ -137,14 +143,14 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
 
 
 def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
-    """The flash kernel for the output; then the columns, by the kernel or block by block."""
+    """The output by the flash kernel, then the column sums by the Triton kernel, or block by block if it can't run."""
     if not attend_with_columns(q, k, v, scale, out, stats, needs):
         out.copy_(_flash(q, k, v, scale).transpose(1, 2))
         _column_blocks(q, k, scale, stats, needs)
 
 
 def _column_blocks(q: Tensor, k: Tensor, scale: float, stats: Stats, needs: Needs) -> None:
-    """The probabilities once more, in blocks of queries, for the columns."""
+    """Computes the probabilities again, in blocks of queries, for the column sums."""
     batch, heads, length, _ = k.shape
     new, group = q.shape[2], q.shape[1] // heads
     for first in range(0, new, GPU_BLOCK):
@@ -159,8 +165,7 @@ def _column_blocks(q: Tensor, k: Tensor, scale: float, stats: Stats, needs: Need
 
 
 def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
-    """Adds a block ``[R, G, Q, L']`` of probabilities to the running column statistics of the rows ``part`` of
-    ``B·H``."""
+    """Adds a block ``[R, G, Q, L']`` of probabilities to the column statistics of the rows ``part`` of ``B·H``."""
     end, group = weights.shape[-1], weights.shape[1]
     if needs.heads:
         seen = stats["sum"]
@@ -194,13 +199,12 @@ _refused: dict[torch.device, str] = {}
 
 
 def fallback(device: torch.device) -> str:
-    """Why a prompt's columns were not made by kernels on a GPU, in words; empty where they were, or nothing was
-    asked for."""
+    """Why a prompt's column sums on a GPU were not computed by kernels; empty if they were, or if none were needed."""
     return _refused.get(device, "") if device.type == "cuda" else ""
 
 
 def unserved(q: Tensor, k: Tensor) -> str:
-    """Why the kernels don't serve a prompt; empty where they do."""
+    """Why the kernels can't compute a prompt's column sums; empty if they can."""
     reason = missing(q.device)
     if reason:
         return reason
@@ -212,8 +216,9 @@ def unserved(q: Tensor, k: Tensor) -> str:
 
 
 def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> bool:
-    """Writes the output ``[B, Q, Hq, d_v]`` and the columns that ``needs`` asks for; False, and nothing written, where
-    kernels don't serve. Arguments as in :func:`d2obench.attention.prompt.prompt_attention`, without padding."""
+    """Writes the output ``[B, Q, Hq, d_v]`` and the column sums that ``needs`` asks for. Returns False, with nothing
+    written, if the kernels can't be used. Arguments as in :func:`d2obench.attention.prompt.prompt_attention`, without
+    padding."""
     if q.device in _refused:
         return False
     reason = unserved(q, k)
@@ -230,7 +235,7 @@ def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
             return True
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as problem:  # whatever a compiler may throw: blocks give the same
+        except Exception as problem:  # a compiler may raise anything; blocks give the same results
             first = str(problem).strip().partition("\n")[0][:120]
             reason = f"the kernels did not compile ({type(problem).__name__}: {first})"
     _refused[q.device] = f"column sums of the prompt without a kernel: {reason}"
@@ -238,8 +243,8 @@ def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tens
 
 
 def flash_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Causal attention ``[B, Hq, Q, d_v]`` and, where PyTorch's flash kernel serves the sizes, the natural logarithm of
-    each query's softmax denominator, ``[B, Hq, Q]``."""
+    """Causal attention ``[B, Hq, Q, d_v]`` and, if PyTorch's flash kernel supports the sizes, the natural logarithm of
+    each query's softmax denominator, ``[B, Hq, Q]``, otherwise None."""
     new, length, width = q.shape[2], k.shape[2], q.shape[3]
     if new != length:
         mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)

@@ -1,13 +1,14 @@
 """Triton kernels: column sums of a prompt's causal attention map in O(L) memory.
 
-Design. A flash kernel gives the output and, for each query, the logarithm of its softmax's denominator (LSE). With it
-any probability is ``exp(scale·q·k − LSE)`` by itself, in any order. So :func:`_sum_columns` is *key-stationary*: a
-program keeps a block of one KV head's keys, walks over the queries that see them, all query heads of the group, and
-adds up what each key receives. Nothing is shared between programs: no atomics, and sums in a fixed order. Only the
-blocks on the diagonal are masked. Where no kernel gives the LSE (float32, a block of queries after an earlier one),
-:func:`_sum_rows` makes it by one more pass over the keys.
+Design. A flash kernel gives the output and, for each query, the logarithm of its softmax's denominator (LSE). With the
+LSE any probability can be computed independently, ``exp(scale·q·k − LSE)``, in any order. So :func:`_sum_columns` is
+*key-stationary*: a program holds a block of one KV head's keys, iterates over the queries that attend to them, for all
+query heads of the group, and sums the attention that each key receives. Programs share nothing: there are no atomics,
+and the order of additions is fixed. Only the blocks on the diagonal are masked. If no kernel gives the LSE (float32, or
+a block of queries after an earlier one), :func:`_sum_rows` computes it in one more pass over the keys.
 
-Sums are float32. Lengths are not specialised on, so that one compilation serves them all; strides are, for wide loads.
+Sums are float32. Lengths are not specialised, so that one compilation works for all of them; strides are, to allow wide
+loads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _block(held, at, step, last, D: tl.constexpr, DP: tl.constexpr):
 def _given(
     query, lse, k, g, i, new, query_h, query_n, scale, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """One query head's attention to a block of keys, ``[BK, BQ]``; 0 for queries from ``new`` on."""
+    """The attention of one query head to a block of keys, ``[BK, BQ]``; 0 for queries from ``new`` on."""
     q = _block(query + g * query_h, i, query_n, new, D, DP)
     norm = tl.load(lse + g * new + i, mask=i < new, other=float("inf"))
     return tl.exp2(product(k, tl.trans(q), WIDE) * (scale * LOG2E) - (norm * LOG2E)[None, :])
@@ -48,8 +49,9 @@ def _walk(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     MASKED: tl.constexpr, SQUARES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries ``first`` to ``last`` give to a block of keys."""
-    if SQUARES:  # of the mean over the group: all its query heads before the next block of queries
+    """Adds the attention that a block of keys receives from queries ``first`` to ``last``, and optionally its
+    square."""
+    if SQUARES:  # squares are of the mean over the group, so all query heads of a block come before the next block
         for start in range(first, last, BQ):
             i = start + tl.arange(0, BQ)
             given = tl.zeros((BK, BQ), tl.float32)
@@ -59,7 +61,7 @@ def _walk(
                 given = tl.where(j[:, None] <= (i + offset)[None, :], given, 0.0)
             summed += given
             squared += given * given
-    else:  # one loop, so that its loads are pipelined
+    else:  # a single loop, so that its loads are pipelined
         for step in range(first // BQ * G, tl.cdiv(last, BQ) * G):
             i = step // G * BQ + tl.arange(0, BQ)
             given = _given(query, lse, k, step % G, i, new, query_h, query_n, scale, D, DP, WIDE)
@@ -76,7 +78,9 @@ def _sum_columns(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SQUARES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of one block of keys and one row: ``rows`` rows a sequence, ``share`` of them of the same KV head."""
+    """Column sums for one block of keys and one row; there are ``rows`` rows per sequence, ``share`` rows per KV
+    head."""
+    # 1. the block's keys
     batch, row = (tl.program_id(1) // rows).to(tl.int64), (tl.program_id(1) % rows).to(tl.int64)
     start = tl.program_id(0) * BK
     offset = length - new
@@ -84,6 +88,7 @@ def _sum_columns(
     k = _block(keys + batch * key_b + (row // share) * key_h, j, key_n, length, D, DP)
     query += batch * query_b + row * G * query_h
     lse += (batch * rows + row) * G * new
+    # 2. queries on the diagonal need the causal mask; all later ones see the whole block
     first = tl.maximum(start - offset, 0) // BQ * BQ
     edge = tl.minimum(tl.cdiv(tl.maximum(start + BK - 1 - offset, 0), BQ) * BQ, tl.cdiv(new, BQ) * BQ)
     summed = tl.zeros((BK, BQ), tl.float32)
@@ -96,6 +101,7 @@ def _sum_columns(
         query, lse, k, summed, squared, edge, new, new, offset, j, query_h, query_n, scale,
         G, D, DP, BQ, BK, False, SQUARES, WIDE,
     )  # fmt: skip
+    # 3. the mean over the group, summed over queries
     at = batch * out_b + row * out_r + j
     tl.store(out + at, tl.sum(summed, 1) / G, mask=j < length)
     if SQUARES:
@@ -107,7 +113,8 @@ def _sum_rows(
     query, keys, lse, scale, rows, share, new, length, query_b, query_h, query_n, key_b, key_h, key_n,
     D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """LSE of one block of queries of one query head, ``rows`` of them a sequence, ``share`` a KV head."""
+    """LSE of one block of queries of one query head; there are ``rows`` query heads per sequence, ``share`` per KV
+    head."""
     batch, row = (tl.program_id(1) // rows).to(tl.int64), (tl.program_id(1) % rows).to(tl.int64)
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)
     offset = length - new
@@ -127,8 +134,8 @@ def _sum_rows(
 
 
 def log_sum_exp(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Natural logarithm of every query's softmax denominator, float32 ``[B, Hq, Q]``; arguments as
-    :func:`sum_columns` has them."""
+    """Natural logarithm of every query's softmax denominator, float32 ``[B, Hq, Q]``; arguments as in
+    :func:`sum_columns`."""
     batch, heads, new, _ = query.shape
     out = torch.empty(batch, heads, new, device=query.device)
     sizes = _sizes(query, keys, heads)
@@ -146,10 +153,10 @@ def sum_columns(
         query: ``[B, Hq, Q, d]``, the last Q positions; the last dimension is contiguous.
         keys: ``[B, H, L, d]``, L ≥ Q, likewise.
         scale: factor of the logits.
-        lse: natural, float32 ``[B, Hq, Q]``.
-        out: float32 ``[B, R, L]`` with a contiguous last dimension; R is H, for means over a KV head's query heads,
-            or Hq.
-        out_square: the same of the squares of those means.
+        lse: natural logarithm of the softmax denominators, float32 ``[B, Hq, Q]``.
+        out: float32 ``[B, R, L]``, contiguous in the last dimension; R = H for means over a KV head's query heads, or R
+            = Hq.
+        out_square: like ``out``, for the sums of the squares of these means.
     """
     rows, group = out.shape[1], query.shape[1] // out.shape[1]
     blocks = _blocks(query)
@@ -166,7 +173,7 @@ def _sizes(query: Tensor, keys: Tensor, rows: int) -> tuple[int, ...]:
 
 
 def _blocks(query: Tensor) -> dict[str, int | bool]:
-    """Block sizes: keys and queries in registers and shared memory of every generation from Ampere on."""
+    """Block sizes for which keys and queries fit registers and shared memory of every generation since Ampere."""
     width = query.shape[3]
     padded = max(16, triton.next_power_of_2(width))
     wide = query.dtype == torch.float32

@@ -1,8 +1,9 @@
 """The policy cache: keys and values of a prompt, their compression, and the decoding that follows.
 
-``PolicyCache`` is what transformers sees; ``Session`` runs one batch through prefill, compression and decoding, and
-``policy_cache.cache`` makes a cache for ``model.generate``. Imported by ``external`` and above; imports ``decode``,
-``attention`` and ``policies``. The names below are imported when they are asked for: transformers loads slowly.
+``PolicyCache`` is the class that transformers uses; ``Session`` runs one batch through prefill, compression and
+decoding; ``policy_cache.cache`` makes a cache for ``model.generate``. Imported by ``external`` and above; imports
+``decode``, ``attention`` and ``policies``. The names below are imported on first use, because transformers loads
+slowly.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallableModule(ModuleType):
-    """This package, called as the public function ``d2obench.cache(…)``.
+    """This package, made callable as the public function ``d2obench.cache(…)``.
 
-    Importing a package puts it as an attribute on its parent, where it hides the function of the same name.
+    Importing a subpackage sets it as an attribute of its parent, which hides the parent's function of the same name.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> PolicyCache:

@@ -30,13 +30,13 @@ from d2obench.slots.quantised import QuantStore
 
 @dataclass(frozen=True)
 class Layout:
-    """What all layers' entries have in common.
+    """The sizes and types that the entries of all layers share.
 
     Args:
-        batch: sequences.
-        heads: KV heads.
-        widths: head dim of keys and of values.
-        first_head: the model's index of the first KV head.
+        batch: number of sequences.
+        heads: number of KV heads.
+        widths: head dimension of keys and of values.
+        first_head: index in the model of the first KV head; not 0 if a layer's heads are divided among ranks.
     """
 
     batch: int
@@ -48,20 +48,20 @@ class Layout:
 
 
 class Packing:
-    """The slots of all layers while they are filled, first layer first.
+    """Compresses layer after layer and fills their slots.
 
     Args:
-        policy: the rule.
-        layout: of the entries.
+        policy: the policy that selects and merges.
+        layout: sizes and types of the entries.
         lengths: int64 ``[B]``, tokens of each sequence so far.
-        budgets: int64 ``[layers, B]``, entries each layer keeps.
-        counts: entries of each layer, padding included.
-        spare: slots beside them, for tokens to come.
-        everything: keep all entries whatever the policy says.
-        grows: decoding appends.
-        early: layers come one by one while the prompt is read: the slots are allocated now.
-        seed: for policies that draw.
-        first: index of the first of these layers among all ``layers``, where they lie on several devices.
+        budgets: int64 ``[layers, B]``, entries that each layer keeps.
+        counts: entries of each layer, including padding.
+        spare: additional slots for tokens to come.
+        everything: keep all entries, whatever the policy says.
+        grows: whether decoding appends tokens.
+        early: whether layers are added one by one while the prompt is read, so that slots must be allocated now.
+        seed: seed for policies that draw random numbers.
+        first: index of the first of these layers among all ``layers``; not 0 if layers are on several devices.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Packing:
         self.everything, self.grows, self.seed = everything, grows, seed
         self.first, self.layers = first, layers or len(counts)
         self.most = [min(int(row.max()), count) for row, count in zip(budgets, counts, strict=True)]
-        """Slots of each layer that the entries take."""
+        """Number of slots in each layer that the kept entries may take."""
         self.sizes = [count + spare for count in self.most] if grows else list(capacities(budgets, spare))
         shape = (len(counts), layout.batch * layout.heads, max(self.sizes))
         self.position = torch.full(shape, CLOSED, dtype=torch.int32, device=layout.device)
@@ -96,7 +96,7 @@ class Packing:
         self.store: DenseStore | None = self._new_store() if early else None
 
     def add(self, layer: PolicyLayer) -> None:
-        """Packs the next layer and lets go of its entries."""
+        """Compresses the next layer, stores what it keeps, and frees its entries."""
         assert layer.keys is not None and layer.values is not None
         # 1. What is to be packed, and how much of it may stay.
         position = layer.positions()
@@ -130,7 +130,7 @@ class Packing:
         layer.clear()
 
     def finish(self, group: int, rotary: Tensor | None) -> DecodeState:
-        """The decode state, once every layer was added; arguments as :class:`DecodeState` has them."""
+        """The decode state, after every layer was added; arguments as in :class:`DecodeState`."""
         store, policy, heads = self.store or self._new_store(self._waiting), self.policy, self.layout.heads
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         state = DecodeState(
@@ -176,34 +176,40 @@ class Packing:
 
 
 def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple[Kept, dict[str, Tensor]]:
-    """What the policy keeps of a layer, after merging, and what it wants to remember.
+    """Selects the entries that a layer keeps and lets the policy merge the others into them.
 
     Args:
-        policy: the rule.
-        entries: of the layer.
-        keep: int64 ``[B]``, entries to keep of each sequence.
-        most: slots offered.
+        policy: the policy.
+        entries: the layer's entries.
+        keep: int64 ``[B]``, number of entries to keep of each sequence.
+        most: number of slots.
+
+    Returns:
+        The kept entries after merging, and what ``policy.absorb`` returned (empty if nothing was evicted).
     """
+    # 1. if everything fits, nothing is ranked or copied
     position = entries.position
     total = position.shape[2]
     if most == total and not bool((position < 0).any()):
         everything = torch.arange(total, device=position.device).expand_as(position)
         return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}
+    # 2. choose the kept and the evicted entries by the policy's ranks
     with span("evict"):
         index, evicted = select(policy.rank(entries, keep), keep, most)
+    # 3. copy the kept entries, and merge the evicted ones into the copy
     kept = Kept(index, evicted, total, pick(entries.keys, index), pick(entries.values, index))
     with span("merge"):
         return kept, policy.absorb(entries, kept, keep)
 
 
 def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
-    """Fills in the positions of a layer's slots.
+    """Writes the position of the token in each of a layer's slots.
 
     Args:
-        own: int32 ``[B, H, C]`` of CLOSED slots, written in place.
-        index: int64 ``[B, H, n]``, the entry in each of the first n slots; N for none.
-        position: int64 ``[B, H, N]`` of the entries, negative for padding.
-        usable: slots of each sequence, ``[B]``; None if decoding appends behind the first n.
+        own: int32 ``[B, H, C]``, all CLOSED; written in place.
+        index: int64 ``[B, H, n]``, index of the entry in each of the first n slots; N for none.
+        position: int64 ``[B, H, N]``, positions of the entries, negative for padding.
+        usable: number of usable slots of each sequence, ``[B]``; None if decoding appends after the first n.
     """
     count, total = index.shape[2], position.shape[2]
     if usable is None:
@@ -216,7 +222,8 @@ def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tenso
 
 
 def to_the_right(kept: Kept) -> Kept:
-    """The same entries with empty slots on the left instead of the right: decoded tokens follow."""
+    """The same entries with empty slots moved from the right end to the left, so that decoded tokens can be
+    appended."""
     count = kept.index.shape[2]
     empty = count - kept.filled.sum(-1, keepdim=True)
     if not bool(empty.any()):
@@ -227,7 +234,11 @@ def to_the_right(kept: Kept) -> Kept:
 
 
 def bounded(budgets: Tensor, lengths: Tensor, max_new: int | None, name: str) -> Tensor:
-    """Budgets ``[layers, B]`` with −1 (everything, and growing) as a number of slots."""
+    """Budgets ``[layers, B]`` in which −1 (keep everything, and grow) is replaced by the number of slots needed.
+
+    Raises:
+        PolicyError: there are such layers and ``max_new`` is not known.
+    """
     if not bool((budgets < 0).any()):
         return budgets
     if max_new is None:

@@ -1,11 +1,10 @@
-"""A conversation goes on: from slots back to entries that a new block of tokens attends to.
+"""A further turn of a conversation: slots become entries again, to which a new block of tokens attends.
 
-Every layer's slots are put in the order of their positions, what is empty on the left, so that they look like a left
-padded prompt to ``d2obench.attention.prompt``. A merge still pending is carried out first. The new block then
-attends to
-these entries and, causally, to itself; its column sums are added to what the policy remembers of the entries; and all
-of them are compressed together. Layer budgets are the first prompt's, scaled to the conversation's length: Eq. 5 can't
-be asked again, because the columns of evicted tokens are gone. Thresholds start anew.
+Every layer's slots are sorted by position, with empty ones on the left, so that ``d2obench.attention.prompt`` can treat
+them like a left-padded prompt. A pending merge is completed first. The new block then attends to these entries and,
+causally, to itself; its column sums are added to the statistics that the policy still has of the entries; and all
+entries are compressed together. Layer budgets are those of the first prompt, scaled to the conversation's length: Eq. 5
+can't be computed again, because the columns of evicted tokens are gone. Thresholds start anew.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ from d2obench.suite.grammar import Budget
 
 @dataclass
 class Turn:
-    """What a layer holds when a new block begins.
+    """The entries of one layer when a new block begins.
 
     Args:
         keys: ``[B, H, N, d]``.
         values: ``[B, H, N, d_v]``.
-        position: int64 ``[B, H, N]``, ascending; negative for what is empty, on the left.
-        starts: the first entry of each sequence.
-        stats: float32 ``[B, H, N]`` by name.
+        position: int64 ``[B, H, N]``, ascending; negative for empty entries, which are on the left.
+        starts: index of the first real entry of each sequence.
     """
 
     keys: Tensor
@@ -41,7 +39,7 @@ class Turn:
 
 
 def reopen(state: DecodeState, batch: int) -> list[Turn]:
-    """The entries of all layers, in the order of their positions; copies, so that the slots can go."""
+    """The entries of all layers, sorted by position. They are copies, so that the slots can be freed afterwards."""
     if state.merge is not None:
         state.merge.commit_now()
     everywhere = state.where()
@@ -68,11 +66,11 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
 
 
 def add(earlier: Stats, newer: Stats) -> Stats:
-    """Statistics after a block: column sums go on, a window is the block's own.
+    """Statistics after a new block: column sums are added up; "window" is that of the new block alone.
 
     Args:
         earlier: ``[B, H, N]`` by name.
-        newer: ``[B, H, N + n]``, n tokens of the block.
+        newer: ``[B, H, N + n]`` by name, with n tokens of the block.
     """
     out = dict(newer)
     for name in ("sum", "square"):
@@ -83,10 +81,10 @@ def add(earlier: Stats, newer: Stats) -> Stats:
 
 
 def rescale(first: Tensor, before: list[int], now: list[int], budget: Budget) -> Tensor:
-    """Layer budgets ``[layers, B]`` of the whole conversation from the first prompt's.
+    """Layer budgets ``[layers, B]`` for the whole conversation, computed from those of the first prompt.
 
-    The sum over layers grows as the budget of a sequence does. A layer that was given the whole first prompt keeps
-    the whole conversation.
+    The sum over layers grows in proportion to a sequence's budget. A layer that kept the whole first prompt keeps the
+    whole conversation.
     """
     columns = []
     for budgets, old, new in zip(first.T.tolist(), before, now, strict=True):

@@ -1,20 +1,20 @@
 """A decode step as a CUDA graph: one launch instead of a thousand.
 
-Design. A step's operators are the same every time: slots don't move, lengths, positions and thresholds are tensors on
-the device, and nothing waits for the host. So after a few steps that warm up kernels and their workspaces, the step is
-captured once and then replayed: the token goes into a fixed buffer, the logits come out of another. Capturing runs the
-Python code of a step without its kernels; what that code counts is set back, and a replay counts for itself. A process
-that has warmed up a shape captures it before the first step (:meth:`Steps.prepare`, outside of what is timed), as a
-server would when it starts.
+Design. A step's operators are the same every time: slots do not move; lengths, positions and thresholds are tensors on
+the device; and nothing waits for the host. So after a few steps that warm up kernels and their workspaces, the step is
+captured once and then replayed: the token is copied to a fixed input buffer, and the logits are read from a fixed
+output buffer. Capturing runs the Python code of a step without its kernels, so the counters that this code changes are
+reset afterwards; a replay updates them itself. If a process has warmed up a shape before, it captures the shape before
+the first step (:meth:`Steps.prepare`, not timed), as a server would when it starts.
 
-What can't be captured goes step by step, and says so once (:func:`obstacle`). So does a step that a dispatch mode or
-the profiler's ranges look into, and whatever fails in capturing.
+Steps that can't be captured run one by one, and :func:`obstacle` gives the reason. So do steps observed by a dispatch
+mode or by the profiler's ranges, and steps whose capture fails.
 
-``torch.compile`` is not used. A graph takes away the same launches from the host; what is left on the device are short
-kernels, each of a microsecond or two whatever it does. Norms and rotary positions, sixteen of a layer's launches in
-transformers' own code, are one each for norm and one for queries and keys together (``d2obench.models.kernels``,
-``.rotary``); a compiler would fuse activations and residual sums, too, four more of a layer, for minutes of compilation
-per shape and for arithmetic that differs from prefill's.
+``torch.compile`` is not used. A graph removes the same launch overhead from the host; what remains on the device are
+short kernels, each of a microsecond or two. Norms and rotary positions, which are sixteen of a layer's launches in
+transformers' own code, are one launch per norm and one for queries and keys together (``d2obench.models.kernels``,
+``.rotary``). A compiler would also fuse activations and residual sums, four more launches per layer, at the cost of
+minutes of compilation per shape and of arithmetic that differs from prefill's.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from d2obench.cache.session import Session
 
 WARM = 2
-"""Steps before the first capture of a shape in a process."""
+"""Number of steps before the first capture of a shape in a process."""
 _warmed: set[tuple[Any, ...]] = set()
 
 
 def obstacle(session: Session) -> str:
-    """Why the decode step of a session, compressed by now, can't be replayed, in words; empty where it can."""
+    """Why the decode step of a session (already compressed) can't be replayed; empty if it can."""
     cache, model = session.cache, session.loaded.model
     if not isinstance(cache, PolicyCache):
         return "the cache is a library's own"
@@ -62,12 +62,12 @@ def obstacle(session: Session) -> str:
 
 
 class Steps:
-    """The decode steps of one prompt of a session, replayed where they can be. One session at a time; it is given
-    anew at every call, so that nothing here keeps it alive."""
+    """The decode steps of one prompt of a session, replayed by a CUDA graph if possible. The session is passed to every
+    call instead of stored, so that this object does not keep it alive."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """Why steps are not replayed; None while that isn't known."""
+        """Why steps are not replayed; empty if they can be; None if this has not been determined yet."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._of: tuple[Any, Any] = (None, None)
         self._tokens = self._logits = torch.zeros(0)
@@ -79,9 +79,11 @@ class Steps:
         return self._graph is not None
 
     def step(self, session: Session, tokens: Tensor) -> Tensor:
-        """One step for ``tokens`` ``[B]``; float32 logits ``[B, V]``, the caller's own."""
+        """Runs one step for ``tokens`` ``[B]``. Returns float32 logits ``[B, V]`` in a new tensor."""
+        # 1. not replayable: run the operators
         if not self._can_replay(session):
             return session.run(tokens[:, None]).float()
+        # 2. the first steps of a shape warm up its kernels
         if not self._is_current(session) and not self._is_warm(session):
             return self._warm_up_step(session, tokens).float()
         if not self._is_current(session) and not self._capture(session):
@@ -89,27 +91,27 @@ class Steps:
         return self._replay(session, tokens)
 
     def prepare(self, session: Session) -> None:
-        """Captures the step now if this process knows its shape, and decodes nothing."""
+        """Captures the step now if this process has warmed up its shape before; decodes nothing."""
         if self._can_replay(session) and not self._is_current(session) and _shape(session) in _warmed:
             self._capture(session)
 
     def _can_replay(self, session: Session) -> bool:
         cache = session.cache
         if isinstance(cache, PolicyCache) and not cache.ready:
-            return False  # a policy that defers compresses after its first step
+            return False  # such a policy compresses the prompt after its first step
         if self.reason is None:
             self.reason = obstacle(session)
         return not self.reason and not ranges.active() and not torch._C._len_torch_dispatch_stack()
 
     def _is_current(self, session: Session) -> bool:
-        """Whether there is a graph, and it is of what the cache holds now."""
+        """Whether there is a graph and it was captured from the cache's present state and storage."""
         cache = session.cache
         if cache.grows:
             cache.ensure_space()
         return self._graph is not None and self._of == (cache.state, cache.state.store)
 
     def _is_warm(self, session: Session) -> bool:
-        """Whether the shape is warm; counts the step that is made if not."""
+        """Whether the shape is warm; if not, counts the step that is about to run."""
         if _shape(session) in _warmed:
             return True
         self._warm += 1
@@ -118,7 +120,7 @@ class Steps:
         return False
 
     def _warm_up_step(self, session: Session, tokens: Tensor) -> Tensor:
-        """A step on the stream that capturing will use, so that libraries set up their workspaces for it."""
+        """Runs a step on the stream that capturing will use, so that libraries set up their workspaces for it."""
         here, side = torch.cuda.current_stream(tokens.device), _stream_of(tokens.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -128,6 +130,7 @@ class Steps:
         return out
 
     def _capture(self, session: Session) -> bool:
+        """Captures a step; False, with the reason in ``reason``, if that fails. Decodes nothing."""
         cache, state, device = session.cache, session.cache.state, session.loaded.device
         # 1. Capturing runs the step's Python code without its kernels: what that code counts is set back afterwards.
         counted = state.steps, state.added, cache.seen
@@ -139,7 +142,7 @@ class Steps:
         try:
             with torch.cuda.graph(graph, stream=_stream_of(device), capture_error_mode="thread_local"):
                 logits = session.run(tokens)
-        except Exception as problem:  # what a driver or a library may refuse in capturing: steps go one by one
+        except Exception as problem:  # drivers and libraries may refuse to be captured; steps then run one by one
             first = str(problem).strip().partition("\n")[0][:120]
             self.reason = f"capturing failed ({type(problem).__name__}: {first})"
             return False
@@ -149,6 +152,8 @@ class Steps:
         return True
 
     def _replay(self, session: Session, tokens: Tensor) -> Tensor:
+        """Replays the graph for ``tokens`` ``[B]``, and updates the counters that the step's Python code would
+        update."""
         assert self._graph is not None
         self._tokens.copy_(tokens[:, None])
         self._graph.replay()
@@ -162,7 +167,7 @@ class Steps:
 
 
 def _shape(session: Session) -> tuple[Any, ...]:
-    """What the kernels of a step depend on."""
+    """The properties of a session on which the kernels of a step depend."""
     state = session.cache.state
     return id(session.loaded.model), state.policy, state.store.rows, state.grows, state.decode_path
 
@@ -171,7 +176,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The stream of warm-up and capturing; one a device, since libraries keep a workspace per stream."""
+    """The stream for warm-up and capturing; one per device, because libraries keep a workspace per stream."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]

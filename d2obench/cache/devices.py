@@ -1,12 +1,14 @@
 """Several devices or processes for one model: layers on several devices, KV heads shared out over ranks.
 
 **Layers on several devices** (``--device-map``). Each run of neighbouring layers keeps its slots on its own device.
-Within a run everything is done for all its layers at once, as on one device; a step goes from run to run as the model
-does. Layers meet in one place only, where budgets are shared out among them: on the CPU, by their statistics.
+Within a run, operations cover all its layers at once, as on a single device; a step goes from run to run in the order
+of the model. Layers interact in one place only: when budgets are divided among them, which happens on the CPU, from
+their statistics.
 
 **KV heads over ranks** (``--tensor-parallel``). Every rank's cache holds its own KV heads, and policies rank, evict and
-merge per KV head, so nothing of a step crosses ranks. Two things need all heads of a layer: its budget (D2O's density
-is a mean over heads) and the footprint of the whole cache. Both are asked of all ranks here, outside of decoding.
+merge per KV head, so a step needs no communication in the cache. Two things need all heads of a layer: its budget
+(D2O's density is a mean over heads) and the footprint of the whole cache. Both are gathered from all ranks here,
+outside of decoding.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from d2obench.policies.base import Policy, Stats
 
 @dataclass(frozen=True)
 class Run:
-    """Compressed layers ``first`` to ``last`` (not included) on one device."""
+    """Compressed layers from ``first`` up to but not including ``last``, all on one device."""
 
     first: int
     last: int
@@ -38,7 +40,7 @@ class Run:
 
 
 def place_of(layer: torch.nn.Module) -> tuple[Any, torch.device]:
-    """What tells the places of decoder layers apart, and the device they compute on."""
+    """A key that is equal for decoder layers in the same place, and the device on which this layer computes."""
     device = next(layer.parameters()).device
     return device, device
 
@@ -57,12 +59,12 @@ def runs_of(model: Any, kinds: Sequence[int | None]) -> list[Run]:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: a kernel of ours is launched on that."""
+    """A context in which a GPU is the current one, because our kernels are launched on the current GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class SplitPacking:
-    """A :class:`Packing` for each run, as one."""
+    """Several :class:`Packing` objects, one per run, with the interface of one."""
 
     def __init__(self, parts: Sequence[Packing]) -> None:
         self.parts = list(parts)
@@ -96,14 +98,14 @@ class SplitPacking:
 
 @dataclass(frozen=True)
 class Stores:
-    """What is asked of the slots of all runs together."""
+    """The slots of all runs, for queries about all of them together."""
 
     capacities: list[int]
     bytes: int
 
 
 class SplitState:
-    """A :class:`DecodeState` for each run, as one."""
+    """Several :class:`DecodeState` objects, one per run, with the interface of one."""
 
     def __init__(self, parts: Sequence[DecodeState]) -> None:
         self.parts = list(parts)
@@ -122,7 +124,7 @@ class SplitState:
             return part.attend(at, query, scale)
 
     def advance(self) -> None:
-        """Ends a step on every device; none waits for another."""
+        """Ends a step on every device; no device waits for another."""
         for part in self.parts:
             with on(part.now.device):
                 part.advance()
@@ -153,15 +155,15 @@ class SplitState:
         return SplitState(found)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor beside keys and values."""
+        """Every tensor except keys and values."""
         return [tensor for part in self.parts for tensor in part.tensors()]
 
     def snapshot(self) -> list[Any]:
-        """A copy of what decoding changes."""
+        """A copy of everything that decoding changes, for :meth:`restore`."""
         return [part.snapshot() for part in self.parts]
 
     def restore(self, saved: list[Any]) -> None:
-        """Brings back a :meth:`snapshot`, in place."""
+        """Copies the contents of a :meth:`snapshot` back, in place."""
         for part, old in zip(self.parts, saved, strict=True):
             part.restore(old)
 
@@ -181,7 +183,7 @@ class SplitState:
 
     @property
     def prompts(self) -> list[int]:
-        """Slots of each layer that the prompt takes."""
+        """Number of slots in each layer that the prompt occupies."""
         return [count for part in self.parts for count in part.prompts]
 
     @property
@@ -203,12 +205,12 @@ class SplitState:
 
     @property
     def decode_path(self) -> str:
-        """What executes a step, in the words of a result's decode path; of each device where they differ."""
+        """What executes a step, as text for a result's decode path; listed per device if they differ."""
         return "; ".join(dict.fromkeys(part.decode_path for part in self.parts))
 
     @property
     def fallback(self) -> str:
-        """Why a run goes without the fast decode path, where one could have been expected."""
+        """Why a run does not use the fast decode path, if its device has one."""
         return next((part.fallback for part in self.parts if part.fallback), "")
 
 
@@ -217,13 +219,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HeadShard:
-    """This rank's place among those that share every layer's heads, in their order.
+    """This rank's place among the ranks that share every layer's heads; heads are in the order of ranks.
 
     Args:
-        group: the ranks.
-        rank: of this process in it.
-        size: how many there are.
-        device: where a tensor can be sent from.
+        group: the process group of these ranks.
+        rank: index of this process in the group.
+        size: number of ranks.
+        device: a device from which tensors can be sent to other ranks.
     """
 
     group: Any
@@ -232,11 +234,12 @@ class HeadShard:
     device: torch.device
 
     def all_heads(self, stats: Stats) -> Stats:
-        """Statistics ``[B, H, L]`` of this rank's heads → those of all heads, in the model's order."""
+        """Gathers the statistics ``[B, H, L]`` of all ranks' heads, in the model's order; every rank must call it."""
         return {name: torch.cat(self._gathered(stat), 1) for name, stat in stats.items()}
 
     def whole(self, footprint: T) -> T:
-        """A footprint of this rank's heads → that of all: counts are sums, tokens of a layer the mean over heads."""
+        """The footprint of the whole cache, from that of each rank's heads: counts are summed, a layer's tokens
+        averaged. Every rank must call it."""
         values = {field.name: getattr(footprint, field.name) for field in fields(footprint)}  # type: ignore[arg-type]
         found = {
             name: self._sum(value) for name, value in values.items() if name.endswith(("_bytes", "_layers")) and value
@@ -251,14 +254,14 @@ class HeadShard:
         return parts
 
     def _sum(self, value: Any) -> Any:
-        """A number, or lists of them, added up over the ranks; whole ones stay whole."""
+        """The sum over all ranks of a number or of each number in nested lists; integers stay integers."""
         total = torch.tensor(value, dtype=torch.int64 if _whole(value) else torch.float64, device=self.device)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
 
 def shard_of(model: Any) -> HeadShard | None:
-    """The ranks that share a model's heads; None where this process holds them all."""
+    """This rank's place among those that share a model's heads; None if this process holds all heads."""
     size = getattr(model, "tp_size", None) or 1
     if size == 1:
         return None
@@ -267,7 +270,7 @@ def shard_of(model: Any) -> HeadShard | None:
 
 
 def check_shardable(policy: Policy) -> None:
-    """A PolicyError for a policy that judges the heads of a layer together at every step."""
+    """Raises a PolicyError for a policy whose decode steps combine all heads of a layer."""
     if policy.judges_heads_together:
         raise PolicyError(
             f"policy '{policy.name}' can't run with --tensor-parallel",

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """How a block of a prompt lies in the entries of every layer.
+    """How a block of a prompt is placed among the entries of every layer.
 
     Args:
-        columns: entries that it adds.
-        before: columns of each sequence in front of its tokens that are padding, and stay.
-        padding: columns that are padding in all sequences, and go.
+        columns: number of entries that the block adds.
+        before: number of padding columns before each sequence's tokens that are kept.
+        padding: number of columns that are padding in all sequences and are removed.
     """
 
     columns: int
@@ -46,15 +46,15 @@ class PolicyLayer(CacheLayerMixin):
         self.clear()
 
     def clear(self) -> None:
-        """Lets go of the entries."""
+        """Frees the entries."""
         self.keys = self.values = None
         self.stats: Stats = {}
         self.position: Tensor | None = None
-        """True position of each entry, ``[B, H, N]``; None while they are those of a prompt from its start."""
+        """True position of each entry, ``[B, H, N]``; None if the entries are a prompt from its start."""
         self.starts: list[int] = []
-        """The first entry of each sequence."""
+        """Index of the first real entry of each sequence."""
         self.queries: Tensor | None = None
-        """The last queries of the blocks before, ``[B, Hq, n, d]``, for a window that begins in front of a block."""
+        """The last queries of earlier blocks, ``[B, Hq, n, d]``, for a window that begins before the current block."""
 
     def append(self, keys: Tensor, values: Tensor, *, short_lived: bool) -> None:
         """Adds a block ``[B, H, n, d]``.
@@ -71,27 +71,27 @@ class PolicyLayer(CacheLayerMixin):
         self.keys, self.values = torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
 
     def place(self, block: Block, lengths: Tensor) -> None:
-        """Gives the entries of a block that was appended their places.
+        """Assigns positions to the entries of the block that was appended last.
 
         Args:
-            block: as it lies in the entries.
-            lengths: int64 ``[B]``, tokens of each sequence up to its end.
+            block: how the block is placed.
+            lengths: int64 ``[B]``, tokens of each sequence up to the block's end.
         """
         assert self.keys is not None and self.values is not None
-        # 1. The first token of a sequence moves to the right by the padding of a block that comes before it.
+        # 1. Padding of a block before a sequence's first token moves that token to the right.
         self.starts = [
             start + padded for start, padded in zip(self.starts or [0] * len(block.before), block.before, strict=True)
         ]
-        # 2. Where positions are not those of a prompt from its start, the block's are the last ones of each sequence.
+        # 2. If positions are stored, the block's tokens get the last positions of each sequence.
         if self.position is not None:
             new = block.columns + block.padding
             last = lengths[:, None, None].to(self.keys.device) - new + torch.arange(new, device=self.keys.device)
             self.position = torch.cat((self.position, last.expand(-1, self.keys.shape[1], -1)), 2)
-        # 3. What is padding in all sequences goes: it would take slots and mean nothing.
+        # 3. Remove columns that are padding in all sequences; they would only occupy slots.
         self._trim(block.padding)
 
     def _trim(self, padding: int) -> None:
-        """Lets go of the first ``padding`` entries."""
+        """Removes the first ``padding`` entries."""
         if not padding:
             return
         self.starts = [start - padding for start in self.starts]
@@ -101,7 +101,7 @@ class PolicyLayer(CacheLayerMixin):
         self.stats = {name: held[:, :, padding:] for name, held in self.stats.items()}
 
     def remember(self, query: Tensor, count: int) -> None:
-        """Keeps the last ``count`` queries of the prompt until the next block comes."""
+        """Stores the last ``count`` queries of the prompt until the next block arrives."""
         every = query if self.queries is None else torch.cat((self.queries, query), 2)
         self.queries = every[:, :, -count:].clone()
 
@@ -122,11 +122,12 @@ class PolicyLayer(CacheLayerMixin):
         return cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the new keys and values ``[B, H, n, d]``; returns tensors that stand for them and lead back here."""
+        """Passes the new keys and values ``[B, H, n, d]`` to the cache; returns tensors that lead the attention
+        function back to this layer."""
         return self.cache.receive(self, key_states, value_states)
 
     def attend(self, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """Attention of ``[B, Hq, n, d]`` over what the layer holds, ``[B, n, Hq, d_v]``."""
+        """Attention of the queries ``[B, Hq, n, d]`` over everything the layer holds, ``[B, n, Hq, d_v]``."""
         return self.cache.attend(self, query, scale, mask)
 
     @property
@@ -136,11 +137,11 @@ class PolicyLayer(CacheLayerMixin):
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
-        """transformers' base class sets it; what the cache holds decides."""
+        """Ignored: transformers' base class sets it, but it follows from what the cache holds."""
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back, see :meth:`PolicyCache.crop`."""
+        """Whether tokens can be removed again, see :meth:`PolicyCache.crop`."""
         return self.cache.is_croppable
 
     def select(self, sequences: Tensor) -> None:
@@ -153,7 +154,7 @@ class PolicyLayer(CacheLayerMixin):
         self._trim(min(self.starts, default=0))
 
     def crop(self, tokens: int) -> None:
-        """Takes the last ``tokens`` entries back."""
+        """Removes the last ``tokens`` entries."""
         for name in ("keys", "values", "position"):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held[:, :, :-tokens])
@@ -161,20 +162,20 @@ class PolicyLayer(CacheLayerMixin):
             self.starts = [min(start, self.keys.shape[2]) for start in self.starts]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: slots are made when the prompt's length is known."""
+        """Does nothing: slots are allocated when the prompt's length is known."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is ours; what transformers asks for is the true length."""
+        """The true length and offset; our attention makes its own mask."""
         return self.cache.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, so that positions stay true whatever was evicted."""
+        """Number of tokens seen, including evicted ones, so that positions stay true."""
         return self.cache.seen
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """−1: there is no maximum."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The same, as transformers before 5.3 asks for it."""
+        """−1; the name of :meth:`get_max_length` in transformers before 5.3."""
         return -1

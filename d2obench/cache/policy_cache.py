@@ -1,16 +1,15 @@
 """The policy cache: transformers' ``Cache`` interface over slots, from prompt through compression to decoding.
 
-``update`` of a layer hands the layer itself to the attention function that follows, riding on the key tensor it
-returns (``d2obench.attention.interface``): so the model code of transformers runs unchanged, and the cache alone
-decides
-what attention sees.
+A layer's ``update`` attaches the layer object to the key tensor that it returns, so that the attention function that
+follows finds it (``d2obench.attention.interface``). So transformers' model code runs unchanged, and only the cache
+decides what attention sees.
 
-While the prompt is read, a layer holds its full keys and values. ``d2obench.cache.compress`` lets the policy select
-and merge, layer by layer: right after a layer's attention, so that its full tensors go before the next layer runs,
-where the prompt is known to come whole and no budget waits for other layers; when all have read it otherwise. A policy
-that keeps everything writes the prompt straight into its slots. A prompt may come in several blocks. A block after
-decoding has begun (a new turn) attends to the slots and to itself, and is then compressed together with them
-(``d2obench.cache.conversation``).
+While the prompt is read, a layer holds its full keys and values. ``d2obench.cache.compress`` then lets the policy
+select and merge, layer by layer. If the prompt is known to come in one block and no budget depends on other layers,
+this happens right after a layer's attention, so that its full tensors are freed before the next layer runs; otherwise
+it happens when all layers have read the prompt. A policy that keeps everything writes the prompt directly into its
+slots. A prompt may come in several blocks. A block after decoding has begun (a new turn) attends to the slots and to
+itself, and is then compressed together with them (``d2obench.cache.conversation``).
 """
 
 from __future__ import annotations
@@ -43,31 +42,34 @@ from d2obench.ranges import span
 from d2obench.suite.grammar import Budget, parse_budget
 
 SPARE = 256
-"""Slots a growing cache is extended by when the length of the generation is not known."""
+"""Number of slots by which a growing cache is extended if the length of the generation is not known."""
 LIVING = ("seen", "lengths", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
           "prompt_kv_bytes", "packing", "layout")  # fmt: skip
-"""What of a cache a snapshot holds beside its layers and slots."""
+"""Attributes of a cache that a snapshot saves, besides its layers and slots."""
 
 
 class PolicyCache(AttendingCache):
-    """A cache that holds what a policy keeps.
+    """A key-value cache for transformers models that holds what a policy keeps.
 
     Args:
-        policy: the rule.
-        budget: what it may keep; None for a policy without a budget.
-        kinds: per layer of the model, None for a compressed layer or the window of a sliding one, which stays as it is.
+        policy: the policy.
+        budget: what the policy may keep; None for a policy without a budget.
+        kinds: for each layer of the model, None for a compressed layer, or the window of a sliding-window layer, which
+            is not compressed.
         group: query heads per KV head.
-        max_new: tokens that will be generated at most; None if not known (a growing cache is then extended).
-        mark: told "prefill", "compress", "decode" when a phase begins.
-        wrap: a tensor type to hand the keys out as, for models that call SDPA themselves.
-        seed: for policies that draw.
-        rotary: angles per position, see :class:`DecodeState`.
-        whole: every prompt, and every later turn, comes in one block: layers may be compressed while it is read.
-        shard: the ranks that share the KV heads; None where all are here.
-        runs: the layers on each device, where there are several.
-        model: the model it is for; None where layers are called without one.
-        prompt: tokens of a prompt, padding included, that the caller feeds in several blocks; None if they are not
-            known. Only a last block of one token needs it, which else is taken for a decode step.
+        max_new: largest number of tokens that will be generated; None if not known (a growing cache is then extended on
+            demand).
+        mark: called with "prefill", "compress" or "decode" when a phase begins.
+        wrap: tensor type of the returned keys, for models that call SDPA themselves.
+        seed: seed for policies that draw random numbers.
+        rotary: rotation angles per position, see :class:`DecodeState`.
+        whole: whether every prompt and every later turn comes in one block, so that layers may be compressed while it
+            is read.
+        shard: the ranks that share the KV heads; None if this process holds all of them.
+        runs: the layers on each device, if there are several devices.
+        model: the model that will use the cache; None if layers are called without one.
+        prompt: number of tokens of a prompt, including padding, that the caller feeds in several blocks; None if not
+            known. Needed only if the last block has a single token, which would otherwise be taken for a decode step.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class PolicyCache(AttendingCache):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything; the next forward is a new prompt."""
+        """Discards all contents; the next forward pass begins a new prompt."""
         self.seen = 0
         self.lengths: Tensor | None = None
         self.layout = Layout(0, 0, (0, 0), torch.float32, torch.device("cpu"))
@@ -130,7 +132,8 @@ class PolicyCache(AttendingCache):
                 layer.reset()
 
     def receive(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Called by a layer's ``update``."""
+        """Stores a layer's new keys and values, or passes them to the decode state; called by the layer's
+        ``update``."""
         new = keys.shape[2]
         if layer.index == 0:
             self.check_forward(self.seen + new)
@@ -165,7 +168,8 @@ class PolicyCache(AttendingCache):
         return self._buffers.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """Called by a layer's ``attend``: over slots for one new token, causally over the prompt otherwise."""
+        """Attention over the slots for a new token, and causal attention for a prompt's block; called by a layer's
+        ``attend``."""
         # 1. A decode step works on slots.
         last, new = layer.index == len(self.own) - 1, query.shape[2]
         if self.ready:
@@ -203,9 +207,9 @@ class PolicyCache(AttendingCache):
         return out
 
     def compress(self) -> None:
-        """Brings every layer down to its budget; decoding may start. Nothing happens twice.
+        """Reduces every layer to its budget, after which decoding may start. A second call has no effect.
 
-        A policy that defers only sets its budgets here; the first decode step does the rest.
+        For a policy that compresses after the first decode step, only the budgets are computed here.
         """
         if not self.seen:
             raise ModelError("there is nothing to compress", why="the cache has seen no prompt yet")
@@ -220,14 +224,14 @@ class PolicyCache(AttendingCache):
 
     @property
     def _early(self) -> bool:
-        """Whether a layer can be compressed before the next one has read the prompt."""
+        """Whether a layer can be compressed before the next layer has read the prompt."""
         if not self.whole or self.keeps_all:
             return self.whole
         waits = self.first is None and self.policy.budgets_need_stats
         return not waits and not self.policy.compresses_after_first_step
 
     def _reads_prompt(self) -> bool:
-        """Whether a block of one token belongs to the prompt: the last one of a prompt that comes in chunks."""
+        """Whether a block of one token is the last block of a prompt that comes in chunks, and not a decode step."""
         return generate_reads_prompt() if self.prompt is None else self.seen < self.prompt
 
     def _compress_early(self, layer: PolicyLayer) -> None:
@@ -243,7 +247,8 @@ class PolicyCache(AttendingCache):
         self._note("prefill")
 
     def _note(self, phase: str) -> None:
-        """Marks a phase in the middle of prefill; writing what is kept whole into its slots is prefill."""
+        """Marks a phase within prefill. For a policy that keeps everything nothing is marked: writing slots counts as
+        prefill."""
         if not self.keeps_all:
             self.mark(phase)
 
@@ -255,7 +260,8 @@ class PolicyCache(AttendingCache):
         self._finish()
 
     def _new_packing(self, new: int) -> Packing | SplitPacking:
-        """Empty slots; all layers but the first are still to get ``new`` entries."""
+        """Makes empty slots; ``new`` is the number of entries that all layers but the first are still going to
+        receive."""
         assert self.lengths is not None and self.budgets is not None
         spare = (self.max_new or SPARE) if self.grows else self.policy.interval
         budgets = bounded(self.budgets, self.lengths, self.max_new, self.policy.name)
@@ -271,7 +277,7 @@ class PolicyCache(AttendingCache):
         return SplitPacking(parts) if self.runs else parts[0]
 
     def _finish(self) -> None:
-        """From packed layers to the decode state."""
+        """Creates the decode state from the compressed layers."""
         packing = self.packing
         assert packing is not None and self.lengths is not None and self.budgets is not None
         state = packing.finish(1 if self.policy.caches_query_heads else self.group, self.rotary)
@@ -311,10 +317,10 @@ class PolicyCache(AttendingCache):
             self.state.restore(saved[2])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with other sequences.
+        """Replaces the sequences by a selection of them.
 
         Args:
-            indices: int64 ``[B']``, the sequence that each new one goes on with, or a bool mask ``[B]``.
+            indices: int64 ``[B']``, the sequence that each new one continues, or a bool mask ``[B]``.
         """
         if not self.seen:
             return
@@ -336,7 +342,7 @@ class PolicyCache(AttendingCache):
             self.state = self.state.select(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Goes on with ``repeats`` copies of every sequence, one behind the other."""
+        """Replaces every sequence by ``repeats`` adjacent copies of it."""
         self.batch_select_indices(torch.arange(self.layout.batch).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -344,14 +350,14 @@ class PolicyCache(AttendingCache):
         self.batch_select_indices(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest tokens back, as speculative decoding does.
+        """Removes the newest tokens, as speculative decoding requires.
 
         Args:
-            tokens_to_remove: their number, negative or 0 (as transformers from 5.24 on has it), or the positive number
-                of tokens that stay.
+            tokens_to_remove: the negative number of tokens to remove, or 0 (as in transformers from 5.24 on); or the
+                positive number of tokens to keep.
 
-        Raises:
-            PolicyError: a policy has evicted or scored entries since: that can't be undone.
+            Raises:
+            PolicyError: the policy has evicted or scored entries since then, which can't be undone.
         """
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
         if tokens <= 0:
@@ -381,27 +387,27 @@ class PolicyCache(AttendingCache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether :meth:`crop` can put the cache back as it was: where everything is kept as it came."""
+        """Whether :meth:`crop` can restore the earlier state exactly: only if everything is kept unchanged."""
         return self.keeps_all and self.policy.bits in (None, 16)
 
     @property
     def batch_size(self) -> int:
-        """Sequences held; −1 before the first prompt."""
+        """Number of sequences held; −1 before the first prompt."""
         return self.layout.batch if self.seen else -1
 
     max_batch_size = batch_size
 
     @property
     def max_cache_len(self) -> int:
-        """−1: there is no maximum of tokens that may be seen."""
+        """−1: there is no maximum number of tokens."""
         return self.get_max_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """−1: there is no maximum of tokens that may be seen."""
+        """−1: there is no maximum number of tokens."""
         return -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
-        """A cache of the same model that goes on by itself, for a prefix that several texts share."""
+        """An independent copy for the same model, for a prefix that several texts share."""
         found = object.__new__(type(self))
         memo[id(self)] = found
         made_anew = {"layers", "own", "state", "_buffers"}
@@ -426,8 +432,8 @@ class PolicyCache(AttendingCache):
         return found
 
     def skip(self, tokens: int) -> None:
-        """Moves on as if ``tokens`` more had been decoded, see :meth:`DecodeState.skip`; a sliding layer keeps what it
-        holds, as a stand-in."""
+        """Advances the cache as if ``tokens`` more had been decoded, see :meth:`DecodeState.skip`; a sliding-window
+        layer keeps its present contents as placeholders."""
         assert self.state is not None
         self.state.skip(tokens)
         self.seen += tokens
@@ -437,12 +443,11 @@ class PolicyCache(AttendingCache):
 
     @property
     def slides(self) -> bool:
-        """Whether there are layers with a sliding window, which stay as they are and need a padding mask in each
-        step."""
+        """Whether there are sliding-window layers, which are not compressed and need a padding mask in each step."""
         return len(self.own) < len(self.layers)
 
     def held(self) -> Tensor:
-        """Entries held now, per layer and sequence (mean over KV heads), float32 ``[layers, B]``."""
+        """Entries held, per layer and sequence (mean over KV heads), float32 ``[layers, B]``."""
         assert self.lengths is not None
         if self.state is None:
             return self.lengths.float().expand(len(self.own), -1)
@@ -451,7 +456,7 @@ class PolicyCache(AttendingCache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values held now, sliding layers included."""
+        """Bytes of keys and values held, including sliding-window layers."""
         tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
         slots = self.state.store.bytes if self.state else self.packing.bytes if self.packing else 0
         held: int = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -464,7 +469,7 @@ class PolicyCache(AttendingCache):
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def _reopen(self) -> None:
-        """Back from slots to entries, for a block after decoding has begun."""
+        """Turns slots back into entries, for a block that arrives after decoding has begun."""
         state = self.state
         assert state is not None and self.lengths is not None
         batch, heads = self.layout.batch, self.layout.heads
@@ -478,7 +483,8 @@ class PolicyCache(AttendingCache):
         self.mark("prefill")
 
     def _counts(self, new: int) -> list[int]:
-        """Entries of each layer, padding included, once all of them have their part of a block of ``new``."""
+        """Entries of each layer, including padding, once all layers have received their part of a block of ``new``
+        tokens."""
         held = [0 if layer.keys is None else layer.keys.shape[2] for layer in self.own]
         return [held[0], *(count + new for count in held[1:])]
 
@@ -498,10 +504,10 @@ class PolicyCache(AttendingCache):
         return self.policy.layer_budgets(stats, length, self.budget)
 
     def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
-        """Takes from the padding mask how many tokens of a block are each sequence's own, and adds them to its length.
+        """Counts each sequence's own tokens in a block from the padding mask, and adds them to its length.
 
         Raises:
-            PolicyError: padding that does not stand before all tokens of its sequence.
+            PolicyError: padding that is not before all tokens of its sequence.
         """
         keys, values = layer.keys, layer.values
         assert keys is not None and values is not None
@@ -521,7 +527,7 @@ class PolicyCache(AttendingCache):
                 )
             real = counts.tolist()
         self.lengths = before + torch.tensor(real, device=keys.device)
-        # columns that are padding in every sequence so far are not kept
+        # columns that are padding in every sequence so far are removed
         padding = new - max(real) if not bool((before > 0).any()) else 0
         self._block = Block(new - padding, [new - count for count in real], padding)
 
@@ -545,23 +551,23 @@ def cache(
     whole: bool = False,
     prompt: int | None = None,
 ) -> PolicyCache:
-    """A cache for ``model.generate(cache=…)``; hand the same one in again to go on with a conversation.
+    """A cache for ``model.generate(cache=…)``. Pass the same cache again to continue a conversation.
 
     transformers before 5.24 calls the argument ``past_key_values``.
 
-    The model itself stays as it is: our attention takes part only in a forward pass that this cache is given to.
+    The model stays unchanged: our attention is active only in a forward pass that receives this cache.
 
     Args:
-        policy: as written, ``d2o(merge=values)``, or built.
-        budget: a ratio of the prompt or a count of tokens per layer; None for a policy without one.
+        policy: as text, ``d2o(merge=values)``, or a policy object.
+        budget: a ratio of the prompt or a number of tokens per layer; None for a policy without a budget.
         model: a transformers model of a supported family.
-        max_new: tokens that will be generated at most; if not known, a growing cache is extended now and then.
-        seed: for policies that draw.
-        mark: told "prefill", "compress" and "decode" when a phase begins.
-        whole: every prompt, and every later turn, comes in one block: a layer is then compressed before the next one
-            reads the prompt, where the policy allows it. A second block is taken for a second turn.
-        prompt: tokens of a prompt, padding included, that you feed in blocks of your own and whose last block may be a
-            single token. ``generate(prefill_chunk_size=…)`` needs no such hint.
+        max_new: largest number of tokens that will be generated; if not known, a growing cache is extended on demand.
+        seed: seed for policies that draw random numbers.
+        mark: called with "prefill", "compress" or "decode" when a phase begins.
+        whole: whether every prompt and every later turn comes in one block. A layer is then compressed before the next
+            one reads the prompt, if the policy allows it, and a second block is taken for a second turn.
+        prompt: number of tokens of a prompt, including padding, that you feed in blocks of your own and whose last
+            block may be a single token. ``generate(prefill_chunk_size=…)`` needs no such hint.
 
     Raises:
         PolicyError: an unknown policy, or one that needs a budget.

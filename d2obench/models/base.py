@@ -1,4 +1,4 @@
-"""What a model source gives: a :class:`LoadedModel`, and a :class:`Source` protocol to write one."""
+"""The result of a model source, :class:`LoadedModel`, and the protocol for writing one, :class:`Source`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     import torch
 
 CONSTANT_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-"""Rotary positions whose angles are the same at every length; dynamic NTK and longrope change theirs."""
+"""Types of rotary positions whose angles do not depend on the length; those of dynamic NTK and longrope do."""
 Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``: bytes or steps of the work named ``what``."""
+"""``progress(what, done, total)``, in bytes or steps of the work named ``what``."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """A model without its weights.
+    """The sizes of a model, known without its weights.
 
     Args:
         architecture: ``model_type`` of transformers, for example ``llama``.
         layers, heads, kv_heads, head_dim, hidden, vocab: as in its configuration.
-        context: tokens its positions may reach.
-        parameters: count of weights; tied ones count once.
-        bound: why no token can stand beyond the context, even where only time is measured; empty where one can.
+        context: largest number of tokens that its positions support.
+        parameters: number of weights; tied ones count once.
+        bound: why no token can have a position beyond the context, even if only time is measured; empty if one can.
     """
 
     architecture: str
@@ -85,7 +85,7 @@ class Source(Protocol):
     """A place models come from. Built as ``Source(rest)`` with the name's part after ``source:``."""
 
     def check(self) -> None:
-        """Raises a ModelError if ``load`` could not work; cheap, loads nothing."""
+        """Raises a ModelError if ``load`` could not work; quick, and loads nothing."""
 
     def describe(self) -> Dimensions:
         """The model's dimensions, read without its weights."""
@@ -94,11 +94,11 @@ class Source(Protocol):
         """The model itself."""
 
     def pull(self, progress: Progress) -> Path | None:
-        """Fetches what ``load`` needs, verifies all of it, and says where it lies."""
+        """Fetches everything ``load`` needs, verifies it, and returns its location."""
 
 
 def dimensions_of(config: Any, *, parameters: int | None = None, context: int | None = None) -> Dimensions:
-    """Reads a transformers configuration; parameters are counted on the meta device unless given."""
+    """Dimensions from a transformers configuration; parameters are counted on the meta device unless given."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     return Dimensions(
@@ -116,9 +116,9 @@ def dimensions_of(config: Any, *, parameters: int | None = None, context: int | 
 
 
 def bound_of(config: Any) -> str:
-    """Why a model can't be run beyond its context at all, in words; empty for rotary positions that just go on.
+    """Why a model can't run beyond its context at all; empty for rotary positions, which can simply be continued.
 
-    Beyond its context such a model computes what it computes within it, at the same cost; what it says has no worth.
+    Beyond its context such a model costs the same as within it, but its output is meaningless.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None)
@@ -135,10 +135,10 @@ def bound_of(config: Any) -> str:
 
 
 def rotary_limit(config: Any) -> int | None:
-    """Tokens up to which a model's rotary angles stay what they are; None where they are the same at every length.
+    """Number of tokens up to which a model's rotary angles are constant; None if they never depend on the length.
 
-    Beyond it longrope takes other angles for all positions, and dynamic NTK other ones at every token: what was cached
-    before is then wrong.
+    Beyond it, longrope uses other angles for all positions, and dynamic NTK changes them with every token, so that keys
+    cached before no longer match.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -174,7 +174,7 @@ def loaded(
 
 
 def _kv_heads(text: Any) -> int:
-    """KV heads; Falcon says it in its own words."""
+    """Number of KV heads; Falcon's configuration uses other names."""
     if text.model_type == "falcon" and not text.new_decoder_architecture:
         return 1 if text.multi_query else int(text.num_attention_heads)
     found = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)

@@ -1,9 +1,9 @@
-"""Where a model lies: on one device, its layers over the GPUs of a machine, or its heads over several processes.
+"""Placement of a model: on one device, its layers over the GPUs of a machine, or its heads over several processes.
 
-``--device-map`` hands out whole layers, by accelerate. ``--tensor-parallel`` splits every layer by transformers' own
-plan: each rank is a process with torchrun's ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Ranks that d2obench starts
-itself meet through a file in a private folder (``RENDEZVOUS``), so that nobody else on the machine can join them; under
-torchrun they meet at its address.
+``--device-map`` distributes whole layers, by accelerate. ``--tensor-parallel`` splits every layer by transformers' own
+plan: each rank is a process with torchrun's variables ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Ranks that d2obench
+starts itself find each other through a file in a private folder (``RENDEZVOUS``), so that no other user of the machine
+can join; under torchrun they use its address.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def options(placement: Placement, device: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that put a model where it should lie; a rank joins the others here."""
+    """Arguments of ``from_pretrained`` that place a model as requested; with several ranks, waits for the other
+    ranks."""
     if placement.tensor_parallel > 1:
         return split_options(placement.tensor_parallel, device)
     if placement.device_map != "none":
@@ -29,7 +30,7 @@ def options(placement: Placement, device: torch.device) -> dict[str, Any]:
 
 
 def beside(model: Any) -> list[torch.device]:
-    """The devices a model lies on beside its first one."""
+    """The devices of a model other than its first one."""
     import torch
 
     given = (getattr(model, "hf_device_map", None) or {}).values()
@@ -38,7 +39,7 @@ def beside(model: Any) -> list[torch.device]:
 
 
 def dispatch_layers(model: Any, device_map: str) -> Any:
-    """Moves the layers of a model to the GPUs, as ``from_pretrained`` would have placed them."""
+    """Moves the layers of a loaded model to the GPUs, to the places that ``from_pretrained`` would have chosen."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
@@ -53,7 +54,8 @@ def dispatch_layers(model: Any, device_map: str) -> Any:
 
 
 def check_fits(name: str, needed: int, device: torch.device, placement: Placement) -> None:
-    """Refuses ``needed`` bytes of weights that can't fit before the system's killer ends the process."""
+    """Raises OutOfMemory if ``needed`` bytes of weights don't fit, before the operating system would kill the
+    process."""
     import psutil
     import torch
 
@@ -76,7 +78,8 @@ def check_fits(name: str, needed: int, device: torch.device, placement: Placemen
 
 
 def check_whole(name: object, model: Any) -> None:
-    """OutOfMemory where accelerate left layers on the CPU or the disk: every pass would move them."""
+    """Raises OutOfMemory if accelerate left layers on the CPU or the disk, from where every forward pass would move
+    them."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if left := sorted(places & {"cpu", "disk"}):
         raise OutOfMemory(
@@ -85,13 +88,15 @@ def check_whole(name: object, model: Any) -> None:
 
 
 RENDEZVOUS, TIMEOUT_S = "D2OBENCH_RENDEZVOUS", "D2OBENCH_RENDEZVOUS_TIMEOUT_S"
-"""Variables of a rank: the file where it meets the others, and how long it waits for any of them."""
+"""Environment variables of a rank: the file through which ranks find each other, and how long to wait for any of
+them."""
 SPLIT = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gemma3_text")
-"""Architectures whose plan gives each rank its own KV heads. Phi-3's fused projection is gathered, Falcon has none."""
+"""Architectures whose plan gives each rank its own KV heads. Phi-3's fused projection is gathered; Falcon has no
+plan."""
 
 
 def check_split(name: str, architecture: str, kv_heads: int, ranks: int) -> None:
-    """A UsageError where ``ranks`` processes can't share the KV heads of a model."""
+    """Raises a UsageError if ``ranks`` processes can't divide the KV heads of a model evenly."""
     if architecture not in SPLIT:
         raise UsageError(
             f"--tensor-parallel {ranks} can't split {name}",
@@ -108,14 +113,16 @@ def check_split(name: str, architecture: str, kv_heads: int, ranks: int) -> None
 
 
 def join(ranks: int, device: torch.device) -> None:
-    """Makes this process one of ``ranks``; nothing happens twice.
+    """Makes this process one of ``ranks`` in a process group; has no effect if it already is.
 
     Raises:
-        UsageError: it was started alone, or among another number of ranks.
+        UsageError: the process was started alone, or with another number of ranks.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        # 1. find the other ranks: through the private file if d2obench started them, otherwise through torchrun's
+        # address
         if "RANK" not in os.environ:
             raise UsageError(
                 f"{ranks} ranks were asked for and this process is alone",
@@ -126,6 +133,7 @@ def join(ranks: int, device: torch.device) -> None:
         where: dict[str, Any] = {"init_method": "env://"}
         if path:
             where = {"init_method": f"file://{path}", "rank": rank, "world_size": world}
+        # 2. NCCL for GPUs, Gloo for CPUs
         cuda = device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo",
@@ -138,7 +146,7 @@ def join(ranks: int, device: torch.device) -> None:
 
 
 def split_options(ranks: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for one rank's share of a model, once it has joined the others."""
+    """Arguments of ``from_pretrained`` for one rank's share of a model; joins the other ranks first."""
     from transformers.distributed import DistributedConfig
 
     join(ranks, device)
@@ -146,11 +154,12 @@ def split_options(ranks: int, device: torch.device) -> dict[str, Any]:
 
 
 def own_share(model: Any) -> None:
-    """Lets go of what a rank's parameters were cut from: on a CPU a share is a view, and the whole tensor stays."""
+    """Frees the whole tensors from which a rank's parameters were cut: on a CPU a share is a view that keeps them
+    alive."""
     from torch.distributed.tensor import DTensor
     from torch.nn import Parameter
 
-    fresh: dict[int, Any] = {}  # tied ones stay one
+    fresh: dict[int, Any] = {}  # by id, so that tied parameters stay tied
     for module in model.modules():
         for name, held in list(module.named_parameters(recurse=False)):
             if not isinstance(held, DTensor):
@@ -158,6 +167,7 @@ def own_share(model: Any) -> None:
             part = local(held).detach()
             if part.untyped_storage().nbytes() <= part.nbytes:
                 continue
+            # replace the view by a copy of the rank's own part
             if id(held) not in fresh:
                 whole = DTensor.from_local(
                     part.clone(), held.device_mesh, held.placements, run_check=False, shape=held.shape,
@@ -168,12 +178,12 @@ def own_share(model: Any) -> None:
 
 
 def local(tensor: Any) -> Any:
-    """The part of a parameter that this process holds; the tensor itself where it is whole."""
+    """The part of a parameter that this process holds; the tensor itself if it is not divided."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def no_gguf(path: Any) -> ModelError:
-    """transformers dequantises a GGUF file into whole tensors only."""
+    """The error for a GGUF file with several ranks: transformers dequantises it into whole tensors only."""
     return ModelError(
         f"--tensor-parallel can't split {path}",
         why="a GGUF file is dequantised whole",

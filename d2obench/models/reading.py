@@ -1,4 +1,5 @@
-"""Reading saved models with transformers: safetensors or GGUF, no foreign code, in silence, one line on failure."""
+"""Loads saved models with transformers: safetensors or GGUF, no code from the model, no console output, one-line
+errors."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ def read_folder(
     gguf_file: str | None = None,
     placement: Placement | None = None,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer (None where there is none) of a folder on this machine, or of one GGUF file in it.
+    """Loads the model and the tokenizer (None if there is none) of a local folder, or of one GGUF file in it.
 
-    Safetensors or GGUF only, no code from the folder; weights that the file lacks are an error, for transformers
-    would fill them at random.
+    Only safetensors or GGUF, and no code from the folder. Weights missing from the file are an error, because
+    transformers would fill them with random numbers.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # 1. read the weights to where they belong; with several ranks, only this rank's share
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "gguf_file": gguf_file}
     if gguf_file and placement is not None and placement.tensor_parallel > 1:
         raise no_gguf(folder / gguf_file)
@@ -48,9 +50,11 @@ def read_folder(
             **where,
             **placed,
         )
+        # 2. the tokenizer, if the folder has one
         tokenizer = None
         if gguf_file or any((folder / file).exists() for file in TOKENIZER_FILES):
             tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    # 3. nothing may be missing or left on another device; free what a rank does not need
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(
             f"{folder / (gguf_file or '')} is incomplete", why=f"{len(lacking)} weights are missing, first {lacking[0]}"
@@ -71,7 +75,7 @@ def read_config(folder: Path, gguf_file: str | None = None) -> Any:
 
 @contextmanager
 def read_errors(name: Path) -> Iterator[None]:
-    """One line for whatever the libraries raise on a model they can't read; want of memory stays what it is."""
+    """Turns any error of the libraries into a one-line ModelError; out-of-memory errors pass unchanged."""
     import torch
 
     try:
@@ -90,8 +94,8 @@ def read_errors(name: Path) -> Iterator[None]:
 def fingerprint(files: Sequence[Path]) -> str:
     """sha256 over names, sizes and the first and last MiB of ``files``.
 
-    It tells two checkpoints apart (a safetensors header holds every tensor's name, shape and offset) without the
-    minute that reading all of a large one takes; it does not prove that none of the bytes between was changed.
+    It distinguishes two checkpoints (a safetensors header holds every tensor's name, shape and offset) without the
+    minute that reading all of a large one takes; it does not prove that no byte in between was changed.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -107,7 +111,7 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Keeps transformers' bars, notices and warnings off the terminal; a run has its own progress display."""
+    """Suppresses transformers' progress bars, notices and warnings; a run has its own progress display."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Triton kernel: rotary positions of the queries and keys of a token, all heads, in one program."""
+"""Triton kernel: rotary positions of the queries and keys of a token, all heads in one program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def rotate(
     query_b, query_h, query_n, key_b, key_h, key_n, out_query_b, out_query_h, out_query_n, out_key_b, out_key_h,
     out_key_n, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """``x·cos + (−x₂, x₁)·sin``; grid (tokens). ``cos`` and ``sin`` ``[lines, D]``: token t has line t mod lines."""
+    """``x·cos + (−x₂, x₁)·sin``; grid (tokens). ``cos`` and ``sin`` are ``[lines, D]``: token t uses line t mod
+    lines."""
     token = tl.program_id(0)
     row, place = (token // length).to(tl.int64), (token % length).to(tl.int64)
     i = tl.arange(0, DP)

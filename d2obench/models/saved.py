@@ -28,7 +28,8 @@ INDEX = "model.safetensors.index.json"
 
 
 class Local:
-    """A source of one saved model. Its digest is the :func:`fingerprint` of the configuration and the weights.
+    """The source of a saved model in a folder. Its digest is the :func:`fingerprint` of the configuration and the
+    weights.
 
     Args:
         path: the folder.
@@ -58,7 +59,8 @@ class Local:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a saved model; a ModelError says what is missing or why its weights are refused."""
+    """The safetensors files of a saved model; raises a ModelError that says what is missing or why weights are
+    refused."""
     if not path.is_dir():
         raise ModelError(f"no model folder {path}", remedy="check the path; it must hold config.json and *.safetensors")
     if not (path / "config.json").is_file():
@@ -98,7 +100,7 @@ MAGIC = b"GGUF"
 
 
 class Gguf:
-    """A source of one GGUF file. Its digest is the :func:`fingerprint` of the file.
+    """The source of a model in one GGUF file. Its digest is the :func:`fingerprint` of the file.
 
     Args:
         path: the file.
@@ -148,7 +150,7 @@ def dequantise(
     progress: Progress,
     placement: Placement | None = None,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a GGUF file; ``progress`` counts tensors."""
+    """Loads the model and the tokenizer of a GGUF file; ``progress`` counts tensors."""
     with _listening(progress):
         model, tokenizer = read_folder(path.parent, dtype, device, path.name, placement)
     model.config.__dict__.pop("quantization_config", None)
@@ -157,7 +159,8 @@ def dequantise(
 
 @contextmanager
 def _listening(progress: Progress) -> Iterator[None]:
-    """transformers shows a bar of its own here, which no setting turns off: its steps go to ``progress`` instead."""
+    """transformers shows its own progress bar here, which no setting turns off; its steps go to ``progress``
+    instead."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     def counted(tensors: Any, **_: Any) -> Iterator[Any]:
@@ -178,7 +181,7 @@ def _listening(progress: Progress) -> Iterator[None]:
 
 
 def check_gguf(name: str) -> None:
-    """Raises a ModelError where a model has no GGUF file."""
+    """Raises a ModelError if a model has no GGUF file."""
     if name != "embedded" and not name.lower().endswith(".gguf"):
         raise ModelError(
             f"{name} is no GGUF file", why="llama.cpp reads nothing else", remedy="use --model embedded or a .gguf file"
@@ -189,10 +192,10 @@ WANTED = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 
 
 class Hub:
-    """A source of one hub model.
+    """The source of a model on the Hugging Face hub.
 
     Args:
-        name: ``org/name``, with ``@`` and a branch, tag or commit where it should be pinned.
+        name: ``org/name``, optionally with ``@`` and a branch, tag or commit.
     """
 
     def __init__(self, name: str) -> None:
@@ -228,7 +231,8 @@ class Hub:
 
     @silent()
     def _fetched(self, patterns: Sequence[str]) -> Path:
-        """The snapshot folder of the hub's cache with at least the files of ``patterns``."""
+        """The folder in the hub's cache that contains at least the files matching ``patterns``; fetches them if
+        needed."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,

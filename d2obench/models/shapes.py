@@ -1,9 +1,9 @@
 """``shape:NAME``: the published dimensions of a model with random weights made on the device.
 
-For speed and memory where no weights can be had. Weights are drawn from N(0, 1/last dimension), so that activations
-and attention logits keep the scale of a trained model and nothing overflows in float16; norms are 1, biases 0.
-Positions are rotary in all of them, so the context is lifted beyond the published one: random weights have no trained
-range to leave, and the paper's own 2048+8192 would not fit Llama-3's 8,192 or Llama-2's 4,096 otherwise.
+For speed and memory if no weights are available. Weights are drawn from N(0, 1/last dimension), so that activations and
+attention logits have the scale of a trained model and nothing overflows in float16; norms are 1, biases 0. All of these
+models have rotary positions, so the context is extended beyond the published one: random weights have no trained range,
+and the paper's own 2048+8192 would not fit Llama-3's 8,192 or Llama-2's 4,096 otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": _llama(4096, 32, 32, 8, 14336, 128_256, 5e5),
     "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32_000, 1e4),
     "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32_000, 1e4),
-    # v0.2 and later of its base: no sliding window
+    # the base model has no sliding window from v0.2 on
     "mistral-7b": _llama(4096, 32, 32, 8, 14336, 32_000, 1e6, model_type="mistral", sliding_window=None),
     "falcon-7b": {
         "model_type": "falcon",
@@ -66,14 +66,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": _llama(
         3584, 28, 28, 4, 18944, 152_064, 1e6, model_type="qwen2", rms_norm_eps=1e-6, use_sliding_window=False
     ),
-    # for tests: GQA, small, quick
+    # small and quick, with GQA, for tests
     "tiny": _llama(64, 4, 4, 2, 128, 256, 1e4, max_position_embeddings=4096),
 }
 """Name → transformers configuration."""
 
 
 class Shape:
-    """A source of random weights in a known shape.
+    """A source of random weights in a published shape.
 
     Args:
         name: a key of :data:`SHAPES`.
@@ -85,10 +85,11 @@ class Shape:
         self.name = name
 
     def check(self) -> None:
-        """Nothing is needed."""
+        """Does nothing: no files are needed."""
 
     def describe(self) -> Dimensions:
-        """The dimensions by arithmetic, without transformers: a plan asks for them before anything heavy is loaded."""
+        """The dimensions by arithmetic, without transformers, because a run is planned before anything large is
+        imported."""
         return _dimensions(SHAPES[self.name])
 
     def load(
@@ -125,7 +126,7 @@ class Shape:
         )
 
     def pull(self, progress: Progress) -> Path | None:
-        """Nothing to fetch."""
+        """Returns None: there is nothing to fetch."""
         return None
 
     def _config(self) -> Any:
@@ -136,16 +137,16 @@ class Shape:
 
 
 def _dimensions(shape: dict[str, Any]) -> Dimensions:
-    """What :func:`d2obench.models.base.dimensions_of` says of the same configuration.
+    """The same as :func:`d2obench.models.base.dimensions_of` returns for the same configuration.
 
     Parameters of a layer: the projections to queries, keys, values and back, with biases for queries, keys and values
-    in qwen2; the feed-forward layer, three matrices of a gated one or Falcon's two of four times the width; the norms.
+    in qwen2; the feed-forward layer, with three matrices if gated, or Falcon's two of four times the width; the norms.
     """
     hidden, layers, heads, vocab = (
         shape[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     )
     head_dim = hidden // heads
-    if shape["model_type"] == "falcon":  # one KV head, one norm a layer, the output tied to the embedding
+    if shape["model_type"] == "falcon":  # one KV head, one norm per layer, and the output layer tied to the embedding
         kv_heads, norms, head = 1, 2 * hidden, 0
         inner = 8 * hidden * hidden
     else:
@@ -160,7 +161,7 @@ def _dimensions(shape: dict[str, Any]) -> Dimensions:
 
 
 def fill(model: Any, seed: int) -> None:
-    """Draws all weights in place, in their dtype, the same on every call; those on other devices on the first one."""
+    """Draws all weights in place, in their dtype, reproducibly; those on other devices are drawn on the first one."""
     import torch
 
     generator = torch.Generator(model.device).manual_seed(seed)
