@@ -1,1 +1,1 @@
-"""Ways for other tools to run a model under a policy; each imports its tool only when it is used."""
+"""Integrations that let other tools run a model under a policy; each imports its tool only when it is used."""

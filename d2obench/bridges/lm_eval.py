@@ -1,13 +1,13 @@
-"""lm-evaluation-harness with one more model, ``d2obench``: any of its tasks under any policy.
+"""Adds the model ``d2obench`` to lm-evaluation-harness, so that any of its tasks can run under any policy.
 
 ::
 
     python -m d2obench.bridges.lm_eval --model d2obench \\
         --model_args pretrained=embedded,policy=d2o,budget=0.2 --tasks hellaswag --limit 20
 
-The harness has no hook by which an installed package could add a model to its own ``lm_eval`` command, so this
-command is that one, every option included, run after :func:`register`. In a program of your own, call ``register()``
-and then ``lm_eval.simple_evaluate(model="d2obench", …)``. The model itself is
+The harness has no hook by which an installed package could add a model to its own ``lm_eval`` command. This command
+therefore calls :func:`register` and then runs the harness's command line, with all of its options. In your own program,
+call ``register()`` and then ``lm_eval.simple_evaluate(model="d2obench", …)``. The model itself is
 :class:`d2obench.bridges.lm_eval_model.CompressedLM`.
 """
 
@@ -22,7 +22,7 @@ NAME = "d2obench"
 
 
 def register() -> None:
-    """Makes ``d2obench`` a model name of the harness; the model's module is imported when it is asked for.
+    """Makes ``d2obench`` a model name of the harness; its module is imported only when the model is used.
 
     Raises:
         UsageError: the harness is not installed.
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def main() -> int:
-    """The harness's command line; an error of ours is one line, as in ``d2obench``."""
+    """Runs the harness's command line; a D2OBenchError is printed as one line, as the command ``d2obench`` does."""
     try:
         register()
         from lm_eval.__main__ import cli_evaluate

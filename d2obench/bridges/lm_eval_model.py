@@ -1,17 +1,17 @@
 """A model of lm-evaluation-harness whose answers come from a compressed cache.
 
-Everything but the cache is as in the harness's own ``hf`` model: tokens, the prefix of an empty context, truncation
-from the left, stop strings, the windows of a rolling likelihood. With the full cache the results are the same.
+Everything except the cache is as in the harness's own ``hf`` model: tokenisation, the prefix of an empty context,
+truncation on the left, stop strings, the windows of a rolling likelihood. With the full cache the results are the same.
 
 What is compressed, and what is scored:
 
-* ``loglikelihood``: the context is the prompt. It is read at once and compressed to the budget, then the continuation
-  is teacher-forced, token by token, through the compressed cache. Requests that share a context share its prefill:
-  the cache is forked for each continuation.
-* ``loglikelihood_rolling``: there is no context, so the first half of each window (or more, where more of it was
-  scored in the window before) is the prompt. Its own tokens are scored before compression, by a plain forward pass;
+* ``loglikelihood``: the context is the prompt. It is read in one pass and compressed to the budget; then the
+  continuation is fed token by token (teacher forcing) through the compressed cache. Requests with the same context
+  share its prefill: the cache is copied for each continuation.
+* ``loglikelihood_rolling``: there is no context, so the first half of each window (or more, if more of it was already
+  scored in the previous window) is the prompt. Its own tokens are scored before compression, by a plain forward pass;
   the rest through the compressed cache. A ``loglikelihood`` request without a context is scored in the same way.
-* ``generate_until``: the context is the prompt; the answer is decoded greedily. Sampling is refused.
+* ``generate_until``: the context is the prompt; the answer is decoded greedily. Sampling raises an error.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from d2obench.suite.grammar import parse_budget
 from d2obench.tasks.generate import compressed, end_tokens, forced, greedy
 from d2obench.tasks.prompts import Limits, has_chat
 
-MAX_NEW = 256  # tokens of an answer where a task doesn't say; the harness's own number
+MAX_NEW = 256  # generated tokens if a task sets no limit; the harness's own default
 
-_log = logging.getLogger("lm_eval.d2obench")  # shown as the harness shows its own
+_log = logging.getLogger("lm_eval.d2obench")  # below the harness's logger, so that its settings apply
 Score = tuple[float, bool]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of one request: ``prompt`` is compressed, its tokens from ``opening`` on are scored before that, those of
-    ``rest`` after."""
+    """The tokens of one request: ``prompt`` is compressed; its tokens from index ``opening`` on are scored before
+    compression, and those of ``rest`` after it."""
 
     prompt: tuple[int, ...]
     opening: int
@@ -52,7 +52,8 @@ class Window:
 
 
 def window(context: Sequence[int], continuation: Sequence[int], limit: int, *, rolling: bool) -> Window:
-    """Splits a request; the context loses its beginning where both don't fit ``limit`` tokens (the last is never fed).
+    """Splits a request. If both parts don't fit ``limit`` tokens, the start of the context is cut (the last token is
+    never fed).
 
     Raises:
         UsageError: the continuation alone doesn't fit.
@@ -67,9 +68,10 @@ def window(context: Sequence[int], continuation: Sequence[int], limit: int, *, r
 
 
 def batches(sizes: Sequence[tuple[int, int]], batch: int, limit: int) -> Iterator[list[int]]:
-    """Indices of ``(prompt, new tokens)`` pairs, longest prompts first, in batches that fit the context together.
+    """Indices of ``(prompt, new tokens)`` pairs, longest prompts first, in batches whose members fit the context
+    together.
 
-    A prompt of one token is never put with longer ones: of those the last token is held back.
+    A prompt of one token is never batched with longer ones, because the last token of longer prompts is fed separately.
     """
     part: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1])):
@@ -83,22 +85,23 @@ def batches(sizes: Sequence[tuple[int, int]], batch: int, limit: int) -> Iterato
 
 
 class CompressedLM(TemplateLM):
-    """``--model d2obench``; see the module's head.
+    """The harness's model for ``--model d2obench``; the module's docstring describes how requests are scored.
 
     Args:
-        pretrained: a model as ``--model`` of d2obench names it, or a loaded one.
-        policy: as written, for example ``d2o(merge=values)``.
-        budget: a share of each prompt (0.2) or tokens per layer (512); as in suites, unused by a policy without one.
-        dtype: of the weights.
-        device: ``cpu``, ``cuda``, …; the harness's default, ``cuda:0``, means the first GPU where there is one.
-        batch_size: prompts at once.
-        max_batch_size: only for the harness's ``auto``, which is refused; unused.
-        max_length: tokens of context; by default, and at most, the model's.
-        seed: for policies that draw.
+        pretrained: a model name as for d2obench's ``--model``, or a loaded model.
+        policy: as text, for example ``d2o(merge=values)``.
+        budget: a share of each prompt (0.2) or tokens per layer (512); ignored by a policy without a budget, as in
+            suites.
+        dtype: dtype of the weights.
+        device: ``cpu``, ``cuda``, …; the harness's default, ``cuda:0``, means the first GPU if there is one.
+        batch_size: number of prompts per batch.
+        max_batch_size: unused; belongs to the harness's batch size ``auto``, which raises an error.
+        max_length: tokens of context; at most, and by default, the model's.
+        seed: seed for policies that draw random numbers.
 
     Raises:
         UsageError: an unknown argument, a wrong value, or a policy without the budget it needs.
-        PolicyError, ModelError: a policy or model that can't be had, or a model without a tokenizer or real weights.
+        PolicyError, ModelError: the policy or model can't be loaded, or the model has no tokenizer or random weights.
     """
 
     def __init__(
@@ -147,12 +150,12 @@ class CompressedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> Any:
-        """The token that ends a text; None where there is none."""
+        """The token that ends a text; None if there is none."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context: the one that begins a text, else the one that ends it."""
+        """The token before a text without a context: the tokenizer's first token, otherwise its end-of-text token."""
         found = getattr(self.tokenizer, "bos_token_id", None)
         found = self.tokenizer.eos_token_id if found is None else found
         if found is None:
@@ -162,11 +165,11 @@ class CompressedLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's caches of requests are told apart by."""
+        """The name by which the harness distinguishes its caches of tokenised requests."""
         return self.loaded.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Turns → the text of the prompt."""
+        """The text of the prompt for a list of chat turns."""
         if not has_chat(self.tokenizer):
             raise ModelError(f"{self.loaded.name} has no chat template", remedy="leave out --apply_chat_template")
         text: str = self.tokenizer.apply_chat_template(
@@ -186,7 +189,8 @@ class CompressedLM(TemplateLM):
         return ids
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results; ``kept`` is the mean share of the prompts that was kept."""
+        """Information that the harness writes next to its results; ``kept`` is the mean share of the prompts that was
+        kept."""
         return {
             "policy": self.policy,
             "budget": self.budget,
@@ -197,7 +201,7 @@ class CompressedLM(TemplateLM):
         }
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in nats; see the module's head."""
+        """Log-likelihood of whole texts, in nats; the module's docstring describes how they are split."""
         owners, windows = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -251,7 +255,8 @@ class CompressedLM(TemplateLM):
     def _scores(
         self, windows: Sequence[Window], quiet: bool, done: Callable[[int, Score], None] = lambda i, score: None
     ) -> list[Score]:
-        """Log-likelihood and greediness of each window; ``done`` is told each as soon as it is there."""
+        """Log-likelihood of each window, and whether greedy decoding would give it; ``done`` is called for each as soon
+        as it is known."""
         found = [self._opening(item) for item in windows]
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, item in enumerate(windows):
@@ -283,7 +288,7 @@ class CompressedLM(TemplateLM):
         return found
 
     def _opening(self, item: Window) -> Score:
-        """Of the prompt's own tokens, from a plain forward pass: the cache before it is compressed."""
+        """The score of the prompt's own tokens, from a plain forward pass, that is, before compression."""
         count = len(item.prompt) - item.opening
         if not count:
             return 0.0, True
@@ -298,7 +303,7 @@ class CompressedLM(TemplateLM):
         return compressed(self.loaded, self.policy, self.budget, prompts, max_new=max_new, seed=self.seed)
 
     def _limits(self, asked: dict[str, Any]) -> Limits:
-        """How an answer ends, from a task's ``generation_kwargs``."""
+        """The limits of an answer, from a task's ``generation_kwargs``."""
         kwargs = normalize_gen_kwargs(asked, MAX_NEW)
         if kwargs["do_sample"] and float(kwargs.get("temperature", 1.0)) > 0:
             raise UsageError("this model decodes greedily", remedy="add --gen_kwargs do_sample=False")

@@ -27,13 +27,13 @@ __all__ = ["check_installed", "loader_of", "open_session", "record_of"]
 def open_session(
     loaded: LoadedModel, policy: Policy | Yardstick | str, budget: Budget | str | None, **options: Any
 ) -> Session:
-    """The session that runs ``policy``: one on our cache, or that of another library or engine.
+    """Opens the session that runs ``policy``, on our cache or on that of another library or engine.
 
     Args:
         loaded: the model.
-        policy: as written on an axis (``d2o(merge=values)``, ``hf-static``, ``kvpress:SnapKVPress``) or built.
-        budget: as written (``0.2``, ``512``) or built; None for a policy without one.
-        options: ``max_new``, ``seed``, ``mark`` and ``beyond``, as :class:`d2obench.cache.Session` has them.
+        policy: as text (``d2o(merge=values)``, ``hf-static``, ``kvpress:SnapKVPress``) or as an object.
+        budget: as text (``0.2``, ``512``) or as an object; None for a policy without a budget.
+        options: ``max_new``, ``seed``, ``mark`` and ``beyond``, see :class:`d2obench.cache.Session`.
 
     Raises:
         PolicyError: an unknown policy, or one that needs a budget and has none.
@@ -49,13 +49,13 @@ def open_session(
 
 
 def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
-    """Imports what ``policies`` need and reads their parameters, before anything runs.
+    """Imports the libraries that ``policies`` need and checks their parameters, before anything runs.
 
     Returns:
-        The version of each distribution they need; None for one whose version can't be told.
+        The version of each distribution they need; None if a version can't be determined.
 
     Raises:
-        D2OBenchError: one line for the first thing that is wrong.
+        D2OBenchError: the first problem found.
     """
     found: dict[str, str | None] = {}
     for text in policies:
@@ -67,7 +67,7 @@ def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
 
 
 def record_of(choice: PolicyChoice) -> dict[str, Any]:
-    """``versions`` and ``flags`` that the record of a cell must have; empty for a policy of ours."""
+    """``versions`` and ``flags`` that the record of a cell must contain; empty for our own policies."""
     asked = choice.yardstick
     if asked is None or not asked.packages:
         return {}
@@ -76,7 +76,8 @@ def record_of(choice: PolicyChoice) -> dict[str, Any]:
 
 
 def loader_of(choice: PolicyChoice) -> Callable[..., LoadedModel]:
-    """What loads the model of a policy's cells: ``d2obench.models.load``, or another engine's own, called alike."""
+    """The function that loads the model for a policy's cells: ``d2obench.models.load``, or another engine's with the
+    same signature."""
     from d2obench.models import load
 
     asked = choice.yardstick

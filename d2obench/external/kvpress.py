@@ -1,8 +1,10 @@
-"""NVIDIA's kvpress on the same loop: one of its presses compresses the prompt, layer by layer, in a hook of its own.
+"""NVIDIA's kvpress in the same measurement loop: one of its presses compresses the prompt, layer by layer, in its own
+hook.
 
-It runs where kvpress can be imported, under another transformers than ours (``d2obench.run.isolated_workers``). A press
-knows no padding, so that prompts of different lengths are read one by one. What it masks by head instead of evicting
-(AdaKV and its kin) stays in memory and is counted as held.
+It runs in an environment in which kvpress can be imported, with another version of transformers
+(``d2obench.run.isolated_workers``). A press does not support padding, so prompts of different lengths are read one by
+one. Entries that a press masks per head instead of evicting them (AdaKV and related presses) stay in memory and are
+counted as held.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ WHILE_DECODING = ("DecodingPress", "PrefillDecodingPress", "CompressionRatioDeco
 
 
 class KvpressSession(LibrarySession):
-    """A press at ``compression_ratio`` 1 − budget; a count of tokens becomes the ratio of each prompt."""
+    """Runs a press with ``compression_ratio`` 1 − budget; a budget in tokens is converted to a ratio for each
+    prompt."""
 
     def __init__(self, loaded: LoadedModel, asked: Kvpress, budget: Budget | str | None, **options: Any) -> None:
         super().__init__(loaded, asked, budget, **options)
         if self.budget is None:
             raise PolicyError(f"'kvpress:{asked.method}' needs a budget", remedy="give one, for example --budget 0.2")
         self._parts: list[tuple[Any, Tensor, list[Any]]] = []
-        """Cache, positions of the next tokens and masks by head, of each group of sequences."""
+        """Cache, positions of the next tokens and per-head masks, for each group of sequences."""
         self._prompt_bytes = 0
         self._kept: list[list[float]] = []
 
@@ -47,7 +50,7 @@ class KvpressSession(LibrarySession):
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """See :meth:`Session.prefill`; the press works in its midst."""
+        """See :meth:`Session.prefill`; the press compresses during the forward pass."""
         alike = len({len(prompt) for prompt in prompts}) <= 1
         self._parts, logits = [], []
         for group in [prompts] if alike else [[prompt] for prompt in prompts]:
@@ -59,7 +62,7 @@ class KvpressSession(LibrarySession):
 
     @torch.inference_mode()
     def compress(self) -> None:
-        """Done while the prompt was read; remembers what is left of it."""
+        """Does not compress, since that happened during prefill; records how much was kept."""
         self._check_begun("compress")
         self._prompt_bytes, self._kept = self._bytes(), self._held()
         self.mark("decode")
@@ -86,16 +89,16 @@ class KvpressSession(LibrarySession):
         return f"kvpress' cache, {self.loaded.model.config._attn_implementation} attention of PyTorch"
 
     def prepare(self) -> None:
-        """Nothing to do: the caches of several groups take turns, so that no step is captured."""
+        """Does nothing: steps are not captured, because the caches of several groups are used in turn."""
 
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
-        """Not offered."""
+        """Not supported."""
         raise ModelError("kvpress can't be moved on", remedy="use --decode full")
 
     @torch.inference_mode()
     def footprint(self) -> Footprint:
-        """What the caches of all groups hold, by their tensors."""
+        """The size of the caches of all groups, counted from their tensors."""
         self._check_begun("footprint")
         held, size = self._held(), self._bytes()
         kept = self._kept or held
@@ -118,7 +121,7 @@ class KvpressSession(LibrarySession):
 
     @torch.inference_mode()
     def snapshot(self) -> Any:
-        """A dynamic layer never writes into a tensor it holds, so that holding the tensors is enough."""
+        """References to the tensors: a dynamic layer never modifies a tensor in place, so no copy is needed."""
         return [
             ([dict(vars(layer)) for layer in cache.layers], positions.clone(), masks)
             for cache, positions, masks in self._parts
@@ -134,7 +137,7 @@ class KvpressSession(LibrarySession):
             self._parts[i] = cache, positions.clone(), masks
 
     def close(self) -> None:
-        """Lets go of the caches."""
+        """Frees the caches."""
         self._parts = []
         super().close()
 
@@ -143,11 +146,11 @@ class KvpressSession(LibrarySession):
 
     @contextmanager
     def _pressing(self, prompt: int) -> Iterator[None]:
-        """The press's hooks on the model, their time marked as compression."""
+        """Installs the press's hooks on the model, and marks their time as compression."""
         assert isinstance(self.asked, Kvpress) and self.budget is not None
         press = build(self.asked)
         keep = min(self.budget.of(prompt), prompt)
-        # kvpress keeps int(prompt × (1 − ratio)): half a token more makes that exact whatever the last bit
+        # kvpress keeps int(prompt × (1 − ratio)); adding half a token makes this exact despite rounding
         press.compression_ratio = 0.0 if keep == prompt else 1 - (keep + 0.5) / prompt
         hook = press.forward_hook
 
@@ -165,7 +168,8 @@ class KvpressSession(LibrarySession):
         return [layer.self_attn for layer in self.loaded.model.base_model.layers]
 
     def _take_masks(self) -> list[Any]:
-        """The masks by head that kvpress left on the model, which is shared with other sessions: none stay there."""
+        """Removes and returns the per-head masks that kvpress left on the model, because other sessions use the same
+        model."""
         found = [getattr(module, "masked_key_indices", None) for module in self._attentions()]
         self._set_masks([None] * len(found))
         return found
@@ -184,11 +188,11 @@ class KvpressSession(LibrarySession):
 
 
 def build(asked: Kvpress) -> Any:
-    """The press that is asked for.
+    """Creates the requested press.
 
     Raises:
         UsageError: kvpress is not installed here.
-        PolicyError: an unknown press or parameter, or one that can't take its compression from a budget.
+        PolicyError: an unknown press or parameter, or a press whose compression can't be set by a budget.
     """
     press = _press(asked.method, asked.params)
     if type(press).__name__ in WHILE_DECODING or getattr(press, "compression_ratio", None) is None:
@@ -213,7 +217,7 @@ def _press(name: str, params: Mapping[str, Any]) -> Any:
 
 
 def _value(value: Any) -> Any:
-    """A parameter; the name of a press, with its own parameters, becomes that press."""
+    """Converts a parameter; the name of a press, with its own parameters, becomes that press."""
     if isinstance(value, list):
         return [_value(item) for item in value]
     if isinstance(value, str) and value.partition("(")[0].endswith("Press"):

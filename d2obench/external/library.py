@@ -1,8 +1,8 @@
-"""Full caches that are not ours, measured on the same loop: the yardsticks ``full`` has to be as fast as.
+"""Other libraries' full caches in the same measurement loop, which ``full`` should not be slower than.
 
-``hf-dynamic`` and ``hf-static`` are transformers' own. ``sdpa-static`` is what one would write by hand: torch's SDPA
-over a preallocated cache, up to where it is filled; transformers' static cache attends to all of it under a mask.
-``hf-quantized`` is transformers' quantised cache (on optimum-quanto), to compare ``quant`` with.
+``hf-dynamic`` and ``hf-static`` are transformers' own. ``sdpa-static`` is a straightforward hand-written one: torch's
+SDPA over the filled part of a preallocated cache; transformers' static cache attends to all of it with a mask.
+``hf-quantized`` is transformers' quantised cache (on optimum-quanto), for comparison with ``quant``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PATHS = {
     "sdpa-static": "a preallocated cache",
     "hf-quantized": "transformers' QuantizedCache",
 }
-"""Whose cache a yardstick's decode step works on."""
+"""The cache named in the decode path of each yardstick."""
 
 
 class FilledLayer(StaticLayer):
-    """A preallocated layer that hands out what it holds and no more; its length is known to the host."""
+    """A preallocated layer that returns only its filled part; the host knows its length."""
 
     filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes ``[B, H, n, d]`` behind what is there; returns views of all that is filled."""
+        """Writes ``[B, H, n, d]`` after the filled part; returns views of everything that is filled."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.filled = self.filled, self.filled + key_states.shape[2]
@@ -45,7 +45,7 @@ class FilledLayer(StaticLayer):
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys the next attention sees, and where they begin."""
+        """Number of keys that the next attention sees, and where they begin."""
         return self.filled + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -54,22 +54,22 @@ class FilledLayer(StaticLayer):
 
 
 class LibrarySession(Session):
-    """A session on a full cache of transformers' own.
+    """A session on one of transformers' full caches.
 
     Args:
-        asked: which cache.
-        options: as :class:`Session` has them.
+        asked: the yardstick, which says which cache.
+        options: as in :class:`Session`.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
-    """Where a layer of the cache holds tensors."""
+    """Attribute names under which a layer of the cache holds tensors."""
 
     def __init__(self, loaded: LoadedModel, asked: Yardstick, budget: Budget | str | None, **options: Any) -> None:
         super().__init__(loaded, None, budget, **options)
         self.asked = asked
 
     def compress(self) -> None:
-        """Nothing is compressed; decoding begins."""
+        """Compresses nothing; decoding begins."""
         self._check_begun("compress")
         self.mark("decode")
 
@@ -92,10 +92,10 @@ class LibrarySession(Session):
 
     @torch.inference_mode()
     def snapshot(self) -> Any:
-        """Where the cache stands now, to come back to by :meth:`restore` any number of times.
+        """The present state of the cache, to which :meth:`restore` can return any number of times.
 
-        A growing cache makes new tensors and a preallocated one writes behind what it holds, so that keys and values
-        need no copy: what stands in front of them does not change.
+        Keys and values are not copied: a growing cache makes new tensors, and a preallocated one only writes after its
+        filled part, so that earlier contents do not change.
 
         Raises:
             ModelError: a layer with a sliding window, whose entries move.
@@ -115,7 +115,7 @@ class LibrarySession(Session):
 
     @staticmethod
     def ready(asked: Yardstick) -> None:
-        """Raises a UsageError where something that the session needs is missing."""
+        """Raises a UsageError if something that the session needs is missing."""
         asked.installed()
 
     def _footprint(self) -> Footprint:
@@ -139,12 +139,12 @@ class LibrarySession(Session):
 
 
 def _standing(layer: Any) -> dict[str, Any]:
-    """What a layer holds and how much of it is filled."""
+    """The tensors of a layer and how much of them is filled."""
     return {name: _own(name, value) for name, value in vars(layer).items()}
 
 
 def _own(name: str, value: Any) -> Any:
-    """A copy of a counter that is changed in place; keys and values themselves."""
+    """Copies a counter that is modified in place; returns keys and values themselves."""
     return value.clone() if isinstance(value, Tensor) and name not in LibrarySession.parts else value
 
 
@@ -159,7 +159,7 @@ def library_cache(name: str, model: PreTrainedModel, most: int) -> Cache:
 
 
 def skip(cache: Cache, tokens: int) -> None:
-    """Moves on as if ``tokens`` more had been decoded, with copies of what is held (sampled decode).
+    """Advances as if ``tokens`` more had been decoded, by copies of present entries (sampled decoding).
 
     Raises:
         ModelError: a layer with a sliding window.
@@ -184,7 +184,7 @@ def skip(cache: Cache, tokens: int) -> None:
 
 
 class QuantisedSession(LibrarySession):
-    """Everything is kept: the prompt and, every ``residual`` tokens, what was decoded since, in ``bits``.
+    """Keeps everything and quantises it to ``bits``: the prompt at once, decoded tokens every ``residual`` tokens.
 
     Raises:
         UsageError: optimum-quanto is not installed.
@@ -201,24 +201,25 @@ class QuantisedSession(LibrarySession):
 
     @torch.inference_mode()
     def compress(self) -> None:
-        """The prompt was quantised when it was read; remembers how much it takes."""
+        """Does not compress, since the prompt was quantised when it was read; records its size."""
         super().compress()
         self._prompt_bytes = self._bytes()
 
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
-        """Stand-ins would have to be quantised anew: not offered."""
+        """Not supported: placeholders would have to be quantised again."""
         raise ModelError("a quantised library cache can't be moved on", remedy="use --decode full")
 
     @torch.inference_mode()
     def footprint(self) -> Footprint:
-        """As of any full cache, with the bytes of packed numbers, scales and shifts, and of what is still in full."""
+        """As for any full cache, with the bytes of packed numbers, scales and zero points, and of the unquantised
+        tokens."""
         size = self._bytes()
         return dataclasses.replace(super().footprint(), kv_bytes=size, prompt_kv_bytes=self._prompt_bytes or size)
 
     @torch.inference_mode()
     def snapshot(self) -> Any:
-        """Its layers never write into a tensor they hold, so that holding the tensors is enough."""
+        """References to the tensors: its layers never modify a tensor in place, so no copy is needed."""
         return [dict(vars(layer)) for layer in self.cache.layers], self._positions.clone(), self._mask
 
     @torch.inference_mode()
@@ -244,10 +245,10 @@ class QuantisedSession(LibrarySession):
 
 
 def _compile_quanto() -> None:
-    """Has optimum-quanto compile its CPU kernel, which it does at the first use on a machine, before anything is timed.
+    """Lets optimum-quanto compile its CPU kernel before anything is timed; otherwise it would do so at its first use.
 
     Raises:
-        ModelError: it can't; its reason.
+        ModelError: compilation fails; gives the reason.
     """
     from optimum.quanto.library.extensions import get_extension
 
@@ -262,7 +263,7 @@ def _compile_quanto() -> None:
 
 
 def _storage(tensor: Any) -> int:
-    """Storage of a tensor; of a tensor made of others, theirs."""
+    """Bytes of a tensor's storage; for a tensor subclass made of other tensors, the sum of theirs."""
     if not isinstance(tensor, Tensor):
         return 0
     flatten = getattr(tensor, "__tensor_flatten__", None)

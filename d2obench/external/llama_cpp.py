@@ -1,10 +1,11 @@
-"""llama.cpp on the CPU, timed on the same prompts: another engine beside ours, by the ``xllamacpp`` wheel.
+"""llama.cpp on the CPU, timed on the same prompts, through the ``xllamacpp`` wheel: another engine for comparison.
 
-Its server runs in this process. All sequences of a batch go in as one request, so that they are read and decoded
-together, greedily and past any end; their tokens come back in a stream. A step waits for every sequence's next token.
-The engine runs ahead of the reader: single steps may come in bursts, their sum is the time it took.
+Its server runs in this process. All sequences of a batch are sent as one request, so that they are read and decoded
+together, greedily and ignoring end-of-text tokens; their tokens are returned as a stream. A step waits for the next
+token of every sequence. The engine runs ahead of the reader, so single steps may arrive in bursts; their sum is
+correct.
 
-Weights stay quantised as the file has them; the figures are those of another program and model precision.
+Weights stay quantised as in the file; the figures are those of another program and another model precision.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from d2obench.policies.yardsticks import LlamaCpp, Yardstick
 from d2obench.suite.grammar import Budget
 
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
-"""Of a stored number: blocks of 32 carry one scale of 16 bits."""
+"""Bits per stored number: blocks of 32 share one scale of 16 bits."""
 PADDING = 256
-"""llama.cpp rounds the context of a sequence up to this."""
+"""llama.cpp rounds the context of a sequence up to a multiple of this."""
 WAIT_S = 1800.0
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What llama.cpp opens, and what its session must know of it."""
+    """The file that llama.cpp opens, and what its session must know about the model."""
 
     path: Path
     vocab: int
     pieces: dict[str, int]
-    """Token by its text: the interface tells texts only."""
+    """Token id by the token's text, because the interface returns texts only."""
 
 
 def load(name: str, dtype: str, device: str, progress: Progress | None = None, placement: object = None) -> LoadedModel:
-    """The file of a model and its tokenizer; llama.cpp itself reads the weights.
+    """Finds a model's GGUF file and loads its tokenizer; llama.cpp itself reads the weights.
 
     Raises:
-        ModelError: a model without a GGUF file, or a GPU.
+        ModelError: the model has no GGUF file, or a GPU was requested.
     """
     from gguf import GGUFReader
     from transformers import AutoTokenizer
@@ -91,7 +92,7 @@ def load(name: str, dtype: str, device: str, progress: Progress | None = None, p
 
 
 class LlamaCppSession(Session):
-    """One request; the server and its cache are made anew for each, before the clock starts."""
+    """Runs one request; the server and its cache are created for each request, before timing starts."""
 
     def __init__(self, loaded: LoadedModel, asked: LlamaCpp, budget: Budget | str | None, **options: Any) -> None:
         super().__init__(loaded, None, budget, **options)
@@ -113,7 +114,7 @@ class LlamaCppSession(Session):
         asked.installed()
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Reads the prompts; ``[B, V]``, 1 at the token that comes next and 0 elsewhere."""
+        """Reads the prompts; returns ``[B, V]``, 1 at the next token and 0 elsewhere."""
         self._lengths = [len(prompt) for prompt in prompts]
         longest = max(self._lengths, default=0)
         if not prompts or min(self._lengths) == 0:
@@ -146,7 +147,8 @@ class LlamaCppSession(Session):
         self.mark("decode")
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The tokens after the next; it is its own greedy ones that it goes on with, whatever ``tokens`` are."""
+        """Returns the tokens after the next one. The engine continues with its own greedy tokens; ``tokens`` is
+        ignored."""
         self._check_begun("step")
         self._fed += 1
         return self._next()
@@ -155,11 +157,11 @@ class LlamaCppSession(Session):
         """Nothing to do."""
 
     def skip_to(self, tokens: int) -> None:
-        """Not offered."""
+        """Not supported."""
         raise ModelError("llama.cpp can't be moved on", remedy="use --decode full")
 
     def footprint(self) -> Footprint:
-        """What the cache was allocated, by its types' sizes: it is filled up to what was decoded."""
+        """The allocated size of the cache, computed from its data types; it is filled up to the last decoded token."""
         self._check_begun("footprint")
         size = self._cells(max(self._lengths)) * len(self._lengths)
         numbers = 2 * self.loaded.layers * size * self.loaded.kv_heads * self.loaded.head_dim
@@ -171,11 +173,11 @@ class LlamaCppSession(Session):
         return Footprint(bytes_, bytes_, 0, self._lengths, None, kept, held, 1.0, none, none)
 
     def snapshot(self) -> Any:
-        """Not offered: it is timed only."""
+        """Not supported: this engine is timed only."""
         raise ModelError("llama.cpp can't be forked", remedy="use --task speed")
 
     def close(self) -> None:
-        """Ends the request and the server."""
+        """Ends the request and stops the server."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(WAIT_S)
@@ -183,7 +185,7 @@ class LlamaCppSession(Session):
         super().close()
 
     def _cells(self, longest: int) -> int:
-        """Tokens that a sequence has room for."""
+        """Number of tokens allocated per sequence."""
         return -(-(longest + self.max_new + 1) // PADDING) * PADDING
 
     def _server(self, batch: int, longest: int) -> Any:
@@ -201,7 +203,7 @@ class LlamaCppSession(Session):
         asked.fit_params = False
         asked.cache_ram_mib = 0
         asked.verbosity = 1
-        asked.api_keys = [secrets.token_hex(16)]  # its server listens on loopback, whatever one asks for
+        asked.api_keys = [secrets.token_hex(16)]  # the server always listens on loopback; keep others out
         asked.ui = False
         try:
             return xllamacpp.Server(asked)
@@ -209,7 +211,7 @@ class LlamaCppSession(Session):
             raise ModelError(f"llama.cpp can't open {self.loaded.name}", why=str(problem)[:300]) from None
 
     def _stream(self, request: dict[str, Any]) -> None:
-        """Runs the request and hands every token to the queue of its sequence."""
+        """Runs the request and puts every token into the queue of its sequence."""
 
         come = [0] * len(self._ready)
 
@@ -221,7 +223,7 @@ class LlamaCppSession(Session):
                 for choice in chunk.get("choices", ()):
                     at = choice["index"]
                     token = self.loaded.model.pieces.get(choice["text"], 0)
-                    for _ in range(count - come[at]):  # a character of several tokens comes with its last one
+                    for _ in range(count - come[at]):  # a character made of several tokens arrives with its last token
                         self._ready[at].put(token)
                     come[at] = max(come[at], count)
             return self._stopped.is_set()
@@ -237,7 +239,7 @@ class LlamaCppSession(Session):
             one.put(problem)
 
     def _next(self) -> Tensor:
-        """The next token of every sequence as certain logits."""
+        """The next token of every sequence, as logits that are 1 at that token and 0 elsewhere."""
         tokens = []
         for one in self._ready:
             found = one.get(timeout=WAIT_S)

@@ -1,7 +1,7 @@
-"""Is this machine fit to measure? What is there, what is missing, and what to type.
+"""Checks whether this machine is fit for measurements, and says what to do if it is not.
 
-Each check is one small function that yields findings; no check changes anything or raises. The last ones test the
-measurement itself: a request whose phases take known times is timed like any other.
+Each check is a small function that yields findings; no check changes anything or raises an error. The last ones test
+the measurement itself, by timing a request whose phases take known times.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _BATCH, _GEN = 2, 16
 
 
 class Finding(NamedTuple):
-    """One line: ``ok``, worth a ``note``, or ``bad`` for measuring; ``remedy`` is what to do or type."""
+    """One line of the report: ``ok``, ``note`` (worth knowing) or ``bad`` (disturbs measurements); ``remedy`` is what
+    to do or type."""
 
     topic: str
     state: State
@@ -190,9 +191,9 @@ class Delay(NamedTuple):
 def known_delays(device: torch.device) -> dict[str, Delay]:
     """Times a request whose prefill takes four delays, its compression two, and each decode step one.
 
-    On a CPU a delay is a busy wait of 5 ms; its true length, longer where other programs take the CPU, is read from a
-    clock of its own. On a GPU it is a kernel that spins and that the host does not wait for; its true length is
-    measured beforehand, by the wall clock around a kernel that is waited for.
+    On a CPU a delay is a busy wait of 5 ms; it takes longer if other programs use the CPU, so its true length is read
+    from a separate clock. On a GPU it is a spinning kernel that the host does not wait for; its true length is measured
+    beforehand, by the wall clock around a kernel that is waited for.
     """
     delay = _kernel_delay(device) if device.type == "cuda" else _wait
     sessions: list[_DelaySession] = []
@@ -212,7 +213,7 @@ def known_delays(device: torch.device) -> dict[str, Delay]:
 
 
 class _DelaySession:
-    """A session that only takes time. Prefill and compression alternate, as in a policy that works layer by layer."""
+    """A session that only takes time. Prefill and compression alternate, as with a policy that works layer by layer."""
 
     def __init__(self, mark: Mark, delay: Callable[[], float], device: torch.device) -> None:
         self._mark, self._delay = mark, delay

@@ -1,4 +1,4 @@
-"""Time stamps that mean the same on a CPU and on a GPU, and the phases of a request marked by them.
+"""Time stamps with the same meaning on a CPU and on a GPU, and the phases of a request marked by them.
 
 On a GPU a stamp is an event in the current stream: it records when the device reached that point, the host does not
 wait for it, and all stamps of a sample are read together after the sample with one synchronisation. All times are

@@ -1,7 +1,7 @@
-"""What one decode step does, counted and not timed, so the same on every machine and in every repeat.
+"""Counts what one decode step does. Unlike times, counts are the same on every machine and in every repeat.
 
-Counted are operators, FLOPs, allocations, and the three things that a decode loop must not do: concatenate tensors,
-wait for the device, and allocate a cache again.
+Counted are operators, FLOPs, allocations, and three things that a decode loop must not do: concatenate tensors, wait
+for the device, and allocate a cache again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WAIT = (
     "aten._unique2",
     "aten.repeat_interleave",
 )
-"""Operators whose result the host needs before it can go on, so that it waits for a device that runs behind it."""
+"""Operators whose result the host needs before it can continue, so that it waits for a GPU."""
 
 
 class StepCounts(NamedTuple):

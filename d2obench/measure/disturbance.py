@@ -1,13 +1,14 @@
-"""What else went on while something was timed: other load, a stolen CPU, a used-up quota, a slowed-down GPU.
+"""Detects what disturbed a measurement: other load, stolen CPU time, an exhausted quota, a GPU with reduced clocks.
 
-It is told by counters of the system and never by the time that is judged, so that nothing is left out for being slow.
-Each reading becomes words, the flags of a request or a window. What is flagged is measured again, up to a limit, and
-then left out of the figures of time; it stays in the samples, and its number stands in the row.
+Disturbances are detected from system counters and never from the measured time itself, so that no sample is left out
+because it is slow. Each reading becomes flags, in words, of a request or a window of steps. Flagged samples are
+measured again, up to a limit, and otherwise left out of timing figures; they stay in the recorded samples, and the row
+says how many there are.
 
-``other load`` and ``stolen CPU`` come from ``/proc/stat``, which counts in ticks of 10 ms. So a window of a tenth of a
-second is judged together with its neighbours (:func:`window_flags`). ``waited for a CPU`` counts nanoseconds: it is the
-time that threads of this process were ready to run and did not (``/proc/self/task/*/schedstat``). What holds a GPU
-back is told by its driver (:func:`d2obench.measure.nvml.gpu_flags`).
+``other load`` and ``stolen CPU`` come from ``/proc/stat``, which counts in ticks of 10 ms, so a window of a tenth of a
+second is judged together with its neighbours (:func:`window_flags`). ``waited for a CPU`` counts nanoseconds: the time
+during which threads of this process were ready to run but did not run (``/proc/self/task/*/schedstat``). For a GPU, the
+driver tells why its clocks are reduced (:func:`d2obench.measure.nvml.gpu_flags`).
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from typing import NamedTuple, TypeVar
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 OTHER, STOLEN, WAITED = 0.10, 0.02, 0.05
-"""From which share of the machine's CPU time on a disturbance is flagged."""
+"""Share of the machine's CPU time from which a disturbance is flagged."""
 KINDS = ("other load", "stolen CPU", "waited for a CPU", "CPU quota used up", "GPU ")
-"""How the flags of a disturbance begin; other flags of a request say what is wrong with it, not with the machine."""
+"""Prefixes of flags that describe a disturbance; other flags say what is wrong with the request, not the machine."""
 STRETCH_S = 0.5
 """Seconds over which counters in ticks are read; shorter windows are judged together with their neighbours."""
 T = TypeVar("T")
 
 
 class Load(NamedTuple):
-    """Counters of CPU seconds; 0 where the system does not tell.
+    """Counters of CPU seconds; 0 if the system does not provide them.
 
     Args:
-        wall: of the clock.
-        busy: of all CPUs since boot.
-        stolen: taken by the hypervisor since boot.
-        own: spent by this process.
-        throttled: during which the quota of this control group was used up.
-        waited: during which threads of this process were ready to run and did not; None where that isn't told.
+        wall: the clock.
+        busy: CPU time of all CPUs since boot.
+        stolen: time taken by the hypervisor since boot.
+        own: CPU time of this process.
+        throttled: time during which the CPU quota of this control group was exhausted.
+        waited: time during which threads of this process were ready to run but did not; None if unknown.
     """
 
     wall: float
@@ -49,7 +50,7 @@ class Load(NamedTuple):
 
 
 class Disturbance(NamedTuple):
-    """Shares of the machine's CPU time between two readings; None where they can't be told."""
+    """Shares of the machine's CPU time between two readings; None if unknown."""
 
     other: float | None
     stolen: float | None
@@ -57,7 +58,7 @@ class Disturbance(NamedTuple):
     waited: float | None = None
 
     def flags(self) -> list[str]:
-        """Words for what is above the limits."""
+        """A text for each value that is above its limit."""
         found = []
         if self.other is not None and self.other >= OTHER:
             found.append(f"other load {self.other:.0%}".replace("%", " %"))
@@ -77,9 +78,9 @@ def load(root: Path = Path("/")) -> Load:
 
 
 def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:
-    """What others took of the machine between two readings.
+    """The share of the machine that other work took between two readings.
 
-    ``other`` and ``stolen`` can't be told of a time shorter than 20 ticks of the counters (0.2 s).
+    ``other`` and ``stolen`` are None for a time shorter than 20 ticks of the counters (0.2 s).
     """
     cores = cores or os.cpu_count() or 1
     whole = (after.wall - before.wall) * cores
@@ -99,9 +100,10 @@ def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:
 
 
 def window_flags(readings: Sequence[tuple[Load, Load]], cores: int | None = None) -> list[list[str]]:
-    """The flags of windows that came one after the other.
+    """The flags of consecutive windows.
 
-    Each is judged by the counters over itself, and by those over a stretch of :data:`STRETCH_S` or longer around it:
+    Each window is judged by the counters over itself, and over a stretch of at least :data:`STRETCH_S` around it, that
+    is, itself and as many neighbours as needed, or all of them.
     itself and as many neighbours as that takes, or all there are.
 
     Args:
@@ -127,11 +129,12 @@ def is_disturbance(flag: str) -> bool:
 
 
 def undisturbed(found: Sequence[T], flags: Callable[[T], Iterable[str]]) -> list[T]:
-    """Those of ``found`` that nothing disturbed; all, where they are fewer than half: a figure then says what it can.
+    """The undisturbed ones of ``found``; all of them if fewer than half are undisturbed, so that there still is a
+    figure.
 
     Args:
         found: requests or windows.
-        flags: the words about one of them.
+        flags: returns the flags of one of them.
     """
     calm = [one for one in found if not any(map(is_disturbance, flags(one)))]
     return calm if 2 * len(calm) >= len(found) else list(found)

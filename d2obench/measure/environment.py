@@ -1,6 +1,6 @@
-"""The machine and the software of a run: facts for the reader, and a hash over those that make runs comparable.
+"""The machine and the software of a run: facts for the reader, and a hash of those that must agree to compare two runs.
 
-No fact names a host, a user or a folder. Torch is asked only where it is already imported.
+No fact contains the name of a host, a user or a folder. Torch is only queried if it is already imported.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ COMPARED = (
     "numba",
     "attention",
 )
-"""What must be equal so that times and peaks of memory of two runs can be compared. This project's own commit is not
-among them, because a comparison is made to compare commits."""
+"""Facts that must be equal so that times and memory peaks of two runs can be compared. The commit of this project is
+not among them, because commits are what is compared."""
 _PACKAGES = ("torch", "transformers", "triton", "numba", "accelerate", "numpy", "d2obench")
 
 
@@ -107,7 +107,7 @@ def _threads() -> int | None:
 _PYTORCH_PATH = "; column sums: blocks of queries; decode: products over slots"
 _CPU_PATH = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
 _TRITON_PATH = "; column sums and decode: Triton kernels"
-"""What computes scores and decodes where it is supported. A cell that runs otherwise says so in its row."""
+"""What computes scores and decodes if everything is supported. A cell that runs differently says so in its row."""
 
 
 def _attention(device: str) -> str | None:

@@ -1,7 +1,7 @@
-"""A model whose logits are not finite gets no figures: the one check of tasks and timed requests.
+"""A model whose logits are not finite gets no figures; tasks and timed requests share this check.
 
-One NaN in a weight, or one overflow in a narrow dtype, spoils everything behind it, and greedy decoding of NaN still
-writes tokens and takes time. So the cell fails, and the error names the first layer where it happened.
+A single NaN in a weight, or one overflow in a narrow dtype, spoils everything computed from it, yet greedy decoding of
+NaN still produces tokens and takes time. So the cell fails, and the error names the first layer where it happened.
 """
 
 from __future__ import annotations

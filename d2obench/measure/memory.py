@@ -179,7 +179,7 @@ def probe_for(
 
 
 def settle(device: torch.device | None = None, beside: Sequence[torch.device] = ()) -> None:
-    """Gives freed memory back to the system, so that a cell does not inherit the peaks of the one before."""
+    """Returns freed memory to the system, so that the peaks of one cell do not include memory of the previous one."""
     from d2obench.cpu import memory as host_memory
 
     gc.collect()

@@ -1,10 +1,10 @@
-"""What each part of a request costs: its own time, without the parts inside it, measured by stamps at both ends.
+"""The cost of each part of a request: its own time without the parts nested in it, from time stamps at both ends.
 
-The parts are the engine's ranges (``d2obench.ranges``) and the model's own parts, named by hooks. A stamp is a reading
-of the clock on a CPU and an event in the stream on a GPU, so nothing waits and no profiler runs. A stamp still costs
-microseconds; how much the ranges cost is measured too, by alternating with blocks of steps whose ranges are off. Where
-one kernel does the work of several parts, its time is counted for the range around it. A CUDA graph has no ranges
-inside, so steps whose ranges are on run without one.
+The parts are the ranges that our code opens (``d2obench.ranges``) and the model's modules, named by hooks. A stamp is a
+clock reading on a CPU and an event in the stream on a GPU, so nothing waits and no profiler runs. A stamp still costs
+microseconds; the cost of the ranges is measured too, by alternating with blocks of steps without ranges. If one kernel
+does the work of several parts, its time is counted for the range around it. A CUDA graph has no ranges inside, so steps
+with ranges run without a graph.
 """
 
 from __future__ import annotations

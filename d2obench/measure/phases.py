@@ -1,10 +1,11 @@
 """One request, timed: prefill → compress → first token on the host → gen − 1 decode steps.
 
-* TTFT ends when the first token is on the host, so it holds compression; compression is also given apart, also when
-  a policy compresses layer by layer in the middle of prefill.
+* TTFT ends when the first token is on the host, so it includes compression; compression is also reported separately,
+  even if a policy compresses layer by layer during prefill.
 * ``gen`` tokens give exactly ``gen - 1`` gaps. The first token comes from the prefill's logits and is never a gap.
-* No wait on the device between start and end: stamps are events there (``clock``), read once after the last step.
-* ``sampled`` measures stretches of steps at several depths of a long generation and integrates between them.
+* On a GPU nothing waits for the device between start and end: stamps are events (``clock``), read once after the last
+  step.
+* ``sampled`` measures some steps at several depths of a long generation and integrates between them.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ def measure_request(
         memory.stop()
         if session is not None:
             session.close()
-    session = None  # and raised out here, so that no traceback keeps the request's tensors alive
+    session = None  # the error is raised below, so that no traceback keeps the request's tensors alive
     raise OutOfMemory(f"out of memory in {line.phase or 'setup'}", why=shortage or "no memory left")
 
 
 @contextmanager
 def shortage_named() -> Iterator[Mark]:
-    """Gives a ``mark`` for a session that is not timed; memory that ends inside becomes OutOfMemory with its phase."""
+    """Gives a ``mark`` for a session that is not timed; running out of memory inside raises OutOfMemory with the
+    phase."""
     last = ["setup"]
     try:
         yield lambda phase: last.__setitem__(0, phase)
@@ -112,7 +114,8 @@ def shortage_named() -> Iterator[Mark]:
 
 
 class _Step(NamedTuple):
-    """A decode step: its place in the generation; stamps before it, after the session's work, at the next token."""
+    """A decode step: its index in the generation, and stamps before it, after the session's work, and at the next
+    token."""
 
     at: int
     before: int
@@ -137,10 +140,10 @@ def _run(
     _to_host(ids[0])
     line.mark("token")
     if logits.device.type == "cuda" and hasattr(session, "prepare"):
-        line.mark("capture")  # a server does that once when it starts: it is in no figure
+        line.mark("capture")  # counted in no figure, because a server captures once when it starts
         session.prepare()
     elif logits.device.type == "cpu":
-        host_memory.release()  # before decoding begins: it is in no figure
+        host_memory.release()  # counted in no figure, because decoding has not begun yet
     starts = sampled_starts(gen - 1, sampled) if sampled else []
     width = sampled.steps if sampled and starts else gen - 1
     steps, last = _decode(session, line, ids, force, starts or [0], width, logits)
@@ -239,7 +242,8 @@ def sampled_starts(total: int, sampled: Sampled) -> list[int]:
 
 
 def _to_host(tokens: torch.Tensor) -> None:
-    """The first token's way to the host; on a GPU a copy in the stream that the next stamp follows."""
+    """Copies the first token to the host; on a GPU this is a copy in the stream, after which the next stamp is
+    taken."""
     if tokens.device.type == "cuda":
         torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
     else:

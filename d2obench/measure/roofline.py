@@ -1,4 +1,5 @@
-"""What memory traffic alone would allow: measured copy bandwidth, bytes of a decode step, MBU, the largest speed-up.
+"""The limits that memory traffic sets: measured copy bandwidth, bytes of a decode step, MBU, the largest possible
+speed-up.
 
 A decode step of a batch must read every weight once and every sequence's cache once. At the batch sizes of decoding its
 arithmetic takes less time than these reads, so a step takes at least ``step bytes / bandwidth``.
@@ -97,9 +98,9 @@ def largest_speedup(
 ) -> Value | None:
     """The largest decode speed-up over the full cache that the policy's bytes and the measured bandwidth allow.
 
-    A step of the policy takes at least ``policy_bytes / bandwidth``. Full's step is what was measured in the calmer
-    half of its windows, because a disturbance of full would look like a gain of the policy. A speed-up above the upper
-    end is impossible: something else was measured.
+    A step of the policy takes at least ``policy_bytes / bandwidth``. The step of ``full`` is measured in the faster
+    half of its windows, because a disturbance of ``full`` would look like a gain of the policy. A speed-up above the
+    upper end is impossible and shows that something else was measured.
 
     Args:
         full_steps: seconds of full's decode steps, one sequence for each window or round; empty ones are ignored.
@@ -110,12 +111,12 @@ def largest_speedup(
     Returns:
         The speed-up with its uncertainty, over the number of full's windows; None without a step of full.
     """
-    # 1. One time for each window, the fastest first, and full's calm step: the median of the faster half.
+    # 1. One time per window, fastest first; the undisturbed step of ``full`` is the median of the faster half.
     times = sorted(median(steps) for steps in full_steps if len(steps))
     if not times:
         return None
     calm = median(times[: (len(times) + 1) // 2])
-    # 2. Reads can be faster than copies. Where full itself has read faster, that is the bandwidth to go by.
+    # 2. Reads can be faster than copies. If ``full`` itself has read faster, its bandwidth is used.
     peak = max(bandwidth, full_bytes / times[0])
     largest = calm * peak / policy_bytes
     # 3. Two parts are uncertain, as factors: the calm step against the fastest one, and the peak bandwidth, which may

@@ -1,8 +1,8 @@
-"""Caches that live side by side in one process and decode in turn: see :mod:`d2obench.measure.windows` for the design.
+"""Several caches in one process that decode in turn; :mod:`d2obench.measure.windows` describes the design.
 
-A cache is prefilled once and can then be sent to any step of its generation: back to the beginning by restoring a copy
-made there, ahead by :meth:`Request.skip_to`, which makes sizes true and contents stand-ins. The copy is why a cache
-counts twice when it is worked out whether all of them fit into memory.
+A cache is prefilled once and can then be moved to any step of its generation: back to the beginning by restoring a
+snapshot taken there, and forward by :meth:`Request.skip_to`, which makes sizes correct and contents placeholders.
+Because of this snapshot a cache counts twice when it is computed whether all of them fit into memory.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from d2obench.measure.windows import RoundOfWindows, Window
 
 
 class Rewindable(Request, Protocol):
-    """What a session must be able to do beside what any request does."""
+    """The methods that a session needs in addition to those of :class:`Request`."""
 
     def snapshot(self) -> Any: ...
     def restore(self, saved: Any) -> None: ...
 
 
 class HeldCache:
-    """A session that has read its prompt and waits for its windows.
+    """A session that has read its prompt and is ready to decode windows.
 
     Args:
         session: prefilled and compressed.
         first: the first token of each sequence, int64 ``[B]``.
 
     Raises:
-        ModelError: the session can't come back to an earlier step.
+        ModelError: the session can't return to an earlier step.
     """
 
     def __init__(self, session: Rewindable, first: torch.Tensor) -> None:
@@ -51,11 +51,11 @@ class HeldCache:
         self._logits = torch.zeros(0)  # of the last step
 
     def go_to(self, step: int) -> None:
-        """Gets ready for decode step ``step`` of the generation, by running no step or one."""
+        """Moves to decode step ``step`` of the generation; runs at most one step."""
         if step < self._at:
             self.session.restore(self._beginning)
             self._at, self._token = 0, self._first
-        if step > self._at == 0:  # a policy may compress in its first step, and can't skip before
+        if step > self._at == 0:  # a policy may compress in its first step, and can't skip before it
             self._step()
         if step > self._at:
             self.session.skip_to(step - self._at)
@@ -77,10 +77,11 @@ class HeldCache:
         return times
 
     def count(self) -> tuple[StepCounts, int]:
-        """Counts the second step after the prompt and lets go of everything; nothing else can be asked afterwards.
+        """Counts the operators of the second step after the prompt, then frees everything; the object can't be used
+        afterwards.
 
         Returns:
-            The counts, and the bytes of all tensors that went with the session.
+            The counts, and the bytes of all tensors that were freed with the session.
         """
         self.go_to(0)
         with torch.inference_mode():
@@ -92,7 +93,7 @@ class HeldCache:
         return counts, before - live_bytes()
 
     def close(self) -> None:
-        """Lets go of the cache and of the copy of its beginning."""
+        """Frees the cache and the snapshot of its beginning."""
         self._beginning = None
         self.session.close()
 
@@ -105,7 +106,7 @@ class HeldCache:
 def hold(
     session_factory: Callable[[], Rewindable], prompts: list[list[int]], steps: int, *, clock: Clock, within: float
 ) -> tuple[HeldCache, WarmUp]:
-    """Prefills a cache that is to decode in turn with others, and warms its decode steps up.
+    """Prefills a cache that will decode in turn with others, and warms up its decode steps.
 
     Args:
         session_factory: makes the session.
@@ -128,7 +129,7 @@ def hold(
                 host_memory.release()
             warm = until_stable(_medians(held, steps, clock), within)
             held.go_to(0)
-            held.go_to(min(2, steps))  # shows now whether the session can skip, and not in the midst of the windows
+            held.go_to(min(2, steps))  # finds out now, and not between the windows, whether the session can skip
             return held, warm
     except BaseException:
         session.close()
@@ -204,6 +205,6 @@ def _medians(held: HeldCache, steps: int, clock: Clock) -> Iterator[float]:
 
 
 def _difference(before: Load, after: Load) -> dict[str, float]:
-    """What the counters went on by, in seconds."""
+    """By how much the counters advanced, in seconds."""
     pairs = zip(Load._fields, before, after, strict=True)
     return {name: round(b - a, 6) for name, a, b in pairs if a is not None and b is not None}

@@ -1,7 +1,7 @@
-"""Warming up: the first decode steps of a shape in a process compile, pick kernels, touch pages and raise clocks.
+"""Warming up: in a process, the first decode steps of a shape compile, choose kernels, touch pages and raise clocks.
 
 One request is decoded a few steps at a time until the medians of two successive windows of steps agree. Both lie at
-nearly the same depth, so that a growing cache does not keep them apart.
+nearly the same depth, so that the growth of a cache does not make them differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def warm_up(
     Args:
         session_factory: makes the session.
         prompts: token ids of each sequence.
-        gen: tokens at most; with fewer than two windows of steps nothing can be told, and it is not stable.
+        gen: largest number of tokens; with fewer than two windows of steps it can't be determined, and counts as not
+            stable.
         clock: of the session's device.
         within: how far two successive medians may be apart, relative to the later one.
     """
@@ -51,7 +52,7 @@ def warm_up(
 
 
 def until_stable(medians: Iterator[float], within: float) -> WarmUp:
-    """Takes medians until two successive ones agree, or none is left."""
+    """Consumes medians until two successive ones agree, or none is left."""
     found: list[float] = []
     for one in medians:
         found.append(one)

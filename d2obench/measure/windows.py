@@ -7,15 +7,15 @@ of the generation, one *window* of a few steps after the other. The windows of a
 
 * A window lasts about a tenth of a second (``timing.window_s``) or longer, in the fastest of the caches. All of them
   make the same number of steps.
-* The first step of a window is run and timed, and is in no figure (``lead``). The other caches have run since this one
-  last did. What of it stood in a processor's caches is gone, and a CUDA graph that was not the last one has to be
-  fetched again. When a model serves one cache, neither happens.
-* The order is ABBA: one round of windows takes the caches in some order, the next one takes them backwards, and each
-  such pair begins with another cache. After ``2 n`` rounds of windows every one of ``n`` caches has been at every place
-  twice.
+* The first step of a window is run and timed but counts in no figure (``lead``). Since this cache last ran, the other
+  caches have run, so its data has been evicted from the processor's caches, and a CUDA graph other than the last one
+  used must be loaded again. Neither happens when a model serves a single cache.
+* The order is ABBA: one round of windows takes the caches in some order, the next one in reverse, and each such pair
+  begins with another cache. After ``2 n`` rounds of windows every one of ``n`` caches has had every place twice.
 * Windows lie at several *depths*, spread evenly over the generation, so that a growing cache is measured at all its
-  sizes. One round of windows from each depth make a *sweep*: integrated over the depths (:func:`integrate`) it says how
-  long the whole generation takes. Sweeps are the samples of which ratios and their intervals are made.
+  sizes. One round of windows from each depth forms a *sweep*: integrated over the depths (:func:`integrate`) it gives
+  the time of the whole generation. Sweeps are the samples from which ratios and their intervals are computed.
+
 
 Nothing here needs torch.
 """
@@ -32,13 +32,13 @@ import msgspec
 from d2obench.measure.disturbance import undisturbed
 
 LEAD = 1
-"""Decode steps before those that count in a window."""
+"""Decode steps at the start of a window that do not count."""
 SWEEPS = 8
-"""Sweeps of a process at least, as far as the generation and the windows allow."""
+"""Smallest number of sweeps per process, if the generation and the windows allow it."""
 LEAST_STEPS = 4
-"""Decode steps a generation must have to be measured in windows."""
+"""Smallest number of decode steps of a generation that can be measured in windows."""
 REPEATED = 0.5
-"""Rounds of windows that may be measured again after a disturbance, at most, as a share of those planned."""
+"""Largest number of rounds of windows that may be repeated after a disturbance, as a share of those planned."""
 
 
 class Window(msgspec.Struct, omit_defaults=True):
@@ -75,7 +75,7 @@ class Window(msgspec.Struct, omit_defaults=True):
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """What it has in common with the windows of other caches that it is compared with."""
+        """The key shared by the windows of other caches with which this one is compared."""
         return self.process, self.sweep, self.depth
 
 

@@ -1,15 +1,16 @@
-"""Which figures may be called better, best, met or impossible: by their intervals alone.
+"""Decides from intervals alone which figures may be called better, best, met or impossible.
 
-A range, a figure without bounds and an interval that holds both answers tell nothing: "not told apart". Three rules
-stand behind every word:
+A range, a figure without bounds, and an interval that contains both answers prove nothing: "not told apart". Three
+rules apply to every such word:
 
-* **Many comparisons.** Words of one report are right together with 95 % (Bonferroni): with ``comparisons`` of
-  them, each interval is widened to the level 1 − 0.05 ÷ comparisons before it is looked at.
-* **Processes.** Where a process happens to lie in memory moves its times by percents (Mytkowicz et al., ASPLOS 2009);
-  the gate's study saw medians of fresh processes differ by BIAS beyond their sampling error. A time or a ratio of times
-  is widened by it, the less the more fresh processes it was measured in.
+* **Many comparisons.** With a probability of 95 % all words of one report are right together (Bonferroni): with
+  ``comparisons`` of them, each interval is widened to the level 1 − 0.05 ÷ comparisons before it is used.
+* **Processes.** Where the operating system happens to place a process in memory changes its times by some percent
+  (Mytkowicz et al., ASPLOS 2009); in the gate's study, medians of fresh processes differed by BIAS beyond their
+  sampling error. A time or a ratio of times is widened by this amount, less so the more fresh processes it was measured
+  in.
 * **What bytes allow.** A speed-up whose whole interval lies above what bytes and measured bandwidth allow is
-  impossible: something else was measured, and it never wins.
+  impossible: something else was measured, so it never counts as better.
 
 Nothing here reads a file or draws a view.
 """
@@ -30,25 +31,27 @@ from d2obench.stats.intervals import LEVEL, proportion
 Verdict = Literal["better", "worse", "not told apart", "impossible"]
 Outcome = Literal["met", "missed", "no verdict"]
 BIAS = 0.015
-"""Standard deviation of the logs of fresh processes' medians (``reports/gate-study-cpu``), sampling error taken off."""
+"""Standard deviation of the logs of fresh processes' medians (``reports/gate-study-cpu``), without their sampling
+error."""
 PROCESSES = 2
-"""Fresh processes a sentence on speed rests on; with fewer it says so."""
+"""Number of fresh processes that a sentence about speed needs; with fewer, the sentence states it."""
 K = TypeVar("K", bound=Hashable)
 
 
 class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A sentence of a report, a bold figure or a target, as data: what a study of false sentences looks at.
+    """A sentence of a report, a bold figure or a target, as data, so that the rate of false sentences can be studied.
 
     Args:
-        word: ``better`` or ``worse`` than the policy it is held against, ``best`` of ``others``, ``met`` or ``missed``.
-        cell: the cell whose figure it is about.
-        metric: the figure, as in ``results.csv``.
-        least, most: between which the word says the figure lies: from 1 or up to 1 for ratios, 0 for differences, a
-            target's bounds.
-        others: cells it is said to be better than, for ``best``.
-        lo, hi: the interval it rests on.
-        comparisons: that the interval was widened for.
-        processes: fresh processes behind it; 0 where times play no part.
+        word: ``better`` or ``worse`` than the policy it is compared with, ``best`` of ``others``, ``met`` or
+            ``missed``.
+        cell: the cell that the figure belongs to.
+        metric: the figure, named as in ``results.csv``.
+        least, most: the bounds that the word claims for the figure: from 1 or up to 1 for ratios, 0 for differences, or
+            a target's bounds.
+        others: for ``best``, the cells that it is claimed to be better than.
+        lo, hi: the interval that the claim is based on.
+        comparisons: number of comparisons for which the interval was widened.
+        processes: number of fresh processes that were measured; 0 if times are not involved.
     """
 
     word: Literal["better", "worse", "best", "met", "missed"]
@@ -64,22 +67,22 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Leader(NamedTuple):
-    """The best of several figures, and those that can't be told from it; it is told to be best where there are none."""
+    """The best of several figures, and those that can't be told from it; without any such, it is proven to be best."""
 
     best: Hashable
     near: tuple[Hashable, ...]
 
 
 def widened(value: Value, comparisons: int = 1, *, timed: bool = False, processes: int = 1) -> Value:
-    """The interval as it must be for one of ``comparisons`` words that are right together.
+    """The interval widened so that all ``comparisons`` words based on such intervals are right together with 95 %.
 
-    A range stays what it is, and tells nothing.
+    A range is returned unchanged; it proves nothing.
 
     Args:
-        value: an interval, or an exact figure, which stays as it is.
-        comparisons: how many words rest on intervals of the same report.
-        timed: the figure is a time, a rate or a ratio of times.
-        processes: fresh processes it was measured in.
+        value: an interval, or an exact figure, which is returned unchanged.
+        comparisons: number of words based on intervals in the same report.
+        timed: whether the figure is a time, a rate or a ratio of times.
+        processes: number of fresh processes in which it was measured.
     """
     if value.value is None or value.kind == "exact":
         return value
@@ -107,14 +110,14 @@ def timed(metric: str) -> bool:
 
 
 def same(metric: str) -> float:
-    """What a ratio or a difference is when two policies are alike."""
+    """The value of a ratio or a difference if two policies are equal: 1 or 0."""
     return 1.0 if METRICS[metric.partition(":")[0]].kind == "ratio" else 0.0
 
 
 def told(
     metric: str, value: Value | None, comparisons: int = 1, *, processes: int = 1, bound: float | None = None
 ) -> Verdict:
-    """Whether a ratio or a difference shows its policy to be better or worse than the one it is held against.
+    """Whether a ratio or a difference proves its policy to be better or worse than the one it is compared with.
 
     Args:
         metric: its key, for example ``speedup`` or ``kl_rival:h2o``.
@@ -134,14 +137,14 @@ def told(
 
 
 def impossible(value: Value, bound: float | None) -> bool:
-    """Whether a ratio lies above its bound by more than its own noise; a single figure is noise throughout."""
+    """Whether a ratio exceeds its bound by more than its own uncertainty; a single figure is entirely uncertain."""
     return bound is not None and value.lo is not None and value.lo > bound * math.exp(2 * BIAS)
 
 
 def apart(metric: str, mine: Value, theirs: Value, comparisons: int = 1, *, processes: int = 1) -> Verdict:
-    """Two policies' figures of one metric: told apart where their widened intervals do not touch.
+    """Compares two policies' figures of one metric: they are told apart if their widened intervals do not touch.
 
-    Where a paired ratio or difference of the two is at hand, :func:`told` sees more.
+    If a paired ratio or difference of the two exists, use :func:`told`, which is more sensitive.
     """
     wide = [widened(one, comparisons, timed=timed(metric), processes=processes) for one in (mine, theirs)]
     a, b = (_ends(metric, one) for one in wide)
@@ -163,9 +166,9 @@ def leader(
     processes: int = 1,
     pair: Callable[[K, K], Verdict] | None = None,
 ) -> Leader | None:
-    """The best figure, with all that it can't be told from; None where fewer than two are known.
+    """The best figure, with all figures that can't be told from it; None if fewer than two are known.
 
-    Exact figures that are equal share the first place, and are in ``near``.
+    Exact figures that are equal share the first place and are listed in ``near``.
 
     Args:
         metric: of all figures.
@@ -191,7 +194,7 @@ def leader(
 
 
 def front(sizes: Mapping[K, float | None], better: Callable[[K, K], bool]) -> set[K]:
-    """Rows that are shown to be undominated: every other row that is as small or smaller is told to be worse.
+    """The rows proven to be undominated: every other row that is as small or smaller is proven to be worse.
 
     Args:
         sizes: what each row holds, for example KV bytes; a row without a size is never on the front.
@@ -214,7 +217,8 @@ def outcome(
     *,
     processes: int = 1,
 ) -> Outcome:
-    """Whether a figure keeps its bounds: the whole widened interval inside is met, all of it outside is missed.
+    """Whether a figure keeps its bounds: ``met`` if its whole widened interval lies inside, ``missed`` if all of it
+    lies outside.
 
     Args:
         metric: its key.
@@ -234,20 +238,21 @@ def outcome(
 
 
 def resting_on(processes: int) -> str:
-    """What a sentence on speed adds; nothing where it rests on enough fresh processes."""
+    """The addition to a sentence about speed; empty if it is based on enough fresh processes."""
     return "" if processes >= PROCESSES else "measured in one process"
 
 
 def across_runs(metric: str) -> bool:
-    """Whether two runs made at different times may be judged by it: bytes, counts, quality, and ratios inside a run."""
+    """Whether two runs made at different times may be compared by it: bytes, counts, quality, and ratios within a
+    run."""
     found = METRICS.get(metric.partition(":")[0])
     return found is None or found.kind != "timed"
 
 
 def ratio_of_ratios(base: Value, head: Value) -> Value:
-    """head ÷ base of two independent runs, each with its interval; a range where either has none.
+    """head ÷ base of two independent runs, each with its interval; a range if either has no interval.
 
-    The logs' distances from value to bound add as squares (Donner and Zou 2012, MOVER).
+    On the log scale, the distances from value to bound are added as squares (Donner and Zou 2012, MOVER).
     """
     assert base.value and head.value
     value, n = head.value / base.value, min(base.n, head.n)
@@ -264,9 +269,9 @@ def ratio_of_ratios(base: Value, head: Value) -> Value:
 
 
 def _ends(metric: str, value: Value) -> tuple[float, float] | None:
-    """The bounds a word may rest on: of an interval, or of a figure that is the same on every repeat.
+    """The bounds on which a word may be based: those of an interval, or of a figure that is the same in every repeat.
 
-    Peaks of memory are nearly the same, and judged by the range of all of them.
+    Memory peaks are nearly the same in every repeat, and are judged by the range of all of them.
     """
     kind = METRICS[metric.partition(":")[0]].kind
     if value.value is None:

@@ -1,4 +1,4 @@
-"""Intervals that cover what they say, and ranges where the samples can't carry one.
+"""Intervals with the coverage that they state, and ranges if there are too few samples for an interval.
 
 What is estimated, by which method, and from how many independent samples an interval is printed:
 
@@ -42,7 +42,7 @@ Bounds = tuple[Floats, Floats]
 Samples = Sequence[float] | Sequence[Sequence[float]]
 LEVEL = 0.95
 ROUNDS, WINDOWS, ITEMS, SCORES, BLOCKS = 3, 12, 6, 4, 8
-"""The fewest independent samples that carry an interval; the blocks of a percentile."""
+"""Smallest number of independent samples for an interval of each kind; the number of blocks for a percentile."""
 TRIM = 0.2
 _SKEWED, _TAIL, _ALIKE, _FEW = 0.025, 0.02, 0.01, 0.005
 """What the nominal level is raised by for skewed items, for percentiles, for windows that are alike, and for rounds: by
@@ -93,7 +93,7 @@ def paired_ratio(
 
 
 def highest(peaks: Sequence[float]) -> Value:
-    """The highest of several peaks with the range of all of them."""
+    """The highest of several peaks, with the range of all of them."""
     array = _finite(peaks)
     return _range(array, float(array.max()), len(array))
 
@@ -170,8 +170,9 @@ def proportion(hits: int, n: int, level: float = LEVEL) -> Value:
 def percentile(samples: Samples, q: float, level: float = LEVEL) -> Value | None:
     """The ``q``-quantile of steps with its interval, or None where there are too few for one.
 
-    The share of steps below the quantile varies from block to block of successive steps by more than chance when the
-    machine's mood lasts; its standard error comes from BLOCKS blocks, and is never below that of independent steps.
+    The share of steps below the quantile varies between blocks of successive steps by more than chance, because slow
+    and fast phases of the machine last longer than a step. Its standard error is computed from BLOCKS blocks, and is
+    never less than that of independent steps.
 
     Args:
         samples: steps, or rounds of steps, in the order they were measured.
@@ -188,24 +189,29 @@ def percentile(samples: Samples, q: float, level: float = LEVEL) -> Value | None
     return Value(value, float(lo[0]), float(hi[0]), len(steps), kind="interval", method="Woodruff", df=BLOCKS - 1)
 
 
-# Methods: arrays of shape [trials, n] in, bounds of shape [trials] out. The study of coverage calls these same ones.
+# Methods: arrays of shape [trials, n] in, bounds of shape [trials] out. The coverage study calls these same functions.
 
 
 def trimmed_t(x: Floats, level: float = LEVEL) -> Bounds:
-    """Student's t interval of the mean without the TRIM lowest and highest, its error from the winsorised samples."""
+    """Student's t interval of the mean without the TRIM lowest and highest samples; its error is from the winsorised
+    samples (Tukey and McLaughlin 1963)."""
     n = x.shape[1]
     cut = _cut(n)
+    # 1. the trimmed mean
     ordered = np.sort(x, axis=1)
     kept = n - 2 * cut
     middle = ordered[:, cut : n - cut].mean(axis=1)
+    # 2. its standard error, from the samples with outliers moved to the trimming limits
     pulled = np.clip(ordered, ordered[:, cut : cut + 1], ordered[:, n - cut - 1 : n - cut])
     error = pulled.std(axis=1, ddof=1) * math.sqrt((n - 1) / (kept * (kept - 1)))
+    # 3. Student's t with the degrees of freedom of the remaining samples
     half = special.stdtrit(kept - 1, (1 + min(level + _FEW, 0.9999)) / 2) * error
     return middle - half, middle + half
 
 
 def blocks_t(x: Floats, level: float = LEVEL) -> Bounds:
-    """Student's t interval of the medians of successive blocks, which are far less alike than neighbours."""
+    """Student's t interval of the medians of successive blocks, which are far less correlated than neighbouring
+    samples."""
     count = blocks_of(x.shape[1])
     medians = np.stack([np.median(part, axis=1) for part in np.array_split(x, count, axis=1)], axis=1)
     middle, error = medians.mean(axis=1), medians.std(axis=1, ddof=1) / math.sqrt(count)
@@ -219,12 +225,15 @@ def blocks_of(n: int) -> int:
 
 
 def skewed_t(x: Floats, level: float = LEVEL) -> Bounds:
-    """The wider of Student's t and Hall's t, whose cubic takes the skewness of the samples out, on either side."""
+    """On either side, the wider of Student's t and Hall's t, whose cubic transformation corrects for skewness (Hall
+    1992)."""
+    # 1. mean, standard deviation and unbiased skewness
     n = x.shape[1]
     middle, spread = x.mean(axis=1), x.std(axis=1, ddof=1)
     with np.errstate(all="ignore"):
         skew = ((x - middle[:, None]) ** 3).mean(axis=1) / x.std(axis=1) ** 3 * math.sqrt(n * (n - 1)) / (n - 2)
-    skew = np.where(np.abs(skew) > 1e-6, skew, 1e-6)  # also where the samples are all alike
+    skew = np.where(np.abs(skew) > 1e-6, skew, 1e-6)  # avoids division by 0, also if all samples are equal
+    # 2. Student's quantile, and its transformation by the inverse of Hall's cubic
     t = special.stdtrit(n - 1, (1 + min(level + _SKEWED, 0.9999)) / 2) / math.sqrt(n)
 
     def hall(y: float) -> Floats:
@@ -234,7 +243,7 @@ def skewed_t(x: Floats, level: float = LEVEL) -> Bounds:
 
 
 def scores_t(x: Floats, ends: tuple[float, float], level: float = LEVEL) -> Bounds:
-    """Student's t interval after one more item at either end of the scale."""
+    """Student's t interval after adding one item at either end of the scale (Agresti and Caffo 2000)."""
     n = x.shape[1]
     more = np.concatenate([x, np.broadcast_to(np.array(ends), (len(x), 2))], axis=1)
     middle, spread = more.mean(axis=1), more.std(axis=1)
@@ -243,21 +252,24 @@ def scores_t(x: Floats, ends: tuple[float, float], level: float = LEVEL) -> Boun
 
 
 def quantile_bounds(x: Floats, q: float, level: float = LEVEL) -> Bounds:
-    """Bounds of the ``q``-quantile by Woodruff's method; NaN where one lies beyond the samples."""
+    """Bounds of the ``q``-quantile by Woodruff's method (1952); NaN if a bound lies beyond the samples."""
+    # 1. the share of samples below the quantile in each block, and its standard error
     n = x.shape[1]
     below = x <= np.quantile(x, q, axis=1, keepdims=True)
     shares = np.stack([part.mean(axis=1) for part in np.array_split(below, BLOCKS, axis=1)], axis=1)
     error = np.maximum(shares.std(axis=1, ddof=1) / math.sqrt(BLOCKS), math.sqrt(q * (1 - q) / n))
+    # 2. bounds of that share, converted to ranks
     half = special.stdtrit(BLOCKS - 1, (1 + min(level + _TAIL, 0.9999)) / 2) * error
     low, high = np.floor((q - half) * n).astype(int) - 1, np.ceil((q + half) * n).astype(int)
     outside = (low < 0) | (high > n - 1)
+    # 3. the samples of these ranks
     ordered = np.sort(x, axis=1)
     bounds = [np.take_along_axis(ordered, np.clip(at, 0, n - 1)[:, None], axis=1)[:, 0] for at in (low, high)]
     return np.where(outside, np.nan, bounds[0]), np.where(outside, np.nan, bounds[1])
 
 
 def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
-    """Sum and count of the values of each cluster; every value is its own cluster where there are none."""
+    """Sum and count of the values of each cluster; without clusters, each value is its own."""
     if clusters is None:
         return values, np.ones_like(values)
     if len(clusters) != len(values):
@@ -268,7 +280,8 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[F
 
 
 def _cut(n: int) -> int:
-    """Samples that are trimmed at either end; with fewer than six, those left could not carry an interval."""
+    """Number of samples trimmed at either end; none with fewer than six, because too few would remain for an
+    interval."""
     return int(TRIM * n) if n > 5 else 0
 
 
@@ -286,7 +299,7 @@ def _location(x: Floats, successive: bool, level: float) -> Value:
 
 
 def _range(x: Floats, value: float, n: int) -> Value:
-    """Smallest and largest; a single sample has neither, and samples that are all alike are exact."""
+    """The range from smallest to largest; a single sample has none, and samples that are all equal are exact."""
     if n < 2:
         return Value(value, n=n)
     if np.ptp(x) <= 1e-12 * np.abs(x).max():
@@ -295,7 +308,7 @@ def _range(x: Floats, value: float, n: int) -> Value:
 
 
 def _exp(found: Value, value: float) -> Value:
-    """The result on logs as one on the scale of the samples, where it lies in its bounds despite rounding."""
+    """Converts a result on logs to the scale of the samples; its bounds contain the value despite rounding."""
     lo, hi = (None if end is None else math.exp(min(end, 700.0)) for end in (found.lo, found.hi))
     lo, hi = (None if lo is None else min(lo, value)), (None if hi is None else max(hi, value))
     return Value(value, lo, hi, found.n, kind=found.kind, method=found.method, df=found.df)

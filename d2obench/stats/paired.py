@@ -1,4 +1,5 @@
-"""Two arms on the same items: the exact test for right or wrong answers, and the smallest change they could show."""
+"""Tests of two arms on the same items: the exact test for right or wrong answers, and the smallest change they could
+show."""
 
 from __future__ import annotations
 

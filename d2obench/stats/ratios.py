@@ -1,9 +1,9 @@
-"""Ratios of two caches that were measured beside each other: the one place where they are defined and computed.
+"""Ratios of two caches that were measured side by side; defined and computed only here.
 
 The runner records the ratios to the full cache, a report adds those to StreamingLLM, to the library's caches and to
-D2O's rivals, and a gate compares the same ratios of two revisions. All of them are pairs: what slows the machine down
-for a while slows both sides of a pair. A pair is a round of whole requests; for the time of decode steps it is a sweep
-of windows (:mod:`d2obench.measure.windows`) where both caches were measured in windows.
+D2O's rivals, and a gate compares the same ratios of two revisions. All of them are computed from pairs, because what
+slows the machine down for a while slows both sides of a pair. A pair is a round of whole requests; for the time of
+decode steps it is a sweep of windows (:mod:`d2obench.measure.windows`) if both caches were measured in windows.
 """
 
 from __future__ import annotations

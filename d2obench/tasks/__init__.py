@@ -1,10 +1,10 @@
-"""Quality tasks: how much a compressed cache still knows.
+"""Quality tasks: how much information a compressed cache still holds.
 
-One file a task; ``base`` says what a task is, ``generate`` is the loop of those whose model answers, ``data`` reads
-records, ``prompts`` and ``text`` make prompts, ``scoring`` compares answers. Tasks import the cache, the models and the
-measurements; only ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps names to import paths, so that
-asking for a task imports neither torch nor datasets. The timed task, ``speed``, belongs to ``run``; only its name is
-known here.
+There is one file per task. ``base`` defines what a task is, ``generate`` is the loop of tasks in which the model
+answers, ``data`` reads records, ``prompts`` and ``text`` make prompts, ``scoring`` compares answers. Tasks import the
+cache, the models and the measurements; only ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps
+names to import paths, so that looking up a task imports neither torch nor datasets. The timed task, ``speed``, belongs
+to ``run``; only its name is known here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ REGISTRY = Registry(
 
 
 def parse_task(text: str) -> Task:
-    """The task that ``recall(items=4)`` stands for, with its parameters set.
+    """Parses a task such as ``recall(items=4)``.
 
     Raises:
         UsageError: an unknown task, an unknown parameter, or a value of the wrong type or range.
@@ -81,7 +81,7 @@ def parse_task(text: str) -> Task:
 
 
 def read_cell(sent: Mapping[str, Any]) -> Cell:
-    """The cell that :meth:`d2obench.tasks.base.Cell.sent` wrote; ``id`` and ``hash`` may be missing.
+    """Reads the cell that :meth:`d2obench.tasks.base.Cell.sent` wrote; ``id`` and ``hash`` may be missing.
 
     Raises:
         UsageError, PolicyError: an axis that can't be read.
@@ -120,7 +120,8 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
 
 
 def _check_data_unchanged(name: str, quality: Quality) -> None:
-    """Raises where a data file was edited during the run: its figures would stand under the wrong digest."""
+    """Raises a DataError if a data file was edited during the run, because the record holds the digest of its earlier
+    content."""
     from d2obench.tasks.data import digest_of
 
     path, known = quality.data.get(name), quality.digests.get(name)
@@ -143,5 +144,5 @@ def _keeps_more_than_asked(cell: Cell, found: Evaluation) -> bool:
 
 
 def rescore(text: str, items: list[Item]) -> dict[str, Value]:
-    """The figures of a task's recorded items, computed again without the model."""
+    """Computes the figures of a task again from its recorded items, without the model."""
     return parse_task(text).rescore(items)

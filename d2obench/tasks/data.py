@@ -1,7 +1,7 @@
 """Records of an evaluation set: from the hub, pinned, or from a local file of the same schema.
 
-Local files are json (a list, or an object with one list in it), jsonl, csv or parquet, told apart by their suffix.
-Every record is checked here, when the file is read, against the fields that the task needs. A malformed one is a
+Local files are json (a list, or an object with one list in it), jsonl, csv or parquet, determined by their suffix.
+Every record is checked when the file is read, against the fields that the task needs. A malformed record raises a
 DataError that names the file, the line and the field.
 """
 
@@ -137,7 +137,7 @@ def hub_text(task: str, source: Source) -> str:
 
 
 def _typed(row: Row, kind: type[msgspec.Struct]) -> Row:
-    """``row`` with lists and objects that a csv file holds as JSON decoded, and without its empty fields."""
+    """The row with lists and objects decoded that a csv file stores as JSON, and without empty fields."""
     typed = dict(row)
     for item in msgspec.structs.fields(kind):
         value = row.get(item.encode_name)
@@ -152,7 +152,7 @@ def _typed(row: Row, kind: type[msgspec.Struct]) -> Row:
 
 
 def _not_unicode(record: msgspec.Struct) -> BadField | None:
-    """A field whose text can't be encoded: JSON lets half of a character stand alone, and no tokenizer reads it."""
+    """A field whose text can't be encoded: JSON allows half of a surrogate pair, which no tokenizer accepts."""
     for item in msgspec.structs.fields(record):
         try:
             str(getattr(record, item.name)).encode()

@@ -1,4 +1,4 @@
-"""Fidelity: how far a policy's predictions stray from the full cache's on the same text.
+"""Fidelity: how much a policy's predictions differ from those of the full cache on the same text.
 
 The first ``prompt`` tokens of a document are the prompt. After compression, the document's next ``gen`` tokens are fed
 one by one, whatever the model would have written (teacher forcing), and each of these steps gives a distribution to

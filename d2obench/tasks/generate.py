@@ -106,7 +106,7 @@ def generate(
 
 
 def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
-    """One batch: the log-probabilities of the candidates, then the answers (see the head of this module)."""
+    """Runs one batch: the log-probabilities of the candidates, then the answers (see the module's docstring)."""
     tokenizer, asked = loaded.tokenizer, (cell.policy.built, cell.budget)
     longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
     ids = [prompt.ids for prompt in prompts]
@@ -168,7 +168,7 @@ def compressed(
 
 
 def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """Feeds one continuation a sequence from the session's present state.
+    """Feeds one continuation per sequence, from the session's present state.
 
     Args:
         session: at the end of the prompts.
@@ -176,7 +176,7 @@ def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]
         column: the tokens of each sequence's continuation; lengths may differ.
 
     Returns:
-        For each sequence the sum of the log-probabilities in nats, and whether greedy decoding would have written it.
+        For each sequence the sum of the log-probabilities in nats, and whether greedy decoding would have produced it.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""From examples to tokens: chat template, truncation in the middle, prompts of a wanted length, prompts for timing."""
+"""From examples to tokens: chat template, truncation in the middle, prompts of a given length, prompts for timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recall: a fact that is stated once in a generated document and asked for at its end.
+"""Recall: a fact that a generated document states once, and a question about it at the end.
 
 The model is given the question and the beginning of the answer sentence (``Otto Fenwick kept a tame fox called``) and
 must continue with one word or number. Every item has its own document, and the facts are spread over the depth of the
