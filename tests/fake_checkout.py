@@ -12,7 +12,8 @@ from typing import Any
 
 ARM: dict[str, Any] = {
     "torch": "2.0", "tpot": 0.010, "ttft": 0.1, "kept": [[20.0, 20.0], [22.0, 22.0]], "kv_bytes": 4096,
-    "digest": "ab", "rss": 500_000_000, "counts": {"ops_step": 100, "live_bytes": 5000}, "kl": [0.1, 0.12, 0.08, 0.11],
+    "digest": "ab", "rss": 500_000_000, "counts": {"ops_step": 100, "live_bytes": 5000},
+    "kl": [0.1, 0.12, 0.08, 0.11, 0.09, 0.13, 0.1, 0.07],
     "fail": "", "hang": False, "slow_once": 1.0, "flags": [],
 }  # fmt: skip
 
@@ -36,6 +37,10 @@ from pathlib import Path
 
 ARM = json.loads((Path(__file__).parents[2] / "arm.json").read_text())
 SCRATCH = Path(os.environ["FAKE_SCRATCH"])
+
+
+MODEL = dict(architecture="fake", layers=2, heads=4, kv_heads=2, head_dim=4, hidden=16, vocab=64, context=4096,
+             parameters=1000)
 
 
 def measure(args):
@@ -69,7 +74,7 @@ def main():
     answers = {
         "hello": lambda args: {"torch": ARM["torch"], "transformers": "5", "python": "3"},
         "describe": lambda args: {"devices": {d: "cpu" for d in args["devices"]},
-                                  "models": {m: {"context": 4096} for m in args["models"]}},
+                                  "models": dict.fromkeys(args["models"], MODEL)},
         "environment": lambda args: {}, "refuse_busy": lambda args: {}, "load": lambda args: {},
         "count": lambda args: ARM["counts"], "measure": measure, "evaluate": evaluate,
         "warm_up": lambda args: {"decode_s": [0.01, 0.01], "stable": True},

@@ -127,7 +127,7 @@ def test_the_words_of_a_policy() -> None:
     assert parse_choice("kvpress:SnapKVPress(window_size=64)").takes_budget
     found = parse_choice("kvpress:SnapKVPress(window_size=64)").yardstick
     assert found is not None
-    assert (found.method, found.apart, found.environment) == ("SnapKVPress", True, "kvpress")
+    assert (found.method, found.isolated, found.environment) == ("SnapKVPress", True, "kvpress")
     for text, said in {
         "kvpress": "needs the name of a press",
         "kvpress:": "needs the name of a press",
@@ -141,7 +141,7 @@ def test_the_words_of_a_policy() -> None:
             parse_choice(text)
     with pytest.raises(PolicyError, match="no policy cache"):
         parse_policy("kvpress:SnapKVPress")
-    assert record_of("d2o") == {}
+    assert record_of(parse_choice("d2o")) == {}
 
 
 def test_without_it_is_one_line_with_both_ways(

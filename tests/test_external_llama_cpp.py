@@ -136,7 +136,7 @@ def test_the_words_of_the_policy() -> None:
     [
         (["--task", "speed,fidelity"], "the task 'fidelity' can't use llama.cpp"),
         (["--task", "speed", "--model", "shape:tiny"], "is no GGUF file"),
-        (["--task", "speed", "--engine", "ray"], "can't run on ray"),
+        (["--task", "speed", "--engine", "ray"], "--engine ray can't run llama.cpp"),
     ],
 )
 def test_what_it_can_not_do_is_one_line(

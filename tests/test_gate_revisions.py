@@ -127,7 +127,7 @@ def test_a_fact_that_only_one_side_can_tell_does_not_part_them(repo):
 def test_a_worse_kl_is_caught_item_by_item(repo):
     repo.suite(SUITE.replace('"speed"', '"fidelity"').replace("shape:tiny", "embedded"))
     base = repo.commit()
-    repo.work(kl=[0.2, 0.22, 0.18, 0.21])
+    repo.work(kl=[0.2, 0.23, 0.19, 0.2, 0.18, 0.23, 0.21, 0.16])
     row = find(run(repo, base), "kl")
     assert row.verdict is Verdict.REGRESSED
     assert row.effect == pytest.approx(0.1)

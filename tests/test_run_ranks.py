@@ -146,7 +146,10 @@ class Facts:
     """A worker's answers about models and devices, without one."""
 
     def __init__(self, device: str = "cpu", gpus: int = 0, kv_heads: int = 2, architecture: str = "llama") -> None:
-        model = {"context": 4096, "kv_heads": kv_heads, "architecture": architecture}
+        model = {
+            "architecture": architecture, "layers": 2, "heads": 2 * kv_heads, "kv_heads": kv_heads, "head_dim": 16,
+            "hidden": 64, "vocab": 128, "context": 4096, "parameters": 1000,
+        }  # fmt: skip
         self.devices, self.gpus, self.model = {"auto": device}, gpus, model
         self.asked: list[tuple[str, Any]] = []
 
@@ -189,7 +192,7 @@ def test_what_can_not_be_placed_is_one_clear_line(words: dict[str, str], facts: 
 def test_another_library_s_cache_runs_on_one_device() -> None:
     suite = load_suite("quick", {"models.tensor_parallel": "2", "axes.policy": "hf-quantized"})  # type: ignore[arg-type]
     with pytest.raises(D2OBenchError, match="hf-quantized runs on one device"):
-        check_placement(suite, {"devices": {"auto": "cpu"}, "models": {}})
+        check_placement(suite, {"devices": {"auto": "cpu"}}, {})
 
 
 def test_every_gpu_that_is_taken_must_be_free() -> None:

@@ -77,14 +77,14 @@ def kept_reference(share: float) -> None:
 
 def merge_weight(factor: float) -> None:
     """``kl``: evicted entries are merged with ``factor`` times their weight."""
-    from d2obench.policies import d2o, merging
+    from d2obench.policies import merging
 
     merge = merging.merge_into
 
     def heavy(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
         return merge(host, weight * factor, *pairs)
 
-    d2o.merge_into = heavy  # type: ignore[attr-defined]
+    merging.merge_into = heavy
 
 
 def zero_scores(layer: float) -> None:

@@ -149,7 +149,7 @@ def check_devices(suite: Suite) -> None:
     if alone := isolated(suite):
         raise UsageError(
             f"--engine ray can't run {next(iter(alone))}",
-            why="it needs a worker apart, and a node hosts one kind",
+            why="it needs a worker process of its own kind, and a node of the cluster hosts one kind",
             remedy="run it with --engine local or slurm, or leave it out",
         )
     kinds = {device.partition(":")[0] for device in suite.axes.device}
