@@ -81,8 +81,8 @@ def merge_weight(factor: float) -> None:
 
     merge = merging.merge_into
 
-    def heavy(host: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return merge(host, weight * factor, *pairs)
+    def heavy(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return merge(target, weight * factor, *pairs)
 
     merging.merge_into = heavy
 
