@@ -20,9 +20,9 @@ from d2obench.cli import COMMANDS, main
 from d2obench.cli.dry_run import show_plan
 from d2obench.models import Dimensions
 from d2obench.record import read_run
-from d2obench.report.display import spell
 from d2obench.run.predict import Device, predict
 from d2obench.suite.definition import Timing
+from d2obench.suite.grammar import show_duration
 
 TINY = [
     "--model",
@@ -185,7 +185,7 @@ def test_the_total_of_a_dry_run_is_bounded_but_holds_a_round(
     told = [predict(one, work.suite, DIMENSIONS, RATES).seconds or 0.0 for one in cells]
     total = sum(told) / 4 if cut else sum(told)
     last = next(line for line in out.splitlines() if "2 cells" in line)
-    assert last.rstrip().endswith(spell(total))
+    assert last.rstrip().endswith(show_duration(total))
     assert ("timing.max_seconds" in out) == cut
 
 
@@ -196,7 +196,7 @@ def test_a_dry_run_plans_without_loading_anything() -> None:
         "started = []\nsubprocess.Popen.__init__ = lambda *a, **k: started.append(a)\n"
         "try: main(['run', 'paper-throughput', '--device', 'cpu', '--dry-run'])\n"
         "except SystemExit: pass\n"
-        "print(started, [name for name in ('torch', 'transformers', 'pandas', 'datasets') if name in sys.modules])"
+        "print(started, [name for name in ('torch', 'transformers', 'pandas', 'datasets', 'scipy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] []"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from d2obench.report.display import STATES, LiveDisplay, PlainDisplay, QuietDisplay, display, spell
+from d2obench.report.display import STATES, LiveDisplay, PlainDisplay, QuietDisplay, display
+from d2obench.suite.grammar import show_duration
 
 
 class Terminal(io.StringIO):
@@ -145,4 +146,4 @@ def test_the_worker_is_looked_at_at_every_drawing(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (7500, "2 h 05 min")])
 def test_time_in_words(seconds: float, words: str) -> None:
-    assert spell(seconds) == words
+    assert show_duration(seconds) == words

@@ -32,9 +32,9 @@ def show_plan(plan: Plan, rates: Callable[[str, str], Device] | None = None) -> 
         plan: what would run.
         rates: of a device and a dtype; found in this process where it is left out.
     """
-    from d2obench.report.display import spell
     from d2obench.run.plan import group
     from d2obench.run.predict import rates_here
+    from d2obench.suite.grammar import show_duration
 
     rates = rates or rates_here
     known: dict[tuple[str, str], Device] = {}
@@ -46,14 +46,14 @@ def show_plan(plan: Plan, rates: Callable[[str, str], Device] | None = None) -> 
         if kind not in known:
             known[kind] = rates(*kind)
         _show_group(plan, together, known[kind], total, width)
-    print(f"\n{f'{len(plan.cells)} cells':{width}}  {_size(total.memory):>11}  {spell(total.seconds):>10}\n")
+    print(f"\n{f'{len(plan.cells)} cells':{width}}  {_size(total.memory):>11}  {show_duration(total.seconds):>10}\n")
     _explain(plan, total, known)
 
 
 def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Total, width: int) -> None:
     """Prints the cells that are measured together and adds them to the total."""
-    from d2obench.report.display import spell
     from d2obench.run.predict import predict
+    from d2obench.suite.grammar import show_duration
 
     timing, told = plan.suite.timing, 0.0
     for cell in together:
@@ -65,7 +65,7 @@ def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Tot
         told += seconds or 0.0
         total.memory = max(total.memory, memory or 0.0)
         total.unknown += seconds is None
-        print(f"{cell.id:{width}}  {_size(memory):>11}  {'–' if seconds is None else spell(seconds):>10}")
+        print(f"{cell.id:{width}}  {_size(memory):>11}  {'–' if seconds is None else show_duration(seconds):>10}")
     sys.stdout.flush()
     bound = max(timing.max_seconds, told / timing.rounds)  # the first round is measured whole
     if together[0].timed and told > bound:

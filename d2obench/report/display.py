@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
+from d2obench.suite.grammar import show_duration
+
 STATES = ("waiting", "running", "ok", "oom", "skipped", "failed", "incomparable")
 ENDED = STATES[2:]
 STYLES = {
@@ -85,13 +87,13 @@ class _Progress:
         waiting = [cell for cell, (state, _) in self.states.items() if state not in ENDED]
         if any(self.expected.get(cell) for cell in waiting):
             seconds = sum(self.expected.get(cell, 0.0) * (1 - self.shares.get(cell, 0.0)) for cell in waiting)
-            return f"about {spell(seconds)} left"
+            return f"about {show_duration(seconds)} left"
         work = sum(self.shares.values())
         total = work + sum(
             1 - self.shares.get(cell, 0.0) for cell, (state, _) in self.states.items() if state not in ENDED
         )
         seconds = (self.clock() - self.begun) * (total / work - 1) if work else 0.0
-        return f"about {spell(seconds)} left" if seconds > 0 else ""
+        return f"about {show_duration(seconds)} left" if seconds > 0 else ""
 
 
 class PlainDisplay:
@@ -186,7 +188,7 @@ class LiveDisplay:
             self._live.stop()
             states = [state for state, _ in self._progress.states.values()]
             counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
-            self.note(f"{counts or 'no cells'} in {spell(self._progress.clock() - self._progress.begun)}")
+            self.note(f"{counts or 'no cells'} in {show_duration(self._progress.clock() - self._progress.begun)}")
 
     def _draw(self):  # type: ignore[no-untyped-def]
         from rich.console import Group
@@ -248,14 +250,6 @@ def display(
     if quiet:
         return QuietDisplay()
     return PlainDisplay(stream) if plain or not stream.isatty() else LiveDisplay(stream, vitals=vitals)
-
-
-def spell(seconds: float) -> str:
-    """``40 s``, ``3 min``, ``2 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _clean(text: str) -> str:

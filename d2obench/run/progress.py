@@ -15,7 +15,6 @@ import msgspec
 import psutil
 
 from d2obench.measure.nvml import slowdown_names
-from d2obench.measure.summarise import narrowness, tpot
 from d2obench.measure.trace import RequestTrace
 from d2obench.metric import show
 from d2obench.run.worker_client import WorkerClient
@@ -49,6 +48,8 @@ def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: 
         timing: how many there may be.
         number: the round that begins, from 0.
     """
+    from d2obench.measure.summarise import narrowness, tpot  # brings scipy, which a plan needs not
+
     text = f"round {number + 1}/{timing.max_rounds}"
     rounds = msgspec.convert(raw, list[RequestTrace])
     if not rounds:

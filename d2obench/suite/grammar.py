@@ -195,6 +195,14 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def show_duration(seconds: float) -> str:
+    """``40 s``, ``3 min``, ``2 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def _bracketed(rest: str, text: str, what: str) -> tuple[str, str]:
     depth = 0
     for i, char in enumerate(rest):
