@@ -196,7 +196,8 @@ def test_a_dry_run_plans_without_loading_anything() -> None:
         "started = []\nsubprocess.Popen.__init__ = lambda *a, **k: started.append(a)\n"
         "try: main(['run', 'paper-throughput', '--device', 'cpu', '--dry-run'])\n"
         "except SystemExit: pass\n"
-        "print(started, [name for name in ('torch', 'transformers', 'pandas', 'datasets', 'scipy') if name in sys.modules])"
+        "heavy = 'torch', 'transformers', 'pandas', 'datasets', 'scipy'\n"
+        "print(started, [name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] []"
