@@ -155,7 +155,7 @@ class CompressedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context: the tokenizer's first token, otherwise its end-of-text token."""
+        """The token before a text without a context: the begin-of-text token, otherwise the end-of-text token."""
         found = getattr(self.tokenizer, "bos_token_id", None)
         found = self.tokenizer.eos_token_id if found is None else found
         if found is None:
