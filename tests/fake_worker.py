@@ -8,7 +8,8 @@ a line for every request), ``bias`` (a sampled request's time ÷ that of a full 
 (a file that gets the node, the begin and the end of each), ``visible`` (a file that gets the worker's pid and the GPUs
 it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that makes it has another GPU than the rest),
 ``stuck`` (policies whose session can't go back, so that they have no windows), ``wild`` (so many rounds of windows are
-disturbed in each process, the first ones), ``oom_held`` (policies that run out of memory beside others).
+disturbed in each process, the first ones), ``oom_held`` (policies that run out of memory beside others),
+``faulty`` (policies whose prompt is refused).
 
 Three settings hold a request up until something has happened, so that no test depends on how fast it is: ``until``
 (a count and a file: the requests after so many lines of ``log`` wait until the file is there), ``meet`` (with
@@ -27,7 +28,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from d2obench.errors import OutOfMemory
+from d2obench.errors import OutOfMemory, UsageError
 from d2obench.run.worker import main
 from d2obench.run.worker_model import Worker
 
@@ -93,6 +94,8 @@ class Fake(Worker):
 
     def measure(self, args: Any, report: Any) -> Any:
         self._act("measure", args["axes"]["policy"], args)
+        if args["axes"]["policy"] in FAKE.get("faulty", ()):
+            raise UsageError("a prompt that is too long")
         if args["batch"] > FAKE.get("fits", args["batch"]):
             raise OutOfMemory("out of memory in prefill")
         return {"trace": trace(args), "model": MODEL}
@@ -102,6 +105,8 @@ class Fake(Worker):
         self._act("hold", policy, args)
         if policy in FAKE.get("stuck", ()):
             return {"why": "it can't go back"}
+        if policy in FAKE.get("faulty", ()):
+            raise UsageError("a prompt that is too long")
         if policy in FAKE.get("oom_held", ()):
             raise OutOfMemory("out of memory in prefill")
         self.kept = [*getattr(self, "kept", []), args["cell"]]

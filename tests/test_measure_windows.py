@@ -81,11 +81,20 @@ def test_a_plan_for_a_short_generation_comes_back_and_one_for_a_long_one_reaches
     assert long.samples
 
 
-def test_windows_are_left_out_of_a_plan_that_would_take_too_long() -> None:
-    whole = plan_windows(8191, [1.0, 2.0], windows=32, window_s=0.1, depths=6)
-    cut = plan_windows(8191, [1.0, 2.0], windows=32, window_s=0.1, depths=6, most_s=150.0)
-    assert (whole.sweeps, cut.sweeps) == (8, 4)  # a sweep: 4 depths × (2 + 1) steps × 3 s
-    assert plan_windows(8191, [1.0, 2.0], windows=32, window_s=0.1, depths=6, most_s=1.0).sweeps == 2
+def test_a_plan_that_would_take_too_long_has_fewer_depths_first_and_then_fewer_sweeps() -> None:
+    """Sweeps are the samples of an interval; a round of windows takes (2 + 1) steps × 3 s."""
+
+    def planned(most_s: float) -> tuple[int, int]:
+        plan = plan_windows(8191, [1.0, 2.0], windows=32, window_s=0.1, depths=6, most_s=most_s)
+        return plan.depths, plan.sweeps
+
+    assert [planned(seconds) for seconds in (1000.0, 150.0, 100.0, 50.0, 1.0)] == [
+        (4, 8),
+        (2, 8),
+        (1, 11),
+        (1, 5),
+        (1, 2),
+    ]
 
 
 def window(process: int = 0, sweep: int = 0, depth: int = 0, step_s: float = 1.0, **more: Any) -> Window:
@@ -210,7 +219,8 @@ class Scripted:
         self.machine.t += 1000.0
         self.position += tokens
 
-    def snapshot(self) -> int:
+    def snapshot(self, decode_only: bool = False) -> int:
+        assert decode_only
         if not self.rewinds:
             raise ModelError("it can't be forked")
         return self.position
@@ -322,8 +332,8 @@ def test_a_session_that_can_t_skip_is_refused_before_anything_is_timed() -> None
 
 @pytest.mark.parametrize(
     ("policy", "budget"),
-    [("d2o", "0.3"), ("h2o", "0.3"), ("cam", "0.3")]
-    + [(name, None) for name in ("full", "hf-dynamic", "hf-static", "sdpa-static")],
+    [(name, "0.3") for name in ("d2o", "h2o", "cam", "snapkv", "d2o+quant(bits=8)")]
+    + [(name, None) for name in ("full", "quant(bits=8)", "hf-dynamic", "hf-static", "sdpa-static")],
 )
 def test_real_caches_decode_the_same_tokens_in_turn_as_alone(tiny: Any, policy: str, budget: str | None) -> None:
     """Two caches side by side, sent back and ahead, against a plain loop over one."""

@@ -330,7 +330,7 @@ def test_the_ratio_is_the_median_over_sweeps_of_both_processes(tmp_path: Path) -
     assert details["windows"] == {
         "steps": 2, "lead": 1, "depths": 2, "sweeps": 8, "planned": 32, "repeated": 0, "disturbed": 0,
     }  # fmt: skip
-    assert h2o.values["tpot_s"].n == 64
+    assert h2o.values["tpot_s"].n == 32  # windows
     assert h2o.values["prefill_cost"].n == 2
     raw = read_samples(tmp_path, full)
     assert len(raw["windows"]) == 32 and {one["process"] for one in raw["windows"]} == {0, 1}
@@ -400,6 +400,13 @@ def test_a_cache_that_can_t_be_prefilled_fails_alone_and_the_others_decode_in_tu
     found = run(tmp_path, in_turn([cell("full"), cell("h2o"), cell("d2o")]), memory=2**34, crash=["h2o"])
     assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
     assert "SIGSEGV" in found.cells[1].reason
+    assert [found.cells[i].details["turns"] for i in (0, 2)] == ["windows", "windows"]
+
+
+def test_a_cache_that_is_refused_has_its_row_and_the_others_decode_in_turn(tmp_path: Path) -> None:
+    found = run(tmp_path, in_turn([cell("full"), cell("h2o"), cell("d2o")]), memory=2**34, faulty=["h2o"])
+    assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
+    assert found.cells[1].reason == "a prompt that is too long"
     assert [found.cells[i].details["turns"] for i in (0, 2)] == ["windows", "windows"]
 
 

@@ -158,9 +158,9 @@ class SplitState:
         """Every tensor except keys and values."""
         return [tensor for part in self.parts for tensor in part.tensors()]
 
-    def snapshot(self) -> list[Any]:
-        """A copy of everything that decoding changes, for :meth:`restore`."""
-        return [part.snapshot() for part in self.parts]
+    def snapshot(self, decode_only: bool = False) -> list[Any]:
+        """A copy of everything that decoding changes, for :meth:`restore`; see :meth:`DecodeState.snapshot`."""
+        return [part.snapshot(decode_only) for part in self.parts]
 
     def restore(self, saved: list[Any]) -> None:
         """Copies the contents of a :meth:`snapshot` back, in place."""

@@ -298,14 +298,15 @@ class PolicyCache(AttendingCache):
             merged = [a + b for a, b in zip(merged, self.state.merged.tolist(), strict=True)]
         return merged, evicted
 
-    def snapshot(self) -> Any:
+    def snapshot(self, decode_only: bool = False) -> Any:
         """A copy of everything that decoding changes.
 
-        Entries of a layer are never written in place, so references to them are enough; slots are copied.
+        Entries of a layer are never written in place, so references to them are enough; slots are copied, unless
+        ``decode_only`` allows to leave them (see :meth:`DecodeState.snapshot`).
         """
         # 1. The cache's own fields, 2. those of its layers, 3. the slots and what is known of them.
         own = {name: getattr(self, name) for name in LIVING}
-        return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot()
+        return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot(decode_only)
 
     def restore(self, saved: Any) -> None:
         """Brings back a :meth:`snapshot`. Slots are written in place, so that a captured graph still fits them."""

@@ -283,10 +283,15 @@ class Session:
         )
 
     @torch.inference_mode()
-    def snapshot(self) -> Any:
-        """A copy of the compressed state, which :meth:`restore` can bring back any number of times."""
+    def snapshot(self, decode_only: bool = False) -> Any:
+        """A copy of the compressed state, which :meth:`restore` can bring back any number of times.
+
+        Args:
+            decode_only: nothing but :meth:`step` and :meth:`skip_to` comes before each :meth:`restore`; the full cache
+                then needs no copy of its entries.
+        """
         self._check_begun("snapshot")
-        return self.cache.snapshot(), self._positions.clone(), self._mask
+        return self.cache.snapshot(decode_only), self._positions.clone(), self._mask
 
     @torch.inference_mode()
     def restore(self, saved: Any) -> None:

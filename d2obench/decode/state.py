@@ -281,15 +281,23 @@ class DecodeState:
         """Every tensor except keys and values, for snapshots and for counting bytes."""
         return [*self._living(), *self.store.work(), *self.backend.tensors()]
 
-    def snapshot(self) -> tuple[Any, ...]:
-        """A copy of everything that decoding changes, for :meth:`restore`; work buffers are not copied."""
-        return self.store.snapshot(), [tensor.clone() for tensor in self._living()], self.added, self.steps
+    def snapshot(self, decode_only: bool = False) -> tuple[Any, ...]:
+        """A copy of everything that decoding changes, for :meth:`restore`; work buffers are not copied.
+
+        Args:
+            decode_only: nothing but decode steps and :meth:`skip` comes before :meth:`restore`. A cache that grows then
+                needs no copy of its entries: it only writes behind those it holds now.
+        """
+        appends = decode_only and self.grows and type(self.store) is DenseStore
+        entries = None if appends else self.store.snapshot()
+        return entries, [tensor.clone() for tensor in self._living()], self.added, self.steps
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         """Copies the contents of a :meth:`snapshot` back, in place, so that addresses held by backends and graphs stay
         valid."""
         # 1. keys and values, then every tensor that a step changes
-        self.store.restore(saved[0])
+        if saved[0] is not None:
+            self.store.restore(saved[0])
         for tensor, old in zip(self._living(), saved[1], strict=True):
             tensor.copy_(old)
         # 2. the host's counters, and what is derived from them

@@ -120,7 +120,7 @@ class KvpressSession(LibrarySession):
         )
 
     @torch.inference_mode()
-    def snapshot(self) -> Any:
+    def snapshot(self, decode_only: bool = False) -> Any:
         """References to the tensors: a dynamic layer never modifies a tensor in place, so no copy is needed."""
         return [
             ([dict(vars(layer)) for layer in cache.layers], positions.clone(), masks)

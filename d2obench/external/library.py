@@ -91,7 +91,7 @@ class LibrarySession(Session):
         self._positions += tokens
 
     @torch.inference_mode()
-    def snapshot(self) -> Any:
+    def snapshot(self, decode_only: bool = False) -> Any:
         """The present state of the cache, to which :meth:`restore` can return any number of times.
 
         Keys and values are not copied: a growing cache makes new tensors, and a preallocated one only writes after its
@@ -218,7 +218,7 @@ class QuantisedSession(LibrarySession):
         return dataclasses.replace(super().footprint(), kv_bytes=size, prompt_kv_bytes=self._prompt_bytes or size)
 
     @torch.inference_mode()
-    def snapshot(self) -> Any:
+    def snapshot(self, decode_only: bool = False) -> Any:
         """References to the tensors: its layers never modify a tensor in place, so no copy is needed."""
         return [dict(vars(layer)) for layer in self.cache.layers], self._positions.clone(), self._mask
 

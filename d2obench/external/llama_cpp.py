@@ -172,7 +172,7 @@ class LlamaCppSession(Session):
         none = [0] * self.loaded.layers
         return Footprint(bytes_, bytes_, 0, self._lengths, None, kept, held, 1.0, none, none)
 
-    def snapshot(self) -> Any:
+    def snapshot(self, decode_only: bool = False) -> Any:
         """Not supported: this engine is timed only."""
         raise ModelError("llama.cpp can't be forked", remedy="use --task speed")
 

@@ -71,10 +71,17 @@ class Disturbance(NamedTuple):
         return found
 
 
-def load(root: Path = Path("/")) -> Load:
-    """The counters now, as the process that does the work sees them; ``root`` is where ``proc`` and ``sys`` are."""
+def load(root: Path = Path("/"), *, waits: bool = False) -> Load:
+    """The counters now, as the process that does the work sees them.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+        waits: read ``waited``, too. It tells of others only where this process runs no more threads than there are
+            CPUs, as in windows; while a request is measured, the threads that sample its memory wait for their turn.
+    """
     busy, stolen = _cpu(root)
-    return Load(time.monotonic(), busy, stolen, time.process_time(), _throttled(root), _waited(root))
+    waited = _waited(root) if waits else None
+    return Load(time.monotonic(), busy, stolen, time.process_time(), _throttled(root), waited)
 
 
 def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:

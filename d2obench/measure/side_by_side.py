@@ -1,8 +1,9 @@
 """Several caches in one process that decode in turn; :mod:`d2obench.measure.windows` describes the design.
 
 A cache is prefilled once and can then be moved to any step of its generation: back to the beginning by restoring a
-snapshot taken there, and forward by :meth:`Request.skip_to`, which makes sizes correct and contents placeholders.
-Because of this snapshot a cache counts twice when it is computed whether all of them fit into memory.
+snapshot taken there, and forward by :meth:`Request.skip_to`, which makes sizes correct and contents placeholders. The
+snapshot of a cache that evicts is a copy, so such a cache counts twice when it is computed whether all of them fit into
+memory; a cache that only grows needs no copy.
 """
 
 from __future__ import annotations
@@ -26,10 +27,15 @@ from d2obench.measure.warmup import WINDOW, WINDOWS, WarmUp, until_stable
 from d2obench.measure.windows import RoundOfWindows, Window
 
 
+def read_load() -> Load:
+    """The counters of the system, those of this process's threads among them."""
+    return load(waits=True)
+
+
 class Rewindable(Request, Protocol):
     """The methods that a session needs in addition to those of :class:`Request`."""
 
-    def snapshot(self) -> Any: ...
+    def snapshot(self, decode_only: bool = False) -> Any: ...
     def restore(self, saved: Any) -> None: ...
 
 
@@ -46,7 +52,7 @@ class HeldCache:
 
     def __init__(self, session: Rewindable, first: torch.Tensor) -> None:
         self.session, self._first = session, first
-        self._beginning = session.snapshot()
+        self._beginning = session.snapshot(decode_only=True)
         self._at, self._token = 0, first
         self._logits = torch.zeros(0)  # of the last step
 
@@ -145,7 +151,7 @@ def decode_in_turn(
     steps: int,
     clock: Clock,
     origin: float,
-    read_load: Callable[[], Load] = load,
+    read_load: Callable[[], Load] = read_load,
     read_gpu: Callable[[], tuple[float | None, ...]] | None = None,
     cores: int | None = None,
 ) -> list[tuple[str, Window]]:

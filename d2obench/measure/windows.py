@@ -155,16 +155,16 @@ def plan_windows(
         windows: windows of each cache, about.
         window_s: how long a window of the fastest cache is to take, in seconds.
         depths: at how many depths they lie at most.
-        most_s: seconds that all windows may take together; sweeps are left out until they do, down to two.
+        most_s: seconds that all windows of all caches may take together; fewer are planned until they do, down to two.
     """
     costs = list(step_s)
     steps = max(1, min(max(2, math.ceil(window_s / max(min(costs), 1e-9))), total - LEAD))
     width = steps + LEAD
     places = max(1, total // width)
+    if math.isfinite(most_s):
+        windows = max(2, min(windows, int(most_s / (width * sum(costs)))))
     depths = max(1, min(depths, windows // SWEEPS, places))
     sweeps = max(1, windows // depths)
-    affordable = int(most_s / (depths * width * sum(costs))) if math.isfinite(most_s) else sweeps
-    sweeps = max(min(2, sweeps), min(sweeps, affordable))
     return WindowPlan(total, steps, LEAD, depths, sweeps, min(sweeps, places // depths))
 
 

@@ -72,10 +72,11 @@ def window_obstacles(
     free = SHARE * free_bytes(device)
     needed = memory_of(left[0], model, 0) + max(_prefill_bytes(cell, model) for cell in left)
     for cell in sorted(left, key=lambda one: one.axes.policy != "full"):  # the cache the others are compared with first
-        needed += 2 * _held_bytes(cell, model)
+        held = (2 if cell.budget else 1) * _held_bytes(cell, model)
+        needed += held
         if needed > free:
             found[cell.id] = f"no memory beside the others: {needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
-            needed -= 2 * _held_bytes(cell, model)
+            needed -= held
     return found
 
 
@@ -121,8 +122,9 @@ class WindowStage:
                     refused |= {cell.id: f"decoding in turn failed: {problem}" for cell in live}
                 else:
                     self._log.fail(self._holding, problem, self._samples[self._holding.id])
-            except D2OBenchError as problem:
-                refused |= {cell.id: f"decoding in turn failed: {problem}" for cell in live}
+            except D2OBenchError as problem:  # its request will meet the same error and end the cell
+                concerned = live if self._holding is None else [self._holding]
+                refused |= {cell.id: f"decoding in turn failed: {problem}" for cell in concerned}
             client.close()  # whatever it holds goes with it
         return refused
 
