@@ -454,14 +454,14 @@ def test_on_a_busy_machine_nothing_is_said_of_speed(tmp_path: Path) -> None:
 
 
 def test_flags_say_what_they_mean_and_counts_do_not_part_them(tmp_path: Path) -> None:
-    flags = [(f"{count} of 24 windows left out: other load",) for count in (3, 5)]
+    flags = [(f"{count} of 24 windows left out: {kind}",) for count, kind in ((3, "other load"), (5, "stolen CPU"))]
     cells = [
         made.record(made.axes("speed", policy, shape="64+8", batch=1), values={"kv_bytes": Value(1.0)}, flags=found)
         for policy, found in zip(("full", "h2o"), flags, strict=True)
     ]
     notes = build([made.write_run(tmp_path, "flags", cells)]).notes
     assert notes[0] == (
-        "2 cells carry the flag “some windows left out: other load”: they were disturbed by other work and are in no "
+        "2 cells carry the flag “some windows left out”: they were disturbed by other work and are in no "
         "figure of time."
     )
 

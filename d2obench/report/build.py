@@ -44,8 +44,8 @@ FLAGS = {
     "busy machine": "other work disturbed most of its timings, so there is no verdict on its speed",
 }
 """How a flag begins → what it means for the reader."""
-_COUNTS = re.compile(r"^\d+ of \d+ ")
-"""Begins flags that count rounds or windows, differently in each cell."""
+_COUNTED = re.compile(r"^\d+ of \d+ ((?:windows|rounds) [a-z ]+):.*")
+"""Flags that count rounds or windows, and name what disturbed them, differently in each cell."""
 _PLACES = {key: place for place, key in enumerate(METRICS)}
 
 
@@ -213,7 +213,7 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
 
 def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
     """What else a reader should know: the flags of cells and what they mean for him."""
-    flags = Counter(_COUNTS.sub("some ", flag) for _, run in runs for cell in run.cells for flag in cell.flags)
+    flags = Counter(_COUNTED.sub(r"some \1", flag) for _, run in runs for cell in run.cells for flag in cell.flags)
     for flag, count in flags.most_common(MAX_FLAGS):
         meaning = next((words for begin, words in FLAGS.items() if flag.startswith(begin)), "")
         cells = f"{count} cells carry" if count > 1 else "1 cell carries"
