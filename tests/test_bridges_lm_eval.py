@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("lm_eval", reason="needs the package lm_eval: pip install -e '.[test-all]'")
 
@@ -16,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from d2obench.bridges.lm_eval import register
-from d2obench.bridges.lm_eval_model import CompressedLM
+from d2obench.bridges.lm_eval_model import CompressedLM, batches, window
 from d2obench.errors import D2OBenchError, UsageError
 from d2obench.models import LoadedModel
 
@@ -274,3 +277,31 @@ def test_the_real_model_scores_as_the_harness_s_own_does(embedded: LoadedModel) 
             assert [best for _, best in found] == [best for _, best in wanted]
             wanted, found = [value for value, _ in wanted], [value for value, _ in found]
         assert found == (wanted if kind == "generate_until" else pytest.approx(wanted, abs=5e-3))
+
+
+sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 60)).filter(lambda s: sum(s) <= 100), max_size=12)
+
+
+@given(sizes, st.integers(1, 5))
+def test_batches_hold_everything_once_and_fit(found: list[tuple[int, int]], batch: int) -> None:
+    parts = list(batches(found, batch, 100))
+    assert sorted(i for part in parts for i in part) == list(range(len(found)))
+    for part in parts:
+        prompts, news = zip(*(found[i] for i in part), strict=True)
+        assert len(part) <= batch
+        assert max(prompts) - 1 + max(news) <= 100
+        assert (1 in prompts) == (max(prompts) == 1)
+    assert all(found[a[-1]][0] >= found[b[0]][0] for a, b in pairwise(parts))
+
+
+@given(st.integers(1, 80), st.integers(0, 40), st.booleans())
+def test_a_window_scores_the_whole_continuation_once(before: int, after: int, rolling: bool) -> None:
+    context, continuation = list(range(before)), list(range(1000, 1000 + after))
+    item = window(context, continuation, 60, rolling=rolling)
+    assert [*item.prompt[item.opening :], *item.rest] == continuation
+    assert len(item.prompt) + len(item.rest) <= 61
+    assert item.prompt[: item.opening] == tuple(context[-item.opening :])
+    if rolling:
+        assert len(item.rest) <= len(item.prompt)
+    elif item.opening > 1:
+        assert len(item.prompt) == item.opening

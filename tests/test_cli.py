@@ -16,6 +16,7 @@ from runs import cell, checked
 from waiting import LIMIT_S, wait_for
 
 from d2obench import __version__
+from d2obench.bridges import lm_eval
 from d2obench.cli import COMMANDS, main
 from d2obench.cli.dry_run import show_plan
 from d2obench.models import Dimensions
@@ -251,3 +252,18 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     assert not run.missing
     assert [cell.status for cell in run.cells] == ["ok", "ok"]
     assert run.cells[1].values["speedup"].n > 1
+
+
+def test_without_the_harness_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    assert lm_eval.main() == 2
+    wanted = "d2obench: this command needs lm-evaluation-harness; install it: pip install 'd2obench[lm-eval]'\n"
+    assert capsys.readouterr().err == wanted
+
+
+def test_the_bridge_to_the_harness_imports_nothing_heavy_before_it_is_asked_for() -> None:
+    code = "import sys, d2obench.bridges.lm_eval; print({'torch', 'transformers', 'lm_eval'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
