@@ -50,10 +50,16 @@ def rounding(policy: str) -> float:
     return 0.3 if "quant" in policy else 1e-4
 
 
-@pytest.mark.parametrize(
-    ("policy", "family"),
-    [*itertools.product(own_policies(), CONFIGS), *itertools.product(VARIANTS, FEW)],
-)
+def pairs() -> list[Any]:
+    """Policies with families. Slow ones: those of which neither the policy nor the family is special."""
+    found = []
+    for policy, family in [*itertools.product(own_policies(), CONFIGS), *itertools.product(VARIANTS, FEW)]:
+        slow = family not in FEW and policy not in ("full", "h2o", "d2o")
+        found.append(pytest.param(policy, family, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+@pytest.mark.parametrize(("policy", "family"), pairs())
 def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str) -> None:
     model, texts = tiny_model(family), prompts(30, 19, 30)
     together, footprint = drive(model, policy, "0.4", texts)
