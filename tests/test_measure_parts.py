@@ -107,8 +107,7 @@ def test_the_task_gives_shares_that_add_up(tiny: LoadedModel) -> None:
     assert {"step_share:attention", "step_share:loop", "step_share:MLP"} <= shares.keys()
     assert all(0 <= (value.value or 0) <= 1 for value in shares.values())
     assert found.values["loop_overhead"] == shares["step_share:loop"]
-    assert found.values["ranges_overhead"].n == 4
-    assert found.values["tpot_s"].n == 4
+    assert (found.values["ranges_overhead"].n, found.values["tpot_s"].n) == (4, 2)  # blocks, documents
 
 
 def test_shares_are_made_again_from_the_items() -> None:
@@ -116,7 +115,7 @@ def test_shares_are_made_again_from_the_items() -> None:
     bare = [{"seconds": 1.6, "steps": 4, "parts": {}}] * 2
     item = {"id": "a", "document": "a", "prefill": {**blocks[0], "steps": 1}, "marked": blocks, "bare": bare}
     found = parse_task("kernels").rescore([item, item])
-    assert found["step_share:attention"] == Value(0.75, 0.75, 0.75, 4)
+    assert found["step_share:attention"].value == 0.75
     assert found["prefill_share:loop"].value == 0.25
     assert found["tpot_s"].value == pytest.approx(0.4)
     assert found["ranges_overhead"].value == pytest.approx(0.25)

@@ -31,7 +31,7 @@ def test_memory_of_a_cpu() -> None:
     text, share = so_far("c", rounds(2, **line, **peaks), TIMING, 2)
     assert text.startswith("round 3/9  TPOT ")
     assert text.endswith("  421 MiB now, 455 peak")
-    assert share == pytest.approx(4 / 5)  # narrow enough: three rounds will do
+    assert share == pytest.approx(4 / 11)  # two rounds carry no interval, so all rounds are still to come
 
 
 def test_memory_clock_and_throttle_of_a_gpu() -> None:

@@ -139,7 +139,8 @@ def test_two_cells_never_share_a_device(tmp_path: Path, nodes: Nodes) -> None:
     for line in spans.read_text().splitlines():
         node, began, ended = line.split()
         busy.setdefault(node, []).append((float(began), float(ended)))
-    assert sum(map(len, busy.values())) == 2 * 3 * 4  # two runs of three groups: count, warm-up and two rounds
+    # two runs of three groups: count, warm-up and two rounds; a disturbed round is measured again
+    assert sum(map(len, busy.values())) >= 2 * 3 * 4
     for times in busy.values():
         ordered = sorted(times)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))

@@ -81,7 +81,7 @@ def test_values_are_clustered_by_document() -> None:
     items = [{"document": str(i // 10), "score": float(i // 10 % 2), "nll": [1.0, 2.0]} for i in range(40)]
     found = values_of(items)
     assert list(found) == [key for key in METRICS if key in found]
-    assert (found["score"].value, found["score"].n) == (0.5, 40)
+    assert (found["score"].value, found["score"].n) == (0.5, 4)  # documents, not items
     spread = (found["score"].hi or 0) - (found["score"].lo or 0)
     alone = values_of([{**item, "document": str(i)} for i, item in enumerate(items)])["score"]
     assert spread > 1.5 * ((alone.hi or 0) - (alone.lo or 0))
