@@ -64,7 +64,7 @@ def command(
     coverage: Coverage = False,
     study_quick: StudyQuick = False,
     runs: Runs = 40,
-    minutes: Minutes = 25.0,
+    minutes: Minutes = 60.0,
     output: Output = None,
 ) -> None:
     """Tell whether this machine is fit to measure: what is here, what is missing and what to type, and the noise.

@@ -35,12 +35,10 @@ from d2obench.stats.intervals import median, proportion
 
 TRUTH, LOADS = "truth", ("quiet", "one core", "all cores", "bursts")
 SHORT = (
-    "--policy", "full,streaming,h2o,d2o", "--budget", "0.2", "--shape", "96+24", "--batch", "2",
-    "--task", "speed,fidelity(documents=6)",
+    "--policy", "full,h2o,d2o", "--shape", "192+24", "--task", "speed,fidelity(documents=6)",
+    "--rounds", "2", "--set", "timing.max_rounds=2", "--set", "timing.windows=16",
 )  # fmt: skip
-"""What is said behind ``d2obench run quick`` to make it short, beside ``--within``."""
-OVERHEAD_S = 12.0
-"""Seconds of a run for starting, loading and writing its views, about, that ``--within`` does not hold."""
+"""What follows ``d2obench run quick`` to make it short: some 40 seconds on two quiet cores."""
 _BURN = """
 import os, sys, time
 parent, on, off = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
@@ -98,8 +96,8 @@ def study(
     *,
     runs: int = 40,
     truths: int = 20,
-    minutes: float = 25.0,
-    options: Sequence[str] | None = None,
+    minutes: float = 60.0,
+    options: Sequence[str] = SHORT,
     runner: Runner | None = None,
     reader: Reader | None = None,
     watch: Callable[[str], None] = print,
@@ -110,8 +108,8 @@ def study(
         folder: holds the runs and what was found.
         runs: runs that are judged, a quarter of them under each load.
         truths: undisturbed runs beside them.
-        minutes: no run is begun after these; they are divided among the runs by ``--within``.
-        options: of ``d2obench run quick``; SHORT and ``--within`` where they are left out.
+        minutes: no run is begun after these.
+        options: of ``d2obench run quick``.
         runner: runs a command that leaves its run in a folder, and returns why it failed or nothing.
         reader: reads that folder.
         watch: is told what goes on.
@@ -125,9 +123,6 @@ def study(
             why="each of four loads needs a run, and an interval of the truth needs three",
             remedy="give --runs 4 or more",
         )
-    if options is None:
-        each = 60 * minutes / (runs + truths) - OVERHEAD_S
-        options = (*SHORT, "--within", f"{max(5.0, each):.0f}s")
     end, done = time.monotonic() + 60 * minutes, list[Tried]()
     found = QuickStudy(tuple(options), (), ())
     for name, load in plan(runs, truths):
