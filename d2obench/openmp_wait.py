@@ -3,9 +3,10 @@
 A decode step on a CPU consists of a few hundred short parallel regions. At the end of each, a thread of the OpenMP
 runtime (libgomp) waits for the other threads by spinning, by default for some milliseconds. On an idle machine that is
 fastest. If another process needs one of the cores, the spinning thread uses up the time slice in which the thread that
-it waits for could have run, and a step takes 30 times as long. A thread that spins for a few microseconds and then
-sleeps costs almost nothing on an idle machine; on a busy one a step takes twice as long, which corresponds to a fair
-share of the cores.
+it waits for could have run, and a step takes up to 30 times as long. A thread that spins for some fifty microseconds
+and then sleeps costs at most two percent on an idle machine (15 percent if it spins for seven), because that is longer
+than most of the serial work between two regions. On a busy machine a step takes about two and a half times as long,
+which is near the fair share of the cores.
 
 libgomp counts spins in pause instructions, whose duration differs tenfold between processors, so it is measured first.
 """
@@ -18,9 +19,9 @@ import platform
 import time
 from collections.abc import Mapping
 
-SPIN_S = 7e-6
-"""Seconds that a waiting thread spins: longer than threads of one region usually differ, shorter than a wake-up
-takes."""
+SPIN_S = 50e-6
+"""Seconds that a waiting thread spins: longer than most of the serial work between two parallel regions of a step,
+much shorter than a time slice of the scheduler."""
 VARIABLE = "GOMP_SPINCOUNT"
 _LOOP = """
 declare void @llvm.x86.sse2.pause()
@@ -40,7 +41,7 @@ end:
 
 
 def bounded_spin(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variable that makes OpenMP threads of a process spin for a few microseconds only, as a
+    """The environment variable that makes OpenMP threads of a process spin for :data:`SPIN_S` only, as a
     dictionary.
 
     Empty if ``environment`` already sets a wait policy, or on processors other than x86, where this has not been
