@@ -35,8 +35,8 @@ from d2obench.stats.intervals import median, proportion
 
 TRUTH, LOADS = "truth", ("quiet", "one core", "all cores", "bursts")
 SHORT = (
-    "--policy", "full,h2o,d2o", "--shape", "192+24", "--task", "speed,fidelity(documents=6)",
-    "--rounds", "2", "--set", "timing.max_rounds=2", "--set", "timing.windows=16",
+    "--policy", "full,h2o,d2o", "--shape", "128+16", "--batch", "8", "--task", "speed,fidelity(documents=6)",
+    "--rounds", "2", "--set", "timing.max_rounds=2", "--set", "timing.windows=8",
 )  # fmt: skip
 """What follows ``d2obench run quick`` to make it short: some 40 seconds on two quiet cores."""
 _BURN = """
