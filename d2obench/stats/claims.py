@@ -271,7 +271,7 @@ def ratio_of_ratios(base: Value, head: Value) -> Value:
 def _ends(metric: str, value: Value) -> tuple[float, float] | None:
     """The bounds on which a word may be based: those of an interval, or of a figure that is the same in every repeat.
 
-    Memory peaks are nearly the same in every repeat, and are judged by the range of all of them.
+    A peak of memory has a range: it carries a word only if every repeat came to the same number of bytes.
     """
     kind = METRICS[metric.partition(":")[0]].kind
     if value.value is None:
@@ -279,5 +279,6 @@ def _ends(metric: str, value: Value) -> tuple[float, float] | None:
     if value.kind == "exact" or kind in ("exact", "info"):
         return value.value, value.value
     if value.lo is None or value.hi is None:
-        return (value.value, value.value) if kind == "bounded" else None
-    return (value.lo, value.hi) if value.kind == "interval" or kind == "bounded" else None
+        return None
+    same = kind == "bounded" and value.n > 1 and value.lo == value.hi
+    return (value.lo, value.hi) if value.kind == "interval" or same else None
