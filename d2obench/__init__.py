@@ -51,4 +51,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return import_module("d2obench.cache.policy_cache").cache
+    return import_module("d2obench.cache")  # a package that can be called

@@ -27,9 +27,11 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallableModule(ModuleType):
-    """This package, made callable as the public function ``d2obench.cache(…)``.
+    """This package, which is also the public function ``d2obench.cache(…)``.
 
-    Importing a subpackage sets it as an attribute of its parent, which hides the parent's function of the same name.
+    Both names are wanted, and Python has only one attribute ``cache`` of ``d2obench`` for them: importing a package
+    sets it on its parent. A module may be given a class of its own (Python's data model, "Customizing module attribute
+    access"), so the package itself is what is called, whatever was imported first.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> PolicyCache:

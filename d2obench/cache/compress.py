@@ -1,13 +1,16 @@
 """From entries to slots, layer by layer: selection, merging, and the position of what every slot holds.
 
-Peak memory. Where no layer's budget depends on another layer, the cache packs each layer right after its attention
-over the prompt and its full keys and values are gone before the next layer runs: beside the slots, one layer's prompt
-is alive. Where budgets need the statistics of all layers first (D2O's Eq. 5), every layer's full keys and values exist
-when the prompt ends, and with them column sums of O(L) a layer; that is the peak, and it is ``full``'s own. From there
-on memory only falls: a layer's kept entries are set aside in tensors of their own size, its full ones freed, and the
-slots of all layers are allocated only when the last full layer is gone, keys first, then values, each set free while
-it is copied. So the peak is ``max(1, 1.5·ρ)`` of the prompt's keys and values, and the kept entries of one layer, for
-a budget of ρ.
+Peak memory depends on whether a layer's budget depends on other layers.
+
+If it does not, the cache packs each layer right after its attention over the prompt, and frees the layer's full keys
+and values before the next layer runs. So the peak is the slots plus the prompt of a single layer.
+
+If it does (D2O's Eq. 5 divides one budget among all layers), the full keys and values of all layers exist when the
+prompt ends, as in a full cache, together with O(L) column sums per layer. From then on memory only falls. The entries
+that a layer keeps are copied to tensors of their own size, and its full ones are freed. The slots of all layers are
+allocated once no full layer is left: first those of the keys, then those of the values, and each copy is freed as it is
+moved to its slots. For a budget of ρ the peak is therefore ``max(1, 1.5·ρ)`` times the prompt's keys and values, plus
+the kept entries of one layer.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ class Packing:
     def add(self, layer: PolicyLayer) -> None:
         """Compresses the next layer, stores what it keeps, and frees its entries."""
         assert layer.keys is not None and layer.values is not None
-        # 1. What is to be packed, and how much of it may stay.
+        # 1. the layer's entries, and how many of them may stay
         position = layer.positions()
         at = layer.index - self.first
         total, keep = position.shape[2], self.budgets[at]
@@ -106,7 +109,7 @@ class Packing:
             index = torch.arange(total, device=position.device).expand_as(position)
             self._hold(at, layer.keys, layer.values, position >= 0)
         else:
-            # 2. The policy selects and merges; with what it wants to remember.
+            # 2. the policy selects and merges; ``remembered`` is what it hands over to decoding
             entries = Entries(
                 layer.index, self.layers, layer.keys, layer.values, position, self.lengths, layer.stats, self.seed,
                 self.layout.first_head,
@@ -116,15 +119,15 @@ class Packing:
             if self.grows:
                 kept = to_the_right(kept)
             index = kept.index
-            # 3. What was evicted is counted; statistics of what stays are its first scores.
+            # 3. count what was evicted; the statistics of the kept entries are their first scores
             self.memory.append(remembered)
             self._evicted.append(kept.leaving.sum())
             self._merged.append(remembered["merged"].sum() if "merged" in remembered else 0)
             self.scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
-            # 4. The layer's full keys and values go before its kept ones are stored.
+            # 4. free the layer's full keys and values before the kept ones are stored
             layer.keys = layer.values = None
             self._hold(at, kept.keys, kept.values, kept.filled)
-        # 5. The position of what every slot holds.
+        # 5. record the position of the entry in every slot
         own = self.position[at].view(*position.shape[:2], -1)[..., : self.sizes[at]]
         record_positions(own, index, position, None if self.grows else keep + self.spare)
         layer.clear()

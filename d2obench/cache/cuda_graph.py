@@ -132,13 +132,13 @@ class Steps:
     def _capture(self, session: Session) -> bool:
         """Captures a step; False, with the reason in ``reason``, if that fails. Decodes nothing."""
         cache, state, device = session.cache, session.cache.state, session.loaded.device
-        # 1. Capturing runs the step's Python code without its kernels: what that code counts is set back afterwards.
+        # 1. capturing runs the step's Python code without its kernels, so what that code counts is reset afterwards
         counted = state.steps, state.added, cache.seen
         tokens = torch.zeros(state.store.rows // state.heads, 1, dtype=torch.long, device=device)
-        # 2. The token goes into a buffer that a replay reads; the old graph goes first, with its memory.
+        # 2. allocate the token's buffer, which every replay reads; free the old graph and its memory first
         graph = torch.cuda.CUDAGraph()
         self._drop()
-        # 3. The step itself, on the stream that the warm-up steps have set up.
+        # 3. capture the step on the stream that the warm-up steps have used
         try:
             with torch.cuda.graph(graph, stream=_stream_of(device), capture_error_mode="thread_local"):
                 logits = session.run(tokens)

@@ -170,7 +170,7 @@ class PolicyCache(AttendingCache):
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Attention over the slots for a new token, and causal attention for a prompt's block; called by a layer's
         ``attend``."""
-        # 1. A decode step works on slots.
+        # 1. a decode step attends to slots
         last, new = layer.index == len(self.own) - 1, query.shape[2]
         if self.ready:
             assert self.state is not None
@@ -181,12 +181,12 @@ class PolicyCache(AttendingCache):
                 self.seen += 1
             return out
         assert layer.keys is not None and layer.values is not None
-        # 2. The first layer tells how the block lies in the entries; all layers place theirs alike.
+        # 2. place the block among the entries; the first layer determines how, for all layers
         if layer.index == 0:
             self._measure(layer, new, mask)
         assert self.lengths is not None
         layer.place(self._block, self.lengths)
-        # 3. Causal attention over all entries, with the statistics that the policy ranks them by.
+        # 3. causal attention over all entries, with the statistics by which the policy ranks them
         needs = Needs() if self.keeps_all else self.policy.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
@@ -196,7 +196,7 @@ class PolicyCache(AttendingCache):
         if needs.window > 1 and not self.whole:
             layer.remember(query, needs.window - 1)
         layer.stats = add(layer.stats, stats)
-        # 4. Where nothing waits for other layers, the layer is compressed now.
+        # 4. compress the layer now if it does not depend on other layers
         if self._early:
             self._compress_early(layer)
         if last:
@@ -304,7 +304,7 @@ class PolicyCache(AttendingCache):
         Entries of a layer are never written in place, so references to them are enough; slots are copied, unless
         ``decode_only`` allows to leave them (see :meth:`DecodeState.snapshot`).
         """
-        # 1. The cache's own fields, 2. those of its layers, 3. the slots and what is known of them.
+        # the cache's own fields, those of its layers, then the slots and what is known of them
         own = {name: getattr(self, name) for name in LIVING}
         return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot(decode_only)
 
@@ -357,7 +357,7 @@ class PolicyCache(AttendingCache):
             tokens_to_remove: the negative number of tokens to remove, or 0 (as in transformers from 5.24 on); or the
                 positive number of tokens to keep.
 
-            Raises:
+        Raises:
             PolicyError: the policy has evicted or scored entries since then, which can't be undone.
         """
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove

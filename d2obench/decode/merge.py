@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2obench.policies.base import MergeSpec
 from d2obench.policies.merging import TINY, follow, merge_evicted, merge_weight, nearest
+from d2obench.policies.rules import MergeSpec
 from d2obench.ranges import span
 
 if TYPE_CHECKING:
@@ -119,9 +119,11 @@ class PendingMerge:
         """Finishes the merge after the last layer of a step: thresholds, counts, merged keys, and the norms of changed
         keys."""
         state, store = self.state, self.state.store
+        # 1. thresholds and counts
         followed = follow(state.threshold, self._newest(self.similarity) + 1, self.spec.beta)
         state.threshold.copy_(torch.where(self.pending, followed, state.threshold))
         state.merged += (self.weight > 0).sum(1)
+        # 2. merge the targets' keys and scores
         if self.spec.keys:
             index = store.base + self.target
             merged = torch.lerp(store.read_keys(index), self.key, self.weight.unsqueeze(-1).to(self.key.dtype))
@@ -130,6 +132,7 @@ class PendingMerge:
         if self.spec.inherit:
             gained = torch.where(self.weight > 0, self.score, 0.0)
             state.score.scatter_add_(2, self.target[..., None], gained[..., None])
+        # 3. allow the token just decoded as a merge target from now on
         self._note_norms(state.slot, store.read_keys(store.base + state.slot))
         self.target_bias.scatter_(2, state.slot[..., None], TARGET_BIAS)
 
@@ -137,15 +140,18 @@ class PendingMerge:
         """Copies the evicted entries ``[layers, rows]`` to the staging buffers, before their slots are reserved for the
         next token."""
         state, store = self.state, self.state.store
+        # 1. copy the entry's key, unit vector, value and score
         index, at = store.base + victim, victim[..., None]
         self.key.copy_(store.read_keys(index))
         self.value.copy_(store.read_values(index))
         self.queries[:, :, -1] = self.key.float() * self.inverse_norm.gather(2, at)
         self.score.copy_(state.score.gather(2, at)[..., 0])
         self.pending.copy_(state.position.gather(2, at)[..., 0] >= 0)
+        # 2. mark the slots that may be merge targets
         if self.spec.targets == "important":
             self.target_bias.fill_(TARGET_BIAS).masked_fill_(~state.important(), -torch.inf)
         self.target_bias.scatter_(2, at, -torch.inf)
+        # 3. set the similarity required for the merge
         # For β < 1, u ≥ τ_t holds exactly if u ≥ τ_{t−1}; for β = 1 it always holds (one evictee, Eq. 10). Comparing
         # with τ_{t−1} avoids the rounding of the moving average.
         least = state.threshold - 1 if self.spec.beta < 1 else torch.full_like(self.required, -torch.inf)

@@ -1,9 +1,5 @@
 """A decode step in PyTorch operators: the reference for every backend, and the fallback that handles every case.
-
-For each kind of rule in ``d2obench.policies.base`` this module defines how a step updates its statistics from the
-step's attention (:func:`observe`), which slots it frees (:func:`victims`), and which statistics are still available
-when a conversation gets another turn (:func:`known`).
-"""
+``d2obench.decode.rules`` says what it does for each kind of rule."""
 
 from __future__ import annotations
 
@@ -12,23 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from d2obench.decode import rules
 from d2obench.decode.merge import PendingMerge, merge_together
-from d2obench.policies.base import (
-    Custom,
-    DecodeRule,
-    LatestAttention,
-    LowestDraw,
-    LowestScore,
-    MeanOfLowDeviation,
-    MergeSpec,
-    Ring,
-    SpreadSpec,
-    Stats,
-)
 from d2obench.policies.random import drawn
-from d2obench.policies.roco import moments, places
+from d2obench.policies.rules import Custom, MergeSpec, Ring, SpreadSpec
 from d2obench.ranges import span
-from d2obench.slots.dense import EMPTY, NEVER, PROTECTED
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
@@ -106,11 +90,11 @@ class Backend:
         with span("scores"):
             if state.tracks:
                 state.attention /= state.group
-            observe(state, state.rule)
+            rules.observe(state, state.rule)
         place = state.steps % interval
         if place == 0:
             with span("evict"):
-                chosen = victims(state, state.rule)
+                chosen = rules.victims(state, state.rule)
             self._absorb(chosen)
             state.free_slots(chosen)
         # 3. reserve the slot of the next token
@@ -136,100 +120,6 @@ class Backend:
             state.policy.absorb_step(state, chosen)
 
 
-def begin(state: DecodeState, rule: DecodeRule | None, scores: list[Stats]) -> None:
-    """Initialises the state's fields that a rule uses from the statistics of the kept entries."""
-    match rule:
-        case LowestScore():
-            _fill(state.score, scores, "sum")
-            state.score.masked_fill_((state.position >= 0) & (state.position < _column(rule.sinks)), NEVER)
-        case MeanOfLowDeviation():
-            _fill(state.score, scores, "sum")
-            state.square = torch.zeros_like(state.score)
-            _fill(state.square, scores, "square")
-        case LowestDraw():
-            state.score = drawn(state.stream, state.position)
-        case Custom():
-            begin(state, rule.inherited, scores)
-        case _:
-            pass
-
-
-def observe(state: DecodeState, rule: DecodeRule | None) -> None:
-    """Updates a rule's statistics with the attention of a step (``state.attention``)."""
-    match rule:
-        case LowestScore():
-            state.score += state.attention
-        case MeanOfLowDeviation():
-            state.score += state.attention
-            state.square.addcmul_(state.attention, state.attention)
-        case LowestDraw():
-            at = state.slot[..., None]
-            state.score.scatter_(2, at, drawn(state.stream, state.now[None, :, None].expand(at.shape)))
-        case Custom():
-            state.policy.observe(state)
-        case _:
-            pass
-
-
-def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
-    """The slots that the next tokens will overwrite, ``[layers, rows, interval]``."""
-    match rule:
-        case LowestScore():
-            score = state.score
-            if rule.normalised:
-                score = score / (state.now[None, :, None] - state.position + 1)
-            return lowest(state, score, rule.recent[..., None])
-        case Ring():
-            after = state.slot + 1
-            return torch.where(after > state.usable - 1, rule.first, after)[..., None]
-        case LatestAttention():
-            layers, rows, width = state.attention.shape
-            row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
-            # state.score is 0 here, except in empty and closed slots
-            row = row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width)
-            return lowest(state, state.score + row, 0)
-        case MeanOfLowDeviation():
-            return _lowest_mean(state, rule)
-        case LowestDraw():
-            return lowest(state, state.score, 0)
-        case Custom():
-            return state.policy.victims(state)
-        case _:
-            return oldest(state, 0)
-
-
-def known(state: DecodeState, rule: DecodeRule | None) -> Stats:
-    """The prompt statistics that can still be read from a rule's fields, ``[layers, rows, C]`` by name."""
-    match rule:
-        case LowestScore():
-            return {"sum": state.score}
-        case MeanOfLowDeviation():
-            return {"sum": state.score, "square": state.square}
-        case Custom():
-            return known(state, rule.inherited)
-        case _:
-            return {}
-
-
-def lowest(state: DecodeState, score: Tensor, recent: Tensor | int) -> Tensor:
-    """Slots of the ``interval`` lowest scores outside the last ``recent`` tokens, ``[layers, rows, interval]``.
-
-    EMPTY slots come first, sinks and CLOSED ones (score NEVER) last; ties go to the lowest slot.
-    """
-    limit = (state.now[None, :, None] - recent).clamp_min(EMPTY)
-    shown = torch.where(state.position > limit, PROTECTED, score)
-    if state.policy.interval == 1:
-        return shown.min(-1, keepdim=True).indices
-    return shown.topk(state.policy.interval, -1, largest=False, sorted=True).indices
-
-
-def oldest(state: DecodeState, start: Tensor | int) -> Tensor:
-    """Slots of the ``interval`` oldest tokens at positions ``start`` and above, ``[layers, rows, interval]``; EMPTY
-    slots come first."""
-    kept = (state.position < EMPTY) | ((state.position >= 0) & (state.position < start))
-    return lowest(state, state.position.float().masked_fill_(kept, NEVER), 0)
-
-
 def spread(state: DecodeState, spec: SpreadSpec, chosen: Tensor) -> None:
     """CaM's merge: with a certain probability, divides an evicted value among the values in the next slots of the
     ring."""
@@ -249,30 +139,3 @@ def spread(state: DecodeState, spec: SpreadSpec, chosen: Tensor) -> None:
     added = share[..., None].float() / spec.parts * store.read_values(leaving).float()
     store.write_values(index, (store.read_values(index).float() + added).to(store.dtype))
     state.merged += share.sum((1, 2))
-
-
-def _lowest_mean(state: DecodeState, rule: MeanOfLowDeviation) -> Tensor:
-    """RoCo's victim: the entry of lowest mean attention among those of low deviation, slots ``[layers, rows,
-    interval]``."""
-    now = state.now[None, :, None]
-    # 1. deviations: infinite for the newest tokens and closed slots, −1 for empty slots
-    mean, deviation = moments(state.score, state.square, (now - state.position + 1).clamp_min(1))
-    deviation.masked_fill_(state.position > now - rule.newest[..., None], torch.inf)
-    deviation.masked_fill_(state.score == -NEVER, -1.0).masked_fill_(state.score == NEVER, torch.inf)
-    # 2. the ``safe`` entries of highest deviation are no candidates; ``usable`` is one more than the budget, because of
-    # the newest token's slot
-    candidates = (state.usable - rule.safe)[..., None]
-    mean.masked_fill_(places(deviation, descending=False) >= candidates, torch.inf)
-    slots = lowest(state, mean, 0)
-    state.square.scatter_(2, slots, 0.0)
-    return slots
-
-
-def _column(bound: Tensor | int) -> Tensor | int:
-    return bound[..., None] if isinstance(bound, Tensor) else bound
-
-
-def _fill(field: Tensor, scores: list[Stats], name: str) -> None:
-    for layer, stats in enumerate(scores):
-        kept = stats[name].flatten(0, 1)
-        field[layer, :, : kept.shape[1]] = kept

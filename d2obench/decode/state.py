@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from d2obench.decode import backend, reference
+from d2obench.decode import backend, rules
 from d2obench.decode.merge import PendingMerge
 from d2obench.errors import ModelError
-from d2obench.policies.base import Custom, DecodeRule, LowestScore, MergeSpec, RowSizes, SpreadSpec, Stats
+from d2obench.policies.base import Stats
 from d2obench.policies.random import stream
+from d2obench.policies.rules import Custom, DecodeRule, LowestScore, MergeSpec, RowSizes, SpreadSpec
 from d2obench.slots.dense import CLOSED, EMPTY, NEVER, DenseStore
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class DecodeState:
                 self.threshold[layer] = remembered["threshold"].flatten()
         if not self.grows:
             self.rule = self.policy.decode_rule(RowSizes(self.usable - spare, self.position, self.now.long() + 1))
-            reference.begin(self, self.rule, scores or [])
+            rules.begin(self, self.rule, scores or [])
         if scores is not None:
             self.policy.begin(self, list(memory), scores)
         if self.score.numel():
@@ -209,23 +210,23 @@ class DecodeState:
 
     def observe_inherited(self) -> None:
         """Updates the statistics of the rule that a :class:`Custom` rule is based on (``Custom.inherited``)."""
-        reference.observe(self, _inherited(self.rule))
+        rules.observe(self, _inherited(self.rule))
 
     def inherited_victims(self) -> Tensor:
         """The slots that the rule which a :class:`Custom` rule is based on would free."""
-        return reference.victims(self, _inherited(self.rule))
+        return rules.victims(self, _inherited(self.rule))
 
     def known(self) -> Stats:
         """The prompt statistics that can still be read from the slots, ``[layers, rows, C]`` by name."""
-        return reference.known(self, self.rule)
+        return rules.known(self, self.rule)
 
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
-        """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.reference.lowest`."""
-        return reference.lowest(self, score, recent)
+        """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.rules.lowest`."""
+        return rules.lowest(self, score, recent)
 
     def oldest(self, start: Tensor | int) -> Tensor:
-        """Slots of the oldest tokens from a position on; see :func:`d2obench.decode.reference.oldest`."""
-        return reference.oldest(self, start)
+        """Slots of the oldest tokens from a position on; see :func:`d2obench.decode.rules.oldest`."""
+        return rules.oldest(self, start)
 
     def important(self) -> Tensor:
         """Which slots hold an entry that is neither a sink nor in the recent window, bool ``[layers, rows, C]``."""

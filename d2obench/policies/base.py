@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from d2obench.policies.rules import Custom, DecodeRule, MergeSpec, RowSizes, SpreadSpec
 from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
@@ -53,125 +54,6 @@ class Needs:
     heads: bool = False
 
 
-@dataclass(frozen=True)
-class MergeSpec:
-    """D2O's merge of an evicted entry: into the kept entry whose key is most similar, its *merge target*, if the
-    similarity reaches a threshold (``d2obench.policies.merging``). Otherwise the entry is dropped.
-
-    Args:
-        beta: weight of the newest similarity in the threshold's moving average.
-        keys: whether keys are merged, in addition to values.
-        per_layer: one threshold per sequence and layer instead of one per KV head.
-        targets: which kept entries can be merge targets: ``all``, or ``important``, those that are neither sinks nor in
-            the recent window.
-        inherit: whether the score of an evicted entry is added to that of its merge target.
-    """
-
-    beta: float
-    keys: bool = True
-    per_layer: bool = False
-    targets: Literal["all", "important"] = "all"
-    inherit: bool = False
-
-
-@dataclass(frozen=True)
-class SpreadSpec:
-    """CaM's merge of an evicted entry: with the probability ``attention ÷ mean attention of the younger entries`` (at
-    most 1), ``value / parts`` is added to the values of the next ``parts`` slots of a :class:`Ring`."""
-
-    parts: int
-
-
-@dataclass(frozen=True)
-class RowSizes:
-    """The sizes that a decode rule may depend on; a row is one KV head of one sequence.
-
-    Args:
-        budget: entries that a row may hold, without the slots reserved for new tokens, int64 ``[layers, rows]``.
-        position: true position of each slot's entry, ascending, ``[layers, rows, C]``; negative for a slot without one.
-        length: tokens of each row's sequence so far, int64 ``[rows]``.
-    """
-
-    budget: Tensor
-    position: Tensor
-    length: Tensor
-
-    @property
-    def held(self) -> Tensor:
-        """Entries that a row holds now, int64 ``[layers, rows]``."""
-        return (self.position >= 0).sum(-1)
-
-    def leading(self, count: Tensor) -> Tensor:
-        """Number of slots that hold one of the first ``count`` ``[layers, rows]`` tokens of a text: fewer than
-        ``count`` if an earlier, smaller budget has already evicted some of them."""
-        there = ((self.position >= 0) & (self.position < count[..., None])).sum(-1)
-        return count - (torch.minimum(count, self.length) - there)
-
-
-@dataclass(frozen=True, eq=False)
-class LowestScore:
-    """Evicts the entry of lowest accumulated attention outside a recent window.
-
-    Args:
-        recent: size of the window, int64 ``[layers, rows]``.
-        sinks: positions below this (a number or ``[layers, rows]``) are never evicted.
-        normalised: divide each score by the number of queries that could attend to the token.
-    """
-
-    recent: Tensor
-    sinks: Tensor | int = 0
-    normalised: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Ring:
-    """Evicts the oldest entry, except for the first ones. Entries are stored in the order of their positions, so the
-    slots from ``first`` on (int64 ``[layers, rows]``) are overwritten in turn, as a ring."""
-
-    first: Tensor
-
-
-@dataclass(frozen=True)
-class LatestAttention:
-    """Evicts the entry that the newest query attends to least, by the mean over all heads of a layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class MeanOfLowDeviation:
-    """Evicts the lowest mean attention among the entries of low standard deviation.
-
-    Args:
-        safe: number of entries of highest deviation that are not evicted, int64 ``[layers, rows]``.
-        newest: number of newest tokens whose deviation counts as infinite, int64 ``[layers, rows]``.
-    """
-
-    safe: Tensor
-    newest: Tensor
-
-
-@dataclass(frozen=True)
-class LowestDraw:
-    """Evicts the entry with the lowest random number; each entry draws one number once
-    (``d2obench.policies.random``)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Custom:
-    """A rule implemented in code: the policy's own ``observe``, ``victims`` and ``absorb_step`` run, as PyTorch
-    operators.
-
-    Args:
-        inherited: the rule used for those of the three methods that the policy does not override.
-        why: the reason that a record's decode path gives for running PyTorch operators.
-    """
-
-    inherited: DecodeRule | None = None
-    why: str = "the policy's rule is code of its own"
-
-
-DecodeRule = LowestScore | Ring | LatestAttention | MeanOfLowDeviation | LowestDraw | Custom
-"""How a decode step chooses the slot that the next token overwrites. ``d2obench.decode.reference`` has the reference
-implementation of each."""
 HOOKS = frozenset({"observe", "victims", "absorb_step"})
 """Methods that turn a policy's rule into a :class:`Custom` one if they are overridden."""
 
@@ -381,7 +263,7 @@ def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
         keep: int64 ``[B]``, entries to keep of each sequence.
         most: number of slots, at most N.
 
-        Returns:
+    Returns:
         Kept ``[B, H, most]`` and evicted ``[B, H, N − most]`` indices, each ascending; N stands for "none". If a
         sequence's ``keep`` is less than ``most``, the entries beyond it are evicted too and are added to the evicted
         indices.

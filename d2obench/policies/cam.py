@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import DecodeRule, Entries, Policy, Ring, RowSizes, SpreadSpec, window_rank
+from d2obench.policies.base import Entries, Policy, window_rank
+from d2obench.policies.rules import DecodeRule, Ring, RowSizes, SpreadSpec
 
 
 @dataclass(frozen=True)

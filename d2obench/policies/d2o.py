@@ -12,10 +12,11 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Entries, Kept, MergeSpec, Policy, Stats, pick
+from d2obench.policies.base import Entries, Kept, Policy, Stats, pick
 from d2obench.policies.h2o import H2O
 from d2obench.policies.merging import merge_evicted
 from d2obench.policies.released import Released
+from d2obench.policies.rules import MergeSpec
 from d2obench.suite.grammar import Budget
 
 FLOOR = 0.01

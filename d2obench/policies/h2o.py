@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import DecodeRule, Entries, LowestScore, Needs, Policy, RowSizes, window_rank
+from d2obench.policies.base import Entries, Needs, Policy, window_rank
+from d2obench.policies.rules import DecodeRule, LowestScore, RowSizes
 
 
 @dataclass(frozen=True)

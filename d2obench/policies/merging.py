@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from d2obench import cpu
-from d2obench.policies.base import MergeSpec
+from d2obench.policies.rules import MergeSpec
 from d2obench.ranges import span
 
 TINY = 1e-6

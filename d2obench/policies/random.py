@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from d2obench.policies.base import DecodeRule, Entries, LowestDraw, Policy, RowSizes
+from d2obench.policies.base import Entries, Policy
+from d2obench.policies.rules import DecodeRule, LowestDraw, RowSizes
 
 MASK, FACTOR = 0xFFFFFFFF, 0x9E3779B1
 

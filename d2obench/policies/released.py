@@ -34,19 +34,9 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import density
-from d2obench.policies.base import (
-    Custom,
-    DecodeRule,
-    Entries,
-    Kept,
-    LowestScore,
-    Needs,
-    Policy,
-    RowSizes,
-    Stats,
-    window_rank,
-)
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, window_rank
 from d2obench.policies.merging import nearest
+from d2obench.policies.rules import Custom, DecodeRule, LowestScore, RowSizes
 from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:

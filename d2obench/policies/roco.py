@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import DecodeRule, Entries, MeanOfLowDeviation, Needs, Policy, RowSizes
+from d2obench.policies.base import Entries, Needs, Policy
+from d2obench.policies.rules import DecodeRule, MeanOfLowDeviation, RowSizes
 
 NEWEST = 10
 """Number of newest tokens whose deviation counts as infinite, because too few queries have seen them."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import water_fill
-from d2obench.policies.base import DecodeRule, Entries, Needs, Policy, Ring, RowSizes, Stats, window_rank
+from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
+from d2obench.policies.rules import DecodeRule, Ring, RowSizes
 from d2obench.suite.grammar import Budget
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Custom, DecodeRule, Entries, Policy, Ring, RowSizes, Stats, window_rank
+from d2obench.policies.base import Entries, Policy, Stats, window_rank
+from d2obench.policies.rules import Custom, DecodeRule, Ring, RowSizes
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from d2obench.policies.base import DecodeRule, Entries, LatestAttention, Needs, Policy, RowSizes
+from d2obench.policies.base import Entries, Needs, Policy
+from d2obench.policies.rules import DecodeRule, LatestAttention, RowSizes
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ rounding and execute every state that the loops do not support.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,23 +18,12 @@ from torch import Tensor
 
 from d2obench import cpu
 from d2obench.decode.reference import Backend
-from d2obench.policies.base import (
-    Custom,
-    LatestAttention,
-    LowestDraw,
-    LowestScore,
-    MeanOfLowDeviation,
-    Ring,
-    SpreadSpec,
-)
+from d2obench.policies.rules import Custom, SpreadSpec
 from d2obench.ranges import span
 from d2obench.slots.dense import DenseStore
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
-
-RULES = (LowestScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
-"""Rules that the loop between steps implements; the index is the rule's number in ``UpdateArguments``."""
 
 
 def offer(state: DecodeState) -> Backend | str:
@@ -75,7 +65,11 @@ def _unserved_update(state: DecodeState) -> str:
         return ""
     if state.policy.interval > 1:
         return "several tokens are evicted together"
-    return state.rule.why if isinstance(state.rule, Custom) else ""
+    if isinstance(state.rule, Custom):
+        return state.rule.why
+    from d2obench.decode.cpu.update import RULES
+
+    return "" if type(state.rule) in RULES else f"no compiled loop has the rule {type(state.rule).__name__}"
 
 
 class CompiledLoops(Backend):
@@ -177,7 +171,7 @@ class CompiledLoops(Backend):
 
     def _update_arguments(self) -> Any:
         """Arguments of the loop between steps, for all layers."""
-        from d2obench.decode.cpu.update import UpdateArguments
+        from d2obench.decode.cpu.update import RULES, UpdateArguments
 
         state, store, merge, rule = self.state, self.state.store, self.state.merge, self.state.rule
         layers, rows, width = state.position.shape
@@ -185,21 +179,15 @@ class CompiledLoops(Backend):
             items=layers, rule=RULES.index(type(rule)), rows=rows, heads=state.heads, group=state.group, stride=width,
             width=store.widths[0], value_width=store.widths[1],
         )  # fmt: skip
-        self._rows: dict[str, Tensor] = {"usable": state.usable, "stream": state.stream}
-        match rule:
-            case LowestScore():
-                arguments.normalised = int(rule.normalised)
-                self._rows["recent"] = rule.recent
-            case Ring():
-                self._rows["first"] = rule.first
-            case MeanOfLowDeviation():
-                self._rows |= {"safe": rule.safe, "newest": rule.newest}
-            case _:
-                pass
-        # the loop reads one number per row, while a rule may give a single number for all rows
-        self._rows = {name: held.squeeze(-1).expand(layers, rows) if held.dim() == 3 else held.expand(layers, rows)
-                      for name, held in self._rows.items()}  # fmt: skip
-        self._rows = {name: held.long().contiguous() for name, held in self._rows.items()}
+        # a rule's flags, and its numbers per row: the loop reads one for each row, also where one number is for all
+        every: dict[str, Any] = {"usable": state.usable, "stream": state.stream[..., 0]}
+        every |= {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
+        self._rows: dict[str, Tensor] = {}
+        for name, held in every.items():
+            if isinstance(held, bool):
+                setattr(arguments, name, int(held))
+            else:
+                self._rows[name] = torch.as_tensor(held).long().expand(layers, rows).contiguous()
         if isinstance(state.merge_spec, SpreadSpec):
             arguments.parts = state.merge_spec.parts
         arguments.point(

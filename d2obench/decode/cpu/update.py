@@ -30,10 +30,13 @@ from d2obench.cpu.language import (
 )
 from d2obench.decode.cpu.merge import commit, stage
 from d2obench.policies.random import FACTOR, MASK
+from d2obench.policies.rules import LatestAttention, LowestDraw, LowestScore, MeanOfLowDeviation, Ring
 from d2obench.slots.dense import NEVER, PROTECTED
 
-LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(5)
-"""Numbers of the rules in ``d2obench.policies.base``."""
+RULES = (LowestScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
+"""The rules that this loop knows. A field of a rule is a field of :class:`UpdateArguments` with the same name: a flag,
+or one number per row."""
+LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(len(RULES))
 SHIELD, INFINITE, ONE = np.float32(PROTECTED), np.float32(NEVER), np.float32(1)
 
 
@@ -50,9 +53,10 @@ class UpdateArguments(Arguments):
         *HEADER, ("rule", Size), ("rows", Size), ("heads", Size), ("group", Size), ("stride", Size),
         ("capacities", Longs), ("base", Longs), ("free", Longs), ("target", Longs), ("now", Ints), ("position", Ints),
         ("evicted", Longs), ("merged", Longs), ("usable", Longs), ("stream", Longs), ("bias", Floats),
-        ("score", Floats), ("square", Floats), ("attention", Floats), ("recent", Longs), ("normalised", Size),
-        ("first", Longs), ("safe", Longs), ("newest", Longs), ("parts", Size), ("keys", Floats), ("values", Floats),
-        ("width", Size), ("value_width", Size), ("merging", Size), ("merge_keys", Size), ("inherit", Size),
+        ("score", Floats), ("square", Floats), ("attention", Floats), ("recent", Longs),
+        ("sinks", Longs), ("normalised", Size), ("first", Longs), ("safe", Longs), ("newest", Longs), ("parts", Size),
+        ("keys", Floats), ("values", Floats), ("width", Size), ("value_width", Size), ("merging", Size),
+        ("merge_keys", Size), ("inherit", Size),
         ("important", Size), ("per_layer", Size), ("beta", Real), ("queries", Floats), ("staged_key", Floats),
         ("staged_value", Floats), ("staged_score", Floats), ("pending", Flags), ("similarity", Floats),
         ("weight", Floats), ("merge_target", Longs), ("threshold", Floats), ("required", Floats),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2obench.decode.reference import Backend
 from d2obench.decode.triton import WIDEST
-from d2obench.policies.base import Custom, LowestScore, Ring
+from d2obench.policies.rules import Custom, LowestScore, Ring
 from d2obench.ranges import span
 from d2obench.slots.dense import DenseStore
 
