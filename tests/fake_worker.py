@@ -29,8 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 from d2obench.errors import OutOfMemory, UsageError
-from d2obench.run.worker import main
-from d2obench.run.worker_model import Worker
+from d2obench.run.worker import Worker, main
 
 FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
 MODEL = {

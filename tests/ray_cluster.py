@@ -12,9 +12,9 @@ from runs import FAKE, Silent, checked
 from waiting import LIMIT_S
 
 from d2obench.record import Run, read_run
-from d2obench.run.engines import run_suite
-from d2obench.run.engines.ray import RayEngine
 from d2obench.run.plan import Plan
+from d2obench.run.ray_engine import RayEngine
+from d2obench.run.runner import run_suite
 
 CORES = 1.0
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "900")  # a busy machine starts a node slowly

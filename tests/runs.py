@@ -12,8 +12,8 @@ import msgspec
 from waiting import LIMIT_S
 
 from d2obench.record import Axes, Run, read_run
-from d2obench.run.engines import LocalEngine, run_suite
 from d2obench.run.plan import Plan
+from d2obench.run.runner import LocalEngine, run_suite
 from d2obench.run.worker_client import WorkerClient
 from d2obench.suite.definition import AxesTable, Suite, Timing, WorkerTable
 from d2obench.tasks import read_cell

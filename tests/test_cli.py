@@ -213,7 +213,7 @@ def test_a_run_stopped_before_its_first_record_does_not_point_to_it(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("d2obench.run.engines.LocalEngine.environment", stopped)
+    monkeypatch.setattr("d2obench.run.runner.LocalEngine.environment", stopped)
     code, _, err = say(capsys, "run", "quick", *TINY, "--out", "r", "--quiet")
     assert code == 130
     assert "stopped before anything was measured" in err

@@ -20,7 +20,7 @@ from d2obench.policies import merging
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value
 from d2obench.run.plan import cells
-from d2obench.run.worker_model import Worker
+from d2obench.run.worker import Worker
 from d2obench.study import faults
 from d2obench.study.faults import FAULTS, command
 from d2obench.suite.definition import Quality, load_suite

@@ -16,7 +16,7 @@ from fake_nvml import FakeNvml
 from d2obench.errors import MeasureError
 from d2obench.measure import checkup, nvml
 from d2obench.measure.nvml import BLOCK, COLUMNS, Nvml, find_own_process, other_processes, own_pids, refuse_busy
-from d2obench.run.worker_model import Worker
+from d2obench.run.worker import Worker
 
 OURS, THEIRS, LATE = 2**22 + 11, 2**22 + 12, 2**22 + 13
 GIB = 2**30

@@ -90,7 +90,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 def test_a_run_imports_no_engine_or_library_that_was_not_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys; from d2obench.run.worker import main; import d2obench.cli, d2obench.run.engines\n"
+        "import sys; from d2obench.run.worker import main; import d2obench.cli, d2obench.run.runner\n"
         "import d2obench.cache, d2obench.models, d2obench.policies\n"
         "d2obench.policies.parse_policy('d2o'); d2obench.policies.parse_choice('full')\n"
         "print(sorted({'ray', 'kvpress', 'xllamacpp', 'optimum', 'accelerate'} & {*sys.modules}))"

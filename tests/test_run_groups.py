@@ -15,7 +15,7 @@ from runs import Silent, cell, checked, run
 from d2obench.models import Dimensions
 from d2obench.record import read_samples
 from d2obench.run.plan import Plan
-from d2obench.run.window_stage import BUSY
+from d2obench.run.speed_windows import BUSY
 from d2obench.suite.definition import Timing
 from d2obench.tasks.base import Cell
 

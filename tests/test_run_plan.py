@@ -11,8 +11,7 @@ from runs import cell, checked
 from d2obench.models import Dimensions
 from d2obench.record import Axes
 from d2obench.run.plan import abba, group, larger
-from d2obench.run.predict import Device, memory_of, predict
-from d2obench.run.search import MOST, RESOLUTION, largest_batch
+from d2obench.run.predict import MOST, RESOLUTION, Device, largest_batch, memory_of, predict
 from d2obench.suite.definition import Quality
 from d2obench.tasks import REGISTRY, parse_task, read_cell
 from d2obench.tasks.base import Cell, Work

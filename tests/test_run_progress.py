@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from fake_worker import trace
 
-from d2obench.run.progress import MIB, Vitals, so_far
+from d2obench.record import Axes, CellRecord, Value
+from d2obench.run.progress import MIB, Vitals, headline, so_far
 from d2obench.suite.definition import Timing
 
 TIMING = Timing(rounds=3, max_rounds=9, warmup=1, interval=0.5)
@@ -56,3 +57,19 @@ def test_vitals_of_a_process() -> None:
     assert vitals() == ""
     client.started = 2**22 + 1  # no such process
     assert vitals() == ""
+
+
+def ended(**values: Value) -> CellRecord:
+    """The row of a cell with these figures."""
+    axes = Axes("speed", "fake", "float32", "cpu", "d2o", "0.2", "32+8", 2, 0)
+    return CellRecord("c", "hash", axes, "ok", values=values)
+
+
+def test_a_ratio_of_an_ended_cell_stands_with_its_interval_or_not_at_all() -> None:
+    tpot = Value(0.01182, 0.0117, 0.0119, 4, kind="range")
+    sure = Value(1.166, 1.12, 1.2104, 8, kind="interval")
+    assert headline(ended(tpot_s=tpot, speedup=sure)) == (
+        "TPOT 11.82 ms  decode, equal batch 1.166 × full (95 % interval 1.120 … 1.210)"
+    )
+    for unsure in (Value(1.166), Value(1.166, 1.1, 1.2, 2, kind="range"), Value(None, note="no pairs")):
+        assert headline(ended(tpot_s=tpot, speedup=unsure)) == "TPOT 11.82 ms"

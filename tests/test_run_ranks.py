@@ -18,12 +18,10 @@ from waiting import LIMIT_S
 
 from d2obench.errors import D2OBenchError, PolicyError, SuiteError, UsageError
 from d2obench.record import Axes
-from d2obench.run.check import check
-from d2obench.run.device_placement import check_one, check_placement
+from d2obench.run.check import check, check_one, check_placement
 from d2obench.run.plan import cells
-from d2obench.run.tensor_parallel import RankedClient, client_for, combined, share
-from d2obench.run.worker_client import WorkerClient
-from d2obench.run.worker_process import DeadWorkerError
+from d2obench.run.tensor_parallel import RankedClient, client_for, combined, request_of_rank
+from d2obench.run.worker_client import DeadWorkerError, WorkerClient
 from d2obench.suite.definition import Placement, Quality, Suite, load_suite
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
@@ -218,8 +216,8 @@ def test_a_placement_is_part_of_a_cell_and_only_where_it_is_one() -> None:
 
 def test_a_rank_gets_its_own_gpu_and_its_part_of_the_limit() -> None:
     asked = {"axes": {"device": "cuda:0", "seed": 1}, "limit": 100, "batch": 2}
-    assert share(asked, 1, 2) == {"axes": {"device": "cuda:1", "seed": 1}, "limit": 50, "batch": 2}
-    assert share({"device": "cpu"}, 1, 2) == {"device": "cpu"}
+    assert request_of_rank(asked, 1, 2) == {"axes": {"device": "cuda:1", "seed": 1}, "limit": 50, "batch": 2}
+    assert request_of_rank({"device": "cpu"}, 1, 2) == {"device": "cpu"}
     assert asked["axes"] == {"device": "cuda:0", "seed": 1}
 
 

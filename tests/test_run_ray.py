@@ -22,10 +22,10 @@ from waiting import LIMIT_S, wait_for
 from d2obench import record
 from d2obench.errors import UsageError, WorkerError
 from d2obench.record import Run
-from d2obench.run.engines import run_suite
-from d2obench.run.engines.ray_cluster import cluster_devices, connect
-from d2obench.run.engines.ray_device import ReservedDevice
-from d2obench.run.run_log import Samples, forget_cut_round
+from d2obench.run.ray_cluster import cluster_devices, connect
+from d2obench.run.ray_device import ReservedDevice
+from d2obench.run.run_folder import Samples, forget_cut_round
+from d2obench.run.runner import run_suite
 from d2obench.suite.definition import Timing
 
 pytestmark = pytest.mark.needs("ray")
@@ -204,7 +204,7 @@ run_on(sys.argv[2], Path(sys.argv[3]), checked(SWEEP), log=sys.argv[4], until=[2
 
 def test_nothing_of_a_sweep_stays_in_the_driver(tmp_path: Path, nodes: Nodes) -> None:
     """Sixty cells, each asked of the cluster once; the book keeps heads of rows only."""
-    from d2obench.run.run_log import RunLog
+    from d2obench.run.run_folder import RunLog
 
     cells = [cell("full", f"0.{n:02}", task="recall") for n in range(1, 61)]
     found = run_on(nodes.address, tmp_path / "run", checked(cells), log=str(tmp_path / "log"))
@@ -288,7 +288,7 @@ def test_a_round_that_was_cut_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_group_comes_back_a_few_times_only() -> None:
-    from d2obench.run.engines.group_queue import LOSSES, GroupQueue, model_of
+    from d2obench.run.ray_engine import LOSSES, GroupQueue, model_of
 
     cells = [[cell("full")], [cell("h2o")]]
     queue = GroupQueue(cells)

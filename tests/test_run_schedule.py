@@ -17,7 +17,7 @@ from runs import Silent, cell, checked, run
 from d2obench.models import Dimensions
 from d2obench.run.plan import Plan, group
 from d2obench.run.predict import Device, predict
-from d2obench.run.run_log import RunLog
+from d2obench.run.run_folder import RunLog
 from d2obench.run.schedule import REPORT_S, Schedule, units_of
 from d2obench.suite.definition import Quality, Timing
 from d2obench.tasks import read_cell
@@ -124,7 +124,7 @@ def test_what_can_not_fit_is_dropped_and_its_row_says_so(tmp_path: Path, monkeyp
     dropped = [one for one in CELLS if given[one.id] is None]
     assert dropped
     assert len(dropped) < len(CELLS)
-    assert any("dropped" in note for note in log.watcher.notes)  # type: ignore[attr-defined]
+    assert any("dropped" in note for note in log.display.notes)  # type: ignore[attr-defined]
     for one in dropped:
         record = log.records[one.id]
         assert record.status == "skipped"

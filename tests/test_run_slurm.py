@@ -19,9 +19,10 @@ from runs import run as run_whole
 from d2obench import record
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
-from d2obench.run.engines import LocalEngine, run_suite, slurm
+from d2obench.run import slurm
 from d2obench.run.plan import Plan, cells, group, parse_shard, part, shard
 from d2obench.run.run_folder import merge
+from d2obench.run.runner import LocalEngine, run_suite
 from d2obench.suite.definition import load_suite
 
 WORDS = ["quick", "--set=axes.policy=full,d2o", "--set=quality.data.fidelity=/a b/c'd.txt"]

@@ -21,8 +21,8 @@ from d2obench.measure.trace import RequestTrace
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
 from d2obench.run.check import check
+from d2obench.run.worker import Worker
 from d2obench.run.worker_client import DeadWorkerError, describe
-from d2obench.run.worker_model import Worker
 from d2obench.suite.definition import load_suite
 from d2obench.tasks.prompts import timing_prompts
 

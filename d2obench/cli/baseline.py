@@ -52,7 +52,7 @@ def _measured(suite: str) -> Path:
     """The folder of a new run of the suite."""
     from d2obench.cli.run import measure
     from d2obench.run.check import check
-    from d2obench.run.engines import open_engine
+    from d2obench.run.runner import open_engine
     from d2obench.suite.definition import load_suite
 
     chosen = load_suite(suite)

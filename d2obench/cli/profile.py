@@ -84,8 +84,7 @@ def command(
 
 def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, str, list[Cell]]:
     """The suite's name, whose kernels run its models, and the cells to profile."""
-    from d2obench.run.check import check_suite
-    from d2obench.run.device_placement import check_one
+    from d2obench.run.check import check_one, check_suite
     from d2obench.run.plan import cells
     from d2obench.suite.definition import load_suite
 

@@ -18,9 +18,9 @@ from d2obench.errors import UsageError
 
 if TYPE_CHECKING:
     from d2obench.record import Run
-    from d2obench.report.display import Display
-    from d2obench.run.engines import Engine
     from d2obench.run.plan import Plan
+    from d2obench.run.progress import Display
+    from d2obench.run.runner import Engine
     from d2obench.suite.definition import Suite
 
 DeviceMap = Annotated[
@@ -270,7 +270,7 @@ def command(
         show_dry_run(chosen, python, shard, earlier)
         return
     from d2obench.run.check import check
-    from d2obench.run.engines import open_engine
+    from d2obench.run.runner import open_engine
 
     with open_engine(
         engine,
@@ -376,7 +376,7 @@ def measure(
 
 def execute(plan: Plan, folder: Path, engine: Engine, earlier: Run | None, shown: Display) -> bool:
     """Runs all cells; true when the user stopped it."""
-    from d2obench.run.engines import run_suite
+    from d2obench.run.runner import run_suite
 
     shown.start([cell.id for cell in plan.cells])
     for cell in earlier.cells if earlier else ():
@@ -427,7 +427,7 @@ def slurm_array(
     allow_busy: bool,
 ) -> None:
     """Writes the array script, prints it, submits it where asked, and says how to go on."""
-    from d2obench.run.engines import slurm
+    from d2obench.run import slurm
 
     array = slurm.write_array(suite, slurm.words_of(named, given, allow_busy=allow_busy), out, shards, sbatch)
     typer.echo(array.script.read_text(), nl=False)

@@ -31,8 +31,7 @@ from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kind
 from d2obench.gate.worktree import Repository, terminable, worktrees
 from d2obench.metric import METRICS
 from d2obench.record import Value
-from d2obench.run.check import check
-from d2obench.run.device_placement import check_one
+from d2obench.run.check import check, check_one
 from d2obench.run.plan import group
 from d2obench.suite.definition import SPEED, Suite, load_suite
 from d2obench.tasks.base import Cell

@@ -1,7 +1,7 @@
 """The live display of a run: progress goes to stderr, results to stdout.
 
 On a terminal a table that rich redraws; elsewhere one plain line for each cell that ends. ``NO_COLOR`` is honoured by
-rich itself. The runner calls a :class:`Display` from one thread and knows nothing about how it looks.
+rich itself. The runner knows only the protocol, :class:`d2obench.run.progress.Display`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from d2obench.suite.grammar import show_duration
+
+if TYPE_CHECKING:
+    from d2obench.run.progress import Display
 
 STATES = ("waiting", "running", "ok", "oom", "skipped", "failed", "incomparable")
 ENDED = STATES[2:]
@@ -31,28 +34,6 @@ PHASES = {
     "load": "loading the model",
 }
 """What a worker calls a step of its work → what a reader is told."""
-
-
-class Display(Protocol):
-    """What the runner tells. ``text`` is short: ``round 3/5  TPOT 11.8 ms ± 2 %  1,420 MiB now, 1,611 peak``."""
-
-    def start(self, cells: Sequence[str]) -> None:
-        """The run begins with these cell ids, in order."""
-
-    def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """A cell is in one of STATES, ``share`` of its work done; an unknown id is added."""
-
-    def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """What is going on now: ``loading embedded``, ``round 3/5``; of ``total`` parts ``done`` are done."""
-
-    def note(self, text: str) -> None:
-        """A line that stays: a warning, a disturbance, a file written."""
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """How long each cell that has not ended will take; told again whenever more is known."""
-
-    def finish(self) -> None:
-        """The run is over or was stopped; the terminal is left as it was. May be called twice."""
 
 
 @dataclass

@@ -1,6 +1,15 @@
-"""Runs suites: checks and plans them, measures their cells in worker processes, and writes what survives a kill.
+"""Runs suites: checks and plans them, measures their cells in worker processes, and writes rows and samples.
 
-``check`` and ``plan`` say what runs, ``schedule`` how much of it in the time there is, ``engines`` where. ``runner``
-measures one group of cells, ``speed`` the timed ones. ``worker`` is the other process, ``worker_client`` talks to it.
-``run_log`` and ``run_folder`` write what comes out. Only ``bridges``, ``gate``, ``report`` and ``cli`` import this.
+The way of a run through these modules:
+
+1. ``check`` finds what is wrong with the suite, and ``plan`` lists its cells and groups them.
+2. ``runner`` measures group after group, on this machine or, with ``ray_engine``, on a cluster; ``slurm`` writes a
+   script whose tasks run shards. ``schedule`` cuts rounds and items where the time is limited, using ``predict``.
+3. ``speed`` measures a group of timed cells in requests and ``speed_windows`` in windows of decode steps; ``speed_row``
+   makes the rows.
+4. ``worker`` is the process that does the work, ``worker_client`` starts it and talks to it. ``isolated_workers`` are
+   for other libraries, ``tensor_parallel`` lets several processes share one model.
+5. ``run_folder`` writes everything to the disk, and ``progress`` tells the display.
+
+Only ``bridges``, ``gate``, ``report``, ``study`` and ``cli`` import this package.
 """

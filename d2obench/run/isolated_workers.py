@@ -1,8 +1,9 @@
-"""Isolated workers: processes for cells that can't share the common worker, and the Python environments of some.
+"""Isolated workers: processes for cells that can't be measured by the common worker, and Python environments for them.
 
-llama.cpp is an engine with weights of its own. kvpress needs an older transformers than ours, so it gets a Python
-environment: a plain ``venv`` in the cache folder with pinned packages and nothing of ours. d2obench's own code reaches
-it through a folder that holds a link to this package and nothing else, so that no package of ours gets in.
+llama.cpp loads weights of its own, so it gets a process of its own. kvpress needs an older transformers than d2obench,
+so it gets a process in another Python environment: a plain ``venv`` in the cache folder with pinned packages. That
+interpreter imports d2obench from a folder with a link to this package alone (:func:`code_only`), so that it can't
+import any other package of this environment.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ PINS = {
         "kvpress==0.5.5", "transformers==5.2.0", "gguf>=0.17", "msgspec>=0.20", "nvidia-ml-py>=12", "psutil>=6",
     ),
 }  # fmt: skip
-"""What goes into each environment, beside torch in our own version."""
+"""The packages of each environment; torch is added in the version that is installed here."""
 MARKER = "environment.json"
 
 
 def requirements(name: str) -> list[str]:
-    """What ``install`` asks pip for.
+    """The packages that :func:`install` installs with pip.
 
     Raises:
         UsageError: no environment of that name is known.
@@ -58,22 +59,22 @@ def folder(name: str) -> Path:
 
 
 def interpreter(name: str) -> Path | None:
-    """The interpreter of a finished managed environment; None where there is none, or it was made to other pins."""
+    """The interpreter of a managed environment; None where there is none, or its packages have other versions."""
     place = folder(name)
     try:
-        made = msgspec.json.decode((place / MARKER).read_bytes(), type=list[str])
+        packages = msgspec.json.decode((place / MARKER).read_bytes(), type=list[str])
     except (OSError, msgspec.DecodeError):
         return None
     python = place / "bin" / "python"
-    return python if made == requirements(name) and python.exists() else None
+    return python if packages == requirements(name) and python.exists() else None
 
 
 def install(name: str, say: Callable[[str], None]) -> Path:
-    """Makes a managed environment anew; what pip says goes to the terminal.
+    """Makes a managed environment, in place of one that is there; the output of pip goes to the terminal.
 
     Raises:
         UsageError: an unknown name.
-        WorkerError: venv or pip failed; nothing of it stays.
+        WorkerError: venv or pip failed; the environment is removed again.
     """
     wanted, place = requirements(name), folder(name)
     say(f"downloads with pip into {place}:")
@@ -100,7 +101,7 @@ def install(name: str, say: Callable[[str], None]) -> Path:
 
 
 def code_only() -> tempfile.TemporaryDirectory[str]:
-    """A folder for another interpreter's PYTHONPATH: it holds this package and nothing beside it."""
+    """A temporary folder for another interpreter's PYTHONPATH, with a link to this package and nothing else."""
     made = tempfile.TemporaryDirectory(prefix="d2obench-code-")
     package = Path(errors.__file__).resolve().parent
     Path(made.name, package.name).symlink_to(package, target_is_directory=True)
@@ -108,14 +109,14 @@ def code_only() -> tempfile.TemporaryDirectory[str]:
 
 
 class IsolatedWorkers:
-    """The isolated workers of one suite: one for each library or engine whose cells can't share ours.
+    """The isolated workers of one suite: one for each library or engine that can't be used in the common worker.
 
-    Each starts at its first call. On a CPU it waits beside the common worker while that one measures, and the other
-    way round, as the sides of a gate do; :class:`d2obench.run.runner.GroupRunner` sees to GPUs.
+    Each starts at its first call. On a CPU the common worker and the isolated ones exist at the same time, and all but
+    one wait; on a GPU :class:`d2obench.run.runner.GroupRunner` ends the one that waits.
 
     Args:
         suite: its policies say which workers are needed.
-        python: an interpreter in place of the managed environments'.
+        python: an interpreter in place of those of the managed environments.
 
     Raises:
         UsageError: an environment is missing, or ``python`` is given and nothing needs it.
@@ -123,7 +124,7 @@ class IsolatedWorkers:
 
     def __init__(self, suite: Suite, python: Path | None = None) -> None:
         needed = isolated(suite)
-        self._code = code_only() if any(one.environment for one in needed.values()) else None
+        self._code = code_only() if any(yardstick.environment for yardstick in needed.values()) else None
         if python is not None and self._code is None:
             raise UsageError("--python is for kvpress", why="no policy here needs another interpreter")
         if needed and not suite.models.single:
@@ -132,16 +133,16 @@ class IsolatedWorkers:
             )
         self._clients: dict[str, WorkerClient] = {}
         self._policies: dict[str, list[str]] = {}
-        for policy, found in needed.items():
-            if found.environment:
-                self._policies.setdefault(found.name, []).append(policy)
-            if found.name not in self._clients:
-                self._clients[found.name] = self._open(found, suite, python)
+        for policy, yardstick in needed.items():
+            if yardstick.environment:
+                self._policies.setdefault(yardstick.name, []).append(policy)
+            if yardstick.name not in self._clients:
+                self._clients[yardstick.name] = self._open(yardstick, suite, python)
 
     def of(self, cell: Cell) -> WorkerClient | None:
         """The worker of a cell; None where the common one measures it."""
-        found = cell.policy.yardstick
-        return self._clients[found.name] if found is not None and found.isolated else None
+        yardstick = cell.policy.yardstick
+        return self._clients[yardstick.name] if yardstick is not None and yardstick.isolated else None
 
     def check(self) -> dict[str, dict[str, Any]]:
         """Starts every environment once and reads its policies there.
@@ -152,12 +153,10 @@ class IsolatedWorkers:
         Raises:
             UsageError, PolicyError: an environment lacks what a policy needs, or the policy can't be read.
         """
-        found = {}
+        versions: dict[str, dict[str, Any]] = {}
         for name, policies in self._policies.items():
-            call = partial(self._clients[name].call, "prepare", {"policies": policies})
-            versions: dict[str, Any] = again(call)["versions"]
-            found[name] = versions
-        return found
+            versions[name] = again(partial(self._clients[name].call, "prepare", {"policies": policies}))["versions"]
+        return versions
 
     def stop(self) -> None:
         """Ends the worker processes; a later call starts them again."""
@@ -170,16 +169,16 @@ class IsolatedWorkers:
         if self._code is not None:
             self._code.cleanup()
 
-    def _open(self, found: Yardstick, suite: Suite, python: Path | None) -> WorkerClient:
+    def _open(self, yardstick: Yardstick, suite: Suite, python: Path | None) -> WorkerClient:
         timeout_s, threads = suite.worker.timeout_s, suite.worker.threads
-        if not found.environment:
+        if not yardstick.environment:
             return WorkerClient(timeout_s=timeout_s, threads=threads)
-        chosen = python or interpreter(found.environment)
+        chosen = python or interpreter(yardstick.environment)
         if chosen is None:
             raise UsageError(
-                f"{found.name} needs a Python environment of its own",
+                f"{yardstick.name} needs a Python environment of its own",
                 why="it can't share ours: it wants an older transformers",
-                remedy=f"run d2obench bridges install {found.environment}, "
+                remedy=f"run d2obench bridges install {yardstick.environment}, "
                 "or give --python an interpreter that can import it, torch, msgspec, psutil and pynvml",
             )
         assert self._code is not None
@@ -189,6 +188,6 @@ class IsolatedWorkers:
 
 
 def isolated(suite: Suite) -> dict[str, Yardstick]:
-    """The policies of a suite that need an isolated worker, as written, with what they are."""
-    choices = {text: parse_choice(text).yardstick for text in suite.axes.policy}
-    return {text: one for text, one in choices.items() if one is not None and one.isolated}
+    """The policies of a suite that need an isolated worker: as they are written → parsed."""
+    yardsticks = {text: parse_choice(text).yardstick for text in suite.axes.policy}
+    return {text: yardstick for text, yardstick in yardsticks.items() if yardstick is not None and yardstick.isolated}

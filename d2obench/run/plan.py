@@ -1,7 +1,7 @@
-"""The cells of a suite, the groups of them that are measured together, and the shards of a large sweep.
+"""The plan of a run: the cells of a suite, the groups that are measured together, and the shards of a large sweep.
 
-Speed cells that differ only in policy and budget form one group: their rounds are interleaved and their ratios are
-paired. Quality cells stand alone.
+Speed cells that differ only in policy and budget form a group: they are measured in turn, and their ratios are paired.
+A quality cell is a group of its own.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from d2obench.tasks.base import Batch, Cell, Task
 
 @dataclass(frozen=True)
 class Plan:
-    """A suite that can run: its devices are real ones, and the dimensions of every model are known.
+    """What a run measures: a suite that was checked, and its cells.
 
     Args:
-        suite: resolved.
+        suite: its devices are real ones, such as ``cuda:0`` in place of ``auto``.
         cells: in the order they run.
-        models: by name.
-        too_long: ids of cells that don't fit their model's context → why; they end as ``skipped``.
+        models: dimensions of every model, by name.
+        too_long: why a cell does not fit its model's context, by cell id; such cells end as ``skipped``.
         devices: how many devices share one model.
-        began: when the command began, on the clock ``time.monotonic``; the suite's ``within`` counts from there.
+        began: when the command began, by ``time.monotonic``; the suite's ``within`` counts from there.
     """
 
     suite: Suite
@@ -48,7 +48,7 @@ class Plan:
 def cells(suite: Suite) -> list[Cell]:
     """Every cell of a suite, in the order they run: cells that are timed together stand together.
 
-    A policy that knows no budget (``full``, ``hf-dynamic``) gives one cell however many budgets there are; shapes and
+    A policy without a budget (``full``, ``hf-dynamic``) gives one cell, however many budgets the suite has; shapes and
     batches multiply only the tasks that use them.
 
     Raises:
@@ -76,7 +76,7 @@ def cells(suite: Suite) -> list[Cell]:
 
 
 def group(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that are timed together stand in one list, in the order of the suite."""
+    """The groups of cells that are measured together, in the order of the suite."""
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
         a = cell.axes
@@ -86,12 +86,12 @@ def group(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def abba(cells: Sequence[Cell], round_: int) -> list[Cell]:
-    """The order of one round: forwards and backwards in turn, so that a drift of the machine cancels."""
+    """The order of one round: forwards in even rounds, backwards in odd ones, so that a steady drift cancels."""
     return list(cells) if round_ % 2 == 0 else list(reversed(cells))
 
 
 def larger(cell: Cell, than: Cell) -> bool:
-    """Whether a cell is of the same kind as another and asks for no less memory in shape and batch."""
+    """Whether a cell differs from another one in shape and batch only, and neither is smaller than there."""
     same = ("task", "model", "dtype", "device", "policy", "budget")
     if any(getattr(cell.axes, key) != getattr(than.axes, key) for key in same):
         return False
@@ -115,7 +115,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def shard(plan: Plan, number: int, count: int) -> Plan:
-    """Part ``number`` of ``count``; groups stay whole.
+    """Part ``number`` of ``count`` of a plan; groups are not divided.
 
     Raises:
         UsageError: there are fewer groups than that.
@@ -124,11 +124,11 @@ def shard(plan: Plan, number: int, count: int) -> Plan:
     if not groups:
         whole = len(group(plan.cells))
         raise UsageError(f"shard {number}/{count} is empty", why=f"the suite has {whole} groups of cells")
-    return replace(plan, cells=tuple(cell for one in groups for cell in one))
+    return replace(plan, cells=tuple(cell for together in groups for cell in together))
 
 
 def part(plan: Plan, planned: Collection[str]) -> Plan:
-    """The cells that a run has planned, where it is a shard: the same suite names more."""
+    """The cells of a plan that a run has planned: fewer than all of its suite, where the run is a shard."""
     cells = tuple(cell for cell in plan.cells if cell.id in planned)
     return replace(plan, cells=cells) if cells else plan
 
@@ -148,13 +148,13 @@ def _cell(
     parts += [f"b{point.batch}"] if point.batch is not None else []
     settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
     placed = [] if suite.models == Placement() else [suite.models]
-    within = [suite.within] if suite.within else []  # it decides on rounds and items
+    within = [suite.within] if suite.within else []  # the number of rounds or items depends on it
     content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within])).hexdigest()[:16]
     return Cell("/".join([*parts, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
 
 
 def _settings(task: str, quality: Quality) -> list[Any]:
-    """What a quality cell's figures depend on: of its data the content, where that is known, and not the place."""
+    """Settings that a quality cell's figures depend on; of its data file that is the digest, where it is known."""
     name = task.partition("(")[0]
     return [quality.limit, quality.batch, quality.digests.get(name, quality.data.get(name))]
 

@@ -1,7 +1,7 @@
-"""What a cell will roughly take: memory and time from a model's dimensions and two rates of the device.
+"""Predicts the memory and time of a cell from a model's dimensions and two rates of the device; searches batch ``max``.
 
-Predictions are made to be read before a long run (``--dry-run``) and to decide what can run side by side. They are
-never reported as figures.
+Predictions are shown before a run (``--dry-run``), decide what can run side by side, and say where to begin the search
+for the largest batch (:func:`find_batch`). They are never reported as figures.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
+
+from d2obench.errors import OutOfMemory
 from d2obench.measure.nvml import open_gpu
 from d2obench.models import Dimensions
+from d2obench.record import Axes
+from d2obench.run.worker_client import Client
 from d2obench.suite.definition import Suite
-from d2obench.suite.grammar import Shape
+from d2obench.suite.grammar import Shape, parse_memory
 from d2obench.tasks.base import Cell, shape_of
 
 ACTIVATIONS = 12
-"""Hidden vectors of one token that are alive at once in prefill; a rough figure."""
+"""Hidden vectors of one token that are in memory at once in prefill; a rough figure."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -39,18 +44,18 @@ class Device(NamedTuple):
 
 
 def rates_here(device: str, dtype: str) -> Device:
-    """Rough rates of a device of this machine without torch: a CPU is timed with numpy, a GPU's come from its driver.
+    """Rough rates of a device of this machine, without torch: a CPU is timed with numpy, a GPU's driver is asked.
 
-    A CPU is taken to multiply every type as fast as float32.
+    A CPU is assumed to multiply every type as fast as float32.
     """
     if device.startswith("cuda"):
         return _rated(int(device.partition(":")[2] or 0), dtype)
     import numpy as np
 
-    one = np.ones((512, 512), np.float32)
+    square = np.ones((512, 512), np.float32)
     block = np.ones(2**23, np.float32)
     copy = np.empty_like(block)
-    flops = max(2 * 512**3 / _seconds(lambda: one @ one) for _ in range(5))
+    flops = max(2 * 512**3 / _seconds(lambda: square @ square) for _ in range(5))
     return Device(max(2 * block.nbytes / _seconds(lambda: np.copyto(copy, block)) for _ in range(5)), flops)
 
 
@@ -66,8 +71,8 @@ def count_gpus() -> int:
 
 
 def _rated(number: int, dtype: str) -> Device:
-    """A GPU's rates from what its driver says: memory clock × bus width, cores × clock × 2, and on tensor cores a
-    multiple of that for half precision. What the driver does not say is taken from a GPU of 1 TB/s and 20 TFLOP/s."""
+    """A GPU's rates from its driver: memory clock × bus width, and cores × clock × 2, which tensor cores multiply for
+    half precision. Where the driver does not tell, 1 TB/s and 20 TFLOP/s are assumed."""
     gpu = open_gpu(number)
     if gpu is None:
         return Device(1e12, 2e13)
@@ -107,10 +112,10 @@ def memory_of(cell: Cell, model: Dimensions, batch: int, shape: Shape | None = N
 def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Prediction:
     """Memory and time of one cell.
 
-    Each pass takes what its FLOPs or its bytes take at the device's rates, whichever is longer. Of a speed cell the
-    rounds are counted and the prompts beside them (for windows, or to warm up and to count operators, in every
-    process), and not the windows themselves; of a quality cell the items, as far as they are known before its data is
-    read. Nothing is told of batch ``max``.
+    A prefill or a decode step takes the time of its FLOPs or of its bytes at the device's rates, whichever is longer. A
+    speed cell takes its rounds, and in every process the prompts that are read for windows or to warm up; the windows
+    themselves last equally long everywhere and are not counted here. A quality cell takes its items, as far as their
+    number is known before the data is read. Batch ``max`` is not predicted.
     """
     if cell.task is not None:
         return _quality(cell, suite, model, device)
@@ -146,3 +151,83 @@ def _pass(cell: Cell, model: Dimensions, device: Device, batch: int, shape: Shap
     held = cell.budget.of(shape.prompt) if cell.budget else shape.prompt + shape.gen / 2
     token = 2 * model.layers * model.kv_heads * model.head_dim * item
     return prefill, max((weights + token * batch * held) / device.bandwidth, linear / device.flops)
+
+
+MOST = 4096
+"""The largest batch that is tried."""
+RESOLUTION = 32
+"""The search ends when it is within 1/32 of the largest batch."""
+
+
+def find_batch(cell: Cell, limit: str, client: Client) -> dict[str, Any]:
+    """Searches the largest batch of a cell that fits a memory limit: predicted, then tried and bisected.
+
+    A trial reads the whole prompt and decodes the first and the last step of the generation, so that the cache reaches
+    its full size. On a GPU the limit is set in the allocator, so that a larger batch really runs out of memory; on a
+    CPU the resident set is compared with it.
+
+    Args:
+        cell: its batch is ``max``.
+        limit: ``24GiB``, ``0.5`` of the device, or empty for all memory of a GPU and the free memory on a CPU.
+        client: the worker that tries.
+
+    Returns:
+        ``batch``, ``limit`` in words, ``predicted``, and the ``trials`` as ``[batch, peak bytes or None]``.
+
+    Raises:
+        OutOfMemory: not even one sequence fits.
+    """
+    axes = cell.axes
+    memory = client.call("memory", {"device": axes.device})
+    bound = (
+        parse_memory(limit, memory["total"]) if limit else memory["total" if axes.device.startswith("cuda") else "free"]
+    )
+    words = f"under {bound / 2**30:.2f} GiB"
+    facts = client.call("describe", {"models": [axes.model], "devices": []})
+    model = Dimensions(**facts["models"][axes.model])
+    weights, one_sequence = (memory_of(cell, model, batch) for batch in (0, 1))
+    predicted = int((bound - weights) / (one_sequence - weights)) if bound > weights else 1
+    trials: list[list[int | None]] = []
+
+    def fits(batch: int) -> bool:
+        request = {"axes": msgspec.to_builtins(axes), "batch": batch, "sampled": [2, 1], "limit": bound}
+        try:
+            peak = peak_bytes(client.call("measure", request)["trace"], axes)
+        except OutOfMemory:
+            peak = None
+        trials.append([batch, peak])
+        return peak is not None and peak <= bound
+
+    batch = largest_batch(fits, predicted)
+    if batch == 0:
+        raise OutOfMemory(f"not even one sequence fits {words}")
+    return {"batch": batch, "limit": words, "predicted": predicted, "trials": trials}
+
+
+def peak_bytes(trace: dict[str, Any], axes: Axes) -> int:
+    """The highest memory of a request: allocated on a GPU, the resident set elsewhere."""
+    key = "allocated_bytes" if axes.device.startswith("cuda") else "rss_bytes"
+    return max(int(peaks[key]) for peaks in trace["peaks"].values() if key in peaks)
+
+
+def largest_batch(fits: Callable[[int], bool], predicted: int, most: int = MOST) -> int:
+    """The largest batch for which ``fits`` is true, to within 1/32 of itself; 0 where not even one sequence fits.
+
+    Args:
+        fits: tries a batch; false where it exceeds the limit. If a batch does not fit, no larger one may fit.
+        predicted: the first batch that is tried.
+        most: the largest batch that is tried.
+    """
+    # low is the largest batch known to fit, high the smallest known not to fit; before one is known, batches grow by
+    # half from trial to trial.
+    guess, low, high = max(1, min(predicted, most)), 0, most + 1
+    while high - low > max(1, low // RESOLUTION):
+        if fits(guess):
+            low = guess
+            guess = min(most, low + max(1, low // 2)) if high > most else (low + high) // 2
+        else:
+            high = guess
+            guess = (low + high) // 2
+        if guess == low:
+            break
+    return low

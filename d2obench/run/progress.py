@@ -1,7 +1,8 @@
-"""What the progress display is told while a run goes on.
+"""The display of a run as the runner sees it, and the words that it is given.
 
-The figures of a running cell come from the rounds that are on the disk already. The worker is not asked, so that
-showing progress disturbs no measurement.
+:class:`Display` is the protocol; ``d2obench.report.display`` draws it. The figures of a running cell come from the
+rounds that are on the disk already, and the memory of the worker from the system. The worker itself is never asked, so
+that showing progress disturbs no measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import psutil
 
 from d2obench.measure.nvml import slowdown_names
 from d2obench.measure.trace import RequestTrace
-from d2obench.metric import show
+from d2obench.metric import METRICS, show
+from d2obench.record import CellRecord
 from d2obench.run.worker_client import WorkerClient
 from d2obench.suite.definition import Timing
 
@@ -24,31 +26,67 @@ MIB = 2**20
 
 
 class Display(Protocol):
-    """What shows how a run goes on, such as the displays of ``d2obench.report.display``."""
+    """What shows how a run goes on. Texts are short: ``round 3/5  TPOT 11.8 ms ± 2 %  1,420 MiB now, 1,611 peak``."""
+
+    def start(self, cells: Sequence[str]) -> None:
+        """The run begins with these cell ids, in order."""
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """A cell is ``running``, with a share of its work done, or ended with a status."""
+        """A cell is ``running``, with a ``share`` of its work done, or has ended with a status. An unknown id is
+        added."""
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """What is going on now, and how far it is."""
+        """What is going on now, such as ``loading embedded``; of ``total`` parts ``done`` are done."""
 
     def note(self, text: str) -> None:
-        """Something to know about the whole run."""
+        """A line that stays: a warning, a disturbance, a file that was written."""
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """How long each cell that has no row yet will take; told again whenever more is known."""
+        """How many seconds each cell that has no row yet will take; told again whenever more is known."""
+
+    def finish(self) -> None:
+        """The run is over or was stopped; the terminal is left as it was. May be called twice."""
+
+
+ENDED_FIGURES = (
+    "tpot_s", "decode_tok_s", "speedup", "nvml_used_bytes", "rss_peak_bytes", "kl", "top1", "score", "gold_bpb",
+)  # fmt: skip
+"""Metrics that the display shows of a cell that has ended."""
+
+
+def headline(record: CellRecord) -> str:
+    """The few figures of a row that the display has room for.
+
+    A ratio is shown only with its 95 % interval, as in ``decode, equal batch 1.166 × full (95 % interval 1.120 …
+    1.210)``, because without one nobody can tell whether the policy is faster at all.
+    """
+    words = []
+    for key in ENDED_FIGURES:
+        figure = record.values.get(key)
+        if figure is None or figure.value is None:
+            continue
+        text = f"{METRICS[key].header} {show(key, figure.value, unit=True)}"
+        if METRICS[key].kind == "ratio":
+            if figure.kind != "interval":
+                continue
+            text += f" (95 % interval {show(key, figure.lo)} … {show(key, figure.hi)})"
+        words.append(text)
+    return "  ".join(words)
 
 
 def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: int) -> tuple[str, float]:
-    """``round 3/5  TPOT 11.82 ms ± 2 %  421 MiB now, 455 peak``, and the share of the cell's work that is done.
+    """What the display shows of a cell whose next request begins.
 
     Args:
         cell: the cell's id.
-        raw: its rounds.
-        timing: how many there may be.
+        raw: its rounds so far, as ``samples/<hash>.json`` holds them.
+        timing: how many rounds there may be.
         number: the round that begins, from 0.
+
+    Returns:
+        ``round 3/5  TPOT 11.82 ms ± 2 %  421 MiB now, 455 peak``, and the share of the cell's work that is done.
     """
-    from d2obench.measure.summarise import narrowness, tpot  # brings scipy, which a plan needs not
+    from d2obench.measure.summarise import narrowness, tpot  # loads scipy, which --dry-run can do without
 
     text = f"round {number + 1}/{timing.max_rounds}"
     rounds = msgspec.convert(raw, list[RequestTrace])
@@ -63,14 +101,15 @@ def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: 
 
 
 def memory(rounds: Sequence[RequestTrace]) -> str:
-    """Memory at the end of the last request and the highest of all: the GPU's, or else the process's."""
+    """``421 MiB now, 455 peak``: memory at the end of the last request and the highest of all requests, of the GPU
+    where there is one, otherwise of the process."""
     last = rounds[-1]
     for key, rows, columns in (
         ("nvml_used_bytes", last.device_timeline, last.device_columns),
         ("rss_bytes", last.timeline, last.timeline_columns),
     ):
         now = _newest(rows, columns, key.removeprefix("nvml_"))
-        peaks = [phase[key] for one in rounds for phase in one.peaks.values() if key in phase]
+        peaks = [phase[key] for request in rounds for phase in request.peaks.values() if key in phase]
         if now is not None and peaks:
             return f"{now / MIB:,.0f} MiB now, {max(peaks) / MIB:,.0f} peak"
     return ""
@@ -89,13 +128,13 @@ def clock(last: RequestTrace) -> str:
 
 
 class Vitals:
-    """Memory of the worker as the system sees it now, read from this process."""
+    """Memory of the worker process now and its highest value so far, as the system reports them to this process."""
 
     def __init__(self, client: WorkerClient) -> None:
         self._client, self._pid, self._peak = client, 0, 0
 
     def __call__(self) -> str:
-        """``worker 421 MiB now, 455 peak``; nothing where none runs."""
+        """``worker 421 MiB now, 455 peak``; an empty text while no worker runs."""
         pid = self._client.started
         try:
             now = psutil.Process(pid).memory_info().rss if pid else 0
@@ -108,7 +147,7 @@ class Vitals:
 
 
 def _share(done: int, likely: int, timing: Timing) -> float:
-    """Share of a cell's requests that are over, those that warm it up and count its operations among them."""
+    """Share of a cell's requests that are over; those that warm it up and count its operations are requests too."""
     before = 1 + timing.warmup
     return min(0.95, (before + done) / (before + likely))
 
@@ -119,27 +158,37 @@ def _newest(rows: Sequence[Sequence[float | None]], columns: Sequence[str], colu
 
 
 class LockedDisplay:
-    """Passes everything on to ``watcher``, which hears one thing at a time."""
+    """Lets several threads use one display: calls are passed on one at a time."""
 
-    def __init__(self, watcher: Display) -> None:
-        self._watcher, self._lock = watcher, threading.Lock()
+    def __init__(self, display: Display) -> None:
+        self._display, self._lock = display, threading.Lock()
+
+    def start(self, cells: Sequence[str]) -> None:
+        """See :class:`Display`."""
+        with self._lock:
+            self._display.start(cells)
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """A cell is running or ended."""
+        """See :class:`Display`."""
         with self._lock:
-            self._watcher.cell(cell, state, text, share)
+            self._display.cell(cell, state, text, share)
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """What is going on now."""
+        """See :class:`Display`."""
         with self._lock:
-            self._watcher.phase(text, done, total)
+            self._display.phase(text, done, total)
 
     def note(self, text: str) -> None:
-        """Something to know about the whole run."""
+        """See :class:`Display`."""
         with self._lock:
-            self._watcher.note(text)
+            self._display.note(text)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """How long the cells will take."""
+        """See :class:`Display`."""
         with self._lock:
-            self._watcher.expect(seconds)
+            self._display.expect(seconds)
+
+    def finish(self) -> None:
+        """See :class:`Display`."""
+        with self._lock:
+            self._display.finish()

@@ -1,4 +1,11 @@
-"""The folder of a run, ``d2obench-runs/<time>-<suite>/`` or ``--out``: made, checked, locked, described, and merged."""
+"""The folder of a run, ``d2obench-runs/<time>-<suite>/`` or ``--out``, and everything that a run writes into it.
+
+``run.json`` (:func:`write_info`) holds the suite, the planned cells and the environment. ``cells.jsonl`` gets a row for
+each cell that ended (:class:`RunLog`). ``samples/<hash>.json`` holds the raw values of a cell (:class:`Samples`); it is
+written anew after every round, so that a kill loses one request at most. A run that goes on reads the samples back and
+measures what is missing; a cell is finished when its row stands in ``cells.jsonl``. ``.lock`` is held by the process
+that writes (:func:`locked`). :func:`merge` makes one run of the shards of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +13,33 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from d2obench import __version__
-from d2obench.errors import RecordError
+from d2obench.errors import D2OBenchError, OutOfMemory, RecordError
 from d2obench.measure.environment import differences
-from d2obench.record import CellRecord, Run, RunInfo, cannot_write, dump, read_run, write_atomic
-from d2obench.run.plan import cells
-from d2obench.run.run_log import KEPT, now
+from d2obench.measure.trace import RequestTrace
+from d2obench.measure.windows import Window
+from d2obench.record import CellRecord, Run, RunInfo, append_cell, cannot_write, dump, read_run, write_atomic
+from d2obench.run.plan import cells, larger
+from d2obench.run.progress import Display, headline
 from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell
 
 RUNS = Path("d2obench-runs")
 LEAST_FREE = 32 * 2**20
+"""Bytes that must be free on the disk before a run begins."""
+LOCK = ".lock"
+KEPT = ("ok", "oom", "skipped", "incomparable")
+"""Statuses that stand when a run goes on; a failed cell is tried again."""
 
 
 def new_folder(suite: str, out: Path | None = None) -> Path:
@@ -66,7 +81,7 @@ def new_folder(suite: str, out: Path | None = None) -> Path:
 def describe_run(
     suite: Suite, cells: Sequence[Cell], environment: dict[str, Any], environment_hash: str, command: Sequence[str]
 ) -> RunInfo:
-    """The head of a run, as ``run.json`` keeps it."""
+    """What ``run.json`` says of a run."""
     return RunInfo(
         name=suite.name,
         suite=msgspec.to_builtins(suite),
@@ -102,15 +117,12 @@ def suite_of(folder: Path) -> tuple[Run, Suite]:
         ) from None
 
 
-LOCK = ".lock"
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` for this process.
+    """Lets this process alone write to ``folder`` inside this context.
 
-    The file keeps the owner's pid for the message only; what counts is the kernel's lock, so a lock left by a dead
-    process is simply taken over.
+    The kernel holds the lock and ends it with its process, so a file that a dead process has left locks nothing. The
+    pid in the file is for the error message only.
 
     Raises:
         RecordError: another process holds the folder, or it can't be written.
@@ -142,7 +154,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def merge(folders: Sequence[Path], out: Path) -> tuple[str, ...]:
-    """Writes a run of all cells of the suite into ``out``; what no shard has is missing there, and can be run there.
+    """Makes one run of several shards. A cell that no shard has measured is missing in it; ``--resume`` measures it.
 
     Args:
         folders: runs of the same suite on like hardware.
@@ -161,15 +173,16 @@ def merge(folders: Sequence[Path], out: Path) -> tuple[str, ...]:
     wanted = {cell.id: cell.hash for cell in cells(suite)}
     found: dict[str, tuple[Run, CellRecord]] = {}
     for run, _ in runs:
-        for one in run.cells:
-            if wanted.get(one.id) == one.hash and (one.id not in found or found[one.id][1].status not in KEPT):
-                found[one.id] = run, one
+        for record in run.cells:
+            known = record.id in found and found[record.id][1].status in KEPT
+            if wanted.get(record.id) == record.hash and not known:
+                found[record.id] = run, record
     folder = new_folder(info.name, out)
     with locked(folder):
-        for run, one in found.values():
-            _copy_samples(run, one, folder)
+        for run, record in found.values():
+            _copy_samples(run, record, folder)
         ordered = [found[name][1] for name in wanted if name in found]
-        write_atomic(folder / "cells.jsonl", b"".join(dump(one) + b"\n" for one in ordered))
+        write_atomic(folder / "cells.jsonl", b"".join(dump(record) + b"\n" for record in ordered))
         started = min(run.info.started for run, _ in runs)
         write_info(
             folder,
@@ -194,21 +207,21 @@ def _check_alike(first: Run, other: Run) -> None:
         )
 
 
-def _copy_samples(run: Run, one: CellRecord, folder: Path) -> None:
-    if not one.samples:
+def _copy_samples(run: Run, record: CellRecord, folder: Path) -> None:
+    if not record.samples:
         return
-    name = f"samples/{one.hash}.json"
-    if one.samples != name or "/" in one.hash:
-        raise RecordError(f"the samples of {one.id} in {run.path} are not where a run writes them")
+    name = f"samples/{record.hash}.json"
+    if record.samples != name or "/" in record.hash:
+        raise RecordError(f"the samples of {record.id} in {run.path} are not where a run writes them")
     try:
         data = (run.path / name).read_bytes()
-    except OSError:  # taken away since: the row stands without them
+    except OSError:  # the file was deleted; the row stands without it
         return
     write_atomic(folder / name, data)
 
 
 def _command(words: Sequence[str]) -> tuple[str, ...]:
-    """The command of the whole in place of a shard's."""
+    """A shard's command line without the options that made it a shard."""
     kept: list[str] = []
     skip = False
     for word in words:
@@ -216,3 +229,177 @@ def _command(words: Sequence[str]) -> tuple[str, ...]:
             kept.append(word)
         skip = not skip and word in ("--shard", "--out")
     return tuple(kept)
+
+
+class RunLog:
+    """Writes the rows of one run and tells the display of them; cells may end in several threads.
+
+    Args:
+        folder: the run folder, locked by the caller.
+        display: is told of every row.
+        records: rows that stand from an earlier part of this run, by cell id.
+        environment: hash of the fingerprint of the machine that the cells are measured on.
+        cells: those of the run. A cell is skipped where a smaller one of the same kind ran out of memory.
+
+    ``records`` holds every row without its figures, so that a long run takes little memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        display: Display,
+        records: Mapping[str, CellRecord] | None = None,
+        environment: str = "",
+        cells: Iterable[Cell] = (),
+    ) -> None:
+        self.folder, self.display, self.environment = folder, display, environment
+        self.records: dict[str, CellRecord] = {name: _without_figures(row) for name, row in (records or {}).items()}
+        self._ran_out = [cell for cell in cells if not self.open(cell) and self.records[cell.id].status == "oom"]
+        self._began: dict[str, tuple[str, float]] = {}
+        self._flags: dict[str, list[str]] = {}
+        self._lock = threading.RLock()
+        self._notes: set[str] = set()
+
+    def open(self, cell: Cell) -> bool:
+        """Whether the cell still needs a row."""
+        return cell.id not in self.records
+
+    def begin(self, cell: Cell) -> None:
+        """Records when a cell started; only the first call counts."""
+        self._began.setdefault(cell.id, (now(), time.monotonic()))
+
+    def flag(self, cell: Cell, text: str) -> None:
+        """Adds a flag to the row that the cell will get."""
+        self._flags.setdefault(cell.id, []).append(text)
+
+    def end(self, cell: Cell, status: str, **fields: Any) -> None:
+        """Writes a cell's row; ``fields`` are those of :class:`d2obench.record.CellRecord`."""
+        self.begin(cell)
+        started, since = self._began.pop(cell.id)
+        fields.setdefault("seconds", round(time.monotonic() - since, 3))
+        fields["environment"] = self.environment
+        if flags := self._flags.pop(cell.id, []):
+            fields["flags"] = (*fields.get("flags", ()), *flags)
+        record = CellRecord(cell.id, cell.hash, cell.axes, status, started=started, **fields)
+        with self._lock:
+            append_cell(self.folder, record)
+            self.records[cell.id] = _without_figures(record)
+            if status == "oom":
+                self._ran_out.append(cell)
+            self.display.cell(cell.id, status, record.reason or headline(record))
+
+    def fail(self, cell: Cell, problem: D2OBenchError, samples: Samples | None = None) -> None:
+        """Writes the row of a cell that ended with an error; where the run folder can't be written, the run ends."""
+        if isinstance(problem, RecordError):
+            raise problem
+        kept = samples.name if samples is not None and samples.rounds else None
+        self.end(cell, "oom" if isinstance(problem, OutOfMemory) else "failed", reason=str(problem), samples=kept)
+
+    def note_once(self, text: str) -> None:
+        """Shows a note about the whole run, the first time it is given."""
+        with self._lock:
+            if text not in self._notes:
+                self._notes.add(text)
+                self.display.note(text)
+
+    def skip_if_too_large(self, cell: Cell) -> None:
+        """Ends a cell as ``skipped`` where a cell of the same kind that needs no more memory ran out of it."""
+        with self._lock:
+            smaller = next((other for other in self._ran_out if larger(cell, other)), None)
+        if smaller is not None and self.open(cell):
+            self.end(cell, "skipped", reason=f"{smaller.id} ran out of memory and is no larger")
+
+
+def _without_figures(record: CellRecord) -> CellRecord:
+    return msgspec.structs.replace(record, values={}, details={})
+
+
+class Samples:
+    """The samples file of one cell: ``data`` is its content, ``name`` its path in the run folder.
+
+    A file that is damaged or incomplete counts as empty, so that the cell is measured again.
+    """
+
+    def __init__(self, folder: Path, cell: Cell) -> None:
+        self.name = f"samples/{cell.hash}.json"
+        self._path = folder / self.name
+        self.data: dict[str, Any] = self._read() or {"cell": cell.id, "rounds": []}
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """Raw rounds, in the order they were measured."""
+        rounds: list[dict[str, Any]] = self.data.setdefault("rounds", [])
+        return rounds
+
+    def has(self, number: int) -> bool:
+        """Whether round ``number`` was measured."""
+        return any(trace.get("round") == number for trace in self.rounds)
+
+    def has_windows(self, process: int) -> bool:
+        """Whether windows of decode steps were measured in the worker process of this number."""
+        return any(window["process"] == process for window in self.data.get("windows", ()))
+
+    def add(self, trace: dict[str, Any]) -> None:
+        """Adds a round and writes the file."""
+        self.rounds.append(trace)
+        self.save()
+
+    def save(self, **values: Any) -> None:
+        """Sets keys beside the rounds and writes the file."""
+        self.data.update(values)
+        write_atomic(self._path, dump(self.data))
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            checked = msgspec.json.decode(self._path.read_bytes(), type=_File)
+            whole: dict[str, Any] = msgspec.json.decode(self._path.read_bytes())
+        except (OSError, msgspec.DecodeError, RecursionError):
+            return None
+        started = bool(checked.rounds or checked.windows)
+        complete = not started or (checked.batch > 0 and checked.model and checked.counts is not None)
+        return whole if complete else None
+
+
+class _Round(RequestTrace, kw_only=True):
+    """What a round in a samples file must hold."""
+
+    seconds: float
+
+
+class _File(msgspec.Struct):
+    """What a samples file must hold so that a run can go on with it."""
+
+    cell: str
+    rounds: list[_Round] = []
+    batch: int = 0
+    model: dict[str, Any] = {}
+    counts: dict[str, float] | None = None
+    windows: list[Window] = []
+    plan: dict[str, int] | None = None
+
+
+def forget_cut_round(folder: Path, cells: Iterable[Cell]) -> None:
+    """Removes the last round of a group from its samples where a lost device has left it incomplete.
+
+    Otherwise the other cells would be measured for this round on another device, but the two times of a ratio must come
+    from the same one.
+    """
+    group = [samples for samples in (Samples(folder, cell) for cell in cells) if "stopped" not in samples.data]
+    last = max((trace["round"] for samples in group for trace in samples.rounds), default=0)
+    if all(samples.has(last) for samples in group):
+        return
+    for samples in group:
+        if samples.has(last):
+            samples.rounds[:] = [trace for trace in samples.rounds if trace["round"] != last]
+            samples.save()
+
+
+def finished(cells: Iterable[Cell], records: Iterable[CellRecord]) -> dict[str, CellRecord]:
+    """Records that still stand, by cell id: those of cells that came to an end and have the same content hash now."""
+    hashes = {cell.id: cell.hash for cell in cells}
+    return {row.id: row for row in records if row.status in KEPT and hashes.get(row.id) == row.hash}
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,10 +1,11 @@
-"""Planning a run into the time it was given (``--within 3m``), and an honest estimate of the time that is left.
+"""Fits a run into the time it was given (``--within 3m``), and estimates the time that is left.
 
-A short probe at the start loads the model and times one small request; from the rates it comes to, every cell is
-predicted (:mod:`d2obench.run.predict`), and scaled by what the cells before it took. A unit is what
-can only be measured as a whole: the cells that are timed together, or all cells of one quality task. Where the units
-don't fit into the time, first their rounds and items are cut, and where even one round and a few items of each are too
-much, whole units are dropped, the costliest first. What was cut or dropped stands in the rows.
+A short probe at the start loads the model and times one small request. The rates of the device that follow from it give
+a prediction for every cell (:mod:`d2obench.run.predict`), which is corrected by what the cells before it really took.
+
+A *unit* is what is only worth measuring as a whole: the cells that are timed together, or all cells of one quality
+task. Where the units don't fit into the time, they get fewer rounds or items. Where even one round and a few items of
+each are too much, whole units are dropped, the one that takes longest first. The rows say what was cut or dropped.
 """
 
 from __future__ import annotations
@@ -22,77 +23,80 @@ from d2obench.errors import D2OBenchError
 from d2obench.models import Dimensions
 from d2obench.run.plan import Plan, group
 from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
-from d2obench.run.run_log import RunLog
+from d2obench.run.run_folder import RunLog
 from d2obench.run.worker_client import Client, again
 from d2obench.stats.intervals import WINDOWS
 from d2obench.suite.definition import Suite, Timing
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell
 
-REPORT_S = 10.0
-"""Seconds that are left for writing and rendering the report."""
+REPORT_S = 6.0
+"""Seconds that are kept for writing and rendering the report."""
 LEAST_WINDOWS = WINDOWS
-"""Windows of steps that a process measures at least, however few its rounds are: fewer carry no interval."""
+"""Windows that a process measures at least, however few rounds are left to it: fewer give no interval."""
 LEAST_ITEMS = 2
-"""Items below which a quality task is dropped rather than cut: one item carries no interval."""
+"""A quality task gets at least so many items or is dropped: one item gives no interval."""
 PROBE = Shape(256, 9)
-"""The small request that is timed first."""
+"""The small request of the probe."""
 UNKNOWN = Device(1.0, 1.0)
 WINDOW_LEAD = 1.3
-"""What a window of steps takes with the steps before it that are not counted, in lengths of the window."""
+"""Time of a window together with its uncounted first steps, divided by the time of the window."""
 
 
 class Unit(NamedTuple):
-    """Cells that are measured as a whole or not at all, and how often, at most."""
+    """Cells that are measured together or not at all.
+
+    ``most`` is the number of rounds (timed cells) or items (a quality task) that the suite asks for.
+    """
 
     cells: tuple[Cell, ...]
     most: int
-    """Rounds of timed cells, items of a quality task, as the suite asks for them."""
 
     @property
     def timed(self) -> bool:
-        """Whether rounds are counted, and not items."""
+        """Whether its cells are timed in rounds; otherwise they have items."""
         return self.cells[0].timed
 
     @property
     def counted(self) -> str:
-        """What is counted, in words."""
+        """``rounds`` or ``items``."""
         return "rounds" if self.timed else "items"
 
 
 class Schedule:
-    """Decides for each group of cells how much of it is measured.
+    """Decides for each group of cells how many rounds or items of it are measured.
 
     Args:
         plan: of the run.
-        log: its display hears how long the cells will take; rows of dropped cells are written to it.
-        clock: seconds that only go forwards.
+        log: takes the rows of dropped cells; its display is told how long the cells will take.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(self, plan: Plan, log: RunLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan, self._log, self._clock = plan, log, clock
-        self._units = [one for one in units_of(plan) if any(log.open(cell) for cell in one.cells)]
+        self._units = [unit for unit in units_of(plan) if any(map(log.open, unit.cells))]
         self._load_s = 0.0
         self._scale = {True: 1.0, False: 1.0}
-        """Measured ÷ predicted seconds, of timed cells and of the others."""
+        """Measured ÷ predicted seconds of the last group: of timed cells (True) and of quality cells (False)."""
         self._device = dict.fromkeys(map(_kind, plan.cells), UNKNOWN)
         within = plan.suite.within_s
         self._until = None if within is None else plan.began + within - REPORT_S
         self._measured = any(record.status == "ok" for record in log.records.values())
         self._running: tuple[float, float] = (0.0, 0.0)
-        """Of the group at hand: when it began, and what it was predicted to take, unscaled."""
+        """When the present group began, and the seconds predicted for it without :attr:`_scale`."""
         self._chosen: dict[str, tuple[Unit, int]] = {}
-        """How many rounds or items each cell's unit was given, by cell id; 0 where it was dropped."""
+        """The unit of a cell and its rounds or items, by cell id; 0 where it was dropped."""
 
     def probe(self, client: Client) -> None:
-        """Loads the first model and times a small request on it, which gives the rates that the rest is predicted
-        from."""
-        cell = next((one for one in self._plan.cells if one.policy.yardstick is None and self._log.open(one)), None)
+        """Loads the first model and times a small request on it; the rates of the device follow from that."""
+        unfinished = (cell for cell in self._plan.cells if self._log.open(cell))
+        cell = next((cell for cell in unfinished if cell.policy.yardstick is None), None)
         model = self._plan.models.get(cell.axes.model) if cell is not None else None
-        fresh = self._plan.suite.worker.mode == "fresh" and self._until is None  # no process beside those of the cells
+        # with worker.mode = "fresh" no process may run beside those of the cells, unless the time is limited
+        fresh = self._plan.suite.worker.mode == "fresh" and self._until is None
         if cell is not None and model is not None and not fresh:
-            self._log.watcher.phase("probing how fast this machine is")
-            with suppress(D2OBenchError):  # the cells themselves say what is wrong
+            self._log.display.phase("probing how fast this machine is")
+            with suppress(D2OBenchError):  # the cells will meet the same error, and their rows say it
                 self._load_s, self._device[_kind(cell)] = again(lambda: _probe(client, cell, model))
         for kind, device in self._device.items():
             if device == UNKNOWN:
@@ -100,8 +104,11 @@ class Schedule:
         self._expect()
 
     def begin(self, together: Sequence[Cell]) -> Suite | None:
-        """The suite by which a group is measured, with fewer rounds or items where time is short; None where the group
-        was dropped, and its rows say so."""
+        """The suite by which the next group is measured, with fewer rounds or items where time is short.
+
+        Returns:
+            None where the group is dropped; its rows are written then.
+        """
         unfinished = [cell for cell in together if self._log.open(cell)]
         suite = self._plan.suite if self._until is None or not unfinished else self._cut(unfinished)
         if suite is not None:
@@ -109,7 +116,7 @@ class Schedule:
         return suite
 
     def end(self, together: Sequence[Cell]) -> None:
-        """Notes what the group at hand took, for the estimates of those that come."""
+        """Compares the time of the group that has ended with the prediction, to correct later ones."""
         began, predicted = self._running
         self._measured = True
         if predicted > 0:
@@ -118,12 +125,13 @@ class Schedule:
         self._expect()
 
     def _cut(self, unfinished: Sequence[Cell]) -> Suite | None:
+        """As :meth:`begin`, in a run with limited time."""
         suite = self._plan.suite
         if unfinished[0].id not in self._chosen:
             self._choose(unfinished[0])
         unit, count = self._chosen[unfinished[0].id]
         assert self._until is not None
-        if count == 0 or (self._measured and self._clock() >= self._until):  # slower than the plan had it
+        if count == 0 or (self._measured and self._clock() >= self._until):  # earlier cells took longer than predicted
             for cell in unfinished:
                 self._log.end(cell, "skipped", reason=f"dropped: no time was left for it within {suite.within}")
             return None
@@ -138,37 +146,37 @@ class Schedule:
         return msgspec.structs.replace(suite, timing=msgspec.structs.replace(timing, max_seconds=most))
 
     def _choose(self, first: Cell) -> None:
-        """Gives every unit from that of ``first`` on its rounds or items."""
-        place = next(i for i, one in enumerate(self._units) if first in one.cells)
-        left = list(self._units[place:])
+        """Chooses the rounds or items of the unit that ``first`` belongs to, by planning it and all later units."""
         assert self._until is not None
+        position = next(i for i, unit in enumerate(self._units) if first in unit.cells)
+        chosen, kept = self._units[position], list(self._units[position:])
         seconds = self._until - self._clock()
-        dropped: list[Unit] = []
-        while len(left) > 1 and sum(self._cost(one, _least(one)) for one in left) > seconds:
-            dropped.append(max(left, key=lambda one: self._cost(one, _least(one))))
-            left.remove(dropped[-1])
-        if self._measured and self._cost(left[0], _least(left[0])) > seconds:
-            dropped += left  # but something is measured, however short the time
-            left.clear()
-        counts = {id(one): 0 for one in dropped} | {id(one): _least(one) for one in left}
+        # 1. Drop the costliest units until the others fit with their fewest rounds or items. The last one is kept if
+        #    nothing has been measured yet, so that even the shortest run gives a figure.
+        while len(kept) > 1 and sum(self._cost(unit, _least(unit)) for unit in kept) > seconds:
+            kept.remove(max(kept, key=lambda unit: self._cost(unit, _least(unit))))
+        if self._measured and self._cost(kept[0], _least(kept[0])) > seconds:
+            kept.clear()
+        # 2. Give one more round or item to each unit in turn, as long as all of them fit.
+        counts = {id(unit): _least(unit) for unit in kept}
         grown = True
-        while grown:  # one round or item more for each in turn, as long as it fits
+        while grown:
             grown = False
-            for one in left:
-                more = counts[id(one)] + 1
-                spent = sum(self._cost(other, counts[id(other)]) for other in left if other is not one)
-                if more <= one.most and spent + self._cost(one, more) <= seconds:
-                    counts[id(one)], grown = more, True
-        chosen = self._units[place]
-        known = [found for cell in chosen.cells if (found := self._items_of(cell, chosen)) is not None]
-        count = known[0] if known else counts[id(chosen)]  # items are paired with those of the rows that stand
+            for unit in kept:
+                more = counts[id(unit)] + 1
+                others = sum(self._cost(other, counts[id(other)]) for other in kept if other is not unit)
+                if more <= unit.most and others + self._cost(unit, more) <= seconds:
+                    counts[id(unit)], grown = more, True
+        # 3. Items are compared in pairs: where cells of the unit have rows already, the others get as many items.
+        known = [items for cell in chosen.cells if (items := self._items_of(cell, chosen)) is not None]
+        count = known[0] if known else counts.get(id(chosen), 0)
         for cell in chosen.cells:
             self._chosen[cell.id] = chosen, count
         if count < chosen.most:
-            self._log.watcher.note(f"within {self._plan.suite.within}: {_spelt(chosen, count)}")
+            self._log.display.note(f"within {self._plan.suite.within}: {_in_words(chosen, count)}")
 
     def _items_of(self, cell: Cell, unit: Unit) -> int | None:
-        """The items of a quality cell that was measured in an earlier part of the run."""
+        """How many items a quality cell had that was measured already; None where it was not, and for timed cells."""
         record = self._log.records.get(cell.id)
         if unit.timed or record is None or record.status != "ok":
             return None
@@ -176,7 +184,7 @@ class Schedule:
         return int(cut[0]) if cut else unit.most
 
     def _cost(self, unit: Unit, count: int) -> float:
-        """Seconds of a unit in so many rounds or items."""
+        """Predicted seconds of a unit with ``count`` rounds or items."""
         if count == 0:
             return 0.0
         suite = self._plan.suite
@@ -187,17 +195,18 @@ class Schedule:
         return sum(self._seconds(cell, suite) for cell in unit.cells)
 
     def _seconds(self, cell: Cell, suite: Suite) -> float:
+        """Predicted seconds of a cell, corrected by what earlier cells took."""
         return self._predicted(cell, suite) * self._scale[cell.timed] + self._fixed(cell, suite)
 
     def _fixed(self, cell: Cell, suite: Suite) -> float:
-        """Seconds that windows of steps take whatever the machine's speed: they are as long as they are."""
+        """Seconds of the windows of a cell, which last equally long on every machine."""
         if not cell.timed:
             return 0.0
         timing = suite.timing
         return WINDOW_LEAD * timing.windows * timing.window_s * timing.processes
 
     def _predicted(self, cell: Cell, suite: Suite) -> float:
-        """The unscaled prediction; 0 where nothing can be predicted."""
+        """Predicted seconds of a cell's requests or items, not corrected; 0 where nothing can be predicted."""
         model = self._plan.models.get(cell.axes.model)
         if model is None or not self._log.open(cell):
             return 0.0
@@ -213,10 +222,10 @@ class Schedule:
                 if unit is not None and count < unit.most and unit.timed:
                     suite = msgspec.structs.replace(suite, timing=cut_timing(suite, max(1, count)))
                 left[cell.id] = self._seconds(cell, suite)
-        if self._until is not None and (total := sum(left.values())) > 0:  # what does not fit will be cut
+        if self._until is not None and (total := sum(left.values())) > 0:  # cells that don't fit will be cut
             shrink = min(1.0, max(0.0, self._until - self._clock()) / total)
             left = {name: seconds * shrink for name, seconds in left.items()}
-        self._log.watcher.expect(left)
+        self._log.display.expect(left)
 
 
 def units_of(plan: Plan) -> list[Unit]:
@@ -230,7 +239,7 @@ def units_of(plan: Plan) -> list[Unit]:
 
 
 def cut_timing(suite: Suite, rounds: int) -> Timing:
-    """The table ``timing`` with at most so many rounds, and its windows and processes in proportion."""
+    """The table ``timing`` with at most ``rounds`` rounds, and with windows and processes in proportion."""
     timing = suite.timing
     if rounds >= timing.rounds:
         return timing
@@ -239,7 +248,7 @@ def cut_timing(suite: Suite, rounds: int) -> Timing:
     return msgspec.structs.replace(timing, rounds=rounds, max_rounds=rounds, windows=windows, processes=processes)
 
 
-def _spelt(unit: Unit, count: int) -> str:
+def _in_words(unit: Unit, count: int) -> str:
     """``2 of 3 rounds of speed, 768+32, 4 cells``, or that the unit is dropped."""
     axes = unit.cells[0].axes
     name = ", ".join(filter(None, (axes.task, axes.model, axes.shape, f"{len(unit.cells)} cells")))
@@ -247,6 +256,7 @@ def _spelt(unit: Unit, count: int) -> str:
 
 
 def _most(plan: Plan, cell: Cell) -> int:
+    """The rounds or items of a cell's unit in the whole suite."""
     if cell.task is None:
         return plan.suite.timing.rounds
     model = plan.models.get(cell.axes.model)
@@ -255,15 +265,17 @@ def _most(plan: Plan, cell: Cell) -> int:
 
 
 def _least(unit: Unit) -> int:
+    """The fewest rounds or items with which a unit is measured."""
     return 1 if unit.timed else min(LEAST_ITEMS, unit.most)
 
 
 def _kind(cell: Cell) -> tuple[str, str]:
+    """Device and dtype, for which a device has rates of its own."""
     return cell.axes.device, cell.axes.dtype
 
 
 def _probe(client: Client, cell: Cell, model: Dimensions) -> tuple[float, Device]:
-    """Seconds of loading a cell's model, and the rates that a small request of the full cache on it comes to."""
+    """Seconds of loading a cell's model, and the device's rates from a small request of the full cache."""
     axes = msgspec.structs.replace(cell.axes, task="speed", policy="full", budget=None, shape=str(PROBE), batch=1)
     request = {"axes": msgspec.to_builtins(axes), "round": 0, "batch": 1, "sampled": None}
     since = time.monotonic()

@@ -1,12 +1,14 @@
-"""Tensor parallelism: several worker processes share one model and look like one worker.
+"""Tensor parallelism: several worker processes ("ranks") share one model; to the runner they are one worker.
 
-Design. Each rank is an ordinary worker with torchrun's environment variables. All ranks get the same request and run
-the same code, so that the collectives of the model meet. Rank 0's answer counts, with the memory and rates of all ranks
-added up (:func:`combined`). The ranks connect over loopback when a model is first loaded.
+Each rank is an ordinary worker with torchrun's environment variables. All ranks get the same request and run the same
+code, so that each collective operation of the model is called by all of them. The answer is that of rank 0, with the
+memory and the rates of all ranks added up (:func:`combined`). The ranks connect over loopback when a model is first
+loaded.
 
-A rank that fails leaves the others waiting in a collective. The first failure therefore ends all of them, after a short
-time in which the others may fail too: where every rank raises the same clear error (a prompt that is too long), they
-keep running. The next call starts new processes. A rank that hangs is ended after its timeout, as any worker is.
+When a rank fails, the others wait for it in a collective operation for ever. So after the first failure the others have
+a short time to fail as well, and then all are killed; the next call starts new processes. They are kept only where all
+ranks have raised the same clear error, such as a prompt that is too long. A rank that hangs is killed after its
+timeout, like any worker.
 """
 
 from __future__ import annotations
@@ -26,21 +28,20 @@ import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
 from d2obench.models.devices import RENDEZVOUS, TIMEOUT_S
-from d2obench.run.worker_client import WORKER, Progress, WorkerClient
-from d2obench.run.worker_process import DeadWorkerError, WorkerProcess
+from d2obench.run.worker_client import WORKER, DeadWorkerError, Progress, WorkerClient, WorkerProcess
 from d2obench.suite.definition import Placement, Suite
 
 TOGETHER = ("load", "warm_up", "measure", "count", "evaluate")
-"""Operations on a model: every rank runs them, and they meet in it."""
+"""Operations on the model, which all ranks run together."""
 EACH = ("bandwidth", "rates")
-"""Operations on a device that every rank asks of its own."""
+"""Operations on a device, which every rank runs on its own device."""
 GRACE_S = 3.0
-"""How long ranks may take to fail by themselves once one of them has."""
+"""Seconds that the other ranks have to fail by themselves once one of them has."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def client_for(suite: Suite) -> WorkerClient:
-    """The worker, or the ranks, that a suite's models lie in."""
+    """The client of the worker, or of the ranks, for the models of a suite."""
     placement, worker = suite.models, suite.worker
     if placement == Placement():
         return WorkerClient(timeout_s=worker.timeout_s, threads=worker.threads)
@@ -58,13 +59,13 @@ def client_for(suite: Suite) -> WorkerClient:
 
 
 class RankedClient(WorkerClient):
-    """As many workers as ``ranks``; this object is rank 0's client and holds the others'.
+    """The clients of all ranks: this object is the client of rank 0 and keeps those of the others.
 
     Args:
-        ranks: how many.
-        env: as :class:`WorkerClient` has it.
-        timeout_s: how long one of them may stay silent, and how long it waits for the others.
-        threads: CPU threads of each.
+        ranks: number of processes.
+        env: see :class:`WorkerClient`.
+        timeout_s: how long a rank may stay silent, and how long it waits for the others.
+        threads: CPU threads of each rank.
         command: arguments after the interpreter.
     """
 
@@ -91,7 +92,7 @@ class RankedClient(WorkerClient):
 
     @property
     def pid(self) -> int | None:
-        """Rank 0's process id while all run; where one has ended, the others are ended too."""
+        """Rank 0's process id while all ranks run; where one has ended, the others are killed here."""
         if self._joined and not self._busy and any(other.pid is None for other in self.peers):
             self.kill()
         return super().pid
@@ -106,18 +107,18 @@ class RankedClient(WorkerClient):
         for other in self.peers:
             other._running()
         self._joined = True
-        requests = [share(args or {}, rank, self.ranks) for rank in range(self.ranks)]
+        requests = [request_of_rank(args or {}, rank, self.ranks) for rank in range(self.ranks)]
         work: list[Callable[[], dict[str, Any]]] = [
             lambda: super(RankedClient, self).call(op, requests[0], progress=progress, timeout_s=timeout_s)
         ]
         for other, request in zip(self.peers, requests[1:], strict=True):
             work.append(lambda other=other, request=request: other.call(op, request, timeout_s=timeout_s))  # type: ignore[misc]
-        together = _Together(work, self._strike)
+        calls = _RankCalls(work, self._kill_processes)
         self._busy = True
         try:
-            answers = together.run()
+            answers = calls.run()
         except BaseException:
-            if not together.alike:
+            if not calls.failed_alike:
                 self.kill()
             raise
         finally:
@@ -125,21 +126,21 @@ class RankedClient(WorkerClient):
         return combined(op, answers)
 
     def beside(self) -> RankedClient:
-        """As many more, which share a model of their own."""
+        """The same number of new ranks, which share another copy of the model."""
         other = RankedClient(self.ranks, timeout_s=self.timeout_s, command=self.command)
-        for mine, theirs in zip((self, *self.peers), (other, *other.peers), strict=True):
-            theirs.env = dict(mine.env)
+        for ours, new in zip((self, *self.peers), (other, *other.peers), strict=True):
+            new.env = dict(ours.env)
         return other
 
     def close(self) -> None:
-        """Lets all of them end."""
+        """Lets all ranks end."""
         for client in self.peers:
             client.close()
         super().close()
         self._leave()
 
     def kill(self) -> None:
-        """Ends all of them at once."""
+        """Kills all ranks."""
         for client in self.peers:
             client.kill()
         super().kill()
@@ -154,13 +155,14 @@ class RankedClient(WorkerClient):
         return super()._running()
 
     def _variables(self, rank: int, path: Path) -> dict[str, str]:
+        """torchrun's environment variables of a rank; ``path`` is the file through which the ranks find each other."""
         own: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks}
         own |= {"LOCAL_WORLD_SIZE": self.ranks, RENDEZVOUS: path, TIMEOUT_S: self.timeout_s}
         sockets = {name: self.env.get(name, LOOPBACK) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         return {**sockets, **{name: str(value) for name, value in own.items()}}
 
-    def _strike(self) -> None:
-        """Kills every process; whoever waits for its answer sees it die. Any thread may call it."""
+    def _kill_processes(self) -> None:
+        """Kills every process, so that the threads that wait for their answers go on. Any thread may call it."""
         for client in (self, *self.peers):
             if client.started:
                 with contextlib.suppress(ProcessLookupError):
@@ -173,38 +175,39 @@ class RankedClient(WorkerClient):
             self._folder = None
 
 
-class _Together:
-    """Calls that only end together: the first one in this thread, the others in threads of their own.
+class _RankCalls:
+    """One call for each rank, all at the same time: rank 0's in this thread, the others in threads of their own.
 
     Args:
         work: the calls.
-        strike: ends all that still run.
+        kill: ends all processes, and with them the calls that still run.
     """
 
-    def __init__(self, work: Sequence[Callable[[], dict[str, Any]]], strike: Callable[[], None]) -> None:
-        self._work, self._strike = work, strike
+    def __init__(self, work: Sequence[Callable[[], dict[str, Any]]], kill: Callable[[], None]) -> None:
+        self._work, self._kill = work, kill
         self._answers: dict[int, dict[str, Any]] = {}
+        """By rank; an empty one where the call has failed."""
         self._failures: list[D2OBenchError] = []
-        self._struck = False
+        self._killed = False
         self._change = threading.Condition()
 
     @property
-    def alike(self) -> bool:
-        """Whether all failed by themselves with the same clear error, so that none waits for another."""
-        told = {(type(failure), failure.what) for failure in self._failures}
+    def failed_alike(self) -> bool:
+        """Whether all ranks have failed by themselves with the same clear error, so that none waits for another."""
+        errors = {(type(failure), failure.what) for failure in self._failures}
         unclear = any(isinstance(failure, WorkerError | OutOfMemory) for failure in self._failures)
-        return len(self._failures) == len(self._work) and len(told) == 1 and not unclear and not self._struck
+        return len(self._failures) == len(self._work) and len(errors) == 1 and not unclear and not self._killed
 
     def run(self) -> list[dict[str, Any]]:
-        """All answers; or the failure that explains the others."""
-        threads = [threading.Thread(target=self._one, args=(rank,), daemon=True) for rank in range(1, len(self._work))]
-        threads.append(threading.Thread(target=self._guard, daemon=True))
+        """The answers of all ranks; raises the failure that explains the others where one has failed."""
+        threads = [threading.Thread(target=self._call, args=(rank,), daemon=True) for rank in range(1, len(self._work))]
+        threads.append(threading.Thread(target=self._end_after_failure, daemon=True))
         for thread in threads:
             thread.start()
         try:
-            self._one(0)
-        except BaseException:  # Ctrl-C: rank 0 has been killed
-            self._strike()
+            self._call(0)
+        except BaseException:  # Ctrl-C has killed rank 0
+            self._kill()
             raise
         finally:
             for thread in threads:
@@ -213,7 +216,7 @@ class _Together:
             raise min(self._failures, key=_priority)
         return [self._answers[rank] for rank in range(len(self._work))]
 
-    def _one(self, rank: int) -> None:
+    def _call(self, rank: int) -> None:
         try:
             answer, failure = self._work[rank](), None
         except D2OBenchError as problem:
@@ -225,20 +228,22 @@ class _Together:
             raise
         with self._change:
             self._answers[rank] = answer
-            if failure is not None and not self._struck:
+            if failure is not None and not self._killed:  # a failure after the kill is only its consequence
                 self._failures.append(failure)
             self._change.notify_all()
 
-    def _guard(self) -> None:
-        """Waits for the end, or for a failure and then a moment."""
+    def _end_after_failure(self) -> None:
+        """Waits until all calls have ended; after a failure, kills those that have not ended in time."""
+        # 1. All have ended, or one has failed and the others end within a short time.
         with self._change:
             self._change.wait_for(lambda: self._failures or self._over())
             if self._over() or self._change.wait_for(self._over, GRACE_S):
                 return
-            self._struck = True
+            self._killed = True
+        # 2. Kill the others, repeatedly, because a process may be starting just now.
         until = time.monotonic() + 60
-        while time.monotonic() < until:  # one may be starting just now
-            self._strike()
+        while time.monotonic() < until:
+            self._kill()
             with self._change:
                 if self._change.wait_for(self._over, 0.5):
                     return
@@ -248,45 +253,51 @@ class _Together:
 
 
 def _priority(failure: D2OBenchError) -> int:
-    """Lost memory and a process that ended explain a broken connection, never the other way round."""
+    """Order of failures, causes first: too little memory, then a dead process, then what follows from these, such as a
+    broken connection."""
     if isinstance(failure, OutOfMemory):
         return 0
     return 1 if isinstance(failure, DeadWorkerError) else 2
 
 
-def share(args: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """A request as one rank gets it: with its own GPU, and its part of a memory limit."""
-    found = dict(args)
-    if str(found.get("device", "")).startswith("cuda"):
-        found["device"] = f"cuda:{rank}"
+def request_of_rank(args: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """A request as one rank gets it: with its own GPU, and with its part of a memory limit."""
+    request = dict(args)
+    if str(request.get("device", "")).startswith("cuda"):
+        request["device"] = f"cuda:{rank}"
     for key in ("axes", "cell"):
-        if isinstance(found.get(key), Mapping):
-            found[key] = share(found[key], rank, ranks)
-    if found.get("limit"):
-        found["limit"] = int(found["limit"]) // ranks
-    return found
+        if isinstance(request.get(key), Mapping):
+            request[key] = request_of_rank(request[key], rank, ranks)
+    if request.get("limit"):
+        request["limit"] = int(request["limit"]) // ranks
+    return request
 
 
 def combined(op: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rank 0's answer, with the bytes and rates of all ranks added up."""
-    found = dict(answers[0])
+    answer = dict(answers[0])
+    # 1. Rates of devices, and counts of what each rank does for its own part of the heads.
     if op == "bandwidth":
-        return {**found, **{key: _total(answers, key) for key in ("bytes_per_s", "median")}}
+        return {**answer, **{key: _total(answers, key) for key in ("bytes_per_s", "median")}}
     if op == "rates":
-        return {key: _total(answers, key) for key in found}
+        return {key: _total(answers, key) for key in answer}
     if op == "count":
-        found |= {key: _total(answers, key) for key in ("flops_step", "fresh_step_bytes", "live_bytes") if key in found}
-    models = [found, *answers[1:]] if op == "load" else [answer.get("model") for answer in answers]
+        parts = ("flops_step", "fresh_step_bytes", "live_bytes")
+        answer |= {key: _total(answers, key) for key in parts if key in answer}
+    # 2. Weights, in the description of the model: the answer itself, or its key "model".
+    models = [answer, *answers[1:]] if op == "load" else [other.get("model") for other in answers]
     if all(isinstance(model, Mapping) and "weights_bytes" in model for model in models):
-        held = {key: _total(models, key) for key in ("weights_bytes", "weights_read_bytes")}
-        found = {**found, **held} if op == "load" else {**found, "model": {**found["model"], **held}}
+        weights = {key: _total(models, key) for key in ("weights_bytes", "weights_read_bytes")}
+        answer = {**answer, **weights} if op == "load" else {**answer, "model": {**answer["model"], **weights}}
+    # 3. Memory of a request.
     if op == "measure":
-        found["trace"] = _trace([answer["trace"] for answer in answers])
-    return found
+        answer["trace"] = _trace([other["trace"] for other in answers])
+    return answer
 
 
 def _trace(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rank 0's trace with the memory of all: peaks are added phase by phase, though they need not fall together."""
+    """Rank 0's trace with the memory of all ranks. The peaks of a phase are added up, although the ranks may have
+    reached them at different times."""
     first = dict(traces[0])
     first["peaks"] = {
         phase: {key: _total([trace["peaks"].get(phase, {}) for trace in traces], key) for key in peaks}

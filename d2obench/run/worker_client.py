@@ -1,17 +1,24 @@
-"""A worker process and the protocol spoken with it: one JSON object a line, over two pipes.
+"""Starts a worker process and talks to it: one JSON object a line, over two pipes.
 
-The worker's stdout and stderr are a log, so that nothing a library prints can corrupt an answer. A request is
-``{"id", "op", "args"}``; an answer has the same id and one of ``"ok"`` (the result), ``"error"`` (see
+A request is ``{"id", "op", "args"}``. An answer has the same id and one of ``"ok"`` (the result), ``"error"`` (see
 :func:`describe`) or ``"progress"`` (``[done, total, words]``, any number of them before the last answer). There is one
-request at a time. A worker ends when its end of the pipe closes, so it never outlives its parent.
+request at a time. What the worker prints goes to a log, so that no library can corrupt an answer. A worker ends when
+its end of the pipe closes, so it never outlives its parent.
 
-A crash, a kill and a hang are WorkerError; memory that ended, on the device or in the machine, is OutOfMemory.
+A crash, a kill and a hang raise WorkerError; too little memory, on the device or in the machine, raises OutOfMemory.
+:class:`WorkerClient` speaks the protocol; :class:`WorkerProcess` below it knows only lines of bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,15 +26,45 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from d2obench import errors
-from d2obench.errors import D2OBenchError, WorkerError
+from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
 from d2obench.measure.memory import is_out_of_memory
 from d2obench.openmp_wait import bounded_spin
-from d2obench.run.worker_process import DeadWorkerError, WorkerProcess
 
 T = TypeVar("T")
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, words)``: how far an operation is."""
 WORKER = ("-P", "-m", "d2obench.run.worker")
 UNKNOWN = "the worker knows no operation"
-"""How an error begins where a worker, perhaps of an older version, is asked what it can't do."""
+"""How the error for an unknown operation begins; a gate asks a worker of an older revision, which may lack some."""
+MAX_LINE = 256 * 2**20
+LOG_TAIL = 2000
+
+
+class DeadWorkerError(WorkerError):
+    """The process ended in the middle of an operation; the next call starts a new one."""
+
+
+class Client(Protocol):
+    """What the runner needs of a worker's client, such as :class:`WorkerClient`, here or on a node of a cluster."""
+
+    @property
+    def generation(self) -> int:
+        """How many processes were started so far: a new number means that nothing is warmed up or loaded."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while one runs, as far as is known; None means that the next call starts one."""
+
+    def call(
+        self, op: str, args: Any = None, *, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Runs one operation and returns its result; raises what :meth:`WorkerClient.call` raises."""
+
+    def beside(self) -> Client:
+        """Another worker like this one, on the same device; its process starts at its first call."""
+
+    def close(self) -> None:
+        """Lets the process end."""
 
 
 def describe(problem: BaseException) -> dict[str, str]:
@@ -54,7 +91,7 @@ class WorkerClient:
         python: the interpreter to run.
         env: variables laid over this process's own, for example another ``PYTHONPATH``.
         timeout_s: how long the worker may stay silent within one call before it counts as hung and is killed.
-        threads: CPU threads for torch; 0 leaves torch's choice.
+        threads: CPU threads for torch; 0 leaves the number to torch.
         command: arguments after ``python``; the two pipes' numbers are appended.
     """
 
@@ -72,7 +109,7 @@ class WorkerClient:
         given = {**os.environ, **own, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(env or {})}
         self.env = given | bounded_spin(given)
         self.generation = 0
-        """How many processes were started so far: a new number means a cold worker."""
+        """How many processes were started so far: a new number means that nothing is warmed up or loaded."""
         self._process: WorkerProcess | None = None
         self._id = 0
 
@@ -168,7 +205,7 @@ class WorkerClient:
 
 
 def again(work: Callable[[], T]) -> T:
-    """Calls ``work``, and once more where the worker died in the middle: a process may be killed by somebody else."""
+    """Calls ``work``, and once more where its worker died, since a process may be killed for reasons of the machine."""
     try:
         return work()
     except DeadWorkerError:
@@ -186,27 +223,149 @@ def _first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or ["no message"])[0][:500]
 
 
-Progress = Callable[[int, int, str], None]
+class WorkerProcess:
+    """A running process with a pipe for requests, a pipe for answers and a log of everything it prints.
 
+    Args:
+        command: what to run; the numbers of the two pipes are appended.
+        env: its whole environment.
 
-class Client(Protocol):
-    """One worker process; started at the first call, and again at the first call after it ended."""
+    Raises:
+        WorkerError: it can't be started.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        down_read, self._to = os.pipe()
+        self._from, up_write = os.pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._log_start = 0
+        self._buffer = bytearray()
+        self._oom_kills = _oom_kills()
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(down_read), str(up_write)],
+                env=env,
+                pass_fds=(down_read, up_write),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C at the terminal is the parent's to handle
+            )
+        except OSError as problem:
+            self._release()
+            raise WorkerError(f"can't start a worker with {command[0]}", why=problem.strerror or str(problem)) from None
+        finally:
+            os.close(down_read)
+            os.close(up_write)
 
     @property
-    def generation(self) -> int:
-        """How many processes were started so far: a new number means a cold worker."""
+    def pid(self) -> int:
+        """Its process id, dead or alive."""
+        return self._process.pid
 
     @property
-    def pid(self) -> int | None:
-        """The process id while one runs, as far as is known; None means that the next call starts one."""
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
 
-    def call(
-        self, op: str, args: Any = None, *, progress: Progress | None = None, timeout_s: float | None = None
-    ) -> dict[str, Any]:
-        """Runs one operation and returns its result; raises what :meth:`WorkerClient.call` raises."""
+    def listen(self) -> None:
+        """A new operation begins: an error names only what is logged from here on."""
+        self._log_start = self._logged_bytes()
 
-    def beside(self) -> Client:
-        """Another worker like this one, on the same device; its process starts at its first call."""
+    def send(self, line: bytes) -> None:
+        """Writes a whole line.
 
-    def close(self) -> None:
-        """Lets the process end."""
+        Raises:
+            DeadWorkerError, OutOfMemory: it is dead, see :meth:`_died`.
+        """
+        view = memoryview(line)
+        try:
+            while view:
+                view = view[os.write(self._to, view) :]
+        except BrokenPipeError:
+            raise self._died("before it could be asked anything") from None
+
+    def line(self, during: str, timeout_s: float) -> bytes | None:
+        """The next line of the answers; None where none came in time, and then the process must be ended.
+
+        Raises:
+            DeadWorkerError, OutOfMemory: the process died; ``during`` names the operation for the message.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (end := self._buffer.find(b"\n")) < 0:
+            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return None
+            chunk = os.read(self._from, 2**16)
+            if not chunk or len(self._buffer) > MAX_LINE:
+                raise self._died(f"during '{during}'")
+            self._buffer += chunk
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def close(self, wait_s: float = 2.0) -> None:
+        """Lets it end: closes its pipes, waits a moment, then kills it."""
+        self._close_pipes()
+        try:
+            self._process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            self._kill_group()
+        self._log.close()
+
+    def kill(self) -> None:
+        """Ends it at once, and its children: it leads a session of its own."""
+        self._kill_group()
+        self._release()
+
+    def _died(self, when: str) -> D2OBenchError:
+        """The error to raise: OutOfMemory where the kernel killed it for memory, otherwise how it ended and what it
+        logged last."""
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._kill_group()
+            code = -signal.SIGKILL
+        last_line = self._last_line()
+        self._release()
+        if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
+            return OutOfMemory("out of memory", why=f"the system ended the worker {when}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return DeadWorkerError(f"the worker {how} {when}", why=last_line)
+
+    def _last_line(self) -> str:
+        """The last line it logged in this operation: after a traceback, the exception's own line."""
+        start = max(self._log_start, self._logged_bytes() - LOG_TAIL)
+        text = os.pread(self._log.fileno(), LOG_TAIL, start).decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1][:500] if lines else ""
+
+    def _logged_bytes(self) -> int:
+        """Bytes logged so far, by the file's size: its position is the one at which the process writes."""
+        return os.fstat(self._log.fileno()).st_size
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _release(self) -> None:
+        self._close_pipes()
+        self._log.close()
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._to, self._from):
+            if pipe >= 0:
+                os.close(pipe)
+        self._to = self._from = -1
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has ended for memory since boot; 0 where it does not say."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0

@@ -1,4 +1,4 @@
-"""What a worker process answers about its machine and its software; no model is loaded for it."""
+"""Operations of a worker process that need no model: facts about its machine, its software and its devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ class Report(Protocol):
 
 
 class MachineOperations:
-    """Operations about the machine that a worker runs on; each GPU's driver is opened once."""
+    """Operations about the machine that a worker runs on.
+
+    Each takes ``args``, a JSON object whose keys its docstring names, and may call ``report``; it answers with a JSON
+    object.
+    """
 
     def __init__(self) -> None:
         self._gpu: dict[str, Any] = {}
@@ -41,8 +45,8 @@ class MachineOperations:
         }
 
     def describe(self, args: Args, report: Report) -> Args:
-        """The ``devices`` that names such as ``auto`` stand for, the dimensions of ``models`` (checked, not loaded),
-        and how many ``gpus`` there are."""
+        """What the names of ``devices``, such as ``auto``, stand for; the dimensions of ``models``, which are checked
+        and not loaded; and the number of ``gpus``."""
         import torch
 
         from d2obench.models import check, config_of, pick_device
@@ -56,34 +60,35 @@ class MachineOperations:
         }
 
     def prepare(self, args: Args, report: Report) -> Args:
-        """Checks that yardsticks among ``policies`` can run here, and gives the ``versions`` of their libraries."""
+        """Checks that the yardsticks among ``policies`` can run here; answers with ``versions`` of their libraries."""
         from d2obench.external import check_installed
 
         return {"versions": check_installed(args["policies"])}
 
     def environment(self, args: Args, report: Report) -> Args:
-        """The fingerprint of machine and software that a run on ``device`` is bound to."""
-        import torch  # noqa: F401 - the fingerprint asks torch only where it is loaded
+        """The fingerprint of machine and software for a run on ``device``."""
+        import torch  # noqa: F401 - the fingerprint has facts about torch only where torch is imported
 
         from d2obench.measure.environment import fingerprint
 
         return fingerprint(args["device"])
 
     def refuse_busy(self, args: Args, report: Report) -> Args:
-        """A MeasureError where processes other than ``own`` and this one compute on a GPU ``device``."""
+        """Raises a MeasureError where processes other than this one and those in ``own`` (pids) compute on a GPU
+        ``device``."""
         import torch
 
         from d2obench.measure.nvml import other_processes, refuse_busy
 
         own = frozenset(args["own"])
         device = torch.device(args["device"])
-        if other_processes(self._nvml(device), own):  # or is it this process, by another number?
+        if other_processes(self._nvml(device), own):  # this process may be among them, under another pid
             self._recognise(device)
         refuse_busy(self._nvml(device), own)
         return {}
 
     def bandwidth(self, args: Args, report: Report) -> Args:
-        """Copy bandwidth of ``device``, read and written bytes per second."""
+        """Copy bandwidth of ``device``, read and written bytes per second: the best and the median of ``n`` copies."""
         import torch
 
         from d2obench.measure.roofline import copy_bandwidth
@@ -92,9 +97,9 @@ class MachineOperations:
         return {"bytes_per_s": found.best, "median": found.median, "n": found.n}
 
     def idle(self, args: Args, report: Report) -> Args:
-        """Power of a GPU ``device`` in watts while this process holds it and nothing runs; None where it can't be told.
+        """Power in watts of a GPU ``device`` on which nothing runs; None on a CPU and where the driver doesn't tell it.
 
-        Recent GPUs tell the mean over the last second, so the work before it is waited out.
+        Recent GPUs report the mean power of the last second, so it waits longer than that first.
         """
         import time
 
@@ -112,7 +117,7 @@ class MachineOperations:
         return {"idle_w": idle_power(gpu, args.get("seconds", 2.0))}
 
     def rates(self, args: Args, report: Report) -> Args:
-        """Two rough figures for a prediction: copy bandwidth, and FLOP/s of a square product in ``dtype``."""
+        """Two rough rates for predictions: copy bandwidth, and FLOP/s of a product of square matrices in ``dtype``."""
         import torch
 
         from d2obench.measure.clock import clock_for
@@ -120,18 +125,18 @@ class MachineOperations:
 
         device = torch.device(args["device"])
         size = 8192 if device.type == "cuda" else 1024
-        one = torch.randn(size, size, device=device).to(getattr(torch, args["dtype"]))
+        square = torch.randn(size, size, device=device).to(getattr(torch, args["dtype"]))
         clock, best = clock_for(device), 0.0
         for _ in range(5):
             clock.start()
             before = clock.stamp()
-            torch.mm(one, one)
+            torch.mm(square, square)
             a, b = clock.read([before, clock.stamp()])
             best = max(best, 2 * size**3 / (b - a))
         return {"bandwidth": copy_bandwidth(device, seconds=0.2).best, "flops": best}
 
     def memory(self, args: Args, report: Report) -> Args:
-        """Bytes of memory that ``device`` has and that are free."""
+        """Memory of ``device`` in bytes: ``total``, and ``free`` now."""
         import torch
 
         device = torch.device(args["device"])
@@ -145,6 +150,7 @@ class MachineOperations:
         return {"free": int(free), "total": int(total)}
 
     def _nvml(self, device: Any) -> Any:
+        """The driver's handle of a GPU, opened once; None on a CPU."""
         from d2obench.measure.nvml import open_gpu
 
         if device.type != "cuda":
@@ -154,7 +160,7 @@ class MachineOperations:
         return self._gpu[str(device)]
 
     def _recognise(self, device: Any) -> None:
-        """Makes sure, once, which process of the driver's list this one is."""
+        """Finds out, once for each device, under which pid the driver lists this process."""
         from d2obench.measure.nvml import block_on, find_own_process
 
         gpu = self._nvml(device)

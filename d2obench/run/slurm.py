@@ -1,6 +1,6 @@
-"""``--engine slurm``: an array script in which each task runs a shard of the suite into a folder of its own.
+"""``--engine slurm``: writes an array script whose tasks each run a shard of the suite into a folder of their own.
 
-A task that is queued again goes on where it stopped. ``d2obench merge`` makes one run of the shards.
+A task that Slurm queues again goes on where it was stopped. ``d2obench merge`` makes one run of the shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2obench.suite.definition import Suite
 SCRIPT = "sweep.sbatch"
 SUBMIT_S = 120.0
 MOST_TASKS = 8
-"""Tasks of an array whose number was not given."""
+"""Largest number of tasks where ``--shards`` is not given."""
 
 
 def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], options: Sequence[str] = ()) -> str:
@@ -31,10 +31,10 @@ def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], option
 
     Args:
         suite: decides what a task asks for: GPUs, or a node of its own.
-        folder: absolute; shards go to ``folder/shards/N``, logs to ``folder/logs``.
-        shards: tasks of the array.
-        words: after ``d2obench run``: the suite and what was set.
-        options: of sbatch, such as ``--partition=gpu``; they stand last, so they win.
+        folder: absolute; shards are written to ``folder/shards/N``, logs to ``folder/logs``.
+        shards: number of tasks.
+        words: the suite and its settings, as they stand after ``d2obench run``.
+        options: of sbatch, such as ``--partition=gpu``; they come last, so that they override ours.
 
     Raises:
         UsageError: an option or the folder can't stand in a script.
@@ -60,7 +60,7 @@ def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], option
     return "\n".join(
         [
             "#!/bin/sh",
-            *(f"#SBATCH {one}" for one in directives),
+            *(f"#SBATCH {directive}" for directive in directives),
             "set -eu",
             f"run={shlex.quote(place)}/shards/$SLURM_ARRAY_TASK_ID",
             'if [ -e "$run/run.json" ]; then',
@@ -73,7 +73,7 @@ def script(suite: Suite, folder: Path, shards: int, words: Sequence[str], option
 
 
 class Array(NamedTuple):
-    """An array script that was written: ``tasks`` run shards of ``groups`` groups of cells."""
+    """An array script that was written: its tasks run shards of a suite with ``groups`` groups of cells."""
 
     script: Path
     tasks: int
@@ -86,10 +86,10 @@ def write_array(
     """Checks a suite and writes the array script that runs its shards.
 
     Args:
-        suite: as read, with what was given laid over it.
-        words: what to type after ``d2obench run`` for the same suite from any folder, see :func:`words_of`.
+        suite: with the settings of the command line.
+        words: see :func:`words_of`.
         out: the folder of the sweep; None for a new one.
-        shards: tasks of the array; None for one for each group of cells, :data:`MOST_TASKS` at most.
+        shards: number of tasks; None for one for each group of cells, but at most :data:`MOST_TASKS`.
         options: of sbatch.
 
     Raises:
@@ -133,6 +133,7 @@ def submit(path: Path) -> str:
     except (OSError, subprocess.TimeoutExpired) as problem:
         raise WorkerError("sbatch did not answer", why=str(problem)) from None
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise WorkerError(f"sbatch refused {path}", why=said[-1][:300] if said else f"it ended with {done.returncode}")
+        lines = done.stderr.strip().splitlines()
+        why = lines[-1][:300] if lines else f"it ended with {done.returncode}"
+        raise WorkerError(f"sbatch refused {path}", why=why)
     return done.stdout.strip()

@@ -1,9 +1,7 @@
-"""Ray itself: starting or joining a cluster, the devices of its nodes, and what a suite needs of them.
+"""The Ray cluster: starts or joins it, lists the devices of its nodes, and says what a suite needs of them.
 
-This is the only module that imports ray.
-
-A cluster of our own is this machine alone, with every port on the loopback address, no dashboard and no usage report.
-A cluster that is named is joined as it is.
+Without an address a cluster is started that is this machine alone, with every port on the loopback address, without a
+dashboard and without Ray's usage report.
 """
 
 from __future__ import annotations
@@ -21,14 +19,16 @@ from d2obench.run.predict import ITEM_BYTES, Device, predict
 from d2obench.suite.definition import Suite
 
 OBJECT_STORE = 128 * 2**20
-"""Bytes of shared memory of a cluster of our own: answers are small."""
+"""Bytes of shared memory of a cluster that is started here; little is enough, since answers are small."""
 REACH_S = 5.0
+"""Seconds to wait for a connection to the address of a cluster."""
 
 
 class ClusterDevice(NamedTuple):
-    """A device that one cell at a time may use, and what is reserved with it.
+    """A device for one cell at a time, and what is reserved with it: a whole node with all its cores, or GPUs of a node
+    with a part of its cores.
 
-    A CPU is a whole node with all its cores; a GPU comes with its share of them.
+    ``number`` counts the devices of a node; ``memory`` is in bytes.
     """
 
     node: str
@@ -43,7 +43,7 @@ class ClusterDevice(NamedTuple):
 
 
 def connect(address: str = "") -> tuple[Any, bool]:
-    """The module ``ray``, connected; and whether this call did it.
+    """Connects to a cluster: the module ``ray``, and whether this call has connected it.
 
     Args:
         address: of a running cluster, as ``ray.init`` takes it; empty starts one on this machine.
@@ -55,7 +55,9 @@ def connect(address: str = "") -> tuple[Any, bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not address:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read at import: makes 127.0.0.1 the node's address
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+            "0"  # Ray reads it when it is imported: the node's address is 127.0.0.1
+        )
     try:
         ray = importlib.import_module("ray")
     except ImportError:
@@ -81,8 +83,8 @@ def connect(address: str = "") -> tuple[Any, bool]:
                     **quiet,
                 )
     except (Exception, SystemExit) as problem:  # Ray exits where it can't reach a cluster
-        said = str(problem).strip().splitlines()
-        why = said[0][:300] if said and not isinstance(problem, SystemExit) else "it does not answer"
+        lines = str(problem).strip().splitlines()
+        why = lines[0][:300] if lines and not isinstance(problem, SystemExit) else "it does not answer"
         verb = "join" if address else "start"
         raise WorkerError(f"can't {verb} {where}", why=why, remedy="see ray status, or leave out --address") from None
     return ray, True
@@ -94,15 +96,15 @@ def cluster_devices(
     """Devices of all nodes that are alive.
 
     Args:
-        ray: connected.
+        ray: the module, connected.
         kind: ``cpu`` or ``cuda``.
-        gpus: of each place; 0 takes all that a node has.
-        cpus: cores of each GPU place; 0 shares a node's cores out evenly.
-        memory: bytes to reserve, as far as a node has them.
+        gpus: GPUs that one model lies on; 0 for all of a node.
+        cpus: cores reserved with them; 0 divides a node's cores evenly.
+        memory: bytes to reserve, but at most what a node has.
         resource: only nodes with this Ray resource, for example ``accelerator_type:H100``.
     """
-    found = []
-    for node in sorted(ray.nodes(), key=lambda one: str(one["NodeID"])):
+    devices = []
+    for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"])):
         has = node["Resources"]
         if not node["Alive"] or (resource and resource not in has):
             continue
@@ -110,26 +112,26 @@ def cluster_devices(
         whole = int(has.get("memory", 0))
         if kind == "cpu":
             if cores > 0:
-                found.append(ClusterDevice(name, 0, address, cores, 0, min(memory, whole)))
+                devices.append(ClusterDevice(name, 0, address, cores, 0, min(memory, whole)))
             continue
         each = gpus or int(has.get("GPU", 0))
         places = int(has.get("GPU", 0)) // each if each else 0
         for number in range(places):
             own = min(cpus or max(1.0, cores // places), cores)
-            found.append(ClusterDevice(name, number, address, own, each, min(memory, whole // places)))
-    return found
+            devices.append(ClusterDevice(name, number, address, own, each, min(memory, whole // places)))
+    return devices
 
 
 def alive(ray: Any, node: str) -> bool:
     """Whether the cluster still counts a node among its own."""
     try:
-        return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+        return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
     except Exception:  # the cluster itself is gone
         return False
 
 
 def _reach(address: str) -> None:
-    """Ray waits minutes for a port where nobody listens and then ends the process, so this is asked first."""
+    """Raises where nothing listens at the address; Ray itself would wait for minutes and then end this process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -145,7 +147,8 @@ def _reach(address: str) -> None:
 
 
 def check_devices(suite: Suite) -> None:
-    """A UsageError where devices are not of one kind or are named by number, or a policy needs a worker of its own."""
+    """Raises a UsageError where a suite names devices by number or of several kinds, or a policy needs an isolated
+    worker."""
     if alone := isolated(suite):
         raise UsageError(
             f"--engine ray can't run {next(iter(alone))}",
@@ -176,6 +179,6 @@ def memory_to_reserve(plan: Plan) -> int:
 
 
 def gpus_to_reserve(suite: Suite) -> int:
-    """GPUs that one model lies on; 0 is all that a node has, for a model that is spread by ``device_map``."""
+    """GPUs that one model lies on; 0 stands for all of a node, for a model that ``device_map`` distributes."""
     placed = suite.models
     return 0 if not placed.single and placed.tensor_parallel == 1 else placed.tensor_parallel

@@ -1,14 +1,13 @@
-"""``--engine ray``: groups of cells run on the devices of a cluster and are recorded here, as a local run records them.
+"""``--engine ray``: groups of cells run on the devices of a Ray cluster and are recorded on this machine.
 
-Design. For each device an actor reserves it (:mod:`d2obench.run.engines.ray_device`) and hosts the worker process. A
-thread of this process runs group after group on it with the same code as a local run, so that rounds, rows, samples and
-resume are the same too; only single operations cross the wire. A group stays on one device, because its rounds are
-paired.
+Each device is reserved by a Ray actor, which starts the worker process there (:mod:`d2obench.run.ray_device`). For each
+device a thread of this process takes group after group from a queue and measures it with the same code as a local run;
+only single operations of the worker are sent over the network. So rounds, rows, samples and ``--resume`` are the same
+as in a local run. A group stays on one device, because its rounds are paired.
 
-A worker that dies is handled as in a local run. When an actor dies or a node is lost, its group goes back to the queue
-and another device of the same hardware goes on with it; a round that was cut in the middle is measured again there.
-Nodes that join later are used. A run has one kind of hardware, told by its fingerprint; other devices are left out and
-named.
+A worker that dies is handled as in a local run. Where an actor dies or a node is lost, its group goes back to the queue
+and another device goes on with it; an incomplete round is measured again there. Nodes that join during the run are
+used. All devices of a run must have the same fingerprint; others are left out with a note.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ import msgspec
 from d2obench import __version__
 from d2obench.errors import D2OBenchError, RecordError, WorkerError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.run.engines.group_queue import GroupQueue, model_of
-from d2obench.run.engines.ray_cluster import (
+from d2obench.run.plan import Plan, group
+from d2obench.run.progress import LockedDisplay
+from d2obench.run.ray_cluster import (
     ClusterDevice,
     check_devices,
     cluster_devices,
@@ -33,11 +33,16 @@ from d2obench.run.engines.ray_cluster import (
     gpus_to_reserve,
     memory_to_reserve,
 )
-from d2obench.run.engines.ray_device import PATIENCE_S, LostError, RayClient, ReservedDevice, ScoutClient, StoppedError
-from d2obench.run.engines.ray_host import Settings
-from d2obench.run.plan import Plan, group
-from d2obench.run.progress import LockedDisplay
-from d2obench.run.run_log import RunLog, forget_cut_round
+from d2obench.run.ray_device import (
+    PATIENCE_S,
+    LostError,
+    RayClient,
+    ReservedDevice,
+    ScoutClient,
+    Settings,
+    StoppedError,
+)
+from d2obench.run.run_folder import RunLog, forget_cut_round
 from d2obench.run.runner import GroupRunner
 from d2obench.run.worker_client import again
 from d2obench.suite.definition import Suite
@@ -55,13 +60,13 @@ class RayEngine:
     Args:
         suite: as read; gives timeouts, threads and how a model is placed.
         address: of a running cluster; empty starts one on this machine.
-        cpus: cores reserved with each GPU; 0 shares a node's cores out evenly.
-        resource: use only nodes with this Ray resource.
-        allow_busy: measure even where other processes compute on a GPU.
+        cpus: cores reserved with each GPU; 0 divides a node's cores evenly among its GPUs.
+        resource: only nodes with this Ray resource are used.
+        allow_busy: whether other processes may compute on the GPUs meanwhile.
         patience: seconds to wait for a device that is in use, or for a node when none is left.
-        command: what the worker process runs after ``python``, in place of its own.
+        command: arguments of ``python`` that start another worker than ours, in tests.
         env: variables of the worker process.
-        say: is told what is waited for before a run.
+        say: is told what the engine waits for before a run.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class RayEngine:
 
     @property
     def client(self) -> RayClient:
-        """A worker on the first device that is free."""
+        """The client of a worker on the first device that is free."""
         if self._scout is None:
             self._scout = self._first(self._spots())
         return ScoutClient(self._scout)
@@ -116,10 +121,10 @@ class RayEngine:
         return self._known
 
     def run(self, plan: Plan, log: RunLog) -> None:
-        """Every cell gets its row on some device."""
-        log.watcher = LockedDisplay(log.watcher)
+        """Measures every cell on some device."""
+        log.display = LockedDisplay(log.display)
         if plan.suite.within:
-            log.watcher.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
+            log.display.note(f"within {plan.suite.within} is not kept on a cluster: every cell is measured in full")
         queue = GroupQueue([one for one in group(plan.cells) if any(log.open(cell) for cell in one)])
         memory = memory_to_reserve(plan)
         threads: dict[ClusterDevice, threading.Thread] = {}
@@ -166,12 +171,12 @@ class RayEngine:
             self._stop.clear()
 
     def vitals(self) -> str:
-        """``3 devices``: how many are held."""
+        """``3 devices of the cluster``: how many are reserved now."""
         held = sum(place.held for place in list(self._places.values()))
         return f"{held} device{'s' * (held != 1)} of the cluster" if held else ""
 
     def close(self) -> None:
-        """Gives all devices back and leaves the cluster; one that was started here ends."""
+        """Gives all devices back and disconnects; a cluster that was started here is stopped."""
         if self._scout is not None:
             self._scout.leave()
             self._scout = None
@@ -189,26 +194,26 @@ class RayEngine:
     ) -> None:
         """Runs group after group on one device, until none is left or the device is lost."""
         place = self._places[spot] = ReservedDevice(self._ray, spot, self._settings, self._stop)
-        watcher, device = log.watcher, plan.suite.axes.device[0]
+        display, device = log.display, plan.suite.axes.device[0]
         try:
             client = RayClient(place)
             if not place.hold(self._patience):
-                watcher.note(f"{spot} is left out: other work of the cluster uses it")
+                display.note(f"{spot} is left out: other work of the cluster uses it")
                 return
             facts = self._facts(client, device)
             if environment_hash(facts) != log.environment:
                 differ = ", ".join(differences(self._known, facts))
-                watcher.note(f"{spot} is left out: only like hardware is compared, and it differs in {differ}")
+                display.note(f"{spot} is left out: only like hardware is compared, and it differs in {differ}")
                 failures[spot] = FAILURES
                 return
             if self._kind == "cuda" and not self._allow_busy:
                 client.call("refuse_busy", {"device": device, "own": [os.getpid()]})
-            bench, warm = GroupRunner(plan, client, log), None
+            runner, warm = GroupRunner(plan, client, log), None
             while (cells := queue.next(warm)) is not None:
                 warm = model_of(cells)
                 try:
                     forget_cut_round(log.folder, [cell for cell in cells if log.open(cell)])
-                    bench.run(cells)
+                    runner.run(cells)
                 except LostError as loss:
                     self._moved(cells, spot, loss, log, queue)
                     return
@@ -217,11 +222,11 @@ class RayEngine:
         except StoppedError:
             pass
         except LostError as loss:
-            watcher.note(f"{spot} is left out: {loss}")
+            display.note(f"{spot} is left out: {loss}")
         except RecordError as problem:
             self._fatal = problem
         except D2OBenchError as problem:
-            watcher.note(f"{spot} is left out: {problem}")
+            display.note(f"{spot} is left out: {problem}")
         except BaseException as problem:
             self._fatal = problem
         finally:
@@ -231,9 +236,9 @@ class RayEngine:
     def _moved(
         self, cells: Sequence[Cell], spot: ClusterDevice, loss: LostError, log: RunLog, queue: GroupQueue
     ) -> None:
-        """The group of a lost device waits for another one, or is given up; rows first, so that none is missing."""
+        """Puts the group of a lost device back into the queue, or writes its rows where that has happened too often."""
         if queue.give_back(cells):
-            log.watcher.note(f"{spot}: {loss}; its cells go on elsewhere")
+            log.display.note(f"{spot}: {loss}; its cells go on elsewhere")
             return
         for cell in cells:
             if log.open(cell):
@@ -256,12 +261,12 @@ class RayEngine:
         )
 
     def _first(self, wanted: Sequence[ClusterDevice]) -> ReservedDevice:
-        """A place at the first of these devices that comes free."""
+        """Reserves the first of these devices that is free."""
         if not wanted:
             of = f" with the resource {self._resource}" if self._resource else ""
             what = "GPU" if self._kind == "cuda" else "CPU"
             raise WorkerError(f"the Ray cluster has no node{of} that offers a {what}", remedy="see ray status")
-        until, said, why = time.monotonic() + self._patience, False, "all are in use"
+        until, told, why = time.monotonic() + self._patience, False, "all are in use"
         while True:
             for spot in wanted:
                 place = ReservedDevice(self._ray, spot, self._settings, self._stop)
@@ -272,6 +277,78 @@ class RayEngine:
                     why = str(loss)
             if time.monotonic() > until:
                 raise WorkerError("no device of the Ray cluster came free", why=why, remedy="see ray status")
-            if not said:
+            if not told:
                 self._say("waiting for a device of the cluster: " + why)
-                said = True
+                told = True
+
+
+LOSSES = 3
+"""How often a group may lose its device before its cells fail."""
+Model = tuple[str, str]
+
+
+def model_of(cells: Sequence[Cell]) -> Model:
+    """The model and the dtype that a worker needs for a group."""
+    return cells[0].axes.model, cells[0].axes.dtype
+
+
+class GroupQueue:
+    """The groups of a run that wait for a device; the threads of all devices take from it.
+
+    A group that was taken is either finished (:meth:`done`) or comes back because its device was lost
+    (:meth:`give_back`).
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Cell]]) -> None:
+        self._waiting = [list(cells) for cells in groups]
+        self._taken = 0
+        self._losses: dict[str, int] = {}
+        self._over = False
+        self._change = threading.Condition()
+
+    def next(self, warm: Model | None = None) -> list[Cell] | None:
+        """The next group: the first whose model is ``warm`` (loaded on the device), or else the first.
+
+        Returns:
+            None when no group is left. While other threads have groups that may come back, it waits.
+        """
+        with self._change:
+            while not self._over and not self._waiting and self._taken:
+                self._change.wait()
+            if self._over or not self._waiting:
+                return None
+            first = next((i for i, cells in enumerate(self._waiting) if model_of(cells) == warm), 0)
+            self._taken += 1
+            return self._waiting.pop(first)
+
+    def done(self) -> None:
+        """A group that was taken has all its rows."""
+        with self._change:
+            self._taken -= 1
+            self._change.notify_all()
+
+    def give_back(self, cells: Sequence[Cell]) -> bool:
+        """A group that was taken has lost its device; false where that has happened too often and it must fail."""
+        with self._change:
+            self._taken -= 1
+            losses = self._losses[cells[0].id] = self._losses.get(cells[0].id, 0) + 1
+            if losses < LOSSES:
+                self._waiting.insert(0, list(cells))
+            self._change.notify_all()
+            return losses < LOSSES
+
+    def stop(self) -> None:
+        """From now on :meth:`next` returns None to every thread."""
+        with self._change:
+            self._over = True
+            self._change.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all groups are done; waits for that up to ``seconds``."""
+        with self._change:
+            return self._change.wait_for(lambda: self.finished, seconds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every group has its rows."""
+        return not self._waiting and not self._taken
