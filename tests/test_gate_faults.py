@@ -14,8 +14,8 @@ from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cache.session import Session
 from d2obench.gate.facts import Facts, facts_of, judge_facts
 from d2obench.gate.verdict import Row, Verdict
+from d2obench.measure.samples import RequestTrace
 from d2obench.measure.summarise import Machine, summarise
-from d2obench.measure.trace import RequestTrace
 from d2obench.policies import merging
 from d2obench.policies.h2o import H2O
 from d2obench.record import Value

@@ -16,11 +16,11 @@ import torch
 from fake_nvml import FakeNvml
 
 from d2obench.measure import environment
+from d2obench.measure.checkup import LEVEL, measure_noise, noise_of
 from d2obench.measure.counters import count, count_step
 from d2obench.measure.disturbance import Load, between, load
 from d2obench.measure.environment import COMPARED, differences, environment_hash, fingerprint
 from d2obench.measure.memory import PHASES
-from d2obench.measure.noise import LEVEL, measure_noise, noise_of
 from d2obench.measure.nvml import Nvml
 from d2obench.measure.profiler import BETWEEN, REST, Files, fold_stacks, profile_request
 from d2obench.measure.roofline import copy_bandwidth

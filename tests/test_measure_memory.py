@@ -15,12 +15,13 @@ from waiting import wait_for
 from d2obench.measure.memory import (
     MemoryProbe,
     ResidentMeter,
+    Sampler,
     is_out_of_memory,
+    peak_between,
     probe_for,
     settle,
     unique_bytes,
 )
-from d2obench.measure.sampler import Sampler, peak_between
 
 MIB = 2**20
 exact = pytest.mark.skipif(not ResidentMeter.usable(), reason="this kernel does not reset VmHWM")

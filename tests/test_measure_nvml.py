@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from waiting import wait_for
 
 from d2obench.errors import MeasureError
-from d2obench.measure.memory import MemoryProbe
+from d2obench.measure.memory import MemoryProbe, Sampler
 from d2obench.measure.nvml import (
     COLUMNS,
     Nvml,
@@ -25,7 +25,6 @@ from d2obench.measure.nvml import (
     refuse_busy,
     slowdown_names,
 )
-from d2obench.measure.sampler import Sampler
 
 GIB = 2**30
 

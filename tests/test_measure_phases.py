@@ -18,10 +18,17 @@ from hypothesis import strategies as st
 from d2obench.errors import ModelError, OutOfMemory
 from d2obench.measure.checkup import known_delays
 from d2obench.measure.clock import HostClock, clock_for
-from d2obench.measure.memory import MemoryProbe, probe_for
-from d2obench.measure.phases import Sampled, integrate, measure_request, sampled_starts, shortage_named
-from d2obench.measure.sampler import Sampler
-from d2obench.measure.warmup import WINDOWS, WarmUp, warm_up
+from d2obench.measure.memory import MemoryProbe, Sampler, probe_for
+from d2obench.measure.phases import (
+    GROUPS,
+    Sampled,
+    WarmUp,
+    integrate,
+    measure_request,
+    out_of_memory_named,
+    sampled_starts,
+    warm_up,
+)
 
 FOOTPRINT = {
     "kv_bytes": 10, "prompt_kv_bytes": 8, "state_bytes": 1, "requested": None, "effective": 0.5, "kept": [[1.0]],
@@ -305,7 +312,7 @@ def test_a_warm_up_ends_when_two_windows_of_steps_agree() -> None:
     wild = warm_up(
         lambda: Session(machine, lambda phase: None), [[1, 2], [3]], 100, clock=HostClock(lambda: machine.t), within=0.1
     )
-    assert (len(wild.decode_s), wild.stable) == (WINDOWS, False)
+    assert (len(wild.decode_s), wild.stable) == (GROUPS, False)
     short = warm_up(
         lambda: Session(machine, lambda phase: None), [[1, 2], [3]], 5, clock=HostClock(lambda: machine.t), within=0.1
     )
@@ -314,7 +321,7 @@ def test_a_warm_up_ends_when_two_windows_of_steps_agree() -> None:
 
 def test_a_warm_up_that_runs_out_of_memory_closes_its_session() -> None:
     machine = Machine(fails="decode")
-    with pytest.raises(OutOfMemory, match="out of memory in decode: CUDA out of memory"), shortage_named() as mark:
+    with pytest.raises(OutOfMemory, match="out of memory in decode: CUDA out of memory"), out_of_memory_named() as mark:
         warm_up(lambda: Session(machine, mark), [[1], [2]], 40, clock=HostClock(lambda: machine.t), within=0.1)
     assert machine.closed == 1
 

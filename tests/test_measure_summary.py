@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from d2obench.measure.roofline import read_weights_bytes, step_bytes
+from d2obench.measure.samples import RequestTrace
 from d2obench.measure.summarise import Machine, narrowness, summarise, tpot, traces
-from d2obench.measure.trace import RequestTrace
 from d2obench.metric import METRICS
 
 MIB = 2**20

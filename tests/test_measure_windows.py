@@ -17,8 +17,7 @@ from d2obench.measure.clock import HostClock
 from d2obench.measure.counters import count_step
 from d2obench.measure.disturbance import Load, window_flags
 from d2obench.measure.memory import live_bytes
-from d2obench.measure.side_by_side import HeldCache, decode_in_turn, hold
-from d2obench.measure.windows import (
+from d2obench.measure.samples import (
     LEAD,
     RoundOfWindows,
     Window,
@@ -29,6 +28,7 @@ from d2obench.measure.windows import (
     select,
     sweep_times,
 )
+from d2obench.measure.side_by_side import HeldCache, decode_in_turn, hold
 
 
 def test_the_order_is_abba_and_every_cache_is_at_every_place_equally_often() -> None:

@@ -17,7 +17,7 @@ from fake_worker import DIMENSIONS
 import d2obench.cache.session as session
 from d2obench.errors import MeasureError, ModelError, OutOfMemory, UsageError
 from d2obench.measure.nvml import Nvml
-from d2obench.measure.trace import RequestTrace
+from d2obench.measure.samples import RequestTrace
 from d2obench.models import LoadedModel
 from d2obench.record import Axes
 from d2obench.run.check import check

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from d2obench.measure.noise import Noise
+    from d2obench.measure.checkup import Noise
     from d2obench.study.trials import Study
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "bad": "[red]✗[/]"}
@@ -88,7 +88,7 @@ def command(
     place = pick_device(device)
     _show_findings(console, place)
     if seconds > 0:
-        from d2obench.measure.noise import measure_noise
+        from d2obench.measure.checkup import measure_noise
 
         with console.status("A/A run: the same loop against itself") as status:
             noise = measure_noise(place, seconds, progress=lambda share: status.update(f"A/A run: {share:.0%}"))

@@ -179,8 +179,8 @@ def _quality(arms: Mapping[str, Arm], cell: Cell, suite: Suite, at_once: bool) -
 
 def _facts_rows(arms: Mapping[str, Arm], rounds: Rounds, cell: Cell, suite: Suite) -> list[Row]:
     """Exact and bounded figures of a speed cell. Ratios are judged with the timed ones, paired across the arms."""
+    from d2obench.measure.samples import RequestTrace
     from d2obench.measure.summarise import Machine, summarise
-    from d2obench.measure.trace import RequestTrace
 
     if rounds.failed[cell.id]:
         return [_failed(cell.id, rounds.failed[cell.id])]

@@ -1,7 +1,11 @@
-"""Checks whether this machine is fit for measurements, and says what to do if it is not.
+"""Checks whether this machine is fit for measurements, says what to do if it is not, and measures how noisy it is.
 
-Each check is a small function that yields findings; no check changes anything or raises an error. The last ones test
-the measurement itself, by timing a request whose phases take known times.
+:func:`checkup` yields findings. Each check is a small function; none changes anything or raises an error. Some test the
+measurement itself: they time a request whose phases take known times (:func:`known_delays`).
+
+:func:`measure_noise` times the same decode loop twice, interleaved, as if it were two versions (A/A), so that any
+difference is noise. From the paired log-ratios follows the smallest true change that the gate's rule would detect four
+times out of five; the rule is that the lower 98 % bound of the median log-ratio is above its limit.
 """
 
 from __future__ import annotations
@@ -9,16 +13,18 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
+from torch.nn import functional
 
 from d2obench.errors import D2OBenchError
 from d2obench.measure.clock import clock_for
@@ -27,11 +33,19 @@ from d2obench.measure.environment import fingerprint
 from d2obench.measure.memory import ResidentMeter, probe_for
 from d2obench.measure.nvml import Nvml, block_on, find_own_process, open_gpu, other_processes, slowdown_names
 from d2obench.measure.phases import Mark, measure_request
+from d2obench.stats.intervals import trimmed_t
 
 State = Literal["ok", "note", "bad"]
 _GIB = 2**30
 _DELAY = 0.005
+"""Seconds of one delay of :func:`known_delays`."""
 _BATCH, _GEN = 2, 16
+LEVEL, POWER = 0.98, 0.8
+"""The gate's rule: the coverage of its interval; and the probability with which a change should be detected."""
+ROUNDS = (8, 16, 32)
+"""Numbers of rounds for which the smallest detectable change is computed."""
+_TRIALS = 1000
+"""Runs that are drawn for that from the measured noise."""
 
 
 class Finding(NamedTuple):
@@ -191,9 +205,9 @@ class Delay(NamedTuple):
 def known_delays(device: torch.device) -> dict[str, Delay]:
     """Times a request whose prefill takes four delays, its compression two, and each decode step one.
 
-    On a CPU a delay is a busy wait of 5 ms; it takes longer if other programs use the CPU, so its true length is read
-    from a separate clock. On a GPU it is a spinning kernel that the host does not wait for; its true length is measured
-    beforehand, by the wall clock around a kernel that is waited for.
+    On a CPU a delay is a busy wait of 5 ms. It takes longer if other programs use the CPU, so its true length is read
+    from a separate clock. On a GPU a delay is a spinning kernel, for which the host does not wait; its true length is
+    measured before, by the wall clock while the host does wait.
     """
     delay = _kernel_delay(device) if device.type == "cuda" else _wait
     sessions: list[_DelaySession] = []
@@ -213,7 +227,7 @@ def known_delays(device: torch.device) -> dict[str, Delay]:
 
 
 class _DelaySession:
-    """A session that only takes time. Prefill and compression alternate, as with a policy that works layer by layer."""
+    """A session that only waits. Prefill and compression alternate, as with a policy that compresses layer by layer."""
 
     def __init__(self, mark: Mark, delay: Callable[[], float], device: torch.device) -> None:
         self._mark, self._delay = mark, delay
@@ -279,3 +293,116 @@ def _kernel_delay(device: torch.device) -> Callable[[], float]:
         return true
 
     return delay
+
+
+class Noise(NamedTuple):
+    """The result of an A/A run.
+
+    Args:
+        pairs: the median step of arm A and of arm B in each round, in seconds.
+        single: the standard deviation of the logarithms of one arm's rounds.
+        paired: the standard deviation of the log-ratios B ÷ A.
+        offset: the median ratio B ÷ A less 1; it is noise alone.
+        detectable: number of rounds → the smallest relative change that is detected with probability POWER.
+    """
+
+    pairs: list[tuple[float, float]]
+    single: float
+    paired: float
+    offset: float
+    detectable: dict[int, float]
+
+
+class DecodeLoop:
+    """A stand-in for a model's decode step: reads weights and a cache once a step, with small operators between.
+
+    They are far larger than the caches of a processor: about 100 MB on a CPU and 800 MB on a GPU.
+    """
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        large = device.type == "cuda"
+        width, layers, self._heads, batch, held = (2048, 6, 16, 8, 1024) if large else (512, 4, 8, 4, 1024)
+        kind = torch.bfloat16 if large else torch.float32
+        rng = torch.Generator(device).manual_seed(seed)
+
+        def weights(*shape: int) -> torch.Tensor:
+            drawn: torch.Tensor = torch.randn(*shape, generator=rng, device=device, dtype=kind)
+            return drawn.div_(shape[0] ** 0.5)
+
+        matrices = ((width, 3 * width), (width, 3 * width), (3 * width, width))
+        self._layers = [tuple(weights(*shape) for shape in matrices) for _ in range(layers)]
+        cache = (batch, self._heads, held, width // self._heads)
+        self._cache = [(weights(*cache), weights(*cache)) for _ in range(layers)]
+        self._state = weights(batch, width)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One step; its result feeds the next."""
+        x = self._state
+        for (mix, up, down), (keys, values) in zip(self._layers, self._cache, strict=True):
+            query = (functional.rms_norm(x, x.shape[-1:]) @ mix).chunk(3, -1)[0].view(x.shape[0], self._heads, 1, -1)
+            x = x + functional.scaled_dot_product_attention(query, keys, values).flatten(1)
+            x = x + functional.silu(functional.rms_norm(x, x.shape[-1:]) @ up) @ down
+        self._state = functional.rms_norm(x, x.shape[-1:])
+
+
+def measure_noise(
+    device: torch.device, seconds: float = 60.0, steps: int = 8, progress: Callable[[float], None] | None = None
+) -> Noise:
+    """Measures the A/A noise for about ``seconds``, in at least eight rounds.
+
+    Args:
+        device: where the loops run.
+        seconds: how long to measure.
+        steps: decode steps of each arm in a round; their median is the sample.
+        progress: called with the part of the time that is over, from 0 to 1.
+    """
+    arms = (DecodeLoop(device, 0), DecodeLoop(device, 1))
+    clock = clock_for(device)
+
+    def sample(arm: DecodeLoop) -> float:
+        clock.start()
+        stamps = [clock.stamp()]
+        for _ in range(steps):
+            arm.step()
+            stamps.append(clock.stamp())
+        return float(np.median(np.diff(clock.read(stamps))))
+
+    for arm in arms:
+        sample(arm)
+    pairs: list[tuple[float, float]] = []
+    begin = time.monotonic()
+    while len(pairs) < ROUNDS[0] or time.monotonic() - begin < seconds:
+        if len(pairs) % 2:
+            b, a = sample(arms[1]), sample(arms[0])
+        else:
+            a, b = sample(arms[0]), sample(arms[1])
+        pairs.append((a, b))
+        if progress:
+            progress(min(1.0, (time.monotonic() - begin) / max(seconds, 1e-9)))
+    return noise_of(pairs)
+
+
+def noise_of(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Noise:
+    """The figures of an A/A run of two or more rounds; the same ``seed`` gives the same figures."""
+    logs = np.log(np.asarray(pairs, dtype=np.float64))
+    ratios = logs[:, 1] - logs[:, 0]
+    return Noise(
+        list(pairs),
+        single=float(logs.std(axis=0, ddof=1).mean()),
+        paired=float(ratios.std(ddof=1)),
+        offset=float(np.expm1(np.median(ratios))),
+        detectable={n: _detectable(ratios, n, seed) for n in ROUNDS},
+    )
+
+
+def _detectable(ratios: np.ndarray, rounds: int, seed: int) -> float:
+    """The smallest relative change whose lower bound is above 0 with probability POWER."""
+    # 1. Draw many runs of ``rounds`` log-ratios from the measured noise, centred on no change.
+    rng = np.random.default_rng(seed)
+    noise = ratios - np.median(ratios)
+    runs = noise[rng.integers(0, len(noise), (_TRIALS, rounds))]
+    # 2. The lower bound of each run's median.
+    lower, _ = trimmed_t(runs, LEVEL)
+    # 3. A change shifts all bounds alike. It must lift the bound at the quantile 1 − POWER to 0.
+    return float(np.expm1(-np.quantile(lower, 1 - POWER)))

@@ -1,8 +1,8 @@
-"""Time stamps with the same meaning on a CPU and on a GPU, and the phases of a request marked by them.
+"""Clocks whose time stamps have the same meaning on a CPU and on a GPU.
 
-On a GPU a stamp is an event in the current stream: it records when the device reached that point, the host does not
-wait for it, and all stamps of a sample are read together after the sample with one synchronisation. All times are
-seconds on the host's clock, so that phases, memory samples and power samples share one time axis.
+On a GPU a stamp is an event in the current stream: it records when the device reached that point. The host does not
+wait for it; all stamps of a sample are read together after the sample, with one synchronisation. All times are seconds
+on the host's clock, so that phases, memory samples and power samples have the same time axis.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from d2obench.measure.memory import PHASES, MemoryProbe
-from d2obench.measure.sampler import Sampler
-
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """What a measurement needs from a clock."""
+    """The methods of a clock."""
 
     def now(self) -> float:
         """The host's clock, in seconds."""
@@ -30,7 +27,7 @@ class Clock(Protocol):
         """Waits until the device is idle; every sample begins with this call."""
 
     def stamp(self) -> Any:
-        """Marks the present point in the device's work, without waiting."""
+        """A time stamp for the present point in the device's work; does not wait for the device."""
 
     def read(self, stamps: Sequence[Any]) -> list[float]:
         """The times of ``stamps`` in seconds, given in the order they were taken; waits for the last one."""
@@ -64,7 +61,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events of one CUDA device. ``start`` ties their origin to the host's clock."""
+    """The clock of a CUDA device: events, whose times are converted to the host's clock at each ``start``."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -108,8 +105,8 @@ class CudaClock:
 class SharedClock:
     """The clock of one rank where several processes (ranks) share a model.
 
-    A sample begins when every rank has arrived, so that no rank waits for another inside it. Every rank reads rank 0's
-    times, so that what is decided by them, such as how long to warm up, is decided alike on all ranks.
+    A sample begins when every rank is ready, so that no rank waits for another one while it is timed. Every rank reads
+    the times of rank 0, so that all ranks decide alike, for example how long to warm up.
 
     Args:
         own: this rank's clock.
@@ -126,7 +123,7 @@ class SharedClock:
         import torch
         import torch.distributed as dist
 
-        dist.all_reduce(torch.zeros(1, device=self._device))  # used as a barrier: works in NCCL and in Gloo
+        dist.all_reduce(torch.zeros(1, device=self._device))  # a barrier that works in NCCL and in Gloo
         self._own.start()
 
     def stamp(self) -> Any:
@@ -138,48 +135,13 @@ class SharedClock:
 
         times = torch.tensor(self._own.read(stamps), dtype=torch.float64, device=self._device)
         dist.broadcast(times, 0)
-        found: list[float] = times.tolist()
-        return found
-
-
-class PhaseTimeline:
-    """The stamps of one request, the phases that begin at them, and the memory samples on the same time axis.
-
-    Times count from the first stamp.
-    """
-
-    def __init__(self, clock: Clock, memory: MemoryProbe) -> None:
-        self._clock, self.memory = clock, memory
-        self.stamps: list[Any] = []
-        self.marks: list[tuple[int, str]] = []
-        self.phase: str | None = None
-        self.origin = 0.0
-
-    def stamp(self) -> int:
-        """Takes a stamp and returns its index."""
-        self.stamps.append(self._clock.stamp())
-        return len(self.stamps) - 1
-
-    def mark(self, phase: str) -> None:
-        """Begins ``phase``; marking the running phase again changes nothing."""
-        if phase != self.phase:
-            self.memory.enter(phase if phase in PHASES else None)
-            self.phase = phase
-            self.marks.append((self.stamp(), phase))
-
-    def read(self) -> list[float]:
-        """Seconds of all stamps since the first one."""
-        times = self._clock.read(self.stamps)
-        self.origin = times[0]
-        return [t - self.origin for t in times]
-
-    def samples(self, sampler: Sampler | None) -> list[list[float | None]]:
-        """A sampler's rows with their times counted from the first stamp; call :meth:`read` before."""
-        return [[(row[0] or 0.0) - self.origin, *row[1:]] for row in sampler.rows] if sampler else []
+        shared: list[float] = times.tolist()
+        return shared
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device: events on CUDA, the host's clock on a CPU, the host's clock after a wait elsewhere."""
+    """The clock of a device: events on CUDA, the host's clock on a CPU; elsewhere the host's clock, which waits for the
+    device at every stamp."""
     if device.type == "cuda":
         return CudaClock(device)
     if device.type == "cpu":

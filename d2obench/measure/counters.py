@@ -1,7 +1,7 @@
-"""Counts what one decode step does. Unlike times, counts are the same on every machine and in every repeat.
+"""Counts what one decode step does: operators, FLOPs, allocations, and what a decode loop should not do.
 
-Counted are operators, FLOPs, allocations, and three things that a decode loop must not do: concatenate tensors, wait
-for the device, and allocate a cache again.
+These are concatenations of tensors, points at which the host waits for the device, and the allocation of a new cache.
+Unlike times, counts are the same on every machine and in every repetition.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class StepCounts(NamedTuple):
 
 
 def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
-    """Prefills and compresses ``prompts``, decodes one step that may still allocate buffers, and counts the next one.
+    """Prefills and compresses ``prompts`` and counts the second decode step, since the first may allocate buffers.
 
-    On a GPU the launches are counted in one more step.
+    On a GPU kernel launches are counted in the third step.
     """
     with torch.inference_mode():
         logits = session.prefill(prompts)
@@ -70,7 +70,7 @@ def count_step(session: Request, prompts: list[list[int]]) -> StepCounts:
 
 
 def count_decode(session: Request, tokens: torch.Tensor) -> StepCounts:
-    """Counts the second decode step from ``tokens`` ``[B]`` on; the first one gets buffers ready."""
+    """Counts as :func:`count_step` does, from the first generated ``tokens`` ``[B]`` on."""
     tokens = session.step(tokens).argmax(-1)
     counts = count(lambda: session.step(tokens))
     if tokens.device.type == "cuda":
@@ -80,23 +80,23 @@ def count_decode(session: Request, tokens: torch.Tensor) -> StepCounts:
 
 def count(work: Callable[[], object]) -> StepCounts:
     """Runs ``work`` once and counts its operators."""
-    seen = _Counting()
-    with cpu.watched(seen.launched), seen:
+    counts = _Counting()
+    with cpu.watched(counts.launched), counts:
         work()
     return StepCounts(
-        ops=sum(seen.ops.values()),
-        flops=seen.flops,
-        by_op=dict(seen.ops.most_common()),
-        concatenations={name: n for name, n in seen.ops.items() if name in _CONCATENATE},
-        waits=dict(seen.waits),
-        allocated_bytes=seen.allocated,
-        largest_bytes=seen.largest[0],
-        largest_op=seen.largest[1],
+        ops=sum(counts.ops.values()),
+        flops=counts.flops,
+        by_op=dict(counts.ops.most_common()),
+        concatenations={name: n for name, n in counts.ops.items() if name in _CONCATENATE},
+        waits=dict(counts.waits),
+        allocated_bytes=counts.allocated,
+        largest_bytes=counts.largest[0],
+        largest_op=counts.largest[1],
     )
 
 
 def launches(work: Callable[[], object]) -> int:
-    """Kernels that ``work`` launches on a CUDA device, with copies, fills and those of a replayed CUDA graph."""
+    """Kernels that ``work`` launches on a CUDA device, including copies, fills and those of a replayed CUDA graph."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -118,13 +118,13 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.largest = (0, "")
 
     def launched(self, loop: cpu.Loop, arguments: cpu.Arguments) -> None:
-        """Counts a compiled loop, which PyTorch does not see. An operator allocates its results, so these count."""
+        """Counts a compiled loop, which PyTorch does not dispatch. The tensors of its results are allocated before."""
         self.ops[f"loop.{loop.name}"] += 1
         self.flops += loop.flops(arguments)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # 1. In inference mode composite operators arrive here whole. Split them, so that their parts are counted.
+        # 1. In inference mode composite operators are dispatched as one. Split them, so that their parts are counted.
         with self:
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:

@@ -1,9 +1,9 @@
 """Detects what disturbed a measurement: other load, stolen CPU time, an exhausted quota, a GPU with reduced clocks.
 
 Disturbances are detected from system counters and never from the measured time itself, so that no sample is left out
-because it is slow. Each reading becomes flags, in words, of a request or a window of steps. Flagged samples are
-measured again, up to a limit, and otherwise left out of timing figures; they stay in the recorded samples, and the row
-says how many there are.
+because it is slow. A disturbed request or window of steps gets flags, which are short texts. Flagged samples are
+measured again, up to a limit, or else left out of timing figures. They stay in the recorded samples, and the row says
+how many there are.
 
 ``other load`` and ``stolen CPU`` come from ``/proc/stat``, which counts in ticks of 10 ms, so a window of a tenth of a
 second is judged together with its neighbours (:func:`window_flags`). ``waited for a CPU`` counts nanoseconds: the time
@@ -59,16 +59,16 @@ class Disturbance(NamedTuple):
 
     def flags(self) -> list[str]:
         """A text for each value that is above its limit."""
-        found = []
+        texts = []
         if self.other is not None and self.other >= OTHER:
-            found.append(f"other load {self.other:.0%}".replace("%", " %"))
+            texts.append(f"other load {self.other:.0%}".replace("%", " %"))
         if self.stolen is not None and self.stolen >= STOLEN:
-            found.append(f"stolen CPU {self.stolen:.0%}".replace("%", " %"))
+            texts.append(f"stolen CPU {self.stolen:.0%}".replace("%", " %"))
         if self.waited is not None and self.waited >= WAITED:
-            found.append(f"waited for a CPU {self.waited:.0%}".replace("%", " %"))
+            texts.append(f"waited for a CPU {self.waited:.0%}".replace("%", " %"))
         if self.throttled_s > 0:
-            found.append(f"CPU quota used up ({self.throttled_s:.1f} s)")
-        return found
+            texts.append(f"CPU quota used up ({self.throttled_s:.1f} s)")
+        return texts
 
 
 def load(root: Path = Path("/"), *, waits: bool = False) -> Load:
@@ -76,8 +76,8 @@ def load(root: Path = Path("/"), *, waits: bool = False) -> Load:
 
     Args:
         root: where ``proc`` and ``sys`` are.
-        waits: read ``waited``, too. It tells of others only where this process runs no more threads than there are
-            CPUs, as in windows; while a request is measured, the threads that sample its memory wait for their turn.
+        waits: whether to read ``waited``, too. It shows other load only where this process runs no more threads than
+            there are CPUs, as in windows; in a request, the threads that sample its memory may have to wait as well.
     """
     busy, stolen = _cpu(root)
     waited = _waited(root) if waits else None
@@ -85,7 +85,7 @@ def load(root: Path = Path("/"), *, waits: bool = False) -> Load:
 
 
 def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:
-    """The share of the machine that other work took between two readings.
+    """The part of the machine's CPU time that other work took between two readings.
 
     ``other`` and ``stolen`` are None for a time shorter than 20 ticks of the counters (0.2 s).
     """
@@ -109,25 +109,26 @@ def between(before: Load, after: Load, cores: int | None = None) -> Disturbance:
 def window_flags(readings: Sequence[tuple[Load, Load]], cores: int | None = None) -> list[list[str]]:
     """The flags of consecutive windows.
 
-    Each window is judged by the counters over itself, and over a stretch of at least :data:`STRETCH_S` around it, that
-    is, itself and as many neighbours as needed, or all of them.
-    itself and as many neighbours as that takes, or all there are.
+    Counters in ticks can't be read over a short window. They are read over a stretch of at least :data:`STRETCH_S`,
+    which is the window and as many of its neighbours as needed. The other counters are read over the window itself.
 
     Args:
         readings: the counters before and after each window.
         cores: of the machine.
     """
-    found = []
+    flags = []
     for place, (before, after) in enumerate(readings):
+        # 1. The stretch grows by a window on both sides until it is long enough.
         first = last = place
         while readings[last][1].wall - readings[first][0].wall < STRETCH_S and (first, last) != (0, len(readings) - 1):
             first, last = max(0, first - 1), min(len(readings) - 1, last + 1)
+        # 2. Other load and stolen time from the stretch, unless the window alone is long enough to tell.
         stretch = between(readings[first][0], readings[last][1], cores)
         own = between(before, after, cores)
         other = stretch.other if own.other is None else own.other
         stolen = stretch.stolen if own.stolen is None else own.stolen
-        found.append(Disturbance(other, stolen, own.throttled_s, own.waited).flags())
-    return found
+        flags.append(Disturbance(other, stolen, own.throttled_s, own.waited).flags())
+    return flags
 
 
 def is_disturbance(flag: str) -> bool:
@@ -135,16 +136,16 @@ def is_disturbance(flag: str) -> bool:
     return flag.startswith(KINDS)
 
 
-def undisturbed(found: Sequence[T], flags: Callable[[T], Iterable[str]]) -> list[T]:
-    """The undisturbed ones of ``found``; all of them if fewer than half are undisturbed, so that there still is a
+def undisturbed(samples: Sequence[T], flags: Callable[[T], Iterable[str]]) -> list[T]:
+    """The undisturbed ones of ``samples``; all of them if fewer than half are undisturbed, so that there still is a
     figure.
 
     Args:
-        found: requests or windows.
+        samples: requests or windows.
         flags: returns the flags of one of them.
     """
-    calm = [one for one in found if not any(map(is_disturbance, flags(one)))]
-    return calm if 2 * len(calm) >= len(found) else list(found)
+    kept = [sample for sample in samples if not any(map(is_disturbance, flags(sample)))]
+    return kept if 2 * len(kept) >= len(samples) else list(samples)
 
 
 def _cpu(root: Path) -> tuple[float, float]:

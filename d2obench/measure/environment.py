@@ -1,6 +1,6 @@
-"""The machine and the software of a run: facts for the reader, and a hash of those that must agree to compare two runs.
+"""Facts about the machine and the software of a run, and a hash of those that must be equal to compare two runs.
 
-No fact contains the name of a host, a user or a folder. Torch is only queried if it is already imported.
+No fact contains the name of a host, a user or a folder. Facts about torch are given only if torch is imported already.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def fingerprint(device: str = "cpu", *, attention: str = "", gpu: Nvml | None = 
 
     Args:
         device: where the model runs, ``cpu`` or ``cuda:0``.
-        attention: a description of the attention in use; by default what this process would use.
-        gpu: the GPU to describe; found by ``device`` where it is not given.
+        attention: a description of the attention in use; by default that of this process.
+        gpu: the GPU to describe; by default that of ``device``.
     """
     facts: dict[str, Any] = {
         "cpu": _cpu(),
@@ -107,11 +107,12 @@ def _threads() -> int | None:
 _PYTORCH_PATH = "; column sums: blocks of queries; decode: products over slots"
 _CPU_PATH = "; column sums: blocks of queries; decode: compiled loops for float32, products over slots for others"
 _TRITON_PATH = "; column sums and decode: Triton kernels"
-"""What computes scores and decodes if everything is supported. A cell that runs differently says so in its row."""
+"""What computes column sums and decode steps where everything is supported; the row of a cell that runs in another way
+says so."""
 
 
 def _attention(device: str) -> str | None:
-    """The attention in use: torch's kernels for plain attention, this project's where scores are needed."""
+    """The attention in use: kernels of torch for plain attention, and of this project where scores are needed."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
@@ -141,7 +142,7 @@ def _gpu(device: str) -> Nvml | None:
 
 
 def _code() -> dict[str, Any]:
-    """Commit of this package's checkout and whether files differ from it; None where it does not run from one."""
+    """The commit of this package's git checkout, and whether files differ from it; None where there is no checkout."""
     package = Path(__file__).resolve().parents[1]
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return {"commit": None, "dirty": None}

@@ -17,7 +17,7 @@ from d2obench.ranges import ranges_as
 
 
 class Steps(Protocol):
-    """What the check needs of :class:`d2obench.cache.Session`."""
+    """The methods of :class:`d2obench.cache.Session` that the check uses."""
 
     def prefill(self, prompts: list[list[int]]) -> torch.Tensor: ...
     def step(self, tokens: torch.Tensor) -> torch.Tensor: ...
@@ -54,8 +54,8 @@ def _first_layer(
     model: torch.nn.Module, session: Steps, tokens: torch.Tensor, prompts: Sequence[Sequence[int]] | None
 ) -> str:
     """The name of the first module whose output is not finite."""
-    # 1. One more decode step: NaN in a weight or in the cache shows there. 2. The prompts again: they show where it
-    #    began, since a cache only holds NaN from the layer after that one on.
+    # 1. One more decode step shows NaN in a weight or in the cache. 2. Reading the prompts again shows where it began:
+    #    the caches hold NaN only in the layers after that one.
     step = _first_output(model, lambda: session.step(tokens))
     whole = [list(prompt) for prompt in prompts or ()]
     return (_first_output(model, lambda: session.prefill(whole)) if whole else "") or step
@@ -68,10 +68,10 @@ def _first_output(model: torch.nn.Module, work: Callable[[], object]) -> str:
     """
     try:
         # Ranges are on, because a CUDA graph, inside which no hook runs, is not used with them.
-        with torch.inference_mode(), _watched(model), ranges_as(lambda name: nullcontext()):
+        with torch.inference_mode(), _ending_where_not_finite(model), ranges_as(lambda name: nullcontext()):
             work()
-    except _NotFiniteError as found:
-        return str(found)
+    except _NotFiniteError as problem:
+        return str(problem)
     except Exception:  # the cache may be full, or the memory: then the layer stays unknown
         return ""
     return ""
@@ -82,16 +82,17 @@ class _NotFiniteError(Exception):
 
 
 @contextmanager
-def _watched(model: torch.nn.Module) -> Iterator[None]:
-    """Inside this context a module with an output that is not finite ends the forward pass with its name."""
+def _ending_where_not_finite(model: torch.nn.Module) -> Iterator[None]:
+    """In this context the forward pass ends at the first module whose output is not finite, with an error that names
+    it."""
 
     def hook(name: str) -> Callable[[Any, Any, Any], None]:
-        def look(module: Any, arguments: Any, output: Any) -> None:
+        def check(module: Any, arguments: Any, output: Any) -> None:
             for value in output if isinstance(output, list | tuple) else (output,):
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                     raise _NotFiniteError(name)
 
-        return look
+        return check
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:

@@ -1,9 +1,10 @@
-"""Peak memory of each phase, memory over time, and what is alive.
+"""Measures memory: the peak of each phase, memory over time, and the tensors that exist.
 
-Peaks and the timeline come from two sources that are never mixed. The *peaks* are exact: the kernel's high-water mark
-of the resident set (``VmHWM``, reset through ``/proc/self/clear_refs`` at every phase) and the peak counters of
-PyTorch's CUDA allocator, reset likewise. The *timeline* is sampled by a thread; the resident peak is taken from it
-only where the kernel does not let its mark be reset.
+The *peaks* of a phase are exact. They come from counters that are reset when a phase begins: the kernel's high-water
+mark of the resident set (``VmHWM``, reset through ``/proc/self/clear_refs``) and the peak counters of PyTorch's CUDA
+allocator. The *timeline* comes from a thread that reads memory every few milliseconds (:class:`Sampler`). A peak is
+taken from it only where no counter can be reset: of the resident set on some kernels, and of a GPU as its driver sees
+it.
 """
 
 from __future__ import annotations
@@ -11,27 +12,106 @@ from __future__ import annotations
 import atexit
 import gc
 import mmap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
-from d2obench.measure.sampler import Row, Sampler, peak_between
-
 if TYPE_CHECKING:
     import torch
 
+
 PHASES = ("prefill", "compress", "decode")
 _STATM, _PAGE = "/proc/self/statm", mmap.PAGESIZE
+Row = tuple[float | None, ...]
+"""Time and values of one reading; None where a value is unknown."""
+
+
+class Sampler:
+    """A thread that collects rows ``(t, *read())`` every few milliseconds and measures what that costs.
+
+    Args:
+        read: returns a value for each of ``columns``, None where it is unknown; it must not raise.
+        columns: the names of the values, with units, for example ``rss_bytes``.
+        interval: seconds between two readings.
+        now: the clock of ``t``; the same that the phase marks come from.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Row],
+        columns: Sequence[str],
+        interval: float = 0.02,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.columns = tuple(columns)
+        self.rows: list[Row] = []
+        self._read, self._interval, self._now = read, interval, now
+        self._busy = self._alive = 0.0
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def sample(self) -> None:
+        """Adds a row now; called at every change of phase, so that even a short phase has a row."""
+        with self._lock:
+            before = time.thread_time()
+            t = self._now()
+            self.rows.append((t, *self._read()))
+            self._busy += time.thread_time() - before
+
+    def start(self) -> None:
+        """Discards all rows and starts the thread."""
+        self.stop()
+        self.rows, self._busy, self._alive = [], 0.0, time.perf_counter()
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="d2obench-sampler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after one last row; does nothing where none runs."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+        self._thread = None
+        self._alive = time.perf_counter() - self._alive
+
+    @property
+    def overhead(self) -> float:
+        """Share of one core that the sampling took, in [0, 1]; known after ``stop``."""
+        return self._busy / self._alive if self._alive > 0 else 0.0
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.sample()
+            self._stop.wait(self._interval)
+
+
+def peak_between(rows: Sequence[Row], column: int, start: float, end: float) -> float | None:
+    """The highest value of ``column`` with ``start <= t <= end``; None where there is none.
+
+    Column 0 is the first one after the time.
+    """
+    inside = [
+        value
+        for row in rows
+        if row[0] is not None and start <= row[0] <= end and (value := row[column + 1]) is not None
+    ]
+    return max(inside, default=None)
 
 
 class Meter(Protocol):
     """A counter of peaks that can be reset."""
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """The peak counts from now on."""
 
-    def read(self) -> dict[str, int]: ...
+    def read(self) -> dict[str, int]:
+        """Peaks in bytes since the last reset, by name."""
 
 
 class ResidentMeter:
@@ -59,7 +139,7 @@ class ResidentMeter:
 class CudaMeter:
     """Peaks of PyTorch's CUDA allocator: bytes requested by tensors, allocated in blocks, reserved from the driver.
 
-    The peaks of several devices are added up, although they need not fall together.
+    The peaks of several devices are added up, although they may have been reached at different times.
     """
 
     def __init__(self, *devices: torch.device) -> None:
@@ -80,7 +160,7 @@ class CudaMeter:
 
 
 class MemoryProbe:
-    """Follows one request at a time: ``start``, ``enter`` each phase, ``stop``.
+    """Measures the memory of one request at a time: ``start``, then ``enter`` at every phase, then ``stop``.
 
     Args:
         meters: counters of peaks, reset at every change of phase.
@@ -96,14 +176,14 @@ class MemoryProbe:
         self._since = 0.0
 
     def start(self) -> None:
-        """Forgets the last request and starts the samplers."""
+        """Discards the last request and starts the samplers."""
         self.peaks, self._spans, self._phase = {}, [], None
         self.host.start()
         if self.device:
             self.device.start()
 
     def enter(self, phase: str | None) -> None:
-        """Ends the running phase and begins ``phase``; None begins a pause, which has no peaks.
+        """Ends the present phase and begins ``phase``, or with None a pause without peaks.
 
         A phase may be entered several times; its highest peak counts.
         """
@@ -123,7 +203,7 @@ class MemoryProbe:
                 meter.reset()
 
     def stop(self) -> None:
-        """Ends the last phase and the samplers, and adds the peaks that are known from samples only."""
+        """Ends the last phase and the samplers, and adds the peaks that only the samples give."""
         if self._phase is not None:
             self.enter(None)
         self.host.stop()
@@ -187,14 +267,15 @@ def settle(device: torch.device | None = None, beside: Sequence[torch.device] = 
     if device is not None and device.type == "cuda":
         import torch
 
-        for one in (device, *beside):
-            torch.cuda.synchronize(one)
+        for gpu in (device, *beside):
+            torch.cuda.synchronize(gpu)
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(one)
+            torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def unique_bytes() -> int | None:
-    """USS: the memory that would be freed if this process ended; None where it is unknown. Takes milliseconds."""
+    """USS: the memory that would be freed if this process ended; None where it is unknown. The call takes some
+    milliseconds."""
     try:
         return int(psutil.Process().memory_full_info().uss)
     except (psutil.Error, OSError, AttributeError):
@@ -204,18 +285,18 @@ def unique_bytes() -> int | None:
 def live_bytes() -> int:
     """Bytes of all tensor storages that Python can reach, on all devices, each storage counted once.
 
-    The difference between a reading before and one after holds the cache, the policy's state and whatever else was
-    kept, such as a forgotten reference to the prompt's full keys. It is exact, whereas a resident set changes by
-    some MiB without a reason.
+    The difference between two readings is the cache, the policy's state, and anything else that a request has kept,
+    such as a forgotten reference to the prompt's full keys. It is exact, whereas a resident set changes by some MiB for
+    no visible reason.
     """
     import torch
 
     gc.collect()
     storages = {}
-    for found in gc.get_objects():
-        if type(found) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             try:
-                storage = found.untyped_storage()
+                storage = thing.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
             except (RuntimeError, NotImplementedError):  # a tensor without storage of its own
                 continue
@@ -234,11 +315,11 @@ def is_out_of_memory(problem: BaseException) -> bool:
 class GarbageCollection:
     """Keeps long-lived objects out of Python's garbage collection while requests are timed.
 
-    A full collection in the middle of a decode step would walk every object that torch and transformers have made.
-    ``gc.freeze`` exempts all objects that exist; ``gc.unfreeze`` ends that for all at once. So a worker that exempts
-    its model for as long as it is loaded must not lose this when a timed request ends: that is what ``_model_exempt``
-    remembers. Objects that are still exempt when the interpreter ends are never freed, which some libraries report as
-    leaks, so the exemption ends before that.
+    A full collection in the middle of a decode step would visit every object that torch and transformers have made.
+    ``gc.freeze`` exempts all objects that exist, and ``gc.unfreeze`` ends that for all of them at once. A worker
+    exempts its model for as long as it is loaded, so the end of a timed request must not unfreeze then:
+    ``_model_exempt`` says so. Objects that are exempt when the interpreter ends are never freed, which some libraries
+    report as leaks, so the exemption ends before that.
     """
 
     _model_exempt = False

@@ -1,11 +1,11 @@
-"""What the NVIDIA driver tells about a GPU: memory, clocks, power, temperature, energy, and which processes use it.
+"""Reads from the NVIDIA driver (NVML): memory, clocks, power, temperature, energy, and the processes on a GPU.
 
-Nothing here ends a measurement. A query that a driver, a container, WSL or a MIG slice does not support returns None
-and is not asked again; after a driver has died every query returns None; without a driver :func:`open_gpu` is None.
+No query ends a measurement. One that the driver, a container, WSL or a MIG slice does not support returns None and is
+not tried again; after a driver has died all of them return None; without a driver :func:`open_gpu` returns None.
 
-Inside a container the driver may number processes as the host does, and then this process has a number there that it
-cannot see (pid_namespaces(7)). :func:`find_own_process` finds it by what no other process does at that moment: it
-allocates a block of memory, and the one entry of the list that appears or grows by as much is this process.
+In a container the driver may list processes by their pids on the host, and a process can't see its own pid there
+(pid_namespaces(7)). :func:`find_own_process` therefore allocates a block of memory: the one process of the list that
+appears or grows by exactly that much is this one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from d2obench.errors import MeasureError
-from d2obench.measure.sampler import Row
+from d2obench.measure.memory import Row
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,11 @@ SLOWDOWNS = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
-"""Bits of the clocks-event reasons that slow a GPU below its set clocks. An idle GPU and clocks set by the user are
-not among them."""
+"""The reasons in NVML's bit mask for which a GPU runs slower than it is set to. That it is idle, or that a user has set
+its clocks, is none of them."""
 BLOCK = 66 * 2**20
-"""Bytes by which :func:`find_own_process` grows: a size that PyTorch's allocator gives a segment of its own, and that
-no other program is likely to ask for."""
+"""Bytes that :func:`find_own_process` allocates: PyTorch's allocator gives this size a segment of its own, and no other
+program is likely to allocate exactly as much."""
 
 _POWER, _ENERGY = COLUMNS.index("power_w") + 1, COLUMNS.index("energy_j") + 1
 _COUNTER_SPAN, _POWER_SPAN = 0.5, 2.0
@@ -78,7 +78,7 @@ class Nvml:
         library: the module ``pynvml``, or a stand-in with its functions.
         pid: the process whose memory is ``process_bytes``; by default this one.
 
-    ``pids`` are the numbers this process may have in the driver's list; :func:`find_own_process` narrows them to one.
+    ``pids`` are the pids that this process may have in the driver's list; :func:`find_own_process` reduces them to one.
     """
 
     columns = COLUMNS
@@ -120,7 +120,7 @@ class Nvml:
         return sorted(named, key=lambda process: -(process.bytes or 0))
 
     def facts(self) -> dict[str, Any]:
-        """What does not change during a run: name, driver, limits, settings. Unsupported ones are None."""
+        """Facts that don't change during a run: name, driver, limits, settings. Unsupported ones are None."""
         library = self._library
         memory = self.ask("nvmlDeviceGetMemoryInfo")
         ecc = self.ask("nvmlDeviceGetEccMode")
@@ -189,7 +189,8 @@ def slowdown_names(slowdown: float | None) -> list[str]:
 
 
 def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) -> list[str]:
-    """Why the GPU was slowed down between two times, with the share of samples that say so."""
+    """Why the GPU was slowed down between two times, and in which part of the samples: ``GPU power cap 40 % of the
+    time``."""
     place = COLUMNS.index("slowdown") + 1
     inside = [row[place] for row in rows if row[0] is not None and start <= row[0] <= end]
     known = [bits for bits in inside if bits is not None]
@@ -206,7 +207,8 @@ def other_processes(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list
 
 
 def refuse_busy(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> None:
-    """Raises a MeasureError that names them where processes other than this one and ``own`` compute on the GPU."""
+    """Raises a MeasureError where processes other than this one and those in ``own`` compute on the GPU; it names
+    them."""
     if others := other_processes(gpu, own):
         raise MeasureError(
             "the GPU is busy",
@@ -216,20 +218,20 @@ def refuse_busy(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> None:
 
 
 def own_pids(status: Path = Path("/proc/self/status")) -> frozenset[int]:
-    """This process's number in every namespace that can be seen from here (``NSpid``, proc(5))."""
-    found = {os.getpid()}
+    """The pids of this process in all namespaces that it can see (``NSpid``, proc(5))."""
+    pids = {os.getpid()}
     try:
         lines = status.read_text("ascii", "replace").splitlines()
     except OSError:
-        return frozenset(found)
+        return frozenset(pids)
     for line in lines:
         if line.startswith("NSpid:"):
-            found |= {int(number) for number in line.split()[1:] if number.isdecimal()}
-    return frozenset(found)
+            pids |= {int(number) for number in line.split()[1:] if number.isdecimal()}
+    return frozenset(pids)
 
 
 def find_own_process(gpu: Nvml, block: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Finds this process in the driver's list and sets ``gpu.pids`` to it; False where there is any doubt.
+    """Finds the pid of this process in the driver's list and sets ``gpu.pids`` to it; False where that is not certain.
 
     Args:
         gpu: the GPU whose list is read.
@@ -239,7 +241,7 @@ def find_own_process(gpu: Nvml, block: Callable[[], AbstractContextManager[None]
     try:
         with block():
             after = {process.pid: process.bytes for process in gpu.processes()}
-    except (RuntimeError, AssertionError):  # no memory left, none for a second process, or a torch without CUDA
+    except (RuntimeError, AssertionError):  # no memory, an exclusive GPU in use, or a torch without CUDA
         return False
     changed = [pid for pid, held in after.items() if pid not in before or (held or 0) - (before[pid] or 0) == BLOCK]
     if len(changed) != 1:
@@ -263,9 +265,9 @@ def block_on(device: torch.device) -> Iterator[None]:
 
 
 def joules(rows: Rows, start: float, end: float) -> float | None:
-    """Energy between two times, from the driver's counter where it has one, otherwise from its power.
+    """Energy in joules between two times, from the driver's energy counter, or else integrated from the power.
 
-    None where the GPU gives neither, where the samples don't cover the time, or where the time is too short.
+    None where the GPU reports neither, where the samples don't cover the time, or where the time is too short.
 
     Args:
         rows: ``[t, …]`` with the values of COLUMNS.
@@ -283,7 +285,7 @@ def joules(rows: Rows, start: float, end: float) -> float | None:
 
 
 def joules_per_token(rows: Rows, start: float, end: float, tokens: int, idle_w: float | None) -> float | None:
-    """Energy per token less what an idle GPU would have used in that time; never below zero."""
+    """Joules per token, without those that an idle GPU would have used in that time; never below zero."""
     spent = joules(rows, start, end)
     if spent is None or idle_w is None or tokens < 1:
         return None
@@ -294,14 +296,14 @@ def idle_power(gpu: Nvml | None, seconds: float = 2.0, interval: float = 0.05) -
     """The GPU's power in watts when nothing runs: the median over ``seconds``; None where it is unknown."""
     if gpu is None:
         return None
-    found = []
+    readings = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         watts = gpu.read()[_POWER - 1]
         if watts is not None:
-            found.append(watts)
+            readings.append(watts)
         time.sleep(interval)
-    return median(found) if found else None
+    return median(readings) if readings else None
 
 
 def _points(rows: Rows, column: int) -> list[tuple[float, float]]:
@@ -309,7 +311,7 @@ def _points(rows: Rows, column: int) -> list[tuple[float, float]]:
 
 
 def _cover(points: Sequence[tuple[float, float]], start: float, end: float) -> bool:
-    """Whether the points reach from start to end, with at most a twentieth of the time missing at either end."""
+    """Whether the points reach from start to end; at either end a twentieth of the time may be missing."""
     slack = 0.05 * (end - start)
     return len(points) > 1 and points[0][0] <= start + slack and points[-1][0] >= end - slack
 

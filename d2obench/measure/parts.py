@@ -1,10 +1,10 @@
-"""The cost of each part of a request: its own time without the parts nested in it, from time stamps at both ends.
+"""Measures the time of each part of a request, without the parts that are nested in it.
 
-The parts are the ranges that our code opens (``d2obench.ranges``) and the model's modules, named by hooks. A stamp is a
-clock reading on a CPU and an event in the stream on a GPU, so nothing waits and no profiler runs. A stamp still costs
-microseconds; the cost of the ranges is measured too, by alternating with blocks of steps without ranges. If one kernel
-does the work of several parts, its time is counted for the range around it. A CUDA graph has no ranges inside, so steps
-with ranges run without a graph.
+The parts are the ranges that our code opens (``d2obench.ranges``) and the model's modules, around which hooks open
+ranges. A time stamp is taken at both ends of every range: a clock reading on a CPU, an event in the stream on a GPU, so
+that nothing waits for the device. A stamp costs microseconds. That cost is measured as well: blocks of steps with
+ranges alternate with blocks without. If one kernel does the work of several parts, its time is counted for the range
+around it. A CUDA graph has no ranges inside, so steps with ranges run without a graph.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Seconds = dict[str, float]
 
 
 class Block(NamedTuple):
-    """Some decode steps: their time in seconds and, where ranges were on, the own time of each part (else empty)."""
+    """Some decode steps (or a prefill): their time in seconds, and the time of each part, empty without ranges."""
 
     whole: float
     parts: Seconds
 
 
 class RequestCost(NamedTuple):
-    """One request: prefill with compression, and blocks of ``steps`` decode steps with ranges on and off in turn."""
+    """One request: prefill with compression, and blocks of ``steps`` decode steps, with and without ranges in turn."""
 
     prompt: Block
     decode: list[Block]
@@ -51,7 +51,7 @@ class RequestCost(NamedTuple):
 
 
 class PartTimer:
-    """Collects stamps at both ends of every range and adds up the own time of each part afterwards."""
+    """Takes time stamps at both ends of every range, and adds up the time of each part afterwards."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -59,25 +59,25 @@ class PartTimer:
         self._ranges: dict[str, _Range] = {}
 
     def range(self, name: str) -> AbstractContextManager[object]:
-        """A context that stamps when it begins and when it ends."""
+        """A context that takes a stamp when it begins and when it ends."""
         if name not in self._ranges:
             self._ranges[name] = _Range(self, PART_OF_RANGE.get(name, name))
         return self._ranges[name]
 
     def stamp(self, part: str | None) -> None:
-        """A range of ``part`` begins; None: the innermost range ends."""
+        """Takes a stamp: a range of ``part`` begins, or with None the innermost range ends."""
         self._ends.append((self._clock.stamp(), part))
 
     def own_times(self) -> Seconds:
-        """Seconds of each part since the last call; time outside of every range is not among them."""
+        """Seconds of each part since the last call, without nested parts and without the time outside of all ranges."""
         times = self._clock.read([stamp for stamp, _ in self._ends])
-        found: Seconds = {}
+        seconds: Seconds = {}
         open_parts: list[str] = []
         before = 0.0
         for now, (_, part) in zip(times, self._ends, strict=True):
             # 1. The time since the last stamp belongs to the innermost part that is open.
             if open_parts:
-                found[open_parts[-1]] = found.get(open_parts[-1], 0.0) + now - before
+                seconds[open_parts[-1]] = seconds.get(open_parts[-1], 0.0) + now - before
             # 2. At this stamp a part begins or the innermost one ends.
             if part is None:
                 open_parts.pop()
@@ -85,11 +85,11 @@ class PartTimer:
                 open_parts.append(part)
             before = now
         self._ends.clear()
-        return found
+        return seconds
 
 
 class _Range:
-    """Can be entered again, even inside itself: it holds nothing but its name."""
+    """The context of one part. It has no state, so it can be entered again, even inside itself."""
 
     __slots__ = ("_part", "_timer")
 
@@ -138,9 +138,10 @@ def cost_of_parts(
             own = timer.own_times()
             prompt = Block(sum(own.values()), own)
             require_finite(logits, "after the prompt", session, prompts)
-            # 2. A few decode steps warm up. 3. Then blocks of steps, ranges on and off in turn.
+            # 2. A few decode steps warm up.
             for _ in range(WARM_STEPS):
                 tokens = session.step(tokens).argmax(-1)
+            # 3. Blocks of steps, with and without ranges in turn.
             decode = []
             for number in range(blocks):
                 tokens, block = _block(session, model, tokens, steps, timer if number % 2 == 0 else None, clock)
@@ -176,9 +177,11 @@ def _block(
 
 @contextmanager
 def parts_named(model: torch.nn.Module, whole: str = "") -> Iterator[None]:
-    """Ranges around the model's parts, and around the model itself where ``whole`` names one.
+    """Opens ranges around the model's modules while they run, by hooks that exist in this context only.
 
-    They are made by hooks that exist inside this context only.
+    Args:
+        model: whose modules in ``d2obench.ranges.MODEL_PARTS`` get ranges.
+        whole: the name of a range around the model itself; none by default.
     """
     opened: list[AbstractContextManager[object]] = []
     hooks = []

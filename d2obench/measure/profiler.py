@@ -1,8 +1,8 @@
-"""Where the time and memory of a request go: torch.profiler over prefill, compression and a few decode steps.
+"""Runs torch.profiler over prefill, compression and a few decode steps, and adds up the costs by range and operator.
 
-The engine names its own ranges (``d2obench.ranges``); the model's parts are named by hooks that exist only while
-profiling. Profiling slows everything down, so read the shares and not the times. The own cost of each event, without
-what it calls, counts for the nearest named range around it, so that the ranges of a phase and its rest add up to it.
+Our code opens named ranges (``d2obench.ranges``); hooks open ranges around the model's modules while profiling. The
+cost of each event, without the events it calls, is counted for the innermost range around it, so that the ranges of a
+phase and its rest add up to the phase. Profiling slows everything down, so read the shares and not the times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _INSTANCE = re.compile(r"_at_0x[0-9a-f]+|(?<=nn\.Module:_)(\w+?)_\d+(?=;|$)")
 
 
 class Cost(NamedTuple):
-    """Own cost of a range or operator in one phase; for decode, of one step. Seconds and bytes."""
+    """Cost of a range or an operator in one phase (of one step in decode), without what it calls; seconds and bytes."""
 
     calls: float
     cpu_s: float
@@ -214,18 +214,19 @@ def costs_of(events: Any, steps: int) -> tuple[CostTable, CostTable]:
     operators: CostTable = {phase: {} for phase in PHASES}
     nothing = Cost(0, 0, 0, 0)
     for event in events:
-        # 1. The phase and the innermost range that the event lies in; events outside of all phases don't count.
+        # 1. The phase that the event lies in, and the innermost range; events outside of all phases don't count.
         phase, name = _phase_and_range(event)
         if phase is None:
             continue
-        # 2. The event's own cost. Kernels named like the event are the range's own mark on the device, not work.
+        # 2. The cost of the event itself. A kernel with the name of the event is the range as seen by the device, and
+        #    no work.
         cost = Cost(
             0,
             event.self_cpu_time_total * 1e-6,
             sum(kernel.duration for kernel in event.kernels if kernel.name != event.name) * 1e-6,
             max(0, event.self_cpu_memory_usage) + max(0, event.self_device_memory_usage),
         )
-        # 3. Add it to its range and to its operator. The own time of a range itself is Python and the dispatcher.
+        # 3. Add it to its range and to its operator. What a range costs outside of operators is Python and dispatch.
         each = steps if phase == "decode" else 1
         named, operator = event.name in RANGES, event.name
         if named or event.name in PHASES:

@@ -1,7 +1,6 @@
-"""The limits that memory traffic sets: measured copy bandwidth, bytes of a decode step, MBU, the largest possible
-speed-up.
+"""Limits by memory traffic: measured copy bandwidth, bytes of a decode step, MBU, the largest possible speed-up.
 
-A decode step of a batch must read every weight once and every sequence's cache once. At the batch sizes of decoding its
+A decode step of a batch must read every weight once and every sequence's cache once. At the batch sizes of decoding,
 arithmetic takes less time than these reads, so a step takes at least ``step bytes / bandwidth``.
 """
 
@@ -61,8 +60,8 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: fl
 def read_weights_bytes(model: torch.nn.Module) -> int:
     """Bytes of weights that a decode step reads.
 
-    These are all weights, without the input embedding where the output layer does not share it: of an embedding table a
-    step reads only one row a sequence.
+    These are all weights but the input embedding, of which a step reads only one row for each sequence. Where the
+    output layer has the same weights, they are read and counted.
     """
     # 1. Every storage once, since weights can be shared.
     seen: dict[int, int] = {}
@@ -82,8 +81,8 @@ def step_bytes(weights: int, kv_at_end: int, kept: float, held: float) -> float:
     Args:
         weights: see :func:`read_weights_bytes`.
         kv_at_end: bytes of keys and values that are stored when the last token is generated.
-        kept, held: entries right after compression and at the end, added up in the same way. A growing cache grows
-            evenly and is read as far as it is filled; one that does not grow is read whole.
+        kept, held: number of entries right after compression and at the end. A growing cache is read as far as it is
+            filled, so on average half-way between the two.
     """
     return weights + (kv_at_end * (kept + held) / 2 / held if held else kv_at_end)
 
@@ -98,9 +97,9 @@ def largest_speedup(
 ) -> Value | None:
     """The largest decode speed-up over the full cache that the policy's bytes and the measured bandwidth allow.
 
-    A step of the policy takes at least ``policy_bytes / bandwidth``. The step of ``full`` is measured in the faster
-    half of its windows, because a disturbance of ``full`` would look like a gain of the policy. A speed-up above the
-    upper end is impossible and shows that something else was measured.
+    A step of the policy takes at least ``policy_bytes / bandwidth``. The step of ``full`` is the median of the faster
+    half of its windows, because a disturbance of ``full`` would look like a gain of the policy. A measured speed-up
+    above the upper end is impossible, so something is wrong with it.
 
     Args:
         full_steps: seconds of full's decode steps, one sequence for each window or round; empty ones are ignored.
@@ -115,13 +114,14 @@ def largest_speedup(
     times = sorted(median(steps) for steps in full_steps if len(steps))
     if not times:
         return None
-    calm = median(times[: (len(times) + 1) // 2])
+    undisturbed = median(times[: (len(times) + 1) // 2])
     # 2. Reads can be faster than copies. If ``full`` itself has read faster, its bandwidth is used.
     peak = max(bandwidth, full_bytes / times[0])
-    largest = calm * peak / policy_bytes
-    # 3. Two parts are uncertain, as factors: the calm step against the fastest one, and the peak bandwidth, which may
-    #    lie as far above the best copy as that lies above the median one. They are independent, so their squares add.
-    factor = exp(hypot(log(calm / times[0]), log(max(1.0, bandwidth / typical))))
+    largest = undisturbed * peak / policy_bytes
+    # 3. Two factors are uncertain: the undisturbed step, by its distance from the fastest one, and the bandwidth, which
+    #    may exceed the best copy as far as that exceeds the median one. They are independent: the squares of their
+    #    logarithms add up.
+    factor = exp(hypot(log(undisturbed / times[0]), log(max(1.0, bandwidth / typical))))
     return Value(largest, largest / factor, largest * factor, len(times), kind="range")
 
 

@@ -1,9 +1,11 @@
-"""Several caches in one process that decode in turn; :mod:`d2obench.measure.windows` describes the design.
+"""Measures windows of decode steps: several caches in one process decode in turn.
+
+:mod:`d2obench.measure.samples` says what a window is and how windows lie.
 
 A cache is prefilled once and can then be moved to any step of its generation: back to the beginning by restoring a
-snapshot taken there, and forward by :meth:`Request.skip_to`, which makes sizes correct and contents placeholders. The
-snapshot of a cache that evicts is a copy, so such a cache counts twice when it is computed whether all of them fit into
-memory; a cache that only grows needs no copy.
+snapshot that was taken there, and forward by :meth:`Request.skip_to`, after which its sizes are right and its contents
+are placeholders. The snapshot of a cache that evicts is a copy, so such a cache takes twice its memory. A cache that
+only grows needs no copy.
 """
 
 from __future__ import annotations
@@ -22,13 +24,12 @@ from d2obench.measure.disturbance import Load, load, window_flags
 from d2obench.measure.finite import require_finite
 from d2obench.measure.memory import GarbageCollection, live_bytes
 from d2obench.measure.nvml import gpu_flags
-from d2obench.measure.phases import Request
-from d2obench.measure.warmup import WINDOW, WINDOWS, WarmUp, until_stable
-from d2obench.measure.windows import RoundOfWindows, Window
+from d2obench.measure.phases import GROUP_STEPS, GROUPS, Request, WarmUp, until_stable
+from d2obench.measure.samples import RoundOfWindows, Window
 
 
 def read_load() -> Load:
-    """The counters of the system, those of this process's threads among them."""
+    """The counters of the system, including how long the threads of this process have waited for a CPU."""
     return load(waits=True)
 
 
@@ -40,7 +41,7 @@ class Rewindable(Request, Protocol):
 
 
 class HeldCache:
-    """A session that has read its prompt and is ready to decode windows.
+    """A session that has read and compressed its prompt and can decode any window of its generation.
 
     Args:
         session: prefilled and compressed.
@@ -54,21 +55,22 @@ class HeldCache:
         self.session, self._first = session, first
         self._beginning = session.snapshot(decode_only=True)
         self._at, self._token = 0, first
-        self._logits = torch.zeros(0)  # of the last step
+        self._logits = torch.zeros(0)
+        """Of the last step."""
 
     def go_to(self, step: int) -> None:
         """Moves to decode step ``step`` of the generation; runs at most one step."""
         if step < self._at:
             self.session.restore(self._beginning)
             self._at, self._token = 0, self._first
-        if step > self._at == 0:  # a policy may compress in its first step, and can't skip before it
+        if step > self._at == 0:  # a policy may compress in its first step, which can't be skipped therefore
             self._step()
         if step > self._at:
             self.session.skip_to(step - self._at)
             self._at = step
 
     def decode(self, steps: int, clock: Clock) -> list[float]:
-        """Runs decode steps; the times before the first, between them and after the last, in seconds.
+        """Runs decode steps. Returns ``steps + 1`` times in seconds: before the first and after each.
 
         Raises:
             ModelError: the logits are not finite; names the first layer where this happened.
@@ -83,11 +85,10 @@ class HeldCache:
         return times
 
     def count(self) -> tuple[StepCounts, int]:
-        """Counts the operators of the second step after the prompt, then frees everything; the object can't be used
-        afterwards.
+        """Counts the operators of the second decode step, then frees the session; this object can't be used afterwards.
 
         Returns:
-            The counts, and the bytes of all tensors that were freed with the session.
+            The counts, and the bytes of all tensors that were freed.
         """
         self.go_to(0)
         with torch.inference_mode():
@@ -119,10 +120,10 @@ def hold(
         prompts: token ids of each sequence.
         steps: decode steps of the generation.
         clock: of the session's device.
-        within: how far the medians of two successive windows of steps may be apart, relative to the later one.
+        within: how far the medians of two successive groups of steps may be apart, relative to the later one.
 
     Raises:
-        ModelError: the session can't come back to an earlier step, or can't skip any, or its logits are not finite.
+        ModelError: the session can't return to an earlier step or can't skip steps, or its logits are not finite.
     """
     session = session_factory()
     try:
@@ -135,7 +136,7 @@ def hold(
                 host_memory.release()
             warm = until_stable(_medians(held, steps, clock), within)
             held.go_to(0)
-            held.go_to(min(2, steps))  # finds out now, and not between the windows, whether the session can skip
+            held.go_to(min(2, steps))  # raises here, and not between windows, where the session can't skip steps
             return held, warm
     except BaseException:
         session.close()
@@ -155,58 +156,65 @@ def decode_in_turn(
     read_gpu: Callable[[], tuple[float | None, ...]] | None = None,
     cores: int | None = None,
 ) -> list[tuple[str, Window]]:
-    """Measures rounds of windows; a window with its cache's name for each cache of each round, in order.
+    """Measures rounds of windows.
 
     Args:
         caches: by name.
         rounds: what to measure.
         process: number of this process within its group.
-        lead, steps: of a window, see :class:`d2obench.measure.windows.WindowPlan`.
+        lead, steps: of a window, see :class:`d2obench.measure.samples.WindowPlan`.
         clock: of the device.
-        origin: time of ``clock`` that windows are counted from.
+        origin: the time, by ``clock``, from which ``Window.at_s`` counts.
         read_load: the counters of the system.
         read_gpu: one row of the driver's columns (``d2obench.measure.nvml.COLUMNS``), on a GPU.
         cores: of the machine.
+
+    Returns:
+        For each cache of each round, in the order of measurement, its name and its window.
     """
+    # 1. Measure. Between windows only counters are read; everything else waits until the last window is over.
     taken: list[tuple[RoundOfWindows, int, list[float], tuple[Load, Load], list[str]]] = []
     GarbageCollection.begin_timing()
     try:
         with torch.inference_mode():
-            for one in rounds:
-                for place, name in enumerate(one.order):
-                    caches[name].go_to(one.start)
+            for round_ in rounds:
+                for place, name in enumerate(round_.order):
+                    caches[name].go_to(round_.start)
                     gpu = [(0.0, *read_gpu())] if read_gpu else []
                     before = read_load()
                     times = caches[name].decode(lead + steps, clock)
                     after = read_load()
                     gpu += [(0.0, *read_gpu())] if read_gpu else []
-                    taken.append((one, place, times, (before, after), gpu_flags(gpu, 0.0, 0.0)))
+                    taken.append((round_, place, times, (before, after), gpu_flags(gpu, 0.0, 0.0)))
     finally:
         GarbageCollection.end_timing()
-    found = []
+    # 2. Flags of disturbances: a short window is judged together with its neighbours.
+    windows = []
     flags = window_flags([readings for _, _, _, readings, _ in taken], cores)
-    for (one, place, times, (before, after), slowed), words in zip(taken, flags, strict=True):
+    # 3. From time stamps to steps.
+    for (round_, place, times, (before, after), slowed), words in zip(taken, flags, strict=True):
         gaps = [b - a for a, b in pairwise(times)]
         window = Window(
             process=process,
-            sweep=one.sweep,
-            depth=one.depth,
-            attempt=one.attempt,
+            sweep=round_.sweep,
+            depth=round_.depth,
+            attempt=round_.attempt,
             order=place,
-            start=one.start + lead,
+            start=round_.start + lead,
             at_s=times[0] - origin,
             lead_s=gaps[:lead],
             step_s=gaps[lead:],
             load=_difference(before, after),
             flags=[*words, *slowed],
         )
-        found.append((one.order[place], window))
-    return found
+        windows.append((round_.order[place], window))
+    return windows
 
 
 def _medians(held: HeldCache, steps: int, clock: Clock) -> Iterator[float]:
-    width = min(WINDOW, steps)
-    for _ in range(min(WINDOWS, steps // width)):
+    """Median decode step of successive groups of steps, in seconds."""
+    width = min(GROUP_STEPS, steps)
+    for _ in range(min(GROUPS, steps // width)):
         yield median(b - a for a, b in pairwise(held.decode(width, clock)))
 
 

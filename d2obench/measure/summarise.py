@@ -1,8 +1,8 @@
-"""Raw rounds and windows of one timed cell → its figures with intervals. Reads records only.
+"""Computes the figures of one timed cell, with intervals, from its rounds and windows.
 
-Times are summarised over rounds; those of decode steps over windows, where the cell has any. What the load counters
-flagged as disturbed is left out of them, and counted in the flags. Memory is the highest over all rounds with the range
-as its interval. Figures that must be exact are taken from the last round, with a flag where rounds differ.
+Times are medians over rounds; those of decode steps over windows, where the cell has any. Disturbed rounds and windows
+are left out, and the flags say how many. Memory is the highest of all rounds, and its bounds are the range over them.
+Figures that must be the same in every round are taken from the last one, with a flag where rounds differ.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import msgspec
 from d2obench.measure.disturbance import is_disturbance, undisturbed
 from d2obench.measure.nvml import joules_per_token
 from d2obench.measure.roofline import mbu, step_bytes
-from d2obench.measure.trace import RequestTrace
-from d2obench.measure.windows import Decoded
+from d2obench.measure.samples import Decoded, RequestTrace
 from d2obench.record import Value
 from d2obench.stats.intervals import highest, median, paired_ratio, percentile
 
@@ -45,11 +44,11 @@ _AMOUNT = re.compile(r" \(?\d.*")
 
 
 class Machine(NamedTuple):
-    """What the figures need to know beside the rounds; None where it was not measured.
+    """Facts about model and device that some figures need; None where they were not measured.
 
     Args:
         weights_bytes: storage of the model's weights.
-        read_bytes: the part a decode step reads, see ``roofline.read_weights_bytes``.
+        read_bytes: bytes of them that a decode step reads, see ``roofline.read_weights_bytes``.
         bandwidth: copy bandwidth of the device in this run, bytes per second.
         idle_w: power of the idle GPU.
     """
@@ -61,7 +60,7 @@ class Machine(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Figures by metric key, words every view must show, and what only some views use."""
+    """Figures by metric, flags that every view must show, and details that only some views use."""
 
     values: dict[str, Value]
     flags: tuple[str, ...]
@@ -73,18 +72,18 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine, windo
 
     Args:
         name: the cell's id; it seeds the resampling.
-        rounds: at least one, in order, the disturbed ones among them.
+        rounds: at least one, in order, with the disturbed ones.
         machine: see :class:`Machine`.
-        windows: its decode steps, where they were measured in turn with those of other caches.
+        windows: its windows of decode steps, where it has any.
     """
-    last, calm = rounds[-1], undisturbed(rounds, lambda one: one.flags)
+    last, timed = rounds[-1], undisturbed(rounds, lambda trace: trace.flags)
     values = {
-        **_latency(name, calm, windows),
-        **_throughput(name, calm, windows),
+        **_latency(name, timed, windows),
+        **_throughput(name, timed, windows),
         **_budget(last),
         **_memory(rounds, machine),
-        **_against_machine(name, calm, machine, windows),
-        **_sampling(name, calm),
+        **_against_machine(name, timed, machine, windows),
+        **_sampling(name, timed),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
     if last.decode_path:
@@ -96,7 +95,7 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine, windo
 
 
 def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = None) -> Value:
-    """The median decode step with its interval; without windows it decides whether more rounds are needed."""
+    """The median decode step with its interval."""
     steps = _steps(rounds, windows)
     if not steps:
         return Value(None, note="one token has no decode step")
@@ -106,27 +105,30 @@ def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = No
 
 
 def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
-    """Half the width of the TPOT interval ÷ its value; 0 without decode steps, infinite where there is no interval."""
-    found = tpot(name, rounds)
-    if not found.value:
+    """Half the width of the TPOT interval ÷ TPOT; 0 without decode steps, infinite where there is no interval.
+
+    It decides whether cells without windows need more rounds.
+    """
+    step = tpot(name, rounds)
+    if not step.value:
         return 0.0
-    if found.lo is None or found.hi is None or found.kind == "range":
+    if step.lo is None or step.hi is None or step.kind == "range":
         return math.inf
-    return (found.hi - found.lo) / 2 / found.value
+    return (step.hi - step.lo) / 2 / step.value
 
 
 def traces(rounds: Iterable[Mapping[str, Any]]) -> list[RequestTrace]:
-    """Rounds as a run keeps them (``samples/<hash>.json``) → records."""
-    return [msgspec.convert(one, RequestTrace) for one in rounds]
+    """Reads the rounds of a samples file (``samples/<hash>.json``)."""
+    return [msgspec.convert(trace, RequestTrace) for trace in rounds]
 
 
 def _steps(rounds: Sequence[RequestTrace], windows: Decoded | None) -> list[list[float]]:
-    """Seconds of decode steps, those of a window or a round in one list."""
-    return [one.step_s for one in (windows.chosen.windows if windows else rounds) if one.step_s]
+    """Seconds of the decode steps of each window, or else of each round."""
+    return [sample.step_s for sample in (windows.chosen.windows if windows else rounds) if sample.step_s]
 
 
 def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
-    found = {key: median([getattr(one, key) for one in rounds]) for key in _TIMES}
+    found = {key: median([getattr(trace, key) for trace in rounds]) for key in _TIMES}
     found["tpot_s"] = tpot(name, rounds, windows)
     steps = _steps(rounds, windows)
     for key, q in (("tpot_p95_s", 0.95), ("tpot_p99_s", 0.99)) if steps else ():
@@ -138,13 +140,13 @@ def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None)
 
 def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
     rates: dict[str, Callable[[RequestTrace], tuple[float, float]]] = {
-        "prefill_tok_s": lambda one: (one.prompt_tokens, one.prefill_s),
-        "decode_tok_s": lambda one: (one.batch * (one.gen - 1), one.decode_s),
-        "e2e_tok_s": lambda one: (one.batch * one.gen, one.e2e_s),
+        "prefill_tok_s": lambda trace: (trace.prompt_tokens, trace.prefill_s),
+        "decode_tok_s": lambda trace: (trace.batch * (trace.gen - 1), trace.decode_s),
+        "e2e_tok_s": lambda trace: (trace.batch * trace.gen, trace.e2e_s),
     }
     found = {}
     for key, rate in rates.items():
-        pairs = [rate(one) for one in rounds]
+        pairs = [rate(trace) for trace in rounds]
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
             found[key] = median(samples)
@@ -152,11 +154,11 @@ def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | No
         tokens = rounds[-1].batch * windows.plan.total
         rates_of_sweeps = [tokens / seconds for seconds in windows.seconds.values()]
         found["decode_tok_s"] = median(rates_of_sweeps, successive=True)
-    both = [(one.decode_s, one.sampled_s) for one in rounds if one.sampled_s and one.decode_s > 0]
+    both = [(trace.decode_s, trace.sampled_s) for trace in rounds if trace.sampled_s and trace.decode_s > 0]
     if both:
         true, integrated = zip(*both, strict=True)
         found["sampled_error"] = paired_ratio(true, integrated)
-    measured = [(one.loop_s, sum(one.step_s)) for one in rounds if one.step_s]
+    measured = [(trace.loop_s, sum(trace.step_s)) for trace in rounds if trace.step_s]
     if measured:
         found["loop_overhead"] = median([loop / steps for loop, steps in measured if steps > 0])
     return found
@@ -179,16 +181,16 @@ def _budget(last: RequestTrace) -> dict[str, Value]:
 def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value]:
     found = {"weights_bytes": Value(machine.weights_bytes)}
     for metric, (key, phase) in _PEAKS.items():
-        peaks = [peak for one in rounds if (peak := _peak(one, key, phase)) is not None]
+        peaks = [peak for trace in rounds if (peak := _peak(trace, key, phase)) is not None]
         if peaks:
             found[metric] = highest(peaks)
-    unique = [one.uss_bytes for one in rounds if one.uss_bytes is not None]
+    unique = [trace.uss_bytes for trace in rounds if trace.uss_bytes is not None]
     if unique:
         found["uss_decode_bytes"] = highest(unique)
     on_gpu = "alloc_peak_bytes" in found
     largest = found.get("alloc_peak_bytes") or found.get("rss_peak_bytes")
     if largest and largest.value:
-        kv = max(max(one.kv_bytes, one.kv_prompt_bytes) for one in rounds)
+        kv = max(max(trace.kv_bytes, trace.kv_prompt_bytes) for trace in rounds)
         note = "" if on_gpu else "the interpreter and its libraries are in it"
         found["workspace_bytes"] = Value(max(0.0, largest.value - machine.weights_bytes - kv), n=largest.n, note=note)
     return found
@@ -207,8 +209,8 @@ def _against_machine(
         if machine.bandwidth and step.value:
             value, lo, hi = (mbu(moved, t, machine.bandwidth) if t else None for t in (step.value, step.hi, step.lo))
             found["mbu"] = msgspec.structs.replace(step, value=value, lo=lo, hi=hi, note="")
-    if any(one.device_timeline for one in rounds):
-        per_token = [_energy(one, machine.idle_w) for one in rounds]
+    if any(trace.device_timeline for trace in rounds):
+        per_token = [_energy(trace, machine.idle_w) for trace in rounds]
         known = [value for value in per_token if value is not None]
         note = "" if known else "only a part was run" if last.step_at else "too short to tell, or no power known"
         found["energy_j_tok"] = median(known) if known else Value(None, note=note)
@@ -216,26 +218,26 @@ def _against_machine(
 
 
 def _sampling(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
-    known = [one.sampler_overhead for one in rounds if one.sampler_overhead is not None]
+    known = [trace.sampler_overhead for trace in rounds if trace.sampler_overhead is not None]
     return {"sampler_overhead": median(known)} if known else {}
 
 
-def _energy(one: RequestTrace, idle_w: float | None) -> float | None:
-    if one.step_at:
+def _energy(trace: RequestTrace, idle_w: float | None) -> float | None:
+    if trace.step_at:
         return None
-    return joules_per_token(one.device_timeline, 0.0, one.marks[-1][0], one.batch * one.gen, idle_w)
+    return joules_per_token(trace.device_timeline, 0.0, trace.marks[-1][0], trace.batch * trace.gen, idle_w)
 
 
 def _turns(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Any]:
-    """How the cell took turns with others, in how many processes, and what of it was disturbed.
+    """Whether decode steps were measured in windows or in requests, in how many processes, and what was disturbed.
 
-    ``disturbed`` is the share of the decode samples (windows or rounds) with no undisturbed measurement. ``busy`` says
-    that more than half of the windows or of the rounds are such: a report then gives no verdict on speed.
+    ``disturbed`` is the fraction of the windows (or rounds) that were disturbed in every attempt. ``busy`` says that
+    these are more than half of the windows or of the rounds: a report then gives no verdict on speed.
     """
-    calm = sum(not any(map(is_disturbance, one.flags)) for one in rounds)
+    calm = sum(not any(map(is_disturbance, trace.flags)) for trace in rounds)
     details: dict[str, Any] = {
         "turns": "windows" if windows else "requests",
-        "processes": len({one.process for one in (windows.chosen.windows if windows else rounds)}),
+        "processes": len({trace.process for trace in (windows.chosen.windows if windows else rounds)}),
         "disturbed": 1 - calm / len(rounds),
         "busy": 2 * calm < len(rounds),
     }
@@ -255,15 +257,15 @@ def _flags(rounds: Sequence[RequestTrace], windows: Decoded | None) -> Iterator[
     yield from last.remarks
     if windows.plan.samples if windows else last.step_at:
         yield "sampled decode"
-    if any(one.over for one in rounds):
+    if any(trace.over for trace in rounds):
         yield "keeps more than asked"
-    different = [key for key in _EXACT if any(getattr(one, key) != getattr(last, key) for one in rounds)]
+    different = [key for key in _EXACT if any(getattr(trace, key) != getattr(last, key) for trace in rounds)]
     if different:
         yield f"differs between rounds: {', '.join(different)}"
-    faults = [[flag for flag in one.flags if not is_disturbance(flag)] for one in rounds]
+    faults = [[flag for flag in trace.flags if not is_disturbance(flag)] for trace in rounds]
     if wrong := [flags for flags in faults if flags]:
         yield f"{len(wrong)} of {len(rounds)} rounds: {_kinds(wrong)}"
-    if disturbed := [flags for one in rounds if (flags := list(filter(is_disturbance, one.flags)))]:
+    if disturbed := [flags for trace in rounds if (flags := list(filter(is_disturbance, trace.flags)))]:
         words = "left out" if 2 * len(disturbed) <= len(rounds) else "disturbed"
         yield f"{len(disturbed)} of {len(rounds)} rounds {words}: {_kinds(disturbed)}"
     if windows and windows.chosen.disturbed:
@@ -273,11 +275,11 @@ def _flags(rounds: Sequence[RequestTrace], windows: Decoded | None) -> Iterator[
 
 
 def _kinds(flags: Iterable[Iterable[str]]) -> str:
-    """The three commonest kinds of flags, without their amounts."""
+    """The three most frequent kinds of flags, without the amounts in them."""
     kinds = Counter(kind for words in flags for kind in {_AMOUNT.sub("", flag) for flag in words})
     return ", ".join(kind for kind, _ in kinds.most_common(3))
 
 
-def _peak(one: RequestTrace, key: str, phase: str | None) -> int | None:
-    phases = one.peaks.values() if phase is None else [one.peaks.get(phase, {})]
+def _peak(trace: RequestTrace, key: str, phase: str | None) -> int | None:
+    phases = trace.peaks.values() if phase is None else [trace.peaks.get(phase, {})]
     return max((peaks[key] for peaks in phases if key in peaks), default=None)

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 
 from d2obench.measure.nvml import slowdown_names
-from d2obench.measure.trace import RequestTrace
+from d2obench.measure.samples import RequestTrace
 from d2obench.metric import METRICS, show
 from d2obench.record import CellRecord
 from d2obench.run.worker_client import WorkerClient

@@ -26,8 +26,7 @@ import msgspec
 from d2obench import __version__
 from d2obench.errors import D2OBenchError, OutOfMemory, RecordError
 from d2obench.measure.environment import differences
-from d2obench.measure.trace import RequestTrace
-from d2obench.measure.windows import Window
+from d2obench.measure.samples import RequestTrace, Window
 from d2obench.record import CellRecord, Run, RunInfo, append_cell, cannot_write, dump, read_run, write_atomic
 from d2obench.run.plan import cells, larger
 from d2obench.run.progress import Display, headline

@@ -27,8 +27,8 @@ import msgspec
 
 from d2obench.errors import D2OBenchError
 from d2obench.measure.disturbance import is_disturbance
+from d2obench.measure.samples import RequestTrace
 from d2obench.measure.summarise import narrowness
-from d2obench.measure.trace import RequestTrace
 from d2obench.run.plan import abba
 from d2obench.run.predict import find_batch
 from d2obench.run.progress import so_far
@@ -290,7 +290,7 @@ def warm_up(client: Client, request: Mapping[str, Any], timing: Timing, most: in
         most: the largest number of requests in place of ``timing.warmup``.
 
     Returns:
-        The median steps of each request (:class:`d2obench.measure.warmup.WarmUp`). The last request may be unstable,
+        The median steps of each request (:class:`d2obench.measure.phases.WarmUp`). The last request may be unstable,
         too.
     """
     requests: list[Any] = []

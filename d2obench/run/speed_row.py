@@ -14,9 +14,8 @@ import msgspec
 
 from d2obench.errors import D2OBenchError
 from d2obench.measure.roofline import largest_speedup
+from d2obench.measure.samples import RequestTrace, decoded
 from d2obench.measure.summarise import Machine, Summary, summarise
-from d2obench.measure.trace import RequestTrace
-from d2obench.measure.windows import decoded
 from d2obench.record import Value
 from d2obench.run.progress import Display
 from d2obench.run.run_folder import RunLog, Samples

@@ -1,6 +1,6 @@
 """Measures the windows of decode steps of one group of cells, in one worker process after another.
 
-:mod:`d2obench.measure.windows` describes what a window is and how windows lie. The worker prefills a cache for each
+:mod:`d2obench.measure.samples` describes what a window is and how windows lie. The worker prefills a cache for each
 cell and keeps all of them; then the caches decode in turn, and rounds of windows that were disturbed are measured
 again. :func:`window_obstacles` names the cells that can't be measured in this way. Their decode steps are taken from
 whole requests instead (:mod:`d2obench.run.speed`), and their rows say why.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
-from d2obench.measure.windows import LEAST_STEPS, REPEATED, RoundOfWindows, Window, WindowPlan, plan_windows
+from d2obench.measure.samples import LEAST_STEPS, REPEATED, RoundOfWindows, Window, WindowPlan, plan_windows
 from d2obench.models import Dimensions
 from d2obench.run.predict import ITEM_BYTES, memory_of
 from d2obench.run.run_folder import RunLog, Samples

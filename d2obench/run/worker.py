@@ -107,15 +107,14 @@ class Worker(MachineOperations):
         """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
         from d2obench.measure.clock import clock_for, shared_clock
         from d2obench.measure.memory import settle
-        from d2obench.measure.phases import shortage_named
-        from d2obench.measure.warmup import MOST_TOKENS, warm_up
+        from d2obench.measure.phases import MOST_TOKENS, out_of_memory_named, warm_up
 
         cell = read_cell(args)
         loaded, shape = self._model(cell, report), shape_of(cell)
         texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         gen = min(shape.gen, MOST_TOKENS)
         settle(loaded.device, beside(loaded.model))
-        with shortage_named() as mark:
+        with out_of_memory_named() as mark:
             found = warm_up(
                 lambda: _session(loaded, cell, gen, mark),
                 texts,
@@ -132,7 +131,7 @@ class Worker(MachineOperations):
 
         from d2obench.measure.counters import count_step
         from d2obench.measure.memory import live_bytes
-        from d2obench.measure.phases import shortage_named
+        from d2obench.measure.phases import out_of_memory_named
 
         cell = read_cell(args)
         loaded = self._model(cell, report)
@@ -141,7 +140,7 @@ class Worker(MachineOperations):
         shape = shape_of(cell)
         texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         before = live_bytes()
-        with shortage_named() as mark:
+        with out_of_memory_named() as mark:
             session = _session(loaded, cell, shape.gen, mark)
             try:
                 counts = count_step(session, texts)
@@ -158,7 +157,7 @@ class Worker(MachineOperations):
         from d2obench.external import record_of
         from d2obench.measure.clock import clock_for
         from d2obench.measure.memory import settle
-        from d2obench.measure.phases import shortage_named
+        from d2obench.measure.phases import out_of_memory_named
         from d2obench.measure.side_by_side import hold
 
         cell = read_cell(args)
@@ -166,7 +165,7 @@ class Worker(MachineOperations):
         texts = self._texts(loaded, shape.prompt, args["batch"], cell.axes.seed)
         settle(loaded.device, beside(loaded.model))
         try:
-            with shortage_named() as mark:
+            with out_of_memory_named() as mark:
                 self._held[args["cell"]], warm = hold(
                     lambda: _session(loaded, cell, shape.gen, mark),
                     texts,
@@ -183,8 +182,8 @@ class Worker(MachineOperations):
         start, order, attempt]``, the ``lead`` and ``steps`` of a window, and the number of this ``process`` in the
         group. Answers with ``[cell, window]`` pairs."""
         from d2obench.measure.clock import clock_for
+        from d2obench.measure.samples import RoundOfWindows
         from d2obench.measure.side_by_side import decode_in_turn
-        from d2obench.measure.windows import RoundOfWindows
 
         device = self._loaded.device
         clock, gpu = clock_for(device), self._nvml(device)

@@ -3,7 +3,7 @@
 The runner records the ratios to the full cache, a report adds those to StreamingLLM, to the library's caches and to
 D2O's rivals, and a gate compares the same ratios of two revisions. All of them are computed from pairs, because what
 slows the machine down for a while slows both sides of a pair. A pair is a round of whole requests; for the time of
-decode steps it is a sweep of windows (:mod:`d2obench.measure.windows`) if both caches were measured in windows.
+decode steps it is a sweep of windows (:mod:`d2obench.measure.samples`) if both caches were measured in windows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from d2obench.measure.disturbance import undisturbed
-from d2obench.measure.windows import decode_times
+from d2obench.measure.samples import decode_times
 from d2obench.record import Value
 from d2obench.stats.intervals import paired_ratio
 

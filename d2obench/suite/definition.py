@@ -101,7 +101,7 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[timing]``: how often timed cells are repeated.
 
     Caches that fit into memory together decode in turn, in about ``windows`` windows each and process, which last
-    ``window_s`` seconds or longer (``d2obench.measure.windows``). Beside that each cell is measured in whole requests,
+    ``window_s`` seconds or longer (``d2obench.measure.samples``). Beside that each cell is measured in whole requests,
     one a round: TTFT and peaks of memory come from these, and decode steps too where a cell has no windows (``windows``
     = 0, or what the row says). Rounds of all policies are interleaved ABBA. They stop after ``rounds`` when every TPOT
     interval is narrower than ``interval`` (relative half-width; cells with windows don't wait for it), and in any case
