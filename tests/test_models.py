@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from d2obench.errors import D2OBenchError, ModelError, OutOfMemory, UsageError
 from d2obench.models import Dimensions, LoadedModel, check, config_of, known, load, pull
 from d2obench.models.base import dimensions_of
-from d2obench.models.reading import fingerprint
+from d2obench.models.saved import fingerprint
 from d2obench.models.shapes import SHAPES, Shape
 
 # parameter counts as the checkpoints' safetensors headers say (falcon-7b: its tied output layer counted once)

@@ -234,7 +234,7 @@ def test_ranks_that_say_different_tokens_are_flagged() -> None:
 
 
 def test_a_gguf_file_can_not_be_split(tmp_path: Path) -> None:
-    from d2obench.models.reading import read_folder
+    from d2obench.models.saved import read_folder
 
     with pytest.raises(D2OBenchError, match="a GGUF file is dequantised whole"):
         read_folder(tmp_path, torch.float32, torch.device("cpu"), "x.gguf", Placement(tensor_parallel=2))

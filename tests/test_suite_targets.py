@@ -21,8 +21,7 @@ from d2obench.report import build, write_report
 from d2obench.run.plan import cells
 from d2obench.stats.claims import outcome
 from d2obench.stats.intervals import paired_ratio
-from d2obench.suite.definition import load_suite
-from d2obench.suite.target import Target
+from d2obench.suite.definition import Target, load_suite
 
 SHAPE: dict[str, Any] = {"shape": "256+16", "batch": 2}
 

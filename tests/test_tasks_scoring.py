@@ -13,8 +13,7 @@ import pytest
 from d2obench.tasks import truthfulqa
 from d2obench.tasks.gsm8k import SHOTS, flexible_number, plain_number, strict_number
 from d2obench.tasks.longbench import RULES
-from d2obench.tasks.recall import begins_with
-from d2obench.tasks.scoring import coqa_scores, exact_match, normalized, rouge_l, squad_f1
+from d2obench.tasks.scoring import begins_with, coqa_scores, exact_match, normalized, rouge_l, squad_f1
 
 
 @pytest.mark.parametrize(

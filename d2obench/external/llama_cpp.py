@@ -54,8 +54,7 @@ def load(name: str, dtype: str, device: str, progress: Progress | None = None, p
 
     from d2obench.models.base import dimensions_of
     from d2obench.models.embedded import fetch_gguf
-    from d2obench.models.reading import fingerprint, read_config, read_errors, silent
-    from d2obench.models.saved import Gguf, check_gguf
+    from d2obench.models.saved import Gguf, check_gguf, fingerprint, read_config, read_errors, silent
 
     place = torch.device(device)
     if place.type != "cpu":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from d2obench.errors import ModelError, OutOfMemory, UsageError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, Source
 from d2obench.models.devices import check_fits
-from d2obench.models.reading import silent
+from d2obench.models.saved import silent
 from d2obench.plugin import Registry
 from d2obench.suite.definition import Placement
 

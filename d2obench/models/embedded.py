@@ -33,7 +33,7 @@ import msgspec
 
 from d2obench.errors import ModelError
 from d2obench.models.base import Dimensions, LoadedModel, Progress, loaded
-from d2obench.models.reading import read_folder, silent
+from d2obench.models.saved import read_folder, silent
 from d2obench.suite.definition import Placement
 
 if TYPE_CHECKING:

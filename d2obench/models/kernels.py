@@ -263,14 +263,6 @@ def _rotate_on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> P
     return out.transpose(1, 2), out_keys.transpose(1, 2)
 
 
-@functools.cache
-def _rotary_loops() -> Any:
-    """The compiled loops; the first call imports numba."""
-    from d2obench.cpu import products
-
-    return products
-
-
 def _rotate_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
     """Rotary positions by the Triton kernel; None if it can't be compiled, which is tried once per device."""
     if q.device in _refused:

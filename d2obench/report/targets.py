@@ -19,7 +19,7 @@ from d2obench.report.tables import NOTHING, SHORT_ENDINGS, show_value
 from d2obench.report.view import Column, Field, Mark, Table
 from d2obench.stats import claims
 from d2obench.stats.claims import Claim
-from d2obench.suite.target import Target
+from d2obench.suite.definition import Target
 
 NOT_MEASURED: Final = "not measured"
 WORDS = {"no verdict": "without a verdict"}

@@ -1,8 +1,8 @@
 """A suite: strict TOML → :class:`Suite`. The suites that ship live in the package ``d2obench.suites``.
 
 An unknown key or a wrong type is one SuiteError that names the file and the key. Every axis can be set from outside
-(``overrides``), written as ``d2obench.suite.grammar`` reads it. What cells a suite has is ``d2obench.run.plan``'s to
-say, because it takes the policies and the tasks to know which axes apply.
+(``overrides``), written as ``d2obench.suite.grammar`` reads it. ``d2obench.run.plan`` makes the cells of a suite,
+because the policies and the tasks decide which axes apply to a cell.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from d2obench.errors import SuiteError, UsageError
+from d2obench.metric import METRICS, show
 from d2obench.record import dump
 from d2obench.suite.grammar import (
     Budget,
@@ -29,7 +30,6 @@ from d2obench.suite.grammar import (
     parse_spec,
     split_list,
 )
-from d2obench.suite.target import Target, Where
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPEED = "speed"
@@ -100,17 +100,19 @@ class Placement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_de
 class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[timing]``: how often timed cells are repeated.
 
-    Caches that fit into memory together decode in turn, in about ``windows`` windows each and process, which last
-    ``window_s`` seconds or longer (``d2obench.measure.samples``). Beside that each cell is measured in whole requests,
-    one a round: TTFT and peaks of memory come from these, and decode steps too where a cell has no windows (``windows``
-    = 0, or what the row says). Rounds of all policies are interleaved ABBA. They stop after ``rounds`` when every TPOT
-    interval is narrower than ``interval`` (relative half-width; cells with windows don't wait for it), and in any case
-    after ``max_rounds`` or ``max_seconds`` a group. Windows and rounds are divided among ``processes`` fresh worker
-    processes.
-    A disturbed round is none of the ``rounds``, so that another is measured. A shape is warmed up by ``warmup``
-    requests at most, until two successive windows of steps are within ``warm_within``.
+    Decode steps are measured in windows (``d2obench.measure.samples``): the caches of a group decode in turn, in each
+    worker process about ``windows`` windows of each cache, which last ``window_s`` seconds or longer. TTFT and peaks of
+    memory are measured in whole requests, one a round. Decode steps are taken from them, too, where a cell has no
+    windows: because ``windows`` is 0, or for the reason that its row gives.
+
+    Rounds of all policies are interleaved (ABBA). They end after ``rounds`` rounds without a disturbance, if the TPOT
+    intervals of all cells without windows are narrower than ``interval`` (relative half-width), and in any case after
+    ``max_rounds`` rounds or ``max_seconds`` seconds of a group. Windows and rounds are divided among ``processes``
+    fresh worker processes. A cell is warmed up by ``warmup`` requests at most, until the medians of two successive
+    groups of steps are within ``warm_within`` of each other.
+
     ``decode`` is ``full``, ``sampled`` (steps at ``depths`` points of a long generation, integrated), or ``both``: each
-    request is run in full and again sampled, and the row says how far the integral lies from the truth.
+    request is run in full and once more sampled, and the row compares the two times.
     """
 
     rounds: Positive = 4
@@ -131,7 +133,7 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[worker]``: ``shared`` keeps one process with the model warm, ``fresh`` starts one for each cell.
 
-    Fresh processes of cells that are timed together live side by side (see ``d2obench.run.runner``).
+    Fresh processes of cells that are timed together exist at the same time (see ``d2obench.run.runner``).
     """
 
     mode: Literal["shared", "fresh"] = "shared"
@@ -164,11 +166,87 @@ class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tolerance: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
 
 
+class Where(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
+    """Cells by their axes; an axis that is not named may be anything."""
+
+    task: str | None = None
+    model: str | None = None
+    policy: str | None = None
+    budget: float | int | None = None
+    shape: str | None = None
+    batch: int | str | None = None
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axes that are named, spelt as cells spell them.
+
+        Raises:
+            UsageError: a word that can't be read.
+        """
+        spell: dict[str, Any] = {
+            "task": lambda text: str(parse_spec(text, "task")),
+            "policy": lambda text: str(parse_spec(text)),
+            "budget": lambda value: str(parse_budget(value)),
+            "shape": lambda text: str(parse_shape(text)[0]),
+        }
+        named = {key: getattr(self, key) for key in Where.__struct_fields__}
+        return {key: spell.get(key, str)(value) for key, value in named.items() if value is not None}
+
+    def covers(self, axes: object) -> bool:
+        """Whether ``axes`` (an ``Axes``, or anything with the same names) is one of these cells."""
+        return all(str(getattr(axes, key)) == value for key, value in self.axes.items())
+
+
+class Target(Where, frozen=True, kw_only=True):
+    """A bound that a figure of some cells must keep: a table ``[[targets]]`` of a suite.
+
+    .. code-block:: toml
+
+        [[targets]]
+        metric = "to_streaming"      # any key of d2obench list metrics
+        policy = "h2o"               # and, where it matters: budget, shape, batch, model, task
+        shape = "2048+64"
+        at_least = 0.97              # and / or at_most, in the metric's recorded unit
+
+    ``d2obench.stats.claims.outcome`` decides whether a figure keeps its bounds.
+    """
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def bound(self) -> str:
+        """``≥ 0.97 ×``, ``≤ 1.08 ×``, or ``0.97 … 1.03 ×``, as the metric is shown."""
+        low, high = (None if end is None else show(self.metric, end) for end in (self.at_least, self.at_most))
+        words = f"{low} … {high}" if low and high else f"≥ {low}" if low else f"≤ {high}"
+        return f"{words} {METRICS[self.metric].unit}".rstrip()
+
+    def margin(self, value: float) -> float:
+        """How far a figure is inside the nearest bound, relative to that bound; negative outside."""
+        margins = []
+        if self.at_least is not None:
+            margins.append(value / self.at_least - 1 if self.at_least else value)
+        if self.at_most is not None:
+            margins.append(1 - value / self.at_most if self.at_most else -value)
+        return min(margins)
+
+    def fault(self) -> str:
+        """What is wrong with the target itself, in words; empty where nothing is."""
+        if self.metric not in METRICS:
+            return f"no metric is called '{self.metric}'"
+        if self.at_least is None and self.at_most is None:
+            return f"'{self.metric}' has no bound: give at_least or at_most"
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            return f"'{self.metric}' has at_least above at_most"
+        return ""
+
+
 class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A whole suite file.
 
-    ``exclude`` takes cells out of the product of ``axes``; ``targets`` are what is promised. ``within`` is the time a
-    run is planned into, such as ``3m`` (see ``d2obench.run.schedule``); empty for as long as it takes.
+    ``exclude`` takes cells out of the product of ``axes``; ``targets`` are bounds that figures must keep. ``within`` is
+    the time that a run may take, such as ``3m`` (see ``d2obench.run.schedule``); empty for as long as it takes.
     """
 
     name: str

@@ -11,7 +11,7 @@ from d2obench.tasks.base import Cell, Item, Quality
 from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits
-from d2obench.tasks.recall import begins_with
+from d2obench.tasks.scoring import begins_with
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

@@ -8,7 +8,6 @@ documents. Beside exact match, the gold answer's bits per byte show how much of 
 from __future__ import annotations
 
 import random
-import re
 from typing import TYPE_CHECKING, ClassVar
 
 from d2obench.errors import UsageError
@@ -16,6 +15,7 @@ from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most, shape_of
 from d2obench.tasks.generate import Generative
 from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
+from d2obench.tasks.scoring import begins_with
 from d2obench.tasks.text import document, document_seed
 
 if TYPE_CHECKING:
@@ -73,9 +73,3 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def marks(self, item: Item) -> dict[str, float]:
         """1 where the answer begins with the gold word or number, else 0."""
         return {"score": float(begins_with(item["text"], item["gold"]))}
-
-
-def begins_with(text: str, gold: str) -> bool:
-    """Whether ``text`` begins with the whole word or number ``gold``; case and thousands separators don't matter."""
-    plain = re.sub(r"(?<=\d),(?=\d{3})", "", text).lstrip(" \t\n\"'“‘*")
-    return re.match(re.escape(gold) + r"(?!\w)", plain, re.IGNORECASE) is not None

@@ -29,6 +29,12 @@ def exact_match(prediction: str, gold: str) -> float:
     return float(normalized(prediction) == normalized(gold))
 
 
+def begins_with(text: str, gold: str) -> bool:
+    """Whether ``text`` begins with the whole word or number ``gold``; case and thousands separators don't matter."""
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", text).lstrip(" \t\n\"'“‘*")
+    return re.match(re.escape(gold) + r"(?!\w)", plain, re.IGNORECASE) is not None
+
+
 def token_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
     """F1 of two bags of tokens; 0 where they share none."""
     common = sum((Counter(prediction) & Counter(gold)).values())
