@@ -161,7 +161,7 @@ def test_truthfulqa_generation() -> None:
         "true": ["The watermelon seeds pass through your digestive system."],
         "false": ["Nothing happens.", "You get sick."],
     }
-    found = truthfulqa.TruthfulQA(name="truthfulqa").marks(item)
+    found = truthfulqa.TruthfulQA(name="truthfulqa").scores(item)
     assert truthfulqa._bleu("The seeds pass through you.", item["true"][0]) == pytest.approx(
         20.82186541080652, abs=1e-6
     )

@@ -3,8 +3,8 @@
 There is one file per task. ``base`` defines what a task is, ``generate`` is the loop of tasks in which the model
 answers, ``data`` reads records, ``prompts`` and ``text`` make prompts, ``scoring`` compares answers. Tasks import the
 cache, the models and the measurements; only ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps
-names to import paths, so that looking up a task imports neither torch nor datasets. The timed task, ``speed``, belongs
-to ``run``; only its name is known here.
+names to import paths, so that looking up a task imports neither torch nor datasets. ``speed`` is no task of this
+package: ``run`` measures timed cells itself.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
             remedy="use a model with real weights, for example --model embedded",
         )
     _check_data_unchanged(task.name, quality)
-    found = task.evaluate(loaded, cell, quality, report)
-    if paths := dict.fromkeys(item["decode_path"] for item in found.items if item.get("decode_path")):
-        found.details["decode_path"] = "; ".join(paths)
-    if _keeps_more_than_asked(cell, found):
-        found.details["flags"] = [*found.details.get("flags", ()), "keeps more than asked"]
-    return found
+    result = task.evaluate(loaded, cell, quality, report)
+    if paths := dict.fromkeys(item["decode_path"] for item in result.items if item.get("decode_path")):
+        result.details["decode_path"] = "; ".join(paths)
+    if _keeps_more_than_asked(cell, result):
+        result.details["flags"] = [*result.details.get("flags", ()), "keeps more than asked"]
+    return result
 
 
 def _check_data_unchanged(name: str, quality: Quality) -> None:
@@ -129,14 +129,14 @@ def _check_data_unchanged(name: str, quality: Quality) -> None:
         raise DataError(f"the data for '{name}' changed during the run", why=path, remedy="start a new run")
 
 
-def _keeps_more_than_asked(cell: Cell, found: Evaluation) -> bool:
-    """Whether a policy held more than its budget: because it grows while decoding, or keeps more of the prompts."""
+def _keeps_more_than_asked(cell: Cell, result: Evaluation) -> bool:
+    """Whether a policy holds more than its budget: its cache grows while decoding, or it keeps more of the prompts."""
     if cell.budget is None or cell.budget.ratio == 1.0:
         return False
-    kept = found.values.get("budget_effective")
+    kept = result.values.get("budget_effective")
     if cell.policy.yardstick is not None or cell.policy.policy.grows:
         return True
-    lengths = [item["prompt_tokens"] for item in found.items if item.get("prompt_tokens")]
+    lengths = [item["prompt_tokens"] for item in result.items if item.get("prompt_tokens")]
     if kept is None or kept.value is None or not lengths:
         return False
     allowed = sum((cell.budget.of(tokens) + 1) / tokens for tokens in lengths) / len(lengths)

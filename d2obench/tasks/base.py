@@ -1,4 +1,4 @@
-"""What a task is: typed parameters, an evaluation in the worker, and figures that can be made again from its items.
+"""The base class of tasks: typed parameters, an evaluation in the worker, and figures that are computed from its items.
 
 A new task is one file with one subclass of :class:`Task` (or of :class:`d2obench.tasks.generate.Generative`), a line in
 the registry or an entry point of the group ``d2obench.tasks``, and a test.
@@ -25,25 +25,23 @@ if TYPE_CHECKING:
 Report = Callable[[int, int], None]
 """``report(done, total)``, both counted in items."""
 Item = dict[str, Any]
-"""One scored thing as it is recorded. ``id`` and ``document`` (what intervals are clustered by) are always there. The
-keys of ``d2obench.metric`` hold its figures: one number, or one number per position."""
+"""One answer or text that was scored, as it is recorded. It always has an ``id`` and a ``document``, by which intervals
+are clustered. Keys of ``d2obench.metric`` hold its figures: one number, or one number per position."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-
-
 Batch = int | Literal["max"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a suite, with every axis read into its type.
+    """One point of a suite, with the value of every axis parsed.
 
-    Text stands at the edges alone: on the command line, in TOML, in records and labels. Cells are made in two places:
-    ``d2obench.run.plan.cells`` makes them from a suite, :func:`d2obench.tasks.read_cell` from what a worker is sent.
+    Axes are text only on the command line, in TOML, in records and in labels. ``d2obench.run.plan.cells`` makes the
+    cells of a suite, :func:`d2obench.tasks.read_cell` makes a cell from the request that a worker gets.
 
     Args:
         id: readable and stable, made of the axes.
-        hash: covers everything that the cell's figures depend on; a run that goes on compares it.
+        hash: covers everything that the cell's figures depend on; a run that goes on keeps rows with the same hash.
         axes: as they are recorded.
         policy: one of our policies, or a yardstick.
         budget: what the policy may keep; None for one that keeps everything.
@@ -63,7 +61,7 @@ class Cell:
 
     @property
     def timed(self) -> bool:
-        """Whether its figures are times and bytes of requests, and not the quality of answers."""
+        """Whether its figures are times and bytes of requests; otherwise a task scores its quality."""
         return self.task is None
 
     def sent(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ class Cell:
 
 
 class Quality(Protocol):
-    """What a task needs to know of a suite's table ``[quality]``.
+    """The part of a suite's table ``[quality]`` that a task uses.
 
     ``limit`` is the largest number of items (0: all of them), ``batch`` how many are decoded together, ``data`` names
     local files by task, and ``digests`` holds the sha256 of these files as the run found them.
@@ -90,7 +88,7 @@ class Quality(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a task found on one cell: the figures of its row, the items behind them, and what only some views use."""
+    """The result of a task on one cell: figures, the items they are computed from, and details for some views."""
 
     values: dict[str, Value]
     items: list[Item]
@@ -112,9 +110,9 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """
 
     shaped: ClassVar[bool] = False
-    """Whether the task is run once for each shape of the suite; its cells then carry ``prompt+gen``."""
+    """Whether the task is run once for each shape (``prompt+gen``) of the suite."""
     sense: ClassVar[bool] = True
-    """Whether the task reads what the model writes, so that it needs real weights and a tokenizer."""
+    """Whether the task scores text, so that it needs a model with real weights and a tokenizer."""
 
     name: str = ""
 
@@ -164,7 +162,7 @@ def at_most(items: int, quality: Quality) -> int:
 
 
 def first_line(cls: type[Task]) -> str:
-    """What ``d2obench list tasks`` says of a task: the first line of its docstring."""
+    """The description of a task for ``d2obench list tasks``: the first line of its docstring."""
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
@@ -175,15 +173,15 @@ def parameters(cls: type[Task]) -> Mapping[str, Any]:
 
 
 def values_of(items: Sequence[Item]) -> dict[str, Value]:
-    """Every metric that the items hold, as a mean over documents with its interval or range.
+    """Every metric of the items, as a mean over documents with an interval or a range.
 
-    An item that lacks a metric, or holds None, is left out of that metric only; ``n`` counts the documents left.
-    Perplexity is computed from ``nll``, and ``budget_effective`` from ``kept``, the share of its prompt that an item's
-    cache kept.
+    An item without a metric, or with None for it, is left out of that metric only; ``n`` counts the documents.
+    Perplexity is computed from ``nll``, and ``budget_effective`` from ``kept``: entries kept of an item's prompt ÷ its
+    tokens.
     """
     from d2obench.stats.intervals import mean
 
-    found = {}
+    figures = {}
     for key, metric in METRICS.items():
         if metric.group != "quality" or metric.kind == "info" or key == "ppl":
             continue
@@ -192,22 +190,22 @@ def values_of(items: Sequence[Item]) -> dict[str, Value]:
             continue
         values, documents = [value for value, _ in pairs], [document for _, document in pairs]
         ends = {"%": (0.0, 1.0), "points": (-1.0, 1.0)}.get(metric.unit, (0.0, math.inf))
-        found[key] = mean(values, documents, ends=ends)
+        figures[key] = mean(values, documents, ends=ends)
         if key == "nll":
-            found["ppl"] = _exp(found[key])
-    shares = [item["kept"] for item in items if item.get("kept") is not None]
-    if shares:
-        found["budget_effective"] = Value(sum(shares) / len(shares))
-    return {key: found[key] for key in METRICS if key in found}
+            figures["ppl"] = _exp(figures[key])
+    kept = [item["kept"] for item in items if item.get("kept") is not None]
+    if kept:
+        figures["budget_effective"] = Value(sum(kept) / len(kept))
+    return {key: figures[key] for key in METRICS if key in figures}
 
 
 def kept_of(session: Session) -> list[Item]:
-    """For each sequence ``kept``, entries kept right after compression ÷ tokens of its prompt, averaged over layers,
-    and ``decode_path``, what executes a decode step."""
-    found = session.footprint()
+    """For each sequence ``kept`` (entries kept right after compression ÷ tokens of its prompt, the mean over layers)
+    and ``decode_path`` (what executes a decode step)."""
+    size = session.footprint()
     return [
-        {"kept": sum(layer[i] for layer in found.kept) / (len(found.kept) * tokens), "decode_path": session.decode_path}
-        for i, tokens in enumerate(found.prompt_tokens)
+        {"kept": sum(layer[i] for layer in size.kept) / (len(size.kept) * tokens), "decode_path": session.decode_path}
+        for i, tokens in enumerate(size.prompt_tokens)
     ]
 
 

@@ -73,7 +73,7 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
         work = super().work(quality, shape, context)
         return work and work._replace(items=work.items * (16 if self.turns == "all" else 1))
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """F1 and exact match of the first line."""
         em, f1 = coqa_scores(item["text"].strip(), item["references"])
         return {"score": f1, "em": em}

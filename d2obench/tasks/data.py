@@ -1,4 +1,4 @@
-"""Records of an evaluation set: from the hub, pinned, or from a local file of the same schema.
+"""Reads the records of a data set: from the hub, at a pinned commit, or from a local file of the same schema.
 
 Local files are json (a list, or an object with one list in it), jsonl, csv or parquet, determined by their suffix.
 Every record is checked when the file is read, against the fields that the task needs. A malformed record raises a
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class BadField(NamedTuple):
-    """Why a record can't be scored although its types are right: the field, and what is wrong with it."""
+    """A field because of which a record can't be scored, and what is wrong with it; its type is right."""
 
     field: str
     why: str
@@ -34,7 +34,7 @@ class BadField(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set lives on the hub.
+    """Where a data set is on the hub.
 
     Args:
         hub: ``owner/name`` of the data set.

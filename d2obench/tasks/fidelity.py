@@ -5,8 +5,8 @@ one by one, whatever the model would have written (teacher forcing), and each of
 compare. The distribution after the prompt's last token is not counted, because it comes before compression. The figures
 are KL(full‖policy) in nats, agreement of the most likely token, and the text's negative log-likelihood.
 
-Every policy needs the full cache's log-probabilities. They are kept in this process, up to ``MEMORY`` bytes. Texts
-whose distributions don't fit are compared step by step instead, with the full cache one step ahead of the policy.
+Every policy is compared with the full cache's log-probabilities. They are kept in this process for the next policy, up
+to ``MEMORY`` bytes. Where those of a text don't fit, the full cache runs again beside each policy, one step ahead.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
 MEMORY = 2**30
+"""Bytes of log-probabilities that are kept."""
 _FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
 
 
 class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """KL, top-1 agreement and perplexity against the full cache, teacher-forced on the same text.
 
-    The text is generated; or the user's own (``--data fidelity=FILE``); or the ``text`` fields of a hub set, as
-    ``fidelity(hub=Salesforce/wikitext,config=wikitext-2-raw-v1)``.
+    The text is generated, or a file of the user (``--data fidelity=FILE``), or the ``text`` fields of a data set of the
+    hub: ``fidelity(hub=Salesforce/wikitext,config=wikitext-2-raw-v1)``.
     """
 
     shaped: ClassVar[bool] = True
@@ -110,35 +111,35 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
     import torch
 
     kl, top1, nll = [], [], []
-    ours_held: list[Item] = [{"kept": 1.0} for _ in texts]
+    kept: list[Item] = [{"kept": 1.0} for _ in texts]
     full = _full(loaded, cell, texts, prompt)
     # The full cache is its own reference, so it is run once and not twice.
-    ours = _steps(loaded, cell, texts, prompt, ours_held) if cell.axes.policy != "full" else None
-    for step, theirs in enumerate(full):
-        reference = theirs.to(loaded.device)
-        mine = next(ours) if ours else reference
-        target = torch.tensor([text[prompt + step + 1] for text in texts], device=mine.device)
-        kl.append((reference.exp() * (reference - mine)).sum(-1).clamp_min(0).cpu())
-        top1.append((reference.argmax(-1) == mine.argmax(-1)).cpu())
-        nll.append(-mine.gather(-1, target[:, None])[:, 0].cpu())
-    if ours:
-        ours.close()
+    policy = _steps(loaded, cell, texts, prompt, kept) if cell.axes.policy != "full" else None
+    for step, logprobs_full in enumerate(full):
+        reference = logprobs_full.to(loaded.device)
+        logprobs = next(policy) if policy else reference
+        target = torch.tensor([text[prompt + step + 1] for text in texts], device=logprobs.device)
+        kl.append((reference.exp() * (reference - logprobs)).sum(-1).clamp_min(0).cpu())
+        top1.append((reference.argmax(-1) == logprobs.argmax(-1)).cpu())
+        nll.append(-logprobs.gather(-1, target[:, None])[:, 0].cpu())
+    if policy:
+        policy.close()
     columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
     return [
         {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": prompt_digest(texts[i]),
-         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], **ours_held[i]}
+         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], **kept[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
 
 
 def _steps(
-    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, told: list[Item], policy: str = ""
+    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, kept: list[Item], policy: str = ""
 ) -> Generator[torch.Tensor, None, None]:
     """Log-probabilities ``[B, V]`` in float32 after each teacher-forced step.
 
     Args:
-        told: set to what :func:`d2obench.tasks.base.kept_of` says of each prompt.
-        policy: the policy in place of the cell's, without a budget.
+        kept: is filled with the fields of :func:`d2obench.tasks.base.kept_of` for each prompt.
+        policy: a policy without a budget, in place of the cell's.
     """
     import torch
 
@@ -152,7 +153,7 @@ def _steps(
     try:
         session.prefill(prompts)
         session.compress()
-        told[:] = kept_of(session)
+        kept[:] = kept_of(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
         for i in range(gen):
             logits = session.step(tokens[:, i])
@@ -163,14 +164,15 @@ def _steps(
 
 
 def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) -> Generator[torch.Tensor, None, None]:
-    """The full cache's log-probabilities: on the host from a run before, or on the model's device from one now."""
+    """The full cache's log-probabilities at each step: kept from an earlier run, or from a run now."""
     axes = cell.axes
     key = (loaded.name, loaded.digest, axes.dtype, axes.device, axes.seed, prompt, *map(prompt_digest, texts))
     if key in _FULL:
         _FULL.move_to_end(key)
         yield from _FULL[key]
         return
-    # Keep the rows while yielding them, where all of them fit. Then drop those that were unused for longest.
+    # Keep the rows while yielding them, if all of them fit. Then drop those of other texts, the least recently used
+    # first.
     rows: list[torch.Tensor] = []
     steps, fits = len(texts[0]) - prompt - 1, True
     for row in _steps(loaded, cell, texts, prompt, [], "full"):
@@ -180,5 +182,5 @@ def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) 
         yield row
     if fits:
         _FULL[key] = rows
-        while sum(row.numel() * 4 for kept in _FULL.values() for row in kept) > MEMORY:
+        while sum(row.numel() * 4 for rows in _FULL.values() for row in rows) > MEMORY:
             _FULL.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The loop of every task that lets the model answer: score the candidates, then generate.
+"""The loop of every task in which the model answers: score given answers, then generate one.
 
 1. The session reads and compresses a batch of prompts, all but their last tokens. The last token is fed after
    compression, so that the first token of the answer, on which a short answer often depends, already comes from the
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of tasks whose model answers: a subclass gives the examples and marks the answers."""
+    """Base of tasks in which the model answers: a subclass gives the examples and scores the answers."""
 
     typical: ClassVar[tuple[int, int] | None] = None
     """Number of records of the data set and tokens of a prompt, in round figures, for :meth:`work`."""
@@ -40,9 +40,9 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The prompts of this cell."""
         raise TypeError(f"{type(self).__name__} has no examples")
 
-    def marks(self, item: Item) -> dict[str, float]:
-        """The figures of one item, from its ``text`` and from what its example kept."""
-        raise TypeError(f"{type(self).__name__} has no marks")
+    def scores(self, item: Item) -> dict[str, float]:
+        """The figures of one item, from its ``text`` and the fields in ``Example.keep``, by metric."""
+        raise TypeError(f"{type(self).__name__} has no scores")
 
     def limits(self) -> Limits:
         """How long an answer may be and where it ends."""
@@ -52,20 +52,20 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """See :meth:`Task.evaluate`."""
         items = generate(loaded, cell, self.examples(loaded, cell, quality), self.limits(), quality.batch, report)
         for item in items:
-            item |= self.marks(item)
+            item |= self.scores(item)
         return Evaluation(super().rescore(items), items, self.details(items))
 
     def details(self, items: Sequence[Item]) -> dict[str, Any]:
-        """What only some views use."""
+        """Details of the row, for some views."""
         truncated = sum(item["truncated"] for item in items)
         return {"items": len(items), **({"truncated": truncated} if truncated else {})}
 
     def rescore(self, items: list[Item]) -> dict[str, Value]:
-        """See :meth:`Task.rescore`; the recorded answers are marked again."""
-        return super().rescore([item | self.marks(item) for item in items])
+        """See :meth:`Task.rescore`; the recorded answers are scored again."""
+        return super().rescore([item | self.scores(item) for item in items])
 
     def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
-        """See :meth:`Task.work`; an answer is taken to be as long as it may be."""
+        """See :meth:`Task.work`; every answer is assumed to be as long as allowed."""
         if self.typical is None:
             return None
         records, prompt = self.typical
@@ -91,7 +91,7 @@ def generate(
         part = order[start : start + batch]
         with torch.inference_mode():
             answers = _answer(loaded, cell, [prompts[i] for i in part], limits)
-        for i, found in zip(part, answers, strict=True):
+        for i, answer in zip(part, answers, strict=True):
             items[i] = {
                 "id": examples[i].id,
                 "document": examples[i].document,
@@ -99,7 +99,7 @@ def generate(
                 "prompt_tokens": len(prompts[i].ids),
                 "truncated": prompts[i].truncated,
                 **examples[i].keep,
-                **found,
+                **answer,
             }
         report(len(items), len(examples))
     return [items[i] for i in range(len(examples))]
@@ -142,24 +142,24 @@ def compressed(
 ) -> Iterator[tuple[Session, torch.Tensor, list[Item]]]:
     """A session that has read and compressed the prompts.
 
-    The last token of each prompt is fed after compression (see the head of this module), unless a prompt has only one.
+    The last token of each prompt is fed after compression (see the module's docstring), unless a prompt has only one.
 
     Yields:
-        The session, the logits ``[B, V]`` of the next tokens in float32, and what
-        :func:`d2obench.tasks.base.kept_of` says of each prompt.
+        The session, the logits ``[B, V]`` of the next tokens in float32, and for each prompt the fields of
+        :func:`d2obench.tasks.base.kept_of`.
     """
     import torch
 
     from d2obench.external import open_session
     from d2obench.measure.finite import require_finite
 
-    held = min(map(len, prompts)) > 1
+    longer_than_one = min(map(len, prompts)) > 1
     session = open_session(loaded, policy, budget, max_new=max_new, seed=seed)
     try:
-        first = session.prefill([ids[:-1] for ids in prompts] if held else list(prompts))
+        first = session.prefill([ids[:-1] for ids in prompts] if longer_than_one else list(prompts))
         session.compress()
         known = kept_of(session)
-        if held:
+        if longer_than_one:
             first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
         require_finite(first, "after the prompt", session, prompts)
         yield session, first, known
@@ -188,8 +188,8 @@ def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]
     for i in range(longest):
         present = torch.tensor([i < len(tokens) for tokens in column])
         target = torch.tensor([tokens[i] if i < len(tokens) else 0 for tokens in column], device=logits.device)
-        found = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
-        total += torch.where(present, found.cpu().double(), 0.0)
+        logprobs = logits.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        total += torch.where(present, logprobs.cpu().double(), 0.0)
         best &= ~present | (logits.argmax(-1) == target).cpu()
         if i + 1 < longest:
             logits = session.step(target)
@@ -206,6 +206,7 @@ def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any
     """
     from d2obench.measure.finite import require_finite
 
+    # written: the tokens of each answer; a sequence that has ended goes on in the batch, and its tokens are ignored.
     tokens = first.argmax(-1)
     written: list[list[int]] = [[] for _ in range(len(tokens))]
     items: list[Item] = [{"text": "", "generated": 0, "ended": "length"} for _ in written]
@@ -242,7 +243,7 @@ def greedy(session: Session, first: torch.Tensor, limits: Limits, tokenizer: Any
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text, as the model and the tokenizer name them."""
+    """The tokens that end a text, of the model's generation configuration and of the tokenizer."""
     configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
-    found = configured if isinstance(configured, list | tuple) else [configured]
-    return frozenset(int(token) for token in [*found, loaded.tokenizer.eos_token_id] if token is not None)
+    of_model = configured if isinstance(configured, list | tuple) else [configured]
+    return frozenset(int(token) for token in [*of_model, loaded.tokenizer.eos_token_id] if token is not None)

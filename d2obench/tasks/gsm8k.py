@@ -76,7 +76,7 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             for i, problem in enumerate(found)
         ]
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """Whether the extracted number is the gold one."""
         gold, text = plain_number(item["gold"]), item["text"]
         return {

@@ -1,8 +1,8 @@
-"""Kernels: what each part of the engine costs, as a share of prefill and of a decode step.
+"""Kernels: the time of each part of the engine, as a share of prefill and of a decode step.
 
 The parts are attention, scores, allocation, similarity, eviction, merging, the model's projections, MLP and head, the
-rest of the model, and the loop around it. :mod:`d2obench.measure.parts` tells how they are measured and what the
-measurement itself costs. The shares of a cell add up to 1. ``quality.batch`` sequences are decoded together.
+rest of the model, and the loop around it. :mod:`d2obench.measure.parts` measures them, and also how much longer a step
+takes because it is measured. The shares of a cell add up to 1. ``quality.batch`` sequences are decoded together.
 """
 
 from __future__ import annotations

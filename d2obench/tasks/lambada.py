@@ -44,7 +44,7 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
             examples.append(Example(str(i), str(i), context, candidates=(" " + word,), keep={"gold": word}))
         return examples
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """Whether the answer begins with the very word."""
         return {"score": float(begins_with(item["text"], item["gold"]))}
 

@@ -103,7 +103,7 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             for i, sample in enumerate(found)
         ]
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """The best score over the references."""
         text = item["text"]
         if self.set.line:

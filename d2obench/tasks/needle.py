@@ -105,7 +105,7 @@ class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
         points = len(fit) * len(self.depths) * self.items
         return Work(at_most(points, quality), round(fmean(fit)), 2 * new) if fit else None
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """The share of the needles in the answer; of a sentence, the share of its words."""
         shares = [_share(item["text"], gold, item["kind"]) for gold in item["gold"]]
         return {"score": sum(shares) / len(shares)}

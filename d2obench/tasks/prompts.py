@@ -1,4 +1,4 @@
-"""From examples to tokens: chat template, truncation in the middle, prompts of a given length, prompts for timing."""
+"""Makes prompts from examples: chat template, truncation in the middle, given lengths; and prompts for timed cells."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Example:
         document: what intervals are clustered by.
         prompt: what the user says; the part that is truncated.
         stub: the beginning of the answer, given to the model.
-        candidates: continuations whose log-probability is wanted, the gold answer first.
-        keep: what scoring needs again later; copied into the item.
+        candidates: continuations whose log-probabilities are computed, the gold answer first.
+        keep: fields that scoring needs; they are copied into the item.
     """
 
     id: str

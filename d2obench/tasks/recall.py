@@ -70,6 +70,6 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """See :meth:`Task.work`; the gold answer is scored beside the generated one."""
         return None if shape is None else Work(at_most(self.items, quality), shape.prompt, 2 * self.limits().max_new)
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """1 where the answer begins with the gold word or number, else 0."""
         return {"score": float(begins_with(item["text"], item["gold"]))}

@@ -68,7 +68,7 @@ class Person:
 
 @dataclass
 class Sentence:
-    """``text``, what separates it from the sentence before, and the once-stated fact in it, if any."""
+    """A sentence, the white space before it (``gap``), and the fact in it that is stated only once, if any."""
 
     text: str
     gap: str = " "
@@ -77,7 +77,7 @@ class Sentence:
 
 @dataclass
 class Writer:
-    """An endless text. Different tasks pass a ``theme`` of their own, so that one seed gives each another text."""
+    """Writes an endless text. Every task passes a ``theme`` of its own, so that the same seed gives it another text."""
 
     seed: int
     theme: str = "text"
@@ -105,7 +105,7 @@ class Writer:
         if self.paragraphs % 9 == 8:
             heading = self._fill(draw.choice(lexicon.HEADINGS), person, other)
             yield Sentence(heading[0].upper() + heading[1:], gap)
-        # 2. Who was seen when: it decides whether a person is introduced, returns, or is simply met again.
+        # 2. Since when the person was absent: it decides whether the paragraph tells of a return.
         absent, person.seen = self.paragraphs - person.seen, self.paragraphs
         other.seen = max(other.seen, self.paragraphs - 2)
         self.paragraphs += 1
@@ -119,9 +119,10 @@ class Writer:
                 yield self._once_stated(person)
 
     def _lead(self) -> tuple[Person, bool]:
-        """Whom a paragraph is about, and whether this person is new.
+        """The person that a paragraph is about, and whether that person is new.
 
-        New people become rarer as the cast grows. Half of the other paragraphs go to somebody who was absent for long.
+        New people become rarer as the cast grows. Half of the other paragraphs are about someone who was absent for
+        long.
         """
         draw = self.random
         while len(self.cast) < 2 or draw.random() < 3 / (3 + len(self.cast)):

@@ -75,7 +75,7 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         work = super().work(quality, shape, context)
         return work and work._replace(new=work.new + (80 if self.choices else 0))
 
-    def marks(self, item: Item) -> dict[str, float]:
+    def scores(self, item: Item) -> dict[str, float]:
         """BLEU and ROUGE from the text, MC1 and MC2 from the candidates' log-probabilities."""
         text = item["text"].strip()
         true = item["true"] if NO_COMMENT in item["true"] else [*item["true"], NO_COMMENT]
