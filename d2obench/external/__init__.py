@@ -57,13 +57,13 @@ def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
     Raises:
         D2OBenchError: the first problem found.
     """
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for text in policies:
         asked = parse_choice(text).yardstick
         if asked is not None:
             asked.opens().ready(asked)
-            found |= _versions(asked)
-    return found
+            versions |= _versions(asked)
+    return versions
 
 
 def record_of(choice: PolicyChoice) -> dict[str, Any]:

@@ -156,9 +156,9 @@ class KvpressSession(LibrarySession):
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             self.mark("compress")
-            found = hook(*args, **kwargs)
+            result = hook(*args, **kwargs)
             self.mark("prefill")
-            return found
+            return result
 
         press.forward_hook = marked
         with press(self.loaded.model):

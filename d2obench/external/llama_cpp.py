@@ -70,22 +70,22 @@ def load(name: str, dtype: str, device: str, progress: Progress | None = None, p
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
-        found = dimensions_of(read_config(path.parent, path.name), parameters=0)
+        dimensions = dimensions_of(read_config(path.parent, path.name), parameters=0)
         pieces = {tokenizer.convert_tokens_to_string([word]): token for word, token in tokenizer.get_vocab().items()}
         weights = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
     return LoadedModel(
         name=name,
-        model=GgufModel(path, found.vocab, pieces),
+        model=GgufModel(path, dimensions.vocab, pieces),
         tokenizer=tokenizer,
         dtype=getattr(torch, dtype),
         device=place,
-        context=found.context,
+        context=dimensions.context,
         has_sense=True,
         digest=fingerprint([path]),
         weights_bytes=weights,
-        layers=found.layers,
-        kv_heads=found.kv_heads,
-        head_dim=found.head_dim,
+        layers=dimensions.layers,
+        kv_heads=dimensions.kv_heads,
+        head_dim=dimensions.head_dim,
         note="run by llama.cpp with the weights as the GGUF file has them",
     )
 
@@ -234,16 +234,16 @@ class LlamaCppSession(Session):
         self._fail(WorkerError("llama.cpp ended before all tokens came"))
 
     def _fail(self, problem: BaseException) -> None:
-        for one in self._ready:
-            one.put(problem)
+        for ready in self._ready:
+            ready.put(problem)
 
     def _next(self) -> Tensor:
         """The next token of every sequence, as logits that are 1 at that token and 0 elsewhere."""
         tokens = []
-        for one in self._ready:
-            found = one.get(timeout=WAIT_S)
-            if isinstance(found, BaseException):
-                raise found
-            tokens.append(found)
+        for ready in self._ready:
+            token = ready.get(timeout=WAIT_S)
+            if isinstance(token, BaseException):
+                raise token
+            tokens.append(token)
         logits = torch.zeros(len(tokens), self.loaded.model.vocab)
         return logits.scatter_(1, torch.tensor(tokens)[:, None], 1.0)

@@ -83,14 +83,14 @@ def _software() -> Iterator[Finding]:
         name = wanted.name
         install = f'pip install "{name}{wanted.specifier}"'
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             yield Finding(name, "bad", "missing", install)
             continue
-        if not wanted.specifier.contains(found, prereleases=True):
-            yield Finding(name, "bad", f"{found}, {wanted.specifier} is needed", install)
+        if not wanted.specifier.contains(installed, prereleases=True):
+            yield Finding(name, "bad", f"{installed}, {wanted.specifier} is needed", install)
         elif name in ("torch", "transformers"):
-            yield Finding(name, "ok", found)
+            yield Finding(name, "ok", installed)
 
 
 def _device(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
@@ -172,10 +172,10 @@ def _memory_meter(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
 
 
 def _timing(device: torch.device) -> Iterator[Finding]:
-    for name, found in known_delays(device).items():
-        text = f"a delay of {found.true * 1e3:.2f} ms is timed as {found.measured * 1e3:.2f} ms"
-        remedy = "" if found.right else "end other programs and try again"
-        yield Finding(f"timed {name}", "ok" if found.right else "bad", text, remedy)
+    for name, delay in known_delays(device).items():
+        text = f"a delay of {delay.true * 1e3:.2f} ms is timed as {delay.measured * 1e3:.2f} ms"
+        remedy = "" if delay.right else "end other programs and try again"
+        yield Finding(f"timed {name}", "ok" if delay.right else "bad", text, remedy)
 
 
 def _other_load(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:

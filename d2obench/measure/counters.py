@@ -100,11 +100,11 @@ def launches(work: Callable[[], object]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         work()
         torch.cuda.synchronize()
     on_device = torch._C._autograd.DeviceType.CUDA
-    return sum(event.device_type == on_device and not event.is_user_annotation for event in found.events())
+    return sum(event.device_type == on_device and not event.is_user_annotation for event in profiled.events())
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -165,8 +165,8 @@ def _throttled(root: Path) -> float:
     """Seconds this control group's CPU quota was used up (cgroup v2); 0 without one."""
     try:
         with open(root / "sys/fs/cgroup/cpu.stat", encoding="ascii") as file:
-            found = dict(line.split() for line in file)
-        return int(found.get("throttled_usec", 0)) * 1e-6
+            counters = dict(line.split() for line in file)
+        return int(counters.get("throttled_usec", 0)) * 1e-6
     except (OSError, ValueError):
         return 0.0
 

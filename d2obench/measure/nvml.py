@@ -109,9 +109,9 @@ class Nvml:
     def slowdown(self) -> int | None:
         """The bits of SLOWDOWNS that are set now; None where the driver does not tell."""
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
-            found = self.ask(name)
-            if isinstance(found, int):
-                return found & sum(SLOWDOWNS)
+            reasons = self.ask(name)
+            if isinstance(reasons, int):
+                return reasons & sum(SLOWDOWNS)
         return None
 
     def processes(self) -> list[GpuProcess]:
@@ -157,8 +157,8 @@ class Nvml:
             return None
 
     def _unnamed_processes(self) -> list[GpuProcess]:
-        found = self.ask("nvmlDeviceGetComputeRunningProcesses") or []
-        return [GpuProcess(int(process.pid), "", process.usedGpuMemory) for process in found]
+        processes = self.ask("nvmlDeviceGetComputeRunningProcesses") or []
+        return [GpuProcess(int(process.pid), "", process.usedGpuMemory) for process in processes]
 
 
 def open_gpu(device: torch.device | int | None = None, library: Any | None = None) -> Nvml | None:

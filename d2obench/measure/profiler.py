@@ -103,14 +103,14 @@ def profile_request(
             session = session_factory(lambda phase: None)
             stack.callback(session.close)
             _request(session, prompts, 0, wait)
-            found = stack.enter_context(profile(activities=activities, acc_events=True, **settings))
+            profiled = stack.enter_context(profile(activities=activities, acc_events=True, **settings))
             _request(session, prompts, steps, wait)
-        return found
+        return profiled
 
     with _memory_history(files.snapshot if cuda else None):
-        found = run(profile_memory=True)
+        profiled = run(profile_memory=True)
     if files.trace:
-        found.export_chrome_trace(str(files.trace))
+        profiled.export_chrome_trace(str(files.trace))
     if files.stacks:  # in a second run, because following Python's stack distorts the figures
         verbose = torch._C._profiler._ExperimentalConfig(verbose=True)
         stacked = run(with_stack=True, experimental_config=verbose)
@@ -121,7 +121,7 @@ def profile_request(
         counts = count_step(session, prompts)
     finally:
         session.close()
-    return Profile(*costs_of(found.events() or [], steps), steps, counts)
+    return Profile(*costs_of(profiled.events() or [], steps), steps, counts)
 
 
 def nvtx_request(

@@ -128,14 +128,14 @@ def _steps(rounds: Sequence[RequestTrace], windows: Decoded | None) -> list[list
 
 
 def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
-    found = {key: median([getattr(trace, key) for trace in rounds]) for key in _TIMES}
-    found["tpot_s"] = tpot(name, rounds, windows)
+    figures = {key: median([getattr(trace, key) for trace in rounds]) for key in _TIMES}
+    figures["tpot_s"] = tpot(name, rounds, windows)
     steps = _steps(rounds, windows)
     for key, q in (("tpot_p95_s", 0.95), ("tpot_p99_s", 0.99)) if steps else ():
         count = sum(map(len, steps))
         refused = Value(None, n=count, note=f"{count} steps can't carry a p{q * 100:.0f}")
-        found[key] = percentile(steps, q) or refused
-    return found
+        figures[key] = percentile(steps, q) or refused
+    return figures
 
 
 def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
@@ -144,29 +144,29 @@ def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | No
         "decode_tok_s": lambda trace: (trace.batch * (trace.gen - 1), trace.decode_s),
         "e2e_tok_s": lambda trace: (trace.batch * trace.gen, trace.e2e_s),
     }
-    found = {}
+    figures = {}
     for key, rate in rates.items():
         pairs = [rate(trace) for trace in rounds]
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
-            found[key] = median(samples)
+            figures[key] = median(samples)
     if windows and windows.seconds:
         tokens = rounds[-1].batch * windows.plan.total
         rates_of_sweeps = [tokens / seconds for seconds in windows.seconds.values()]
-        found["decode_tok_s"] = median(rates_of_sweeps, successive=True)
+        figures["decode_tok_s"] = median(rates_of_sweeps, successive=True)
     both = [(trace.decode_s, trace.sampled_s) for trace in rounds if trace.sampled_s and trace.decode_s > 0]
     if both:
         true, integrated = zip(*both, strict=True)
-        found["sampled_error"] = paired_ratio(true, integrated)
+        figures["sampled_error"] = paired_ratio(true, integrated)
     measured = [(trace.loop_s, sum(trace.step_s)) for trace in rounds if trace.step_s]
     if measured:
-        found["loop_overhead"] = median([loop / steps for loop, steps in measured if steps > 0])
-    return found
+        figures["loop_overhead"] = median([loop / steps for loop, steps in measured if steps > 0])
+    return figures
 
 
 def _budget(last: RequestTrace) -> dict[str, Value]:
     layers = max(1, len(last.held))
-    found = {
+    figures = {
         "budget_effective": Value(last.effective),
         "budget_held": Value(sum(map(sum, last.held)) / (layers * last.prompt_tokens)),
         "kv_bytes": Value(last.kv_bytes),
@@ -174,47 +174,47 @@ def _budget(last: RequestTrace) -> dict[str, Value]:
         "state_bytes": Value(last.state_bytes),
     }
     if last.evicted:
-        found["merged"] = Value(last.merged / last.evicted)
-    return found
+        figures["merged"] = Value(last.merged / last.evicted)
+    return figures
 
 
 def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value]:
-    found = {"weights_bytes": Value(machine.weights_bytes)}
+    figures = {"weights_bytes": Value(machine.weights_bytes)}
     for metric, (key, phase) in _PEAKS.items():
         peaks = [peak for trace in rounds if (peak := _peak(trace, key, phase)) is not None]
         if peaks:
-            found[metric] = highest(peaks)
+            figures[metric] = highest(peaks)
     unique = [trace.uss_bytes for trace in rounds if trace.uss_bytes is not None]
     if unique:
-        found["uss_decode_bytes"] = highest(unique)
-    on_gpu = "alloc_peak_bytes" in found
-    largest = found.get("alloc_peak_bytes") or found.get("rss_peak_bytes")
+        figures["uss_decode_bytes"] = highest(unique)
+    on_gpu = "alloc_peak_bytes" in figures
+    largest = figures.get("alloc_peak_bytes") or figures.get("rss_peak_bytes")
     if largest and largest.value:
         kv = max(max(trace.kv_bytes, trace.kv_prompt_bytes) for trace in rounds)
         note = "" if on_gpu else "the interpreter and its libraries are in it"
-        found["workspace_bytes"] = Value(max(0.0, largest.value - machine.weights_bytes - kv), n=largest.n, note=note)
-    return found
+        figures["workspace_bytes"] = Value(max(0.0, largest.value - machine.weights_bytes - kv), n=largest.n, note=note)
+    return figures
 
 
 def _against_machine(
     name: str, rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None
 ) -> dict[str, Value]:
-    found: dict[str, Value] = {}
+    figures: dict[str, Value] = {}
     last = rounds[-1]
     if machine.read_bytes is not None:
         kept, held = (sum(map(sum, rows)) for rows in (last.kept, last.held))
         moved = step_bytes(machine.read_bytes, last.kv_bytes, kept, held)
-        found["step_bytes"] = Value(moved)
+        figures["step_bytes"] = Value(moved)
         step = tpot(name, rounds, windows)
         if machine.bandwidth and step.value:
             value, lo, hi = (mbu(moved, t, machine.bandwidth) if t else None for t in (step.value, step.hi, step.lo))
-            found["mbu"] = msgspec.structs.replace(step, value=value, lo=lo, hi=hi, note="")
+            figures["mbu"] = msgspec.structs.replace(step, value=value, lo=lo, hi=hi, note="")
     if any(trace.device_timeline for trace in rounds):
         per_token = [_energy(trace, machine.idle_w) for trace in rounds]
         known = [value for value in per_token if value is not None]
         note = "" if known else "only a part was run" if last.step_at else "too short to tell, or no power known"
-        found["energy_j_tok"] = median(known) if known else Value(None, note=note)
-    return found
+        figures["energy_j_tok"] = median(known) if known else Value(None, note=note)
+    return figures
 
 
 def _sampling(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
@@ -234,12 +234,12 @@ def _turns(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str,
     ``disturbed`` is the fraction of the windows (or rounds) that were disturbed in every attempt. ``busy`` says that
     these are more than half of the windows or of the rounds: a report then gives no verdict on speed.
     """
-    calm = sum(not any(map(is_disturbance, trace.flags)) for trace in rounds)
+    undisturbed_rounds = sum(not any(map(is_disturbance, trace.flags)) for trace in rounds)
     details: dict[str, Any] = {
         "turns": "windows" if windows else "requests",
         "processes": len({trace.process for trace in (windows.chosen.windows if windows else rounds)}),
-        "disturbed": 1 - calm / len(rounds),
-        "busy": 2 * calm < len(rounds),
+        "disturbed": 1 - undisturbed_rounds / len(rounds),
+        "busy": 2 * undisturbed_rounds < len(rounds),
     }
     if windows:
         plan, chosen = windows

@@ -109,14 +109,14 @@ def load(
     # 2. The weights, without transformers' bars and notices.
     try:
         with silent(), torch.no_grad():
-            found = source.load(kind, place, progress or _ignore, **placed)
+            loaded = source.load(kind, place, progress or _ignore, **placed)
     except torch.OutOfMemoryError as problem:
         raise OutOfMemory(f"the weights of {name} don't fit {place}", why=str(problem).split(". ")[0]) from None
     # 3. Our kernels, unless the model is to run as transformers has it.
     if kernels == "library":
-        return dataclasses.replace(found, kernels=kernels)
-    adapt(found.model)
-    return found
+        return dataclasses.replace(loaded, kernels=kernels)
+    adapt(loaded.model)
+    return loaded
 
 
 def check(name: str) -> None:
@@ -163,8 +163,8 @@ def source_of(name: str) -> Source:
             f"unknown model '{name}'",
             remedy=f"use {', '.join(known())}, a folder, a .gguf file or a hub id such as Qwen/Qwen2.5-0.5B",
         )
-    found: Source = REGISTRY.get(source)(rest)
-    return found
+    opened: Source = REGISTRY.get(source)(rest)
+    return opened
 
 
 def pick_device(text: str) -> torch.device:

@@ -177,8 +177,8 @@ def _kv_heads(text: Any) -> int:
     """Number of KV heads; Falcon's configuration uses other names."""
     if text.model_type == "falcon" and not text.new_decoder_architecture:
         return 1 if text.multi_query else int(text.num_attention_heads)
-    found = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
-    return int(found or text.num_attention_heads)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return int(heads or text.num_attention_heads)
 
 
 def _count(config: Any) -> int:

@@ -55,7 +55,7 @@ def cells(suite: Suite) -> list[Cell]:
         SuiteError: a task lacks a shape, or the suite excludes every cell.
         UsageError, PolicyError: an unknown task or policy.
     """
-    axes, found = suite.axes, {}
+    axes, planned = suite.axes, {}
     shapes, batches, budgets = axes.shapes, axes.batches, axes.budgets
     policies = [parse_choice(text) for text in axes.policy]
     tasks = [(name, None if name == SPEED else parse_task(name)) for name in map(str, axes.tasks)]
@@ -69,10 +69,10 @@ def cells(suite: Suite) -> list[Cell]:
                 for budget in budgets_of[str(policy)]:
                     point = Axes(name, model, dtype, device, str(policy), _text(budget), _text(shape), batch, seed)
                     if not any(where.covers(point) for where in suite.exclude):
-                        found[point] = _cell(point, suite, policy, budget, shape, batch, task)
-    if not found:
+                        planned[point] = _cell(point, suite, policy, budget, shape, batch, task)
+    if not planned:
         raise SuiteError(f"suite {suite.name} excludes every cell", remedy="name fewer cells in its key exclude")
-    return list(found.values())
+    return list(planned.values())
 
 
 def group(cells: Iterable[Cell]) -> list[list[Cell]]:

@@ -91,10 +91,10 @@ class RayEngine:
             kind = "cuda" if any(node["Resources"].get("GPU", 0) for node in self._ray.nodes()) else "cpu"
         self._kind = kind
         self.suite = msgspec.structs.replace(suite, axes=msgspec.structs.replace(suite.axes, device=(kind,)))
-        told = Settings(
+        settings = Settings(
             self.suite, tuple(command), env or {}, os.environ.get("OMP_NUM_THREADS", ""), whole_node=kind == "cpu"
         )
-        self._settings = msgspec.json.encode(told)
+        self._settings = msgspec.json.encode(settings)
         self._scout: ReservedDevice | None = None
         self._places: dict[ClusterDevice, ReservedDevice] = {}
         self._fatal: BaseException | None = None

@@ -170,17 +170,17 @@ def merge(folders: Sequence[Path], out: Path) -> tuple[str, ...]:
     for run, _ in runs[1:]:
         _check_alike(first, run)
     wanted = {cell.id: cell.hash for cell in cells(suite)}
-    found: dict[str, tuple[Run, CellRecord]] = {}
+    chosen: dict[str, tuple[Run, CellRecord]] = {}
     for run, _ in runs:
         for record in run.cells:
-            known = record.id in found and found[record.id][1].status in KEPT
+            known = record.id in chosen and chosen[record.id][1].status in KEPT
             if wanted.get(record.id) == record.hash and not known:
-                found[record.id] = run, record
+                chosen[record.id] = run, record
     folder = new_folder(info.name, out)
     with locked(folder):
-        for run, record in found.values():
+        for run, record in chosen.values():
             _copy_samples(run, record, folder)
-        ordered = [found[name][1] for name in wanted if name in found]
+        ordered = [chosen[name][1] for name in wanted if name in chosen]
         write_atomic(folder / "cells.jsonl", b"".join(dump(record) + b"\n" for record in ordered))
         started = min(run.info.started for run, _ in runs)
         write_info(

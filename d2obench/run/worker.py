@@ -115,14 +115,14 @@ class Worker(MachineOperations):
         gen = min(shape.gen, MOST_TOKENS)
         settle(loaded.device, beside(loaded.model))
         with out_of_memory_named() as mark:
-            found = warm_up(
+            warm = warm_up(
                 lambda: _session(loaded, cell, gen, mark),
                 texts,
                 gen,
                 clock=shared_clock(clock_for(loaded.device), loaded.model),
                 within=args["within"],
             )
-        return found._asdict()
+        return warm._asdict()
 
     def count(self, args: Args, report: Report) -> Args:
         """Counts operators, FLOPs and bytes of one decode step of a speed cell: ``axes``, ``batch``. Answers with the
@@ -188,7 +188,7 @@ class Worker(MachineOperations):
         device = self._loaded.device
         clock, gpu = clock_for(device), self._nvml(device)
         self._origin = self._origin or clock.now()
-        found = decode_in_turn(
+        windows = decode_in_turn(
             self._held,
             msgspec.convert(args["rounds"], list[RoundOfWindows]),
             process=args["process"],
@@ -198,7 +198,7 @@ class Worker(MachineOperations):
             origin=self._origin,
             read_gpu=gpu.read if gpu else None,
         )
-        return {"windows": [[cell, msgspec.to_builtins(window)] for cell, window in found]}
+        return {"windows": [[cell, msgspec.to_builtins(window)] for cell, window in windows]}
 
     def let_go(self, args: Args, report: Report) -> Args:
         """Closes all caches that :meth:`hold` has kept, after counting a decode step of those named in ``count``.
@@ -220,12 +220,12 @@ class Worker(MachineOperations):
 
         cell = read_cell(args["cell"])
         loaded = self._model(cell, report)
-        found = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
-        values = {key: msgspec.to_builtins(value) for key, value in found.values.items()}
-        flags = list(found.details.get("flags", ()))
+        result = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
+        values = {key: msgspec.to_builtins(value) for key, value in result.values.items()}
+        flags = list(result.details.get("flags", ()))
         about = self._about(loaded) | record_of(cell.policy)
         flags += about.get("flags", ())
-        return {"values": values, "items": found.items, "details": found.details, "flags": flags, "model": about}
+        return {"values": values, "items": result.items, "details": result.details, "flags": flags, "model": about}
 
     def exit(self, args: Args, report: Report) -> Args:
         """Ends the process after this answer."""
@@ -294,7 +294,7 @@ def _session(loaded: Any, cell: Cell, gen: int, mark: Any) -> Any:
 
 def _as_metrics(counts: StepCounts, live_bytes: int) -> Args:
     """Counts of a decode step, by the metrics that they are recorded as."""
-    found = {
+    figures = {
         "ops_step": counts.ops,
         "flops_step": counts.flops,
         "cats_step": sum(counts.concatenations.values()),
@@ -302,7 +302,7 @@ def _as_metrics(counts: StepCounts, live_bytes: int) -> Args:
         "fresh_step_bytes": counts.allocated_bytes,
         "live_bytes": live_bytes,
     }
-    return found if counts.launches is None else {**found, "launches_step": counts.launches}
+    return figures if counts.launches is None else {**figures, "launches_step": counts.launches}
 
 
 def main(worker: Worker | None = None) -> None:

@@ -93,8 +93,8 @@ class MachineOperations:
 
         from d2obench.measure.roofline import copy_bandwidth
 
-        found = copy_bandwidth(torch.device(args["device"]), seconds=args.get("seconds", 1.0))
-        return {"bytes_per_s": found.best, "median": found.median, "n": found.n}
+        copies = copy_bandwidth(torch.device(args["device"]), seconds=args.get("seconds", 1.0))
+        return {"bytes_per_s": copies.best, "median": copies.median, "n": copies.n}
 
     def idle(self, args: Args, report: Report) -> Args:
         """Power in watts of a GPU ``device`` on which nothing runs; None on a CPU and where the driver doesn't tell it.
@@ -145,8 +145,8 @@ class MachineOperations:
         else:
             import psutil
 
-            found = psutil.virtual_memory()
-            free, total = found.available, found.total
+            host = psutil.virtual_memory()
+            free, total = host.available, host.total
         return {"free": int(free), "total": int(total)}
 
     def _nvml(self, device: Any) -> Any:

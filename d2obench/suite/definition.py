@@ -334,10 +334,10 @@ def _set(table: dict[str, Any], key: str, text: str, source: str) -> None:
 
 def _typed(text: str) -> Any:
     try:
-        found = tomllib.loads(f"x = {text}")
+        table = tomllib.loads(f"x = {text}")
     except tomllib.TOMLDecodeError:
         return text
-    return found["x"] if len(found) == 1 else text
+    return table["x"] if len(table) == 1 else text
 
 
 def _plain(message: str) -> str:

@@ -55,9 +55,9 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """One prompt a story, or one a question with ``turns=all``; ``quality.limit`` counts stories."""
         path = quality.data.get(self.name)
-        found = records(self.name, SOURCE, path, Story, check=unscorable, limit=quality.limit)
+        stories = records(self.name, SOURCE, path, Story, check=unscorable, limit=quality.limit)
         examples = []
-        for i, story in enumerate(found):
+        for i, story in enumerate(stories):
             answers, count = story.answers.input_text, len(story.questions)
             for turn in range(count) if self.turns == "all" else [count - 1]:
                 asked = zip(story.questions[:turn], answers[:turn], strict=True)

@@ -79,7 +79,7 @@ def records(
     """
     path = path and str(Path(path).expanduser())
     rows = _local(path) if path else _hub(task, source)
-    found: list[Record] = []
+    checked: list[Record] = []
     for place, row in rows:
         try:
             if not isinstance(row, dict):
@@ -93,10 +93,10 @@ def records(
             name = f", field '{bad.field}'" if bad.field else ""
             remedy = f"the task {task} reads {', '.join(item.encode_name for item in msgspec.structs.fields(kind))}"
             raise DataError(f"{place}{name} is malformed", why=bad.why, remedy=remedy)
-        found.append(record)
-    if not found:
+        checked.append(record)
+    if not checked:
         raise DataError(f"{path or source.hub} has no records")
-    return found[: limit or None]
+    return checked[: limit or None]
 
 
 def read_text(path: str) -> str:

@@ -64,7 +64,7 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The set's problems in order, at most ``quality.limit``."""
         shots = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in SHOTS)
         path = quality.data.get(self.name)
-        found = records(self.name, SOURCE, path, Problem, check=unscorable, limit=quality.limit)
+        problems = records(self.name, SOURCE, path, Problem, check=unscorable, limit=quality.limit)
         return [
             Example(
                 str(i),
@@ -73,7 +73,7 @@ class Gsm8k(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 candidates=(" " + problem.answer,),
                 keep={"gold": strict_number(problem.answer) or problem.answer},
             )
-            for i, problem in enumerate(found)
+            for i, problem in enumerate(problems)
         ]
 
     def scores(self, item: Item) -> dict[str, float]:
@@ -96,14 +96,14 @@ def unscorable(problem: Problem) -> BadField | None:
 
 def strict_number(text: str) -> str:
     """The number after the first ``####``; empty where there is none."""
-    found = _STRICT.search(text)
-    return found[1] if found else ""
+    match = _STRICT.search(text)
+    return match[1] if match else ""
 
 
 def flexible_number(text: str) -> str:
     """The last number; empty where there is none."""
-    found = _FLEXIBLE.findall(text)
-    return found[-1] if found else ""
+    numbers = _FLEXIBLE.findall(text)
+    return numbers[-1] if numbers else ""
 
 
 def plain_number(number: str) -> str:

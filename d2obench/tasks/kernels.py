@@ -79,20 +79,20 @@ class Kernels(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Shares and times with their intervals. Requests are the clusters, and decode blocks are nested in them."""
         prompts = [[item["prefill"]] for item in items]
         with_ranges, without = ([item[key] for item in items] for key in ("marked", "bare"))
-        found = {
+        figures = {
             **_shares("prefill_share", prompts),
             **_shares("step_share", with_ranges),
             "ttft_s": _over(prompts, lambda block: float(block["seconds"])),
             "tpot_s": _over(without, lambda block: block["seconds"] / block["steps"]),
         }
-        if loop := found.get("step_share:loop"):
-            found["loop_overhead"] = loop
+        if loop := figures.get("step_share:loop"):
+            figures["loop_overhead"] = loop
         from d2obench.stats.intervals import paired_ratio
 
         on, off = ([block["seconds"] for request in several for block in request] for several in (with_ranges, without))
         ratio = paired_ratio(off, on)
         value, lo, hi = (None if end is None else end - 1 for end in (ratio.value, ratio.lo, ratio.hi))
-        return {**found, "ranges_overhead": msgspec.structs.replace(ratio, value=value, lo=lo, hi=hi)}
+        return {**figures, "ranges_overhead": msgspec.structs.replace(ratio, value=value, lo=lo, hi=hi)}
 
 
 Blocks = Sequence[Sequence[Item]]

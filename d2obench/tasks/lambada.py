@@ -37,9 +37,9 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """Passages without their last word."""
         path = quality.data.get(self.name)
-        found = records(self.name, SOURCE, path, Passage, check=unscorable, limit=quality.limit)
+        passages = records(self.name, SOURCE, path, Passage, check=unscorable, limit=quality.limit)
         examples = []
-        for i, passage in enumerate(found):
+        for i, passage in enumerate(passages):
             context, _, word = passage.text.strip().rpartition(" ")
             examples.append(Example(str(i), str(i), context, candidates=(" " + word,), keep={"gold": word}))
         return examples

@@ -91,7 +91,7 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         def check(sample: Sample) -> BadField | None:
             return unscorable(sample, chosen)
 
-        found = records(self.name, source, path, Sample, check=check, limit=quality.limit)
+        samples = records(self.name, source, path, Sample, check=check, limit=quality.limit)
         return [
             Example(
                 str(i),
@@ -100,7 +100,7 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 candidates=(" " + next(filter(str.strip, sample.answers)),),
                 keep={"references": sample.answers, "classes": sample.all_classes or []},
             )
-            for i, sample in enumerate(found)
+            for i, sample in enumerate(samples)
         ]
 
     def scores(self, item: Item) -> dict[str, float]:
@@ -181,14 +181,14 @@ def count(prediction: str, gold: str, classes: Sequence[str]) -> float:
 
 def retrieval(prediction: str, gold: str, classes: Sequence[str]) -> float:
     """:func:`count` with the number of a gold answer like ``Paragraph 7``."""
-    found = GOLD_NUMBERS["retrieval"].search(gold)
-    return count(prediction, found[1], classes) if found else 0.0
+    match = GOLD_NUMBERS["retrieval"].search(gold)
+    return count(prediction, match[1], classes) if match else 0.0
 
 
 def retrieval_zh(prediction: str, gold: str, classes: Sequence[str]) -> float:
     """:func:`count` with the number of a gold answer like ``段落7``."""
-    found = GOLD_NUMBERS["retrieval_zh"].search(gold)
-    return count(prediction, found[1], classes) if found else 0.0
+    match = GOLD_NUMBERS["retrieval_zh"].search(gold)
+    return count(prediction, match[1], classes) if match else 0.0
 
 
 def code(prediction: str, gold: str, classes: Sequence[str]) -> float:

@@ -49,19 +49,19 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def _example(self, loaded: LoadedModel, prompt: int, seed: int, index: int, depth: float) -> Example:
         def build(tokens: int) -> Example | None:
-            found = document(document_seed(seed, index), tokens, token_counter(loaded), "recall")
-            if not found.facts:
+            written = document(document_seed(seed, index), tokens, token_counter(loaded), "recall")
+            if not written.facts:
                 return None
             # One of the two facts nearest to the depth, drawn, so that neither its kind nor its place is fixed.
-            near = sorted(found.facts, key=lambda fact: abs(fact.at / len(found.text) - depth))[:2]
+            near = sorted(written.facts, key=lambda fact: abs(fact.at / len(written.text) - depth))[:2]
             fact = random.Random(f"d2obench/recall/{seed}/{index}").choice(near)
             return Example(
                 str(index),
                 str(index),
-                ASK.format(text=found.text, question=fact.question),
+                ASK.format(text=written.text, question=fact.question),
                 " " + fact.stub,
                 (" " + fact.answer,),
-                {"depth": round(fact.at / len(found.text), 4), "gold": fact.answer, "question": fact.question},
+                {"depth": round(fact.at / len(written.text), 4), "gold": fact.answer, "question": fact.question},
             )
 
         return fitted(loaded, self.limits(), prompt, build)

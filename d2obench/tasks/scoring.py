@@ -43,10 +43,10 @@ def token_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
 
 def squad_f1(prediction: str, gold: str) -> float:
     """Token F1 after normalisation; two empty answers score 1."""
-    ours, theirs = normalized(prediction).split(), normalized(gold).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    return token_f1(ours, theirs)
+    answer, reference = normalized(prediction).split(), normalized(gold).split()
+    if not answer or not reference:
+        return float(answer == reference)
+    return token_f1(answer, reference)
 
 
 def coqa_scores(prediction: str, references: Sequence[str]) -> tuple[float, float]:
@@ -119,13 +119,13 @@ def _common_subsequence(x: list[str], y: list[str]) -> set[str]:
             row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
         table.append(row)
     # 2. Walk back from the end and collect the words where both sentences advance.
-    i, j, found = len(x), len(y), set()
+    i, j, common = len(x), len(y), set()
     while i and j:
         if x[i - 1] == y[j - 1]:
-            found.add(x[i - 1])
+            common.add(x[i - 1])
             i, j = i - 1, j - 1
         elif table[i - 1][j] > table[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common

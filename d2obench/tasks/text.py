@@ -170,14 +170,14 @@ class Writer:
     def _fill(self, pattern: str, person: Person, other: Person) -> str:
         draw = self.random
         while _CHOICE.search(pattern):
-            pattern = _CHOICE.sub(lambda found: draw.choice(found[1].split("|")), pattern)
+            pattern = _CHOICE.sub(lambda match: draw.choice(match[1].split("|")), pattern)
         known = {
             "p": person.name, "n": person.first, "home": person.home, "job": person.job, "born": str(person.born),
             "q": other.name, "m": other.first, "home2": other.home, "job2": other.job,
             "he": "she" if person.woman else "he", "his": "her" if person.woman else "his",
             "him": "her" if person.woman else "him",
         }  # fmt: skip
-        text = _SLOT.sub(lambda found: known.get(found[1]) or self._draw(found[1]), pattern)
+        text = _SLOT.sub(lambda match: known.get(match[1]) or self._draw(match[1]), pattern)
         return _ARTICLE.sub(r"\1n ", text)
 
     def _draw(self, slot: str) -> str:

@@ -55,11 +55,11 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's questions in order, at most ``quality.limit``."""
         path = quality.data.get(self.name)
-        found = records(self.name, SOURCE, path, Question, prepare=from_csv, check=unscorable, limit=quality.limit)
+        questions = records(self.name, SOURCE, path, Question, prepare=from_csv, check=unscorable, limit=quality.limit)
         for package in PACKAGES:  # say before the work, not after it, that one is missing
             accuracy_package(package)
         form = "{}" if has_chat(loaded.tokenizer) else "Q: {}\nA:"
-        return [self._example(str(i), question, form) for i, question in enumerate(found)]
+        return [self._example(str(i), question, form) for i, question in enumerate(questions)]
 
     def _example(self, name: str, record: Question, form: str) -> Example:
         gold = with_full_stop([record.best_answer])
@@ -80,11 +80,11 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         text = item["text"].strip()
         true = item["true"] if NO_COMMENT in item["true"] else [*item["true"], NO_COMMENT]
         bleu_true, bleu_false = (max(_bleu(text, ref) for ref in refs) for refs in (true, item["false"]))
-        found = {"score": float(bleu_true > bleu_false), "bleu_diff": (bleu_true - bleu_false) / 100}
+        figures = {"score": float(bleu_true > bleu_false), "bleu_diff": (bleu_true - bleu_false) / 100}
         rouge_true, rouge_false = (_rouge(text, refs) for refs in (true, item["false"]))
-        found |= {key: rouge_true[key] - rouge_false[key] for key in rouge_true}
+        figures |= {key: rouge_true[key] - rouge_false[key] for key in rouge_true}
         logprobs = item.get("candidate_logprobs")
-        return found | (choice_scores(logprobs, len(item["true"])) if logprobs else {})
+        return figures | (choice_scores(logprobs, len(item["true"])) if logprobs else {})
 
 
 def from_csv(row: Row) -> Row:
@@ -128,8 +128,8 @@ def _rouge(text: str, references: Sequence[str]) -> dict[str, float]:
     """Best ROUGE-1 and ROUGE-Lsum F-measure over the references."""
     scorer = accuracy_package("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeLsum"])
     lines = [part.replace(" . ", ".\n") for part in (text, *references)]
-    found = [scorer.score(reference, lines[0]) for reference in lines[1:]]
+    scores = [scorer.score(reference, lines[0]) for reference in lines[1:]]
     return {
-        "rouge1_diff": max(score["rouge1"].fmeasure for score in found),
-        "rougel_diff": max(score["rougeLsum"].fmeasure for score in found),
+        "rouge1_diff": max(score["rouge1"].fmeasure for score in scores),
+        "rougel_diff": max(score["rougeLsum"].fmeasure for score in scores),
     }
