@@ -45,7 +45,7 @@ def speed_facts(worker: Worker) -> Facts:
     counts = worker.count(request, report)
     rounds = [worker.measure(request, report)["trace"] for _ in range(2)]
     traces = msgspec.convert(rounds, list[RequestTrace])
-    values = summarise("cell", traces, Machine(1)).values | {key: Value(count) for key, count in counts.items()}
+    values = summarise(traces, Machine(1)).values | {key: Value(count) for key, count in counts.items()}
     return facts_of("cell", "ok", values, {"rounds": rounds})
 
 

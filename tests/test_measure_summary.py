@@ -12,7 +12,7 @@ import pytest
 
 from d2obench.measure.roofline import read_weights_bytes, step_bytes
 from d2obench.measure.samples import RequestTrace
-from d2obench.measure.summarise import Machine, narrowness, summarise, tpot, traces
+from d2obench.measure.summarise import Machine, narrowness, summarise, tpot
 from d2obench.metric import METRICS
 
 MIB = 2**20
@@ -41,7 +41,7 @@ MACHINE = Machine(weights_bytes=500 * MIB, read_bytes=400 * MIB, bandwidth=4000.
 
 def test_times_are_medians_of_all_rounds_and_of_all_steps() -> None:
     rounds = [round_of([1.0, 2.0, 3.0], ttft_s=t) for t in (3.0, 9.0, 4.0)]
-    values = summarise("cell", rounds, MACHINE).values
+    values = summarise(rounds, MACHINE).values
     assert (values["ttft_s"].value, values["ttft_s"].n, values["ttft_s"].kind) == (4.0, 3, "interval")
     assert values["ttft_s"].lo < 3.0 < 9.0 < values["ttft_s"].hi
     assert (values["tpot_s"].value, values["tpot_s"].n) == (2.0, 3)
@@ -53,7 +53,7 @@ def test_times_are_medians_of_all_rounds_and_of_all_steps() -> None:
 
 def test_a_disturbed_round_is_left_out_of_times_and_counted_in_the_flags() -> None:
     calm, wild = round_of([1.0] * 40), round_of([5.0] * 40, ttft_s=9.0, flags=["other load 35 %"])
-    summary = summarise("cell", [calm, wild, calm], MACHINE)
+    summary = summarise([calm, wild, calm], MACHINE)
     assert (summary.values["tpot_s"].n, summary.values["tpot_s"].value) == (2, 1.0)
     assert (summary.values["ttft_s"].n, summary.values["ttft_s"].value) == (2, 2.5)
     assert summary.values["rss_peak_bytes"].n == 3  # memory does not depend on what else runs
@@ -63,7 +63,7 @@ def test_a_disturbed_round_is_left_out_of_times_and_counted_in_the_flags() -> No
 
 def test_rounds_stay_where_most_of_them_are_disturbed_and_the_row_says_so() -> None:
     calm, wild = round_of([1.0] * 40), round_of([5.0] * 40, flags=["other load 35 %"])
-    summary = summarise("cell", [calm, wild, round_of([1.0] * 40, flags=["waited for a CPU 12 %"])], MACHINE)
+    summary = summarise([calm, wild, round_of([1.0] * 40, flags=["waited for a CPU 12 %"])], MACHINE)
     assert summary.values["tpot_s"].n == 3
     assert summary.values["tpot_p95_s"].note == "120 steps can't carry a p95"
     assert summary.flags == ("2 of 3 rounds disturbed: other load, waited for a CPU",)
@@ -71,7 +71,7 @@ def test_rounds_stay_where_most_of_them_are_disturbed_and_the_row_says_so() -> N
 
 
 def test_what_is_wrong_with_a_request_is_no_disturbance() -> None:
-    summary = summarise("cell", [round_of([1.0] * 4), round_of([2.0] * 4, flags=["logits are not finite"])], MACHINE)
+    summary = summarise([round_of([1.0] * 4), round_of([2.0] * 4, flags=["logits are not finite"])], MACHINE)
     assert summary.values["tpot_s"].n == 2
     assert summary.flags == ("1 of 2 rounds: logits are not finite",)
     assert not summary.details["busy"]
@@ -79,19 +79,17 @@ def test_what_is_wrong_with_a_request_is_no_disturbance() -> None:
 
 def test_percentiles_are_refused_where_the_steps_are_too_few() -> None:
     steps = random.Random(0).sample(range(2000), 2000)
-    few = summarise("cell", [round_of([1.0] * 71)], MACHINE).values
+    few = summarise([round_of([1.0] * 71)], MACHINE).values
     assert few["tpot_p95_s"].note == "71 steps can't carry a p95"
-    some = summarise(
-        "cell", [round_of(list(map(float, part))) for part in (steps[:200], steps[200:400])], MACHINE
-    ).values
+    some = summarise([round_of(list(map(float, part))) for part in (steps[:200], steps[200:400])], MACHINE).values
     assert some["tpot_p95_s"].value == pytest.approx(np.quantile(steps[:400], 0.95))
     assert (some["tpot_p99_s"].value, some["tpot_p99_s"].note) == (None, "400 steps can't carry a p99")
-    many = summarise("cell", [round_of(list(map(float, steps)))], MACHINE).values
+    many = summarise([round_of(list(map(float, steps)))], MACHINE).values
     assert many["tpot_p99_s"].value == pytest.approx(0.99 * 1999)
 
 
 def test_one_round_has_no_interval_and_one_token_no_decode() -> None:
-    values = summarise("cell", [round_of([])], MACHINE).values
+    values = summarise([round_of([])], MACHINE).values
     assert (values["ttft_s"].value, values["ttft_s"].lo, values["ttft_s"].hi) == (2.5, None, None)
     assert values["tpot_s"].value is None
     assert values["tpot_s"].note == "one token has no decode step"
@@ -100,7 +98,7 @@ def test_one_round_has_no_interval_and_one_token_no_decode() -> None:
 
 def test_memory_is_the_highest_of_all_rounds_with_its_range() -> None:
     low = {"prefill": {"rss_bytes": 850 * MIB}, "decode": {"rss_bytes": 860 * MIB}}
-    values = summarise("cell", [round_of([1.0]), round_of([1.0], peaks=low)], MACHINE).values
+    values = summarise([round_of([1.0]), round_of([1.0], peaks=low)], MACHINE).values
     peak = values["rss_peak_bytes"]
     assert (peak.value, peak.lo, peak.hi, peak.n) == (900 * MIB, 860 * MIB, 900 * MIB, 2)
     assert values["rss_decode_bytes"].value == 860 * MIB
@@ -118,7 +116,7 @@ def test_a_gpu_s_workspace_comes_from_its_allocator() -> None:
             "reserved_bytes": 800 * MIB,
         }
     }
-    values = summarise("cell", [round_of([1.0], peaks=peaks)], MACHINE).values
+    values = summarise([round_of([1.0], peaks=peaks)], MACHINE).values
     assert values["workspace_bytes"].value == (700 - 500 - 40) * MIB
     assert values["alloc_requested_bytes"].value == 690 * MIB
     assert values["alloc_prefill_bytes"].value == 700 * MIB
@@ -126,23 +124,23 @@ def test_a_gpu_s_workspace_comes_from_its_allocator() -> None:
 
 
 def test_the_budget_is_counted_over_layers_and_sequences() -> None:
-    values = summarise("cell", [round_of([1.0])], MACHINE).values
+    values = summarise([round_of([1.0])], MACHINE).values
     assert values["budget_effective"].value == 0.2
     assert values["budget_held"].value == (25 + 25 + 15 + 35) / (2 * 200)
     assert values["merged"].value == 0.25
-    none = summarise("cell", [round_of([1.0], evicted=0, merged=0)], MACHINE)
+    none = summarise([round_of([1.0], evicted=0, merged=0)], MACHINE)
     assert "merged" not in none.values
     assert "evicted_layers" not in none.details
-    counts = summarise("cell", [round_of([1.0])], MACHINE).details
+    counts = summarise([round_of([1.0])], MACHINE).details
     assert (counts["merged_layers"], counts["evicted_layers"]) == ([10, 20], [40, 80])
 
 
 def test_mbu_is_step_bytes_over_time_over_bandwidth() -> None:
-    values = summarise("cell", [round_of([0.5, 0.5])], MACHINE).values
+    values = summarise([round_of([0.5, 0.5])], MACHINE).values
     moved = (400 + 40 * (80 + 100) / 2 / 100) * MIB
     assert values["step_bytes"].value == moved
     assert values["mbu"].value == pytest.approx(moved / 0.5 / (4000 * MIB))
-    bounds = summarise("cell", [round_of([0.5] * 9), round_of([0.4] * 9)], MACHINE).values["mbu"]
+    bounds = summarise([round_of([0.5] * 9), round_of([0.4] * 9)], MACHINE).values["mbu"]
     assert bounds.lo is not None
     assert bounds.hi is not None
     assert bounds.value is not None
@@ -172,11 +170,11 @@ def test_an_input_embedding_is_read_only_where_it_is_the_output_s_too(tied: bool
 
 def test_exact_figures_that_differ_between_rounds_are_named() -> None:
     rounds = [round_of([1.0]), round_of([1.0], kv_bytes=41 * MIB, tokens_digest="e")]
-    assert summarise("cell", rounds, MACHINE).flags == ("differs between rounds: kv_bytes, tokens_digest",)
+    assert summarise(rounds, MACHINE).flags == ("differs between rounds: kv_bytes, tokens_digest",)
 
 
 def test_flags_for_what_every_view_must_show() -> None:
-    flags = summarise("cell", [round_of([1.0, 1.0], step_at=[0, 9], gen=11, over=True)], MACHINE).flags
+    flags = summarise([round_of([1.0, 1.0], step_at=[0, 9], gen=11, over=True)], MACHINE).flags
     assert flags == ("sampled decode", "keeps more than asked")
 
 
@@ -186,30 +184,30 @@ def test_energy_is_per_token_of_the_whole_request_and_refused_for_a_part_of_it()
     ]  # power_w is the sixth column
     machine = MACHINE._replace(idle_w=50.0)
     whole = round_of([1.0, 1.0], device_timeline=line)
-    assert summarise("cell", [whole], machine).values["energy_j_tok"].value == pytest.approx(4.5 * 150 / 6)
+    assert summarise([whole], machine).values["energy_j_tok"].value == pytest.approx(4.5 * 150 / 6)
     part = round_of([1.0, 1.0], device_timeline=line, step_at=[0, 5])
-    assert summarise("cell", [part], machine).values["energy_j_tok"].note == "only a part was run"
-    unknown = summarise("cell", [whole], MACHINE).values["energy_j_tok"]
+    assert summarise([part], machine).values["energy_j_tok"].note == "only a part was run"
+    unknown = summarise([whole], MACHINE).values["energy_j_tok"]
     assert (unknown.value, unknown.note) == (None, "too short to tell, or no power known")
-    assert "energy_j_tok" not in summarise("cell", [round_of([1.0])], machine).values
+    assert "energy_j_tok" not in summarise([round_of([1.0])], machine).values
 
 
 def test_every_figure_is_in_the_metric_table() -> None:
     machine = MACHINE._replace(idle_w=1.0)
     line: list[list[float | None]] = [[0.0, *[1.0] * 9], [9.0, *[1.0] * 9]]
-    assert set(summarise("cell", [round_of([1.0] * 400, device_timeline=line)], machine).values) <= set(METRICS)
+    assert set(summarise([round_of([1.0] * 400, device_timeline=line)], machine).values) <= set(METRICS)
 
 
 def test_narrowness_is_the_relative_half_width() -> None:
-    assert narrowness("cell", [round_of([1.0])]) == float("inf")
-    assert narrowness("cell", [round_of([1.0] * 3)] * 4) == 0.0
+    assert narrowness([round_of([1.0])]) == float("inf")
+    assert narrowness([round_of([1.0] * 3)] * 4) == 0.0
     rounds = [round_of([x] * 5) for x in (1.0, 1.1, 0.9, 1.0, 1.2)]
-    found = tpot("cell", rounds)
+    found = tpot(rounds)
     assert found.value == median([1.0, 1.1, 0.9, 1.0, 1.2])
-    assert narrowness("cell", rounds) == pytest.approx((found.hi - found.lo) / 2 / found.value)  # type: ignore[operator]
+    assert narrowness(rounds) == pytest.approx((found.hi - found.lo) / 2 / found.value)  # type: ignore[operator]
 
 
 def test_rounds_survive_the_way_through_json() -> None:
     one = round_of([1.0, 2.0], flags=["other load 35 %"], timeline=[[0.0, 5.0]])
     kept = msgspec.json.decode(msgspec.json.encode({**msgspec.to_builtins(one), "seconds": 3.5}))
-    assert traces([kept]) == [one]
+    assert msgspec.convert([kept], list[RequestTrace]) == [one]

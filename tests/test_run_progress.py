@@ -23,13 +23,13 @@ def rounds(count: int, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_a_first_round_has_nothing_to_tell_but_its_number() -> None:
-    assert so_far("c", [], TIMING, 0) == ("round 1/9", pytest.approx(2 / 11))
+    assert so_far([], TIMING, 0) == ("round 1/9", pytest.approx(2 / 11))
 
 
 def test_memory_of_a_cpu() -> None:
     line = {"timeline": [[0.0, 400 * MIB], [1.0, 421 * MIB]], "timeline_columns": ["rss_bytes"]}
     peaks = {"peaks": {"prefill": {"rss_bytes": 455 * MIB}, "decode": {"rss_bytes": 430 * MIB}}}
-    text, share = so_far("c", rounds(2, **line, **peaks), TIMING, 2)
+    text, share = so_far(rounds(2, **line, **peaks), TIMING, 2)
     assert text.startswith("round 3/9  TPOT ")
     assert text.endswith("  421 MiB now, 455 peak")
     assert share == pytest.approx(4 / 11)  # two rounds carry no interval, so all rounds are still to come
@@ -39,12 +39,12 @@ def test_memory_clock_and_throttle_of_a_gpu() -> None:
     columns = ["used_bytes", "sm_mhz", "slowdown"]
     line = {"device_timeline": [[0.0, 9 * MIB, 1980, 0], [1.0, 8 * MIB, 1755, 4], [2.0, None, None, 0]]}
     peaks = {"peaks": {"prefill": {"rss_bytes": 5 * MIB, "nvml_used_bytes": 9 * MIB}}}
-    text, _ = so_far("c", rounds(1, **line, device_columns=columns, **peaks), TIMING, 1)
+    text, _ = so_far(rounds(1, **line, device_columns=columns, **peaks), TIMING, 1)
     assert text.endswith("  8 MiB now, 9 peak  1,755 MHz, power cap")
 
 
 def test_a_wide_interval_needs_all_rounds() -> None:
-    _, share = so_far("c", rounds(2), Timing(rounds=3, max_rounds=9, warmup=1, interval=1e-9), 2)
+    _, share = so_far(rounds(2), Timing(rounds=3, max_rounds=9, warmup=1, interval=1e-9), 2)
     assert share == pytest.approx(4 / 11)
 
 

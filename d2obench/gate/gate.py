@@ -192,7 +192,7 @@ def _facts_rows(arms: Mapping[str, Arm], rounds: Rounds, cell: Cell, suite: Suit
         except (msgspec.ValidationError, KeyError, TypeError) as problem:
             raise WorkerError(f"the {name} answers in another form", why=str(problem)) from None
         counts = {key: Value(count) for key, count in arms[name].counts[cell.id].items()}
-        values = summarise(cell.id, typed, Machine(weights)).values | counts
+        values = summarise(typed, Machine(weights)).values | counts
         facts[name] = facts_of(cell.id, "ok", values, {"rounds": traces})
     return judge_facts(cell.id, facts["base"], facts["head"], suite.gate.tolerance)
 

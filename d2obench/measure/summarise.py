@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -67,23 +67,23 @@ class Summary(NamedTuple):
     details: dict[str, Any]
 
 
-def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None = None) -> Summary:
+def summarise(rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None = None) -> Summary:
     """The figures of a cell.
 
     Args:
-        name: the cell's id; it seeds the resampling.
         rounds: at least one, in order, with the disturbed ones.
         machine: see :class:`Machine`.
         windows: its windows of decode steps, where it has any.
     """
+    # timed: the rounds without a disturbance, for everything that is a time; memory and counts take all rounds
     last, timed = rounds[-1], undisturbed(rounds, lambda trace: trace.flags)
     values = {
-        **_latency(name, timed, windows),
-        **_throughput(name, timed, windows),
+        **_latency(timed, windows),
+        **_throughput(timed, windows),
         **_budget(last),
         **_memory(rounds, machine),
-        **_against_machine(name, timed, machine, windows),
-        **_sampling(name, timed),
+        **_against_machine(timed, machine, windows),
+        **_sampling(timed),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
     if last.decode_path:
@@ -94,7 +94,7 @@ def summarise(name: str, rounds: Sequence[RequestTrace], machine: Machine, windo
     return Summary(values, tuple(_flags(rounds, windows)), details)
 
 
-def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = None) -> Value:
+def tpot(rounds: Sequence[RequestTrace], windows: Decoded | None = None) -> Value:
     """The median decode step with its interval."""
     steps = _steps(rounds, windows)
     if not steps:
@@ -104,12 +104,12 @@ def tpot(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None = No
     return msgspec.structs.replace(median(steps, successive=windows is not None), note=note)
 
 
-def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
+def narrowness(rounds: Sequence[RequestTrace]) -> float:
     """Half the width of the TPOT interval ÷ TPOT; 0 without decode steps, infinite where there is no interval.
 
     It decides whether cells without windows need more rounds.
     """
-    step = tpot(name, rounds)
+    step = tpot(rounds)
     if not step.value:
         return 0.0
     if step.lo is None or step.hi is None or step.kind == "range":
@@ -117,19 +117,14 @@ def narrowness(name: str, rounds: Sequence[RequestTrace]) -> float:
     return (step.hi - step.lo) / 2 / step.value
 
 
-def traces(rounds: Iterable[Mapping[str, Any]]) -> list[RequestTrace]:
-    """Reads the rounds of a samples file (``samples/<hash>.json``)."""
-    return [msgspec.convert(trace, RequestTrace) for trace in rounds]
-
-
 def _steps(rounds: Sequence[RequestTrace], windows: Decoded | None) -> list[list[float]]:
     """Seconds of the decode steps of each window, or else of each round."""
     return [sample.step_s for sample in (windows.chosen.windows if windows else rounds) if sample.step_s]
 
 
-def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
+def _latency(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
     figures = {key: median([getattr(trace, key) for trace in rounds]) for key in _TIMES}
-    figures["tpot_s"] = tpot(name, rounds, windows)
+    figures["tpot_s"] = tpot(rounds, windows)
     steps = _steps(rounds, windows)
     for key, q in (("tpot_p95_s", 0.95), ("tpot_p99_s", 0.99)) if steps else ():
         count = sum(map(len, steps))
@@ -138,22 +133,25 @@ def _latency(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None)
     return figures
 
 
-def _throughput(name: str, rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
+def _throughput(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str, Value]:
     rates: dict[str, Callable[[RequestTrace], tuple[float, float]]] = {
         "prefill_tok_s": lambda trace: (trace.prompt_tokens, trace.prefill_s),
         "decode_tok_s": lambda trace: (trace.batch * (trace.gen - 1), trace.decode_s),
         "e2e_tok_s": lambda trace: (trace.batch * trace.gen, trace.e2e_s),
     }
+    # 1. Tokens per second of each phase, a sample a round.
     figures = {}
     for key, rate in rates.items():
         pairs = [rate(trace) for trace in rounds]
         samples = [tokens / seconds for tokens, seconds in pairs if tokens > 0 and seconds > 0]
         if samples:
             figures[key] = median(samples)
+    # 2. Of decode a sample a sweep of windows instead, where there are any.
     if windows and windows.seconds:
         tokens = rounds[-1].batch * windows.plan.total
         rates_of_sweeps = [tokens / seconds for seconds in windows.seconds.values()]
         figures["decode_tok_s"] = median(rates_of_sweeps, successive=True)
+    # 3. With decode = "both" the sampled decode time ÷ the true one; and the part of a step outside of the session.
     both = [(trace.decode_s, trace.sampled_s) for trace in rounds if trace.sampled_s and trace.decode_s > 0]
     if both:
         true, integrated = zip(*both, strict=True)
@@ -179,6 +177,7 @@ def _budget(last: RequestTrace) -> dict[str, Value]:
 
 
 def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value]:
+    # 1. Peaks that were measured: the highest of all rounds.
     figures = {"weights_bytes": Value(machine.weights_bytes)}
     for metric, (key, phase) in _PEAKS.items():
         peaks = [peak for trace in rounds if (peak := _peak(trace, key, phase)) is not None]
@@ -187,6 +186,7 @@ def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value
     unique = [trace.uss_bytes for trace in rounds if trace.uss_bytes is not None]
     if unique:
         figures["uss_decode_bytes"] = highest(unique)
+    # 2. What is neither weights nor KV.
     on_gpu = "alloc_peak_bytes" in figures
     largest = figures.get("alloc_peak_bytes") or figures.get("rss_peak_bytes")
     if largest and largest.value:
@@ -196,19 +196,19 @@ def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value
     return figures
 
 
-def _against_machine(
-    name: str, rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None
-) -> dict[str, Value]:
+def _against_machine(rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None) -> dict[str, Value]:
     figures: dict[str, Value] = {}
     last = rounds[-1]
+    # 1. Bytes that a step must read, and how near its time comes to reading them at the copy bandwidth.
     if machine.read_bytes is not None:
         kept, held = (sum(map(sum, rows)) for rows in (last.kept, last.held))
         moved = step_bytes(machine.read_bytes, last.kv_bytes, kept, held)
         figures["step_bytes"] = Value(moved)
-        step = tpot(name, rounds, windows)
+        step = tpot(rounds, windows)
         if machine.bandwidth and step.value:
             value, lo, hi = (mbu(moved, t, machine.bandwidth) if t else None for t in (step.value, step.hi, step.lo))
             figures["mbu"] = msgspec.structs.replace(step, value=value, lo=lo, hi=hi, note="")
+    # 2. Energy, from the driver's samples.
     if any(trace.device_timeline for trace in rounds):
         per_token = [_energy(trace, machine.idle_w) for trace in rounds]
         known = [value for value in per_token if value is not None]
@@ -217,7 +217,7 @@ def _against_machine(
     return figures
 
 
-def _sampling(name: str, rounds: Sequence[RequestTrace]) -> dict[str, Value]:
+def _sampling(rounds: Sequence[RequestTrace]) -> dict[str, Value]:
     known = [trace.sampler_overhead for trace in rounds if trace.sampler_overhead is not None]
     return {"sampler_overhead": median(known)} if known else {}
 
@@ -253,6 +253,7 @@ def _turns(rounds: Sequence[RequestTrace], windows: Decoded | None) -> dict[str,
 
 
 def _flags(rounds: Sequence[RequestTrace], windows: Decoded | None) -> Iterator[str]:
+    # 1. What is special about the request itself.
     last = rounds[-1]
     yield from last.remarks
     if windows.plan.samples if windows else last.step_at:
@@ -262,6 +263,7 @@ def _flags(rounds: Sequence[RequestTrace], windows: Decoded | None) -> Iterator[
     different = [key for key in _EXACT if any(getattr(trace, key) != getattr(last, key) for trace in rounds)]
     if different:
         yield f"differs between rounds: {', '.join(different)}"
+    # 2. What was wrong with single rounds, and what disturbed rounds and windows.
     faults = [[flag for flag in trace.flags if not is_disturbance(flag)] for trace in rounds]
     if wrong := [flags for flags in faults if flags]:
         yield f"{len(wrong)} of {len(rounds)} rounds: {_kinds(wrong)}"

@@ -74,12 +74,11 @@ def headline(record: CellRecord) -> str:
     return "  ".join(words)
 
 
-def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: int) -> tuple[str, float]:
+def so_far(raw: Sequence[Mapping[str, Any]], timing: Timing, number: int) -> tuple[str, float]:
     """What the display shows of a cell whose next request begins.
 
     Args:
-        cell: the cell's id.
-        raw: its rounds so far, as ``samples/<hash>.json`` holds them.
+        raw: rounds of the cell so far, as ``samples/<hash>.json`` holds them.
         timing: how many rounds there may be.
         number: the round that begins, from 0.
 
@@ -92,9 +91,9 @@ def so_far(cell: str, raw: Sequence[Mapping[str, Any]], timing: Timing, number: 
     rounds = msgspec.convert(raw, list[RequestTrace])
     if not rounds:
         return text, _share(0, timing.max_rounds, timing)
-    width = narrowness(cell, rounds)
+    width = narrowness(rounds)
     width_text = f" ± {width:.0%}".replace("%", " %") if math.isfinite(width) else ""
-    step = f"TPOT {show('tpot_s', tpot(cell, rounds).value, unit=True)}{width_text}"
+    step = f"TPOT {show('tpot_s', tpot(rounds).value, unit=True)}{width_text}"
     parts = [text, step, memory(rounds), clock(rounds[-1])]
     likely = timing.rounds if width <= timing.interval else timing.max_rounds
     return "  ".join(filter(None, parts)), _share(len(rounds), likely, timing)

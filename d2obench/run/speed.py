@@ -189,10 +189,9 @@ class SpeedGroup:
         if min(map(_undisturbed, measured.values())) < self.timing.rounds:
             return ""
         # cells with windows have their decode steps from there, so only the others wait for a narrow interval
-        timed = [cell.id for cell in cells if not self._samples[cell.id].data.get("windows")]
-        traces = {name: msgspec.convert(measured[name], list[RequestTrace]) for name in timed}
-        narrow = all(narrowness(name, requests) <= self.timing.interval for name, requests in traces.items())
-        return "interval" if narrow else ""
+        timed = [measured[cell.id] for cell in cells if not self._samples[cell.id].data.get("windows")]
+        widths = [narrowness(msgspec.convert(raw, list[RequestTrace])) for raw in timed]
+        return "interval" if all(width <= self.timing.interval for width in widths) else ""
 
     def _part_done(self, cells: Sequence[Cell], rounds: range, count: int) -> bool:
         """Whether the first ``count`` processes have done their part of all rounds; the last one does all the rest."""
@@ -230,7 +229,7 @@ class SpeedGroup:
 
         def measured() -> tuple[dict[str, Any], float]:  # the answer of the worker, and the seconds it took
             self._warm_up(cell, request)
-            self.log.display.cell(cell.id, "running", *so_far(cell.id, samples.rounds, self.timing, number))
+            self.log.display.cell(cell.id, "running", *so_far(samples.rounds, self.timing, number))
             since = time.monotonic()
             if self.timing.decode == "both":
                 answer = self._full_and_sampled(request, order)

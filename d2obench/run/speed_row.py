@@ -107,7 +107,7 @@ class SpeedRows:
             bandwidth, idle_w = self._rates.bandwidth(device), self._rates.idle_w(device)
             machine = Machine(model["weights_bytes"], model["weights_read_bytes"], bandwidth, idle_w)
             rounds = msgspec.convert(samples.rounds, list[RequestTrace])
-            self._summaries[cell.id] = summarise(cell.id, rounds, machine, decoded(samples.data))
+            self._summaries[cell.id] = summarise(rounds, machine, decoded(samples.data))
         return self._summaries[cell.id]
 
     def _against_full(self, cell: Cell, summary: Summary) -> dict[str, Value]:
