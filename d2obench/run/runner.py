@@ -36,8 +36,6 @@ from d2obench.run.worker_client import Client, WorkerClient, again
 from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell
 
-ENGINES = ("local", "ray", "slurm")
-
 
 class Engine(Protocol):
     """A place where cells run; how a cell is measured and recorded is the same for all engines."""

@@ -161,11 +161,6 @@ def at_most(items: int, quality: Quality) -> int:
     return min(items, quality.limit or items)
 
 
-def first_line(cls: type[Task]) -> str:
-    """The description of a task for ``d2obench list tasks``: the first line of its docstring."""
-    return (cls.__doc__ or "").strip().partition("\n")[0]
-
-
 def parameters(cls: type[Task]) -> Mapping[str, Any]:
     """Names and defaults of a task's parameters."""
     fields = msgspec.structs.fields(cls)
