@@ -31,7 +31,7 @@ PATIENCE_S = 600.0
 
 
 class LostError(Exception):
-    """The device is gone for a reason that is not the cell's: its group goes on on another device."""
+    """The device is gone for a reason that is not the cell's: its group continues on another device."""
 
 
 class StoppedError(Exception):

@@ -82,7 +82,7 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's samples in order, at most ``quality.limit``."""
-        if self.set.rule in PACKAGES:  # say before the work, not after it, that one is missing
+        if self.set.rule in PACKAGES:  # raises now, and not after the work, where one is missing
             accuracy_package(PACKAGES[self.set.rule])
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)

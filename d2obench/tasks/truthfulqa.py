@@ -56,7 +56,7 @@ class TruthfulQA(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """The set's questions in order, at most ``quality.limit``."""
         path = quality.data.get(self.name)
         questions = records(self.name, SOURCE, path, Question, prepare=from_csv, check=unscorable, limit=quality.limit)
-        for package in PACKAGES:  # say before the work, not after it, that one is missing
+        for package in PACKAGES:  # raises now, and not after the work, where one is missing
             accuracy_package(package)
         form = "{}" if has_chat(loaded.tokenizer) else "Q: {}\nA:"
         return [self._example(str(i), question, form) for i, question in enumerate(questions)]
