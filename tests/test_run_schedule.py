@@ -120,7 +120,7 @@ def test_a_shorter_time_is_kept_and_said(
 
 
 def test_what_can_not_fit_is_dropped_and_its_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, _, log = measured(tmp_path, "30s", 30.0 / whole() * 3, monkeypatch)
+    given, _, log = measured(tmp_path, "30s", 30.0 / whole() * 5, monkeypatch)
     dropped = [one for one in CELLS if given[one.id] is None]
     assert dropped
     assert len(dropped) < len(CELLS)
