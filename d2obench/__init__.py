@@ -6,9 +6,9 @@ in transformers before 5.24); see :func:`d2obench.cache.policy_cache.cache`. It 
 
 A map of the code. A room imports only rooms below it; a lint rule holds that::
 
-    cli/            one file a command
-    study/          studies of the project's own statistics: planted faults, many gates, many runs of quick
-    report/         one view model, one renderer a format
+    cli/            the commands and their options
+    study/          studies of the project's own statistics: coverage, many gates, many runs of quick
+    report/         a report as plain data, made of the records once and rendered in every format
     gate/           regression gates: base and head in turns, rules, verdicts, baselines
     bridges/        models for other tools: lm-evaluation-harness
     run/            planning, worker processes, rounds, engines (local, Ray, Slurm), resume
@@ -24,8 +24,10 @@ A map of the code. A room imports only rooms below it; a lint rule holds that::
     cpu/            what compiled loops are written in; they run on PyTorch's own threads
     stats/          intervals, claims that need them, ratios, Pareto front
     suite/          strict TOML and the grammar of the axes
+    compiler.py     whether Triton's kernels can be used on a device
     record.py       what a run leaves on the disk
     metric.py       the one table of metrics
+    ranges.py       named ranges around parts of a step, for a profiler or a timer
     plugin.py       names to classes, built in or from other packages
     errors.py       one base class, exit codes
 

@@ -1,16 +1,16 @@
-"""The one metric table: name, unit, direction and statistical kind of every figure d2obench reports.
+"""The table of metrics: name, unit, direction and statistical kind of every figure that d2obench reports.
 
 Every view and every gate takes headers, units, directions and tolerances from here. Values are recorded in base units
-(seconds, bytes, tokens per second, nats, ratios); ``scale`` turns one into the unit shown.
+(seconds, bytes, tokens per second, nats, ratios), and multiplying by ``scale`` gives the unit that is shown.
 
-The kind says what may be assumed of repeated measurements, and so how a gate judges them:
+The kind says what may be assumed about repeated measurements, and thus how a gate judges them:
 
-* ``exact``: the same on every repeat; any worse value is a regression.
-* ``bounded``: nearly the same; worse than ``tolerance`` is a regression.
-* ``timed``: noisy; only compared inside one interleaved run.
-* ``ratio``: a quotient of two figures of one run; comparable between runs on like devices.
+* ``exact``: equal in every repeat; any worse value is a regression.
+* ``bounded``: nearly equal in every repeat; a value that is worse by more than ``tolerance`` is a regression.
+* ``timed``: noisy; compared only within one run whose rounds take turns.
+* ``ratio``: a quotient of two figures of one run; comparable between runs on similar devices.
 * ``sampled``: a mean over items; compared item by item.
-* ``info``: shown, never judged.
+* ``info``: shown but not judged.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Metric:
     """One row of the table.
 
     Args:
-        key: the name in records and CSV.
-        header: the column header.
-        unit: the unit shown; empty for a pure number.
-        scale: shown value = recorded value × scale.
-        digits: digits after the point when shown.
-        direction: which way is better.
-        kind: the statistical kind, see the module's head.
-        group: where it stands in a report.
+        key: the name in records and CSV files.
+        header: the header of its column.
+        unit: the unit that is shown; empty for a pure number.
+        scale: the shown value is the recorded value times this.
+        digits: number of digits after the point.
+        direction: which direction is better.
+        kind: the statistical kind, see above.
+        group: what it belongs to, which decides how it is compared.
         about: the definition, in sentences that a newcomer understands.
-        tolerance: the relative change a gate lets pass; absolute for ``sampled``.
-        headline: whether it is a column of the tables that show every cell.
-        base: the unit recorded, for CSV.
+        tolerance: the relative change that a gate tolerates; an absolute one for ``sampled``.
+        headline: whether it has a column in the tables that show every cell.
+        base: the recorded unit, for CSV files.
     """
 
     key: str
@@ -263,11 +263,11 @@ _TABLE = (
 # fmt: on
 
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
-"""Metric by key, in display order."""
+"""The metrics by key, in the order in which they are shown."""
 
 
 def show(key: str, value: float | None, *, unit: bool = False) -> str:
-    """``value`` as the metric shows it; a missing value is ``–``."""
+    """A value in the unit and with the digits of its metric; a missing value is ``–``."""
     metric = METRICS[key]
     if value is None:
         return "–"

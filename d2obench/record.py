@@ -1,10 +1,11 @@
-"""What a run leaves, as plain records: no torch, no pandas, no rendering.
+"""The records of a run as plain data, and how they are read and written. Nothing here imports torch or renders.
 
-A run folder holds ``run.json`` (one :class:`RunInfo`), ``cells.jsonl`` (one :class:`CellRecord` a line, appended and
-flushed when a cell ends), ``samples/<hash>.json`` (every raw value) and the views made from them.
+A run folder holds ``run.json``, which is one :class:`RunInfo`; ``cells.jsonl``, which has one :class:`CellRecord` in
+each line, appended and flushed when a cell ends; ``samples/<hash>.json`` with every raw value of a cell; and the views
+made from these.
 
-Schema history: 1, first version. 2, a value says whether its bounds are an interval or a range; in a cell of schema 1
-they are a percentile bootstrap, which is a range where it had seven samples or fewer.
+Schema 1 was the first version. Since schema 2, a value says whether its bounds are an interval or a range. Bounds of
+schema 1 are those of a percentile bootstrap, which count as a range if it had seven samples or fewer.
 """
 
 from __future__ import annotations
@@ -24,26 +25,24 @@ from d2obench.errors import RecordError
 SCHEMA = 2
 MAX_LINE = 8 * 2**20
 SCORES = ("score", "em", "top1", "mc")
-"""How the keys of shares of items begin."""
+"""Beginnings of the keys of metrics that are a share of items."""
 STATUSES = ("ok", "oom", "skipped", "failed", "incomparable")
-
-
 Bounded = Literal["", "interval", "range", "exact"]
-"""What the bounds of a value are; empty where it has none."""
+"""What the bounds of a value are; empty if it has none."""
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     """One figure of a cell.
 
     Args:
-        value: in the base unit of its metric: seconds, bytes, tokens per second, nats, or a plain ratio or fraction
-            (see ``d2obench.metric``). None where the figure could not be had.
+        value: the figure in the base unit of its metric: seconds, bytes, tokens per second, nats, or a plain ratio or
+            fraction (:mod:`d2obench.metric`). None if it could not be measured.
         lo, hi: its bounds, in the same unit.
-        n: independent samples behind it: rounds, windows of decode steps, or documents.
-        note: why the value is missing, or how it was made.
-        kind: what the bounds are: a 95 % ``interval``, the ``range`` of samples that are too few for one, or ``exact``
-            where all samples were alike.
-        method: how the interval was made (see ``d2obench.stats.intervals``).
+        n: number of independent samples: rounds, windows of decode steps, or documents.
+        note: why the value is missing, or how it was obtained.
+        kind: what the bounds are: a 95 % ``interval``; the ``range`` of samples that are too few for an interval; or
+            ``exact`` if all samples were equal.
+        method: of the interval (:mod:`d2obench.stats.intervals`).
         df: degrees of freedom of that method.
     """
 
@@ -58,18 +57,18 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Axes(msgspec.Struct, frozen=True):
-    """One point of the suite's product, as text; what a task or policy does not use is None.
+    """One point of a suite, as text. An axis that the task or the policy does not use is None.
 
     Args:
         task: ``speed``, or a quality task with its parameters.
-        model: as it was asked for, for example ``embedded`` or ``shape:llama-3-8b``.
+        model: as named in the suite, for example ``embedded`` or ``shape:llama-3-8b``.
         dtype: of weights, activations and cache, for example ``float32``.
         device: for example ``cpu`` or ``cuda:0``.
         policy: with its parameters, for example ``d2o(merge=values)``.
         budget: what the policy may keep: a share of the prompt (``0.2``) or tokens per layer (``512``).
         shape: ``prompt+gen``, in tokens of each sequence.
-        batch: sequences decoded together, or ``max``.
-        seed: of everything that is random.
+        batch: number of sequences decoded together, or ``max``.
+        seed: of every random choice.
     """
 
     task: str
@@ -84,22 +83,22 @@ class Axes(msgspec.Struct, frozen=True):
 
 
 class CellRecord(msgspec.Struct, frozen=True):
-    """One finished cell: a line of ``cells.jsonl``, and a row of the tables.
+    """One finished cell: a line of ``cells.jsonl``.
 
     Args:
-        id: readable and stable: the axes, joined by slashes.
-        hash: covers everything that the result depends on.
+        id: the axes, joined by slashes; readable and the same in every run.
+        hash: of everything that the result depends on.
         axes: the point that was measured.
         status: one of STATUSES.
         reason: why the status is not ``ok``.
         values: figures by key of the metric table.
-        details: what only some views use: kept tokens of each layer, the decode path, fresh processes, whether the
-            machine was busy.
-        flags: words that every view must show, such as ``keeps more than asked`` or ``sampled decode``.
+        details: facts that only some views use: kept tokens of each layer, the decode path, the number of fresh
+            processes, whether the machine was busy.
+        flags: remarks that every view has to show, such as ``keeps more than asked`` or ``sampled decode``.
         samples: the file with every raw value, relative to the run folder.
         started: date and time, ISO 8601.
-        seconds: it took, loading the model not included.
-        environment: hash of the environment it was measured in.
+        seconds: how long the cell took, without loading the model.
+        environment: hash of the environment in which it was measured.
         schema: of this record.
     """
 
@@ -119,12 +118,12 @@ class CellRecord(msgspec.Struct, frozen=True):
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """``run.json``: what was asked, where it ran, and of what code.
+    """The content of ``run.json``: what was asked for, where it ran, and with which code.
 
     Args:
         name: of the suite.
-        suite: resolved: every table with its defaults and the overrides of the command line.
-        suite_digest: SHA-256 of it.
+        suite: the resolved suite: every table with its defaults and what was set on the command line.
+        suite_digest: SHA-256 of the resolved suite.
         cells: ids of the planned cells, in order.
         environment: facts of the machine and the software, such as processor, threads, versions and commit.
         environment_hash: of those facts that figures depend on.
@@ -151,9 +150,9 @@ class Run(msgspec.Struct, frozen=True):
 
     Args:
         path: the folder.
-        info: ``run.json``.
+        info: the content of ``run.json``.
         cells: every cell that has ended, in the order of the plan.
-        warnings: what a reader should know of the files, such as a torn last line that was left out.
+        warnings: remarks about the files, such as an incomplete last line that was left out.
     """
 
     path: Path
@@ -163,13 +162,13 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Ids planned that have no record yet."""
+        """Ids of planned cells that have no record yet."""
         done = {cell.id for cell in self.cells}
         return tuple(cell for cell in self.info.cells if cell not in done)
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every NaN and infinity replaced by None, all through lists and dicts: JSON has neither."""
+    """``value`` with NaN and infinity replaced by None, in nested lists and dictionaries, because JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -180,13 +179,17 @@ def finite(value: Any) -> Any:
 
 
 def dump(value: Any) -> bytes:
-    """JSON with sorted keys; the one way records are written."""
+    """A record as JSON with sorted keys, which is how all records are written."""
     plain = finite(msgspec.to_builtins(value))
     return json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces ``path`` in one step; a full disk or a forbidden folder is a RecordError and leaves the old file."""
+    """Replaces a file in one step, so that no reader ever finds half of it.
+
+    Raises:
+        RecordError: the disk is full or the folder can't be written; the old file is kept.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,13 +199,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as problem:
-        with contextlib.suppress(OSError):  # what was begun takes the last of a full disk
+        with contextlib.suppress(OSError):  # the incomplete file would fill up a full disk
             partial.unlink()
         raise cannot_write(path, problem) from problem
 
 
 def append_cell(folder: Path, cell: CellRecord) -> None:
-    """Appends one line to ``cells.jsonl`` and flushes it to the disk; a torn line before it is closed off first."""
+    """Appends one line to ``cells.jsonl`` and flushes it to the disk. If the file ends in an incomplete line, a line
+    break is added first."""
     path = folder / "cells.jsonl"
     try:
         with open(path, "ab+") as file:
@@ -218,9 +222,12 @@ def append_cell(folder: Path, cell: CellRecord) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder; bad lines are left out with a warning, a bad or missing ``run.json`` is a RecordError.
+    """Reads a run folder. Damaged lines of ``cells.jsonl`` are left out with a warning.
 
-    A cell recorded twice (a run resumed after a kill) counts once: the last record stands.
+    A cell can have several records, for example if a run was continued after it had been killed. The last one counts.
+
+    Raises:
+        RecordError: ``run.json`` is missing or damaged, or has a later schema.
     """
     info = _read_info(folder)
     cells: dict[str, CellRecord] = {}
@@ -241,7 +248,11 @@ def read_run(folder: Path) -> Run:
 
 
 def read_samples(folder: Path, cell: CellRecord) -> dict[str, Any]:
-    """The raw values of a cell; an empty dict where there are none or the file is damaged."""
+    """The raw values of a cell; empty if there are none or the file is damaged.
+
+    Raises:
+        RecordError: the record names a file outside the run folder.
+    """
     if not cell.samples:
         return {}
     path = folder / cell.samples
@@ -255,7 +266,7 @@ def read_samples(folder: Path, cell: CellRecord) -> dict[str, Any]:
 
 
 def cannot_write(path: Path, problem: OSError) -> RecordError:
-    """The one wording of a failed write."""
+    """The error for a file that can't be written."""
     return RecordError(
         f"can't write {path}",
         why=problem.strerror or str(problem),
@@ -301,8 +312,9 @@ def _cell(line: bytes) -> CellRecord:
 def with_kinds(cell: CellRecord) -> CellRecord:
     """The cell with the kind of each value's bounds, which schema 1 did not record.
 
-    Times were bounded over rounds, of which ``details`` has the count, and quality over documents, which the task may
-    name; ``n`` counted steps or positions. Peaks of memory had the range as their bounds.
+    In schema 1 the bounds of times came from rounds, whose number is in ``details``, and those of quality from
+    documents, whose number may be a parameter of the task; ``n`` counted steps or positions. The bounds of memory peaks
+    were a range.
     """
     rounds, documents = cell.details.get("rounds"), re.search(r"documents=(\d+)", cell.axes.task)
     most = rounds if isinstance(rounds, int) else int(documents[1]) if documents else None
@@ -312,7 +324,7 @@ def with_kinds(cell: CellRecord) -> CellRecord:
             return value
         n = value.n if most is None else min(most, value.n)
         kind: Bounded = "range" if n <= 7 or key.endswith("_bytes") else "interval"
-        alike = value.lo == value.hi and not key.startswith(SCORES)  # items that all agree are still a sample
+        alike = value.lo == value.hi and not key.startswith(SCORES)  # equal scores are still a sample, not exact
         return msgspec.structs.replace(value, n=n, kind="exact" if alike else "range" if value.lo == value.hi else kind)
 
     return msgspec.structs.replace(cell, values={key: with_kind(key, value) for key, value in cell.values.items()})

@@ -8,16 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from runs import cell, checked
 from waiting import LIMIT_S, wait_for
 
 from d2obench import __version__
 from d2obench.bridges import lm_eval
-from d2obench.cli import COMMANDS, main
+from d2obench.cli import COMMANDS, app, main
 from d2obench.cli.dry_run import show_plan
 from d2obench.models import Dimensions
 from d2obench.record import read_run
@@ -72,6 +74,42 @@ def test_every_command_says_what_it_does(capsys: pytest.CaptureFixture[str], nam
     code, out, err = say(capsys, name, "--help")
     assert (code, err) == (0, "")
     assert f"Usage: d2obench {name}" in out
+
+
+def every_command() -> Iterator[tuple[str, Any]]:
+    """Each command and each subcommand by its words."""
+    contents = typer.main.get_command(app)
+    for name in COMMANDS:
+        command = contents.get_command(None, name)  # type: ignore[attr-defined]
+        yield name, command
+        for word, part in getattr(command, "commands", {}).items():
+            yield f"{name} {word}", part
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), [*every_command()], ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_help_is_sentences_with_an_example_and_every_default(words: str, command: Any) -> None:
+    name = words.split()[0]
+    assert "Example" in command.help and f"d2obench {name}" in command.help
+    assert command.help.partition("\n\n")[0].endswith(".")
+    for option in command.params:
+        if option.name == "help":
+            continue
+        text = option.help or ""
+        assert text.endswith(".") and text[0].isupper() and len(text.split()) > 4, (words, option.name)
+        shown = option.required or (
+            option.show_default and option.default not in (None, "") and option.default is not False
+        )
+        assert shown or "default" in text.lower(), (words, option.name)
+
+
+def test_the_help_of_all_commands_fits_one_line_each(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = say(capsys, "--help")
+    assert (code, err) == (0, "")
+    for name, entry in COMMANDS.items():
+        assert f"{name} " in out and entry.about in out and entry.panel in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

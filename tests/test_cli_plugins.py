@@ -14,8 +14,7 @@ from waiting import LIMIT_S
 from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.models import REGISTRY as MODELS
-from d2obench.report.render import RENDERERS
-from d2obench.report.write import check
+from d2obench.report.render import RENDERERS, check
 
 SOURCE = '''
 from d2obench.policies.streaming import Streaming
@@ -126,7 +125,7 @@ def test_a_renderer_is_found_by_its_format(tmp_path: Path, capsys: pytest.Captur
 
 def test_no_other_library_is_imported_for_its_name() -> None:
     code = (
-        "import sys; from d2obench.policies import parse_choice; import d2obench.cli.list\n"
+        "import sys; from d2obench.policies import parse_choice; import d2obench.cli.listing\n"
         "for text in ('hf-quantized(bits=2)', 'kvpress:SnapKVPress', 'llama.cpp(cache=q8_0)'):\n"
         "    parse_choice(text).takes_budget, parse_choice(text).yardstick\n"
         "assert not {'kvpress', 'xllamacpp', 'optimum', 'transformers'} & sys.modules.keys()"

@@ -15,7 +15,7 @@ import torch
 
 from d2obench.cache import Session
 from d2obench.cpu import memory as host_memory
-from d2obench.openmp_wait import SPIN_S, VARIABLE, bounded_spin, pause_s
+from d2obench.run.openmp_wait import SPIN_S, VARIABLE, bounded_spin, pause_s
 from d2obench.run.worker_client import WorkerClient
 
 CPU = torch.device("cpu")

@@ -65,11 +65,12 @@ def test_links_lead_somewhere(link: str) -> None:
 
 
 def test_the_map_is_the_tree() -> None:
-    """Every room and every module of the package's top level that the map names is there, and no room is left out."""
+    """Every room and module that the map names exists, and no room and no module of the top level is left out."""
     named = set(re.findall(r"^    ([\w.]+/?)  ", d2obench.__doc__ or "", re.M))
     package = ROOT / "d2obench"
     assert len(named) > 10 and all((package / name.rstrip("/")).exists() for name in named)
     assert {f"{path.parent.name}/" for path in package.glob("*/__init__.py")} == {n for n in named if n.endswith("/")}
+    assert {path.name for path in package.glob("[!_]*.py")} == {n for n in named if n.endswith(".py")}
 
 
 def test_the_recipe_of_a_policy_runs(tiny: LoadedModel) -> None:

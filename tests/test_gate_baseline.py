@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from d2obench.cli import app
 from d2obench.errors import RecordError, UsageError
 from d2obench.gate.baseline import baseline_of, device_class, judge_run, read_baseline, write_baseline
-from d2obench.gate.compare import compare_runs
-from d2obench.gate.facts import facts_of_run
+from d2obench.gate.compare import compare_runs, facts_of_run
 from d2obench.gate.verdict import Row, Verdict, Verdicts
 from d2obench.record import Axes, CellRecord, RunInfo, Value, append_cell, dump, read_run, write_atomic
 from d2obench.suite.definition import load_suite

@@ -12,7 +12,7 @@ import pytest
 from d2obench.cache.compress import Packing
 from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cache.session import Session
-from d2obench.gate.facts import Facts, facts_of, judge_facts
+from d2obench.gate.compare import Facts, facts_of, judge_facts
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.measure.samples import RequestTrace
 from d2obench.measure.summarise import Machine, summarise

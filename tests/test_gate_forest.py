@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from d2obench.cli.verdicts import show
+from d2obench.cli.gate import show
 from d2obench.errors import UsageError
 from d2obench.gate.rules import judge_bounded, judge_exact, judge_sampled, judge_timed
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.report.charts import spec, svg
+from d2obench.report.render import draw
 from d2obench.report.render.html import html
 from d2obench.report.verdicts import MAX_POINTS, forest, view
-from d2obench.report.write import draw
 
 BASE = [0.0100 + 0.0001 * (i % 3) for i in range(24)]
 

@@ -9,14 +9,13 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
-from d2obench.cli.verdicts import FORMATS, check
+from d2obench.cli.gate import FORMATS, check
 from d2obench.errors import UsageError
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
+from d2obench.report.render import render
 from d2obench.report.render.console import show_verdicts
-from d2obench.report.render.github import summary, workflow_commands
-from d2obench.report.render.markdown import COMMENT_BYTES, SUMMARY_BYTES, markdown
+from d2obench.report.render.markdown import COMMENT_BYTES, SUMMARY_BYTES, markdown, summary, workflow_commands
 from d2obench.report.verdicts import as_json, view
-from d2obench.report.write import render
 
 ROWS = [
     Row("speed/d2o@0.2/b2", "tpot_s", Verdict.REGRESSED, "timed", 0.010, 0.012, 0.2, 0.15, 0.25, 0.05, 16,

@@ -11,8 +11,7 @@ import pytest
 from d2obench.gate.rules import tolerance
 from d2obench.gate.verdict import Verdict
 from d2obench.study import gate as study
-from d2obench.study.gate import as_markdown, write_study
-from d2obench.study.trials import Outcome, Pairs, Rule, Study, Trial, replay
+from d2obench.study.gate import Outcome, Pairs, Rule, Study, Trial, as_markdown, replay, write_study
 from d2obench.suite.definition import load_suite
 from tests.fake_checkout import Checkout
 from tests.machine import rounds

@@ -24,12 +24,12 @@ from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.metric import METRICS
 from d2obench.record import Bounded, CellRecord, Value, append_cell, dump, read_run, write_atomic
-from d2obench.report import FORMATS, build, write_views
+from d2obench.report import FORMATS, build, write_report
+from d2obench.report.derive import rescore
 from d2obench.report.publish import publish
-from d2obench.report.render.console import show_report, show_table
-from d2obench.report.rescore import rescore
+from d2obench.report.render import render
+from d2obench.report.render.console import WIDTH, show_report, show_table
 from d2obench.report.view import Report
-from d2obench.report.write import render
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 EVIL = (
@@ -52,7 +52,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = made.usual(
         tmp_path_factory.mktemp("runs") / "quick", shapes=("512+24",), batches=(1, 4), tasks=("fidelity", "needle")
     )
-    write_views(folder, FORMATS)
+    write_report(build([folder]), folder, FORMATS)
     return folder
 
 
@@ -210,7 +210,7 @@ def test_d2o_is_paired_with_its_rivals_on_the_same_items(usual: Path) -> None:
 
 def test_the_same_bytes_twice(usual: Path) -> None:
     before = views(usual)
-    write_views(usual, FORMATS)
+    write_report(build([usual]), usual, FORMATS)
     assert views(usual) == before
     assert {"report.html", "report.md", "results.csv", "figures/speedup.svg"} <= set(before)
 
@@ -221,7 +221,7 @@ def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path
     before = views(kept)
     assert not (kept / "samples").exists()
     assert before["report.html"] == (usual / "report.html").read_bytes()
-    write_views(kept, ("json", "csv", "md", "html"))
+    write_report(build([kept]), kept, ("json", "csv", "md", "html", "svg"))
     assert views(kept) == before
     index = (tmp_path / "reports" / "README.md").read_text("utf-8")
     assert "[first](first/report.md)" in index
@@ -275,7 +275,7 @@ def hostile(folder: Path) -> Path:
 
 def test_hostile_names_are_harmless(tmp_path: Path) -> None:
     folder = hostile(tmp_path / "evil")
-    write_views(folder, FORMATS)
+    write_report(build([folder]), folder, FORMATS)
     text = (folder / "report.html").read_text("utf-8")
     page = Page(text)
     scripts = [attrs for tag, attrs in page.tags if tag == "script"]
@@ -342,7 +342,7 @@ def nothing(folder: Path) -> Path:
 @pytest.mark.parametrize("make", [one_cell, failures, unfinished, nothing])
 def test_odd_runs_make_a_sensible_page(tmp_path: Path, make: object) -> None:
     folder = make(tmp_path / "run")  # type: ignore[operator]
-    write_views(folder, FORMATS)
+    write_report(build([folder]), folder, FORMATS)
     report = build([folder])
     assert report.verdict
     assert all(report.verdict)
@@ -514,7 +514,7 @@ def test_two_thousand_cells(tmp_path: Path) -> None:
     info = made.info("many", [cell.id for cell in cells])
     (folder / "run.json").write_bytes(dump(info))
     (folder / "cells.jsonl").write_bytes(b"".join(dump(cell) + b"\n" for cell in cells))
-    write_views(folder, ("md", "csv", "html", "github"))
+    write_report(build([folder]), folder, ("md", "csv", "html", "github"))
     assert (folder / "report.html").stat().st_size < 3_000_000
     assert (folder / "report.md").stat().st_size < 500_000
     assert (folder / "summary.md").stat().st_size < 900_000
@@ -587,8 +587,8 @@ def test_last_record_of_a_cell_stands(tmp_path: Path) -> None:
 
 def test_imports_no_torch(usual: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from d2obench.report import charts, publish, rescore, write_views; "
-        f"write_views(Path({str(usual)!r}), ('csv', 'json', 'junit', 'github')); "
+        "import sys; from pathlib import Path; from d2obench.report import build, charts, publish, write_report; "
+        f"run = Path({str(usual)!r}); write_report(build([run]), run, ('csv', 'json', 'junit', 'github')); "
         "print(sorted({'torch', 'transformers', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -625,8 +625,24 @@ def test_wrong_words_are_one_line(usual: Path, capsys: pytest.CaptureFixture[str
 PUBLISHED = sorted(path.parent for path in (Path(__file__).parents[1] / "reports").glob("*/run.json"))
 
 
+PICTURED = [folder for folder in PUBLISHED if (folder / "terminal.svg").exists()]
+
+
 def test_there_are_published_runs() -> None:
     assert len(PUBLISHED) > 9
+    assert PICTURED
+
+
+@pytest.mark.parametrize("folder", PICTURED, ids=lambda folder: folder.name)
+def test_a_picture_of_the_terminal_shows_what_the_terminal_prints(folder: Path) -> None:
+    """Its words, not its bytes: those may change with a version of rich."""
+    text = (folder / "terminal.svg").read_text("utf-8")
+    (matrix,) = [part for part in ET.fromstring(text).iter() if part.get("class") == "terminal-matrix"]
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    show_report(build([folder]), console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "".join("".join(matrix.itertext()).split()) == "".join(printed.split())
+    assert "url(http" not in text
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)

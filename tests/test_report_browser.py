@@ -19,10 +19,10 @@ import report_runs as made
 from test_gate_forest import found
 from waiting import LIMIT_S, wait_for
 
-from d2obench.report import build, write_views
+from d2obench.report import build, write_report
+from d2obench.report.render import draw
 from d2obench.report.render.html import html
 from d2obench.report.verdicts import view
-from d2obench.report.write import draw
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -100,7 +100,7 @@ class Browser:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = made.usual(tmp_path_factory.mktemp("run") / "quick", shapes=("512+24",), batches=(1, 4))
-    write_views(place, ("html",))
+    write_report(build([place]), place, ("html",))
     return place
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import report_runs as made
 
 from d2obench.record import CellRecord, Value, read_run
 from d2obench.report import build
 from d2obench.report.view import Report
+from d2obench.study.quick import excluded
 
 SHAPE: dict[str, Any] = {"shape": "256+16", "batch": 2}
 
@@ -102,3 +104,121 @@ def test_a_record_of_schema_1_shows_few_rounds_as_a_range(tmp_path: Path) -> Non
     assert "9.9 … 10.1" in texts
     assert found.verdict[0] == "Fastest decode: the policies were not told apart."
     assert any("too few samples" in line for line in found.reading)
+
+
+def quality(policy: str, kl: Value) -> CellRecord:
+    return made.record(made.axes("fidelity", policy, None if policy == "full" else "0.2"), values={"kl": kl})
+
+
+def starred(found: Report) -> set[str]:
+    names = [column.key for column in found.headline[0].columns]
+    policies = (row[names.index("policy")].text for row in found.headline[0].rows)
+    return {policy.removesuffix(" ◆") for policy in policies if policy.endswith(" ◆")}
+
+
+def test_every_star_is_a_claim_that_the_study_of_quick_can_judge(tmp_path: Path) -> None:
+    """h2o holds as many bytes as d2o and loses more; tova holds fewer, and its interval reaches over d2o's."""
+    sizes = {"full": 500.0, "h2o": 100.0, "d2o": 100.0, "tova": 50.0}
+    losses = {"h2o": interval(0.5, 0.02), "d2o": interval(0.1, 0.02), "tova": interval(0.4, 0.3)}
+    speed = [made.record(timed(name, 10.0).axes, values={"kv_bytes": Value(size)}) for name, size in sizes.items()]
+    loss = {name: quality(name, one) for name, one in losses.items()}
+    found = report(tmp_path, *speed, quality("full", Value(None)), *loss.values())
+    claims = {claim.cell: claim for claim in found.claims if claim.word == "undominated"}
+    assert starred(found) == {"tova"}
+    assert list(claims) == [loss["tova"].id]
+    assert claims[loss["tova"].id].others == ()
+    clear = [*speed, quality("full", Value(None)), loss["h2o"], loss["d2o"], quality("tova", interval(0.4, 0.02))]
+    found = report(tmp_path / "clear", *clear)
+    claims = {claim.cell: claim for claim in found.claims if claim.word == "undominated"}
+    assert starred(found) == {"full", "d2o", "tova"}
+    mine = claims[loss["d2o"].id]
+    assert set(mine.others) == {loss["h2o"].id, loss["tova"].id}
+    known = losses["d2o"]
+    assert (mine.metric, mine.lo, mine.hi, mine.comparisons) == ("kl", known.lo, known.hi, 4)
+    lie = {(loss["d2o"].id, "kl"): interval(0.6, 0.01), (loss["h2o"].id, "kl"): interval(0.5, 0.01)}
+    assert excluded(msgspec.structs.replace(mine, lo=None, hi=None), lie)
+
+
+def test_where_the_other_side_of_a_ratio_was_busy_nothing_is_said_of_it(tmp_path: Path) -> None:
+    goals = [{"metric": "speedup", "policy": "d2o", "at_least": 1.1}, {"metric": "kv_bytes", "at_most": 200}]
+    cells = [timed("full", 10.0, busy=True), timed("d2o", 15.0, interval(1.5, 0.01))]
+    wide = {"speedup_largest": Value(9.0)}
+    cells[1] = made.record(cells[1].axes, values=cells[1].values | wide, details={"processes": 2})
+    found = report(tmp_path, *cells, suite={"targets": goals})
+    assert [row[-1].text for row in found.targets[0].rows] == ["no verdict", "met", "met"]
+    assert not any("times as fast" in line for line in found.verdict)
+    assert "There is no verdict on speed, because the machine was busy." in " ".join(found.verdict)
+    assert {claim.word for claim in found.claims if claim.metric == "speedup"} == set()
+    assert found.headline[0].rows[1][-1].text == "no verdict"
+
+
+def test_every_sentence_on_time_says_that_it_rests_on_one_process(tmp_path: Path) -> None:
+    mine = timed("d2o", 12.0)
+    ratios = {"prefill_cost": interval(1.3, 0.01), "decode_rival:h2o": interval(1.2, 0.01)}
+    mine = made.record(mine.axes, values=mine.values | ratios, details={"processes": 1})
+    found = report(tmp_path, timed("full", 10.0), timed("h2o", 10.0), mine)
+    first, second = found.verdict[:2]
+    assert (
+        "takes 1.300 times as long to the first token (95 % interval 1.290 … 1.310, measured in one process)" in first
+    )
+    assert "decodes faster than h2o (1.200 ×, 95 % interval 1.190 … 1.210, measured in one process)" in second
+
+
+def test_the_full_cache_counts_neither_as_beaten_in_quality_nor_as_told_apart(tmp_path: Path) -> None:
+    """A score of the full cache stands in the table, but quality is measured against it."""
+    scores = {"full": interval(0.9, 0.01), "h2o": interval(0.5, 0.2), "tova": interval(0.55, 0.2)}
+    cells = [
+        made.record(made.axes("recall", name, None if name == "full" else "0.2"), values={"score": one})
+        for name, one in scores.items()
+    ]
+    found = report(tmp_path / "near", *cells)
+    assert found.verdict == ("Least loss of quality on recall: the policies were not told apart.",)
+    apart = made.record(cells[1].axes, values={"score": interval(0.1, 0.01)})
+    found = report(tmp_path / "apart", cells[0], apart, cells[2])
+    assert found.verdict[0].startswith("Least loss of quality on recall: tova@0.2 with 55.0 %")
+    assert [(claim.word, claim.others) for claim in found.claims] == [("best", (apart.id,))]
+
+
+def test_a_sentence_that_names_a_leader_beside_others_is_a_claim_about_the_rest(tmp_path: Path) -> None:
+    found = report(tmp_path, timed("full", 10.0), timed("h2o", 14.0), timed("tova", 14.1))
+    assert "tova@0.2 with 14.1 tok/s" in found.verdict[0]
+    assert found.verdict[0].endswith("not told apart from it: h2o@0.2.")
+    (claim,) = [claim for claim in found.claims if claim.metric == "decode_tok_s"]
+    assert (claim.word, claim.others) == ("best", ("speed/embedded/float32/cpu/full/256+16/b2/s0",))
+    assert bold(found, "decode_tok_s") == []
+
+
+def test_sentences_about_leaders_are_widened_for_all_of_them(tmp_path: Path) -> None:
+    """Rates that are told apart if nothing else is said, but not beside sentences on waiting and on quality."""
+    rates = {"full": 10.0, "tova": 10.0, "h2o": 10.65}
+    alone = [timed(name, rate) for name, rate in rates.items()]
+    assert report(tmp_path / "alone", *alone).verdict[0].startswith("Fastest decode: h2o@0.2")
+    waiting = {"ttft_s": interval(1.0, 0.1)}
+    more = [made.record(one.axes, values=one.values | waiting, details=one.details) for one in alone]
+    found = report(tmp_path / "more", *more, *(quality(name, interval(0.2, 0.1)) for name in ("h2o", "tova")))
+    assert found.verdict[0] == "Fastest decode: the policies were not told apart."
+
+
+def test_a_figure_of_one_sample_says_so(tmp_path: Path) -> None:
+    found = report(tmp_path, timed("full", 10.0), timed("d2o", 10.0), quality("d2o", Value(0.25)))
+    assert (
+        "moves the next-token distribution by a KL of 0.2500 nats/token (one sample, so no interval)"
+        in found.verdict[0]
+    )
+
+
+def test_every_bold_figure_is_a_claim(tmp_path: Path) -> None:
+    found = build([made.usual(tmp_path)])
+    claims = {(claim.metric, claim.cell) for claim in found.claims if claim.word == "best"}
+    bold_ones = 0
+    for table in (*found.headline, *found.tables):
+        names = [column.key for column in table.columns]
+        for row in table.rows:
+            policy = row[names.index("policy")].text.removesuffix(" ◆")
+            budget = f"@{row[names.index('budget')].text}" if policy != "full" else ""
+            for name, field in zip(names, row, strict=True):
+                if field.mark == "best":
+                    bold_ones += 1
+                    metric = name.rpartition(":")[2]
+                    assert any(one == metric and f"/{policy}{budget}" in cell for one, cell in claims), (policy, metric)
+    assert bold_ones > 4

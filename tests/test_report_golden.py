@@ -14,7 +14,7 @@ from rich.console import Console
 
 from d2obench.report.build import build
 from d2obench.report.charts import spec
-from d2obench.report.render import csvs, github, junit, markdown
+from d2obench.report.render import data, markdown
 from d2obench.report.render.console import show_report
 from d2obench.report.render.html import html
 from d2obench.report.view import Report
@@ -48,10 +48,10 @@ def rendered(report: Report) -> dict[str, str]:
     return {
         "console.txt": "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n",  # type: ignore[attr-defined]
         "report.md": markdown.markdown(report, [figure.id for figure in report.figures]),
-        "results.csv": csvs.results(report),
-        "results-wide.csv": csvs.wide(report),
-        "junit.xml": junit.junit(report),
-        "summary.md": github.summary(report),
+        "results.csv": data.results(report),
+        "results-wide.csv": data.wide(report),
+        "junit.xml": data.junit(report),
+        "summary.md": markdown.summary(report),
         "report.html": html(report, {}),
         "figures.json": json.dumps(specs, indent=1, sort_keys=True, ensure_ascii=False) + "\n",
     }

@@ -16,6 +16,7 @@ from d2obench.stats.claims import (
     front,
     impossible,
     leader,
+    least,
     outcome,
     ratio_of_ratios,
     resting_on,
@@ -112,6 +113,8 @@ def test_two_figures_are_told_apart_where_their_intervals_do_not_touch():
     assert apart("kv_bytes", Value(100), Value(100)) == "not told apart"
     assert apart("rss_peak_bytes", value(100, 3, "range"), value(200, 3, "range")) == "not told apart"
     assert apart("alloc_peak_bytes", value(100, 0, "range"), value(200, 0, "range")) == "better"  # in every repeat
+    assert apart("rss_peak_bytes", Value(100), Value(200)) == "not told apart"
+    assert apart("kv_bytes", Value(100, 90, 250, 3, kind="range"), Value(200)) == "not told apart"  # it varies
     assert apart("tpot_s", Value(0.1), Value(0.2)) == "not told apart"
 
 
@@ -130,6 +133,31 @@ def test_a_paired_comparison_may_see_more_than_two_intervals():
     figures = {"a": value(0.1, 0.1), "b": value(0.15, 0.1)}
     assert leader("kl", figures).near == ("b",)
     assert leader("kl", figures, pair=lambda one, other: "better").near == ()
+
+
+def test_the_smallest_of_several_figures_has_an_interval_that_holds_the_smallest_truth():
+    """Three equal ratios: the smallest is too low by selection, and its own interval misses the truth too often."""
+    rng = np.random.default_rng(4)
+    own = held = 0
+    for _ in range(1500):
+        ratios = [paired_ratio([1.0] * 12, np.exp(rng.normal(0, 0.05, 12)).tolist()) for _ in range(3)]
+        smallest, found = min(ratios, key=lambda one: one.value), least(ratios)
+        own += smallest.lo <= 1 <= smallest.hi
+        held += found.lo <= 1 <= found.hi
+        assert found.value == smallest.value and found.lo <= found.value <= found.hi
+    assert own < 0.945 * 1500
+    assert held >= 0.95 * 1500
+    assert least(ratios[:1]) == ratios[0]
+    assert least([ratios[0], Value(1.1, 1.0, 1.2, 2, kind="range")]).kind == "range"
+    assert least([ratios[0], Value(1.1)]).lo is None
+    with pytest.raises(ValueError, match="no value"):
+        least([Value(None)])
+
+
+def test_the_smallest_figure_is_judged_with_all_others_it_was_chosen_from():
+    clear, near = value(1.05, 0.04), value(1.06, 0.08)
+    assert outcome("to_library", clear, 1.0, None, processes=9) == "met"
+    assert outcome("to_library", least([clear, near]), 1.0, None, processes=9) == "no verdict"
 
 
 def test_the_front_holds_rows_that_are_shown_to_be_undominated():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2obench.errors import UsageError
-from d2obench.gate.facts import Facts, facts_of, judge_facts, judge_status
+from d2obench.gate.compare import Facts, facts_of, judge_facts, judge_status
 from d2obench.gate.rules import (
     judge_bounded,
     judge_exact,

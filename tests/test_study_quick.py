@@ -73,6 +73,7 @@ def test_true_sentences_are_true_under_every_load(tmp_path: Path) -> None:
         (Claim("worse", CELL, "speedup", most=1.0, lo=0.8, hi=0.95), "on the other side"),
         (Claim("better", CELL, "speedup", 1.0, lo=2.9, hi=4.5), "right side, figure far off"),
         (Claim("best", CELL, "speedup", others=(OTHER,)), "another is better"),
+        (Claim("undominated", CELL, "speedup", others=(OTHER,)), "another of few bytes is better"),
         (Claim("met", CELL, "speedup", 1.4, lo=1.1, hi=1.6), "outside its target"),
         (Claim("missed", CELL, "speedup", 1.1, lo=1.0, hi=1.3), "inside its target"),
     ],
@@ -91,6 +92,7 @@ def test_what_the_truth_does_not_exclude_is_not_called_false() -> None:
     truth = {(CELL, "speedup"): Value(1.0, 0.98, 1.02, 20, kind="interval"), (OTHER, "speedup"): Value(1.1)}
     assert not excluded(Claim("better", CELL, "speedup", 1.0, lo=1.01, hi=1.03), truth)
     assert not excluded(Claim("best", CELL, "speedup", others=(OTHER, "unknown")), truth)
+    assert not excluded(Claim("undominated", CELL, "speedup"), truth)
     assert not excluded(Claim("better", "unknown", "speedup", 1.0, lo=5, hi=6), truth)
     assert not excluded(Claim("met", CELL, "speedup", 0.9, 1.1, lo=0.9, hi=1.1), truth)
 

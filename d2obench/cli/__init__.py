@@ -1,7 +1,7 @@
-"""The command line: its contents page, and the one place where errors end.
+"""The command line: the table of its commands, and the one place where errors end.
 
-Each command is one file of this package with a ``command`` function or, where it has subcommands, an ``app``; it is
-imported when it is asked for. Heavy packages are imported inside the functions, never at a file's head.
+A command is imported only when it is asked for, and packages that take long to import are imported inside functions,
+so that help appears at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -17,42 +17,65 @@ from typer.core import TyperGroup
 from d2obench import __version__
 from d2obench.errors import D2OBenchError
 
+MEASURE, READ, GUARD, PREPARE = "Measure", "Read results", "Guard against regressions", "Prepare"
+
+
+class Entry(NamedTuple):
+    """Where a command is defined, and what the help of ``d2obench`` says about it.
+
+    Args:
+        where: ``module:name`` in this package; the name is a function, or a Typer application with subcommands.
+        panel: the heading under which it is listed.
+        about: one sentence.
+    """
+
+    where: str
+    panel: str
+    about: str
+
+
 COMMANDS = {
-    "run": "Run a suite.",
-    "merge": "Make one run of shards.",
-    "report": "Render a finished or partial run again.",
-    "compare": "Put two runs side by side.",
-    "gate": "Fail on a regression.",
-    "profile": "Show where a cell's time and memory go.",
-    "doctor": "Tell whether this machine is fit to measure.",
-    "list": "List suites, policies, tasks, metrics or models.",
-    "models": "Bring models to the local cache.",
-    "bridges": "Make environments for libraries that can't share ours.",
-    "baseline": "Rewrite a committed baseline on purpose.",
+    "run": Entry("run:run", MEASURE, "Run a suite: compare KV-cache policies in speed, memory and quality."),
+    "merge": Entry("run:merge", MEASURE, "Make one run of several shards."),
+    "profile": Entry("profile:profile", MEASURE, "Show where the time and memory of a cell go."),
+    "report": Entry("report:app", READ, "Render a finished or partial run again, or publish it."),
+    "compare": Entry("gate:compare", READ, "Show two runs side by side."),
+    "list": Entry("listing:list_", READ, "List suites, policies, tasks, metrics, models, formats or plugins."),
+    "gate": Entry("gate:gate", GUARD, "Fail if something became slower, larger or worse."),
+    "baseline": Entry("gate:baseline", GUARD, "Rewrite a committed baseline on purpose."),
+    "doctor": Entry("doctor:doctor", PREPARE, "Tell whether this machine is fit to measure."),
+    "models": Entry("fetch:models", PREPARE, "Fetch models ahead of a run."),
+    "bridges": Entry("fetch:bridges", PREPARE, "Make environments for libraries that can't share this one."),
 }
 
 
 class Contents(TyperGroup):
-    """Commands by name, each imported from its own file on demand."""
+    """The commands by name; each is imported from its module when it is asked for."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"d2obench.cli.{cmd_name}")
-        if hasattr(module, "app"):
-            found = typer.main.get_command(module.app)
-        else:
-            single = typer.Typer(add_completion=False)
-            single.command(cmd_name)(module.command)
-            found = typer.main.get_command(single)
-        found.name, found.short_help = cmd_name, COMMANDS[cmd_name]
+        entry = COMMANDS[cmd_name]
+        module, _, name = entry.where.partition(":")
+        app_ = getattr(importlib.import_module(f"d2obench.cli.{module}"), name)
+        if not isinstance(app_, typer.Typer):
+            function, app_ = app_, typer.Typer(add_completion=False)
+            app_.command(cmd_name)(function)
+        found: Any = typer.main.get_command(app_)
+        found.name, found.short_help, found.rich_help_panel = cmd_name, entry.about, entry.panel
         return found
 
 
-app = typer.Typer(cls=Contents, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    cls=Contents,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog="Begin with d2obench run quick. The help of a command explains each of its options: d2obench run --help.",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -64,14 +87,18 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What D2O, or another KV-cache policy, buys on your model and hardware, and what it costs in quality."""
+    """Measure what D2O, or another KV-cache policy, gains on your model and hardware, and what it costs in quality.
+
+    Example: d2obench run quick
+    """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 1 a regression, 2 a wrong input or a run that can't go on, 130 stopped."""
+    """Runs the command line and exits with 0; 1, a regression; 2, a wrong input or a run that can't go on; or 130,
+    stopped by the user."""
     sys.exit(_run(args))
 
 
@@ -83,11 +110,11 @@ def _run(args: list[str] | None) -> int:
         return _say(str(problem), problem.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _say("stopped", 130)
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the program that reads our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as problem:
-        if hasattr(problem, "format_message"):  # the parser's own: an unknown option, a missing argument
+        if hasattr(problem, "format_message"):  # an error of the parser, such as an unknown option
             return _say(f"{problem.format_message()} See d2obench --help.", 2)
         if os.environ.get("D2OBENCH_TRACEBACK"):
             raise
@@ -96,7 +123,7 @@ def _run(args: list[str] | None) -> int:
 
 
 def _say(words: str, code: int) -> int:
-    """One line to stderr; line breaks and control characters of quoted input are made visible."""
+    """Prints one line to stderr; line breaks and control characters of quoted input are made visible."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in words)
     print(f"d2obench: {line}", file=sys.stderr)
     return code

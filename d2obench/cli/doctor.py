@@ -1,4 +1,4 @@
-"""``d2obench doctor``: is this machine fit to measure, and how small a change can it tell from noise?"""
+"""``d2obench doctor``: whether this machine is fit to measure, and how small a change it can tell from noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from d2obench.measure.checkup import Noise
-    from d2obench.study.trials import Study
+    from d2obench.study.gate import Study
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "bad": "[red]✗[/]"}
 
@@ -21,41 +21,65 @@ Seconds = Annotated[
     float,
     typer.Option(
         min=0.0,
-        help="Seconds for which one loop is measured against itself, to find the noise; 0 leaves it out.",
+        help="Measure the noise for so many seconds, by comparing a loop with itself; 0 leaves it out: --seconds 20.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="The device to look at: auto, cpu, cuda or cuda:1. auto is the first GPU.")]
+Device = Annotated[
+    str, typer.Option(help="Look at this device: auto, cpu, cuda or cuda:1. auto is the first GPU, if there is one.")
+]
 StudyGate = Annotated[
     bool,
-    typer.Option("--study", help="Try the gate's rule for timed figures on this machine; this takes some 20 minutes."),
+    typer.Option(
+        "--study",
+        help="Study how often the gate's rule for timed figures is right on this machine, in about 20 minutes. By "
+        "default, no study is made.",
+    ),
 ]
 Gates = Annotated[
-    int, typer.Option(min=1, help="With --study: gates tried for a head that is 0, 10 and 20 % slower, each.")
+    int, typer.Option(min=1, help="With --study, try so many gates for each head: 0, 10 and 20 % slower: --gates 5.")
 ]
-Load = Annotated[bool, typer.Option("--load", help="With --study: keep one core busy with other work meanwhile.")]
+Load = Annotated[
+    bool,
+    typer.Option(
+        "--load", help="With --study, keep one core busy with other work. By default, nothing else is started."
+    ),
+]
 Coverage = Annotated[
     bool,
-    typer.Option("--coverage", help="Simulate how often a report's intervals hold the truth; this takes a minute."),
+    typer.Option(
+        "--coverage",
+        help="Simulate how often the intervals of a report contain the true value, in about a minute. By default, "
+        "nothing is simulated.",
+    ),
 ]
 StudyQuick = Annotated[
     bool,
     typer.Option(
         "--study-quick",
-        help="Run a short quick many times, quiet and under load, and count its false sentences; needs --output.",
+        help="Run a short version of the suite quick many times, quiet and under load, and count the false sentences "
+        "of its reports; this needs --output. By default, no study is made.",
     ),
 ]
 Runs = Annotated[
     int,
-    typer.Option(min=4, help="With --study-quick: runs that are judged. Half as many undisturbed ones are added."),
+    typer.Option(
+        min=4, help="With --study-quick, judge so many runs: --runs 8. Half as many undisturbed runs are added."
+    ),
 ]
-Minutes = Annotated[float, typer.Option(min=0.0, help="With --study-quick: no run is begun after so many minutes.")]
+Minutes = Annotated[
+    float, typer.Option(min=0.0, help="With --study-quick, begin no run after so many minutes: --minutes 60.")
+]
 Output = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="With a study: a folder for what was found. Default: none is written."),
+    typer.Option(
+        metavar="FOLDER",
+        help="With --study, --coverage or --study-quick, write the results to this folder. By default, they are only "
+        "printed.",
+    ),
 ]
 
 
-def command(
+def doctor(
     seconds: Seconds = 60.0,
     device: Device = "auto",
     study: StudyGate = False,
@@ -67,7 +91,7 @@ def command(
     minutes: Minutes = 60.0,
     output: Output = None,
 ) -> None:
-    """Tell whether this machine is fit to measure: what is here, what is missing and what to type, and the noise.
+    """Tell whether this machine is fit to measure: what is missing, what to type, and how small a change can be seen.
 
     Example: d2obench doctor --seconds 20
     """
@@ -138,7 +162,7 @@ def _show_noise(console: Console, noise: Noise) -> None:
 
 
 def _show_study(console: Console, gates: int, output: Path | None, *, load: bool) -> None:
-    """Runs the study of the gate and prints what came out; files in ``output`` are kept up to date after every gate."""
+    """Runs the study of the gate and prints its outcomes; the files in ``output`` are updated after every gate."""
     from d2obench.study.gate import CHANGES, study, write_study
 
     def keep(found: Study) -> None:
@@ -156,7 +180,7 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
 
 
 def _show_study_quick(console: Console, runs: int, minutes: float, output: Path | None) -> None:
-    """Runs the study of the first command and prints its table; a folder that has runs already is gone on with."""
+    """Runs the study of the first command and prints its table. Runs that ``output`` already holds are not repeated."""
     from d2obench.errors import UsageError
     from d2obench.study.quick import markdown, study
 
@@ -171,7 +195,7 @@ def _show_study_quick(console: Console, runs: int, minutes: float, output: Path 
 
 
 def _show_coverage(console: Console, output: Path | None) -> None:
-    """Simulates and prints the least coverage of each kind of figure; with ``output`` the whole table is kept."""
+    """Simulates coverage and prints the lowest of each kind of figure; ``output`` receives the whole table."""
     from d2obench.study.coverage import bootstrap, least, study, write
 
     rows = study()

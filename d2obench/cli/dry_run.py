@@ -1,4 +1,4 @@
-"""The table of ``d2obench run --dry-run``: every cell with its predicted memory and time, printed as it is planned."""
+"""The table of ``d2obench run --dry-run``: every cell with its predicted memory and time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Total:
-    """What all cells together take."""
+    """Time and memory of all cells together."""
 
     seconds: float = 0.0
     memory: float = 0.0
     unknown: int = 0
-    """Cells whose time can't be told."""
+    """Number of cells whose time can't be predicted."""
     cut: bool = False
-    """Whether ``timing.max_seconds`` ends a group before its rounds are over."""
+    """Whether ``timing.max_seconds`` ends a group before all of its rounds are measured."""
 
 
 def show_plan(plan: Plan, rates: Callable[[str, str], Device] | None = None) -> None:
-    """Prints the cells, one line each as soon as it is known, then the total and what it rests on.
+    """Prints each cell as soon as it is predicted, then the total and the rates that the prediction is based on.
 
     Args:
-        plan: what would run.
-        rates: of a device and a dtype; found in this process where it is left out.
+        plan: the cells that would run.
+        rates: returns the rates of a device for a dtype; by default they are measured in this process.
     """
     from d2obench.run.plan import group
     from d2obench.run.predict import rates_here
@@ -74,7 +74,7 @@ def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Tot
 
 
 def _explain(plan: Plan, total: Total, rates: dict[tuple[str, str], Device]) -> None:
-    """What the figures rest on."""
+    """Prints the rates that the prediction is based on, and what it leaves out."""
     print("Memory and time are rough: they come from the model's dimensions and from these rates:")
     for (device, dtype), rate in rates.items():
         flops = f"{rate.flops / 1e9:,.0f} GFLOP/s"

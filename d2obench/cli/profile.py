@@ -1,4 +1,4 @@
-"""``d2obench profile SUITE``: where a cell's time and memory go, policy beside policy."""
+"""``d2obench profile SUITE``: where the time and memory of a cell go, with policies side by side."""
 
 from __future__ import annotations
 
@@ -24,30 +24,43 @@ CellName = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART",
-        help="Part of a cell's id, where * stands for anything: --cell 'd2o*b4'. Can be given several times. "
-        "Default: the first cells that are timed together.",
+        help="Profile the cells whose id contains this, where * stands for anything: --cell 'd2o*b4'. The option can "
+        "be repeated. By default, the first cells that are timed together are profiled.",
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Decode steps to profile, after two that warm up: --steps 8.")]
-Top = Annotated[int, typer.Option(min=1, help="Operators to list for each phase, the costliest first: --top 20.")]
+Steps = Annotated[int, typer.Option(min=1, help="Profile so many decode steps, after two that warm up: --steps 8.")]
+Top = Annotated[int, typer.Option(min=1, help="List so many operators of each phase, the costliest first: --top 20.")]
 Stacks = Annotated[
-    bool, typer.Option("--stacks", help="Write the stacks of a flame graph too; this slows the profile down.")
+    bool,
+    typer.Option(
+        "--stacks",
+        help="Write the stacks of a flame graph as well, which slows profiling. By default, none are written.",
+    ),
 ]
 Snapshot = Annotated[
-    bool, typer.Option("--snapshot", help="Write CUDA's memory history too, for pytorch.org/memory_viz.")
+    bool,
+    typer.Option(
+        "--snapshot",
+        help="Write CUDA's memory history as well, for pytorch.org/memory_viz. By default, it is not recorded.",
+    ),
 ]
 Nvtx = Annotated[
-    bool, typer.Option("--nvtx", help="Send the ranges to Nsight Systems (nsys) instead of profiling here.")
+    bool,
+    typer.Option(
+        "--nvtx",
+        help="Send the named ranges to Nsight Systems (nsys). By default, PyTorch's profiler records them.",
+    ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", help="The folder for traces and figures. Default: d2obench-runs/<time>-profile-<suite>."
+        metavar="FOLDER",
+        help="Write traces and figures to this folder. By default, it is d2obench-runs/TIME-profile-SUITE.",
     ),
 ]
 
 
-def command(
+def profile(
     suite: options.SuiteName,
     cell: CellName = None,
     policy: options.Policy = None,
@@ -66,7 +79,7 @@ def command(
     nvtx: Nvtx = False,
     out: Out = None,
 ) -> None:
-    """Show where the time and memory of chosen cells go, and write a trace for Perfetto.
+    """Show where the time and memory of a cell go, with policies side by side, and write a trace for Perfetto.
 
     Example: d2obench profile quick --policy full,d2o --shape 768+32
     """
@@ -83,7 +96,7 @@ def command(
 
 
 def _picked(suite: str, given: Mapping[str, str], wanted: Sequence[str]) -> tuple[str, str, list[Cell]]:
-    """The suite's name, whose kernels run its models, and the cells to profile."""
+    """The name of the suite, the choice of ``--kernels``, and the cells to profile."""
     from d2obench.run.check import check_one, check_suite
     from d2obench.run.plan import cells
     from d2obench.suite.definition import load_suite
@@ -105,7 +118,7 @@ def _profile_all(
     stacks: bool,
     snapshot: bool,
 ) -> None:
-    """Profiles the cells one after another, writes everything and prints the tables."""
+    """Profiles the cells one after another, writes their traces and figures, and prints the tables."""
     from rich.console import Console
 
     from d2obench.record import dump, write_atomic
@@ -124,7 +137,11 @@ def _profile_all(
 
 
 def pick(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
-    """Speed cells whose id holds one of ``wanted``, or the first group that is timed together where none is named."""
+    """The speed cells whose id contains one of ``wanted``; if it is empty, the first group that is timed together.
+
+    Raises:
+        UsageError: there is no such cell.
+    """
     from d2obench.run.plan import group
 
     timed = [cell for cell in cells if cell.timed and isinstance(cell.batch, int)]
@@ -139,7 +156,7 @@ def pick(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """Column headers: policy and budget, and whatever else differs between the cells."""
+    """The header of each cell's column: policy and budget, and every other axis that differs between the cells."""
     others = ("model", "dtype", "device", "shape", "batch", "seed")
     differing = [key for key in others if len({getattr(cell.axes, key) for cell in cells}) > 1]
     found = []
@@ -150,7 +167,7 @@ def labels(cells: Sequence[Cell]) -> list[str]:
 
 
 def tables(profiles: Mapping[str, Profile], top: int) -> list[Table]:
-    """For each phase: time by range, memory by range, time by operator; a column a cell."""
+    """Three tables for each phase, with a column for each cell: time by range, memory by range, time by operator."""
     found = []
     for phase in ("prefill", "compress", "decode"):
         each = " a step" if phase == "decode" else ""
@@ -166,7 +183,7 @@ def tables(profiles: Mapping[str, Profile], top: int) -> list[Table]:
 
 
 def counts_table(profiles: Mapping[str, Profile], top: int) -> Table:
-    """What one decode step does, counted: the same on every machine and every repeat; then its commonest operators."""
+    """Counts of what one decode step does, which are the same on every machine, and its most frequent operators."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -201,7 +218,7 @@ def _plain(profile: Profile) -> dict[str, Any]:
 def _table(
     title: str, costs: Mapping[str, Mapping[str, Cost]], measure: Callable[[Cost], float], top: int | None
 ) -> Table:
-    """Rows by the largest figure; fields show the figure and its share of the column."""
+    """A table with the largest figures first; each field shows the figure and its share of the column."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -264,7 +281,7 @@ def _to_nsys(cells: Sequence[Cell], steps: int, kernels: str) -> None:
 
 
 def _request(cell: Cell, steps: int, kernels: str) -> tuple[Any, Any, list[list[int]]]:
-    """What makes the cell's session, its model (the last one is kept), and its prompts."""
+    """A function that opens the cell's session, its model (the last one used stays loaded), and its prompts."""
     from d2obench.external import open_session
     from d2obench.models import load
     from d2obench.tasks.base import shape_of

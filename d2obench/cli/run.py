@@ -1,4 +1,4 @@
-"""``d2obench run SUITE``: plans a suite, runs it, and shows what came out."""
+"""``d2obench run`` plans a suite, runs it and shows what came out; ``d2obench merge`` makes one run of its shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2obench.cli import options
-from d2obench.cli.options import OUTPUT, REPEATS, WHERE
 from d2obench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,181 +22,8 @@ if TYPE_CHECKING:
     from d2obench.run.runner import Engine
     from d2obench.suite.definition import Suite
 
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KIND",
-        rich_help_panel=WHERE,
-        help="Spread the layers of a model over the GPUs of this machine: auto, balanced or sequential. "
-        "Default: none, one device holds the model.",
-    ),
-]
-TensorParallel = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        rich_help_panel=WHERE,
-        help="Split every layer's heads over N processes, one a device: --tensor-parallel 4. Default: 1.",
-    ),
-]
-Rounds = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        rich_help_panel=REPEATS,
-        help="Measure every timed cell in exactly this many rounds: --rounds 5. Default: the suite's, which may add "
-        "rounds until intervals are narrow.",
-    ),
-]
-Within = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME",
-        rich_help_panel=REPEATS,
-        help="Plan the run into this time: --within 90s, 10m or 2h. Rounds and items are cut first, then whole cells "
-        "are dropped; the rows say which. Default: the suite's; --within '' is as long as it takes.",
-    ),
-]
-Decode = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOW",
-        rich_help_panel=REPEATS,
-        help="full times every decode step, sampled times windows of a long generation and integrates, both checks "
-        "one by the other. Default: the suite's.",
-    ),
-]
-MemoryLimit = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        rich_help_panel=REPEATS,
-        help="Memory that batch max may fill, as a size or a share of the device: --memory-limit 24GiB. "
-        "Default: all of a GPU, or what is free of a CPU's memory.",
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        rich_help_panel=REPEATS,
-        help="Items of each quality task at most: --limit 20. Default: the suite's; 0 is all of them.",
-    ),
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="[TASK=]PATH",
-        rich_help_panel=REPEATS,
-        help="Your own data in place of a task's data set: --data gsm8k=test.jsonl; a path alone is a text for "
-        "fidelity: --data essay.txt. Can be given several times.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=0, rich_help_panel=REPEATS, help="CPU threads of a worker: --threads 4. Default: 0, which is all cores."
-    ),
-]
-Python = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH",
-        rich_help_panel=WHERE,
-        help="An interpreter of your own for the cells of kvpress. Default: the environment that d2obench bridges "
-        "install kvpress makes.",
-    ),
-]
-AllowBusy = Annotated[
-    bool,
-    typer.Option("--allow-busy", rich_help_panel=WHERE, help="Measure even where other processes use the GPU."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", rich_help_panel=OUTPUT, help="Show the cells with their predicted memory and time; run nothing."
-    ),
-]
-Resume = Annotated[
-    Path | None,
-    typer.Option(metavar="RUN", rich_help_panel=OUTPUT, help="Go on with a run that was stopped, given by its folder."),
-]
-EngineName = Annotated[
-    str,
-    typer.Option(
-        "--engine",
-        rich_help_panel=WHERE,
-        help="Where cells run: local is this machine, ray a Ray cluster, slurm writes an array script.",
-    ),
-]
-Address = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=WHERE,
-        help="With --engine ray: the address of a running cluster. Default: a cluster of its own on this machine.",
-    ),
-]
-RayCpus = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        rich_help_panel=WHERE,
-        help="With --engine ray: cores reserved with each GPU. Default: 0, an even share of the node's cores.",
-    ),
-]
-RayResource = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=WHERE,
-        help="With --engine ray: use only nodes that offer this resource: --ray-resource accelerator_type:H100. "
-        "Default: all nodes.",
-    ),
-]
-Shard = Annotated[
-    str,
-    typer.Option(
-        metavar="I/N",
-        rich_help_panel=WHERE,
-        help="Run every N-th group of cells, from the I-th on: --shard 2/8. d2obench merge joins the shards.",
-    ),
-]
-Shards = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        rich_help_panel=WHERE,
-        help="With --engine slurm: tasks of the array. Default: one for each group of cells, 8 at most.",
-    ),
-]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="OPTION",
-        rich_help_panel=WHERE,
-        help="With --engine slurm: an option for sbatch: --sbatch=--partition=gpu. Can be given several times.",
-    ),
-]
-Submit = Annotated[
-    bool,
-    typer.Option("--submit", rich_help_panel=WHERE, help="With --engine slurm: hand the script to sbatch as well."),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER", rich_help_panel=OUTPUT, help="The folder of the run. Default: d2obench-runs/<time>-<suite>."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT, help="Show no progress.")]
-NoProgress = Annotated[
-    bool,
-    typer.Option(
-        "--no-progress", rich_help_panel=OUTPUT, help="Write a plain line for each cell in place of the live display."
-    ),
-]
 
-
-def command(
+def run(
     suite: options.SuiteName = "",
     policy: options.Policy = None,
     budget: options.Budget = None,
@@ -208,36 +34,36 @@ def command(
     batch: options.Batch = None,
     task: options.Task = None,
     seed: options.Seed = None,
-    rounds: Rounds = None,
-    within: Within = None,
-    decode: Decode = None,
-    memory_limit: MemoryLimit = None,
-    limit: Limit = None,
-    data: Data = None,
-    threads: Threads = None,
+    rounds: options.Rounds = None,
+    within: options.Within = None,
+    decode: options.Decode = None,
+    memory_limit: options.MemoryLimit = None,
+    limit: options.Limit = None,
+    data: options.Data = None,
+    threads: options.Threads = None,
     set_: options.Set = None,
-    device_map: DeviceMap = None,
-    tensor_parallel: TensorParallel = None,
+    device_map: options.DeviceMap = None,
+    tensor_parallel: options.TensorParallel = None,
     kernels: options.Kernels = None,
-    python: Python = None,
-    allow_busy: AllowBusy = False,
-    engine: EngineName = "local",
-    address: Address = "",
-    ray_cpus: RayCpus = 0.0,
-    ray_resource: RayResource = "",
-    shard: Shard = "",
-    shards: Shards = None,
-    sbatch: Sbatch = None,
-    submit: Submit = False,
-    dry_run: DryRun = False,
-    resume: Resume = None,
-    out: Out = None,
-    quiet: Quiet = False,
-    no_progress: NoProgress = False,
+    python: options.Python = None,
+    allow_busy: options.AllowBusy = False,
+    engine: options.EngineName = "local",
+    address: options.Address = "",
+    ray_cpus: options.RayCpus = 0.0,
+    ray_resource: options.RayResource = "",
+    shard: options.Shard = "",
+    shards: options.Shards = None,
+    sbatch: options.Sbatch = None,
+    submit: options.Submit = False,
+    dry_run: options.DryRun = False,
+    resume: options.Resume = None,
+    out: options.Out = None,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
 ) -> None:
-    """Run a suite: compare KV-cache policies on speed, memory and quality.
+    """Run a suite: compare KV-cache policies in speed, memory and quality.
 
-    Every cell of the suite ends as a row of the run folder. The table is printed at the end, with the files written.
+    Every cell of the suite becomes a row of the results. At the end the table and the files written are printed.
 
     Example: d2obench run quick --policy full,d2o,h2o --budget 0.2
     """
@@ -291,6 +117,40 @@ def command(
     finish(folder, stopped)
 
 
+Shards = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN...",
+        help="Give the folders of the shards in any order; all of them have to be runs of the same suite.",
+    ),
+]
+Whole = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER", help="Write the whole run to this folder, which must not hold a run yet: --out whole."
+    ),
+]
+
+
+def merge(runs: Shards, out: Whole) -> None:
+    """Make one run of the shards that d2obench run --shard or --engine slurm left.
+
+    Cells that no shard has are missing in the result; d2obench run --resume measures them.
+
+    Example: d2obench merge sweep/shards/* --out sweep/run
+    """
+    from d2obench.record import read_run
+    from d2obench.run.run_folder import merge as join
+
+    for warning in join(runs, out):
+        tell(warning)
+    missing = read_run(out).missing
+    show_results(out)
+    if missing:
+        tell(f"{len(missing)} cells are missing, the first is {missing[0]}")
+        tell(f"run them here with: d2obench run --resume {out}")
+
+
 def check_engine(
     engine: str,
     ray: Mapping[str, object],
@@ -298,7 +158,7 @@ def check_engine(
     local: Mapping[str, object],
     not_slurm: Mapping[str, object],
 ) -> None:
-    """Refuses an option that the chosen engine would ignore."""
+    """Raises a UsageError for an option that the chosen engine would ignore."""
     if engine not in ("local", "ray", "slurm"):
         raise UsageError(f"unknown engine '{engine}'", remedy="use --engine local, ray or slurm")
     for name, given in (("ray", ray), ("slurm", slurm), ("local", local)):
@@ -313,13 +173,16 @@ def check_engine(
 def choose(
     suite: str, given: Mapping[str, str], resume: Path | None, *, starts_anew: bool = False
 ) -> tuple[Suite, Run | None]:
-    """The suite to run, and the run to go on with where one is named.
+    """The suite to run, and the earlier run that is continued, or None.
 
     Args:
         suite: as typed.
-        given: what was set on the command line.
-        resume: the folder of a run.
+        given: keys of the suite that were set on the command line.
+        resume: the folder of the run to continue.
         starts_anew: whether an option was given that only a new run can have.
+
+    Raises:
+        UsageError: no suite is named, or one is named although an earlier run is continued.
     """
     from d2obench.run.run_folder import suite_of
     from d2obench.suite.definition import load_suite, shipped
@@ -335,7 +198,7 @@ def choose(
 
 
 def part_of(plan: Plan, shard: str, earlier: Run | None) -> Plan:
-    """The cells of one shard, or those that an earlier part of the run had planned."""
+    """The part of a plan that is one shard, or that an earlier run had planned."""
     from d2obench.run.plan import parse_shard, part
     from d2obench.run.plan import shard as shard_of
 
@@ -345,7 +208,7 @@ def part_of(plan: Plan, shard: str, earlier: Run | None) -> Plan:
 
 
 def show_dry_run(suite: Suite, python: Path | None, shard: str, earlier: Run | None) -> None:
-    """Plans in this process and prints the cells; no worker is started for it."""
+    """Plans in this process, without starting a worker, and prints the cells."""
     from d2obench.cli.dry_run import show_plan
     from d2obench.run.check import plan_here
 
@@ -353,7 +216,7 @@ def show_dry_run(suite: Suite, python: Path | None, shard: str, earlier: Run | N
 
 
 def show_dry_run_of(plan: Plan, engine: Engine) -> None:
-    """Prints the cells with the rates of an engine's first device."""
+    """Prints the cells, predicted with the rates of an engine's first device."""
     from d2obench.cli.dry_run import show_plan
     from d2obench.run.predict import Device
 
@@ -366,8 +229,11 @@ def show_dry_run_of(plan: Plan, engine: Engine) -> None:
 def measure(
     plan: Plan, engine: Engine, earlier: Run | None, *, out: Path | None = None, quiet: bool = False, plain: bool = True
 ) -> tuple[Path, bool]:
-    """Runs a plan into a new folder, or goes on with an earlier run; the folder, and whether the user stopped it."""
-    from d2obench.report.display import display
+    """Runs a plan into a new folder, or continues an earlier run.
+
+    Returns: the folder, and whether the user stopped the run.
+    """
+    from d2obench.cli.display import display
     from d2obench.run.run_folder import new_folder
 
     folder = earlier.path if earlier else new_folder(plan.suite.name, out)
@@ -375,7 +241,7 @@ def measure(
 
 
 def execute(plan: Plan, folder: Path, engine: Engine, earlier: Run | None, shown: Display) -> bool:
-    """Runs all cells; true when the user stopped it."""
+    """Runs all cells. Returns whether the user stopped the run."""
     from d2obench.run.runner import run_suite
 
     shown.start([cell.id for cell in plan.cells])
@@ -391,7 +257,7 @@ def execute(plan: Plan, folder: Path, engine: Engine, earlier: Run | None, shown
 
 
 def finish(folder: Path, stopped: bool) -> None:
-    """Shows the results of a run that is over; says how to go on with one that was stopped, and ends with code 130."""
+    """Shows the results of a finished run. For a run that was stopped, says how to continue it and exits with 130."""
     if not stopped:
         show_results(folder)
         return
@@ -404,13 +270,15 @@ def finish(folder: Path, stopped: bool) -> None:
 
 
 def show_results(folder: Path) -> None:
-    """Writes the views of a run, prints its tables and says where everything is."""
+    """Writes the views of a run, prints its tables and names the files."""
     from rich.console import Console
 
-    from d2obench.report import print_tables, write_views
+    from d2obench.report import build, write_report
+    from d2obench.report.render.console import show_report
 
-    written = write_views(folder)
-    print_tables(folder, Console())
+    report = build([folder])
+    written = write_report(report, folder)
+    show_report(report, Console())
     for path in [folder / "run.json", folder / "cells.jsonl", *(path for path in written if path.parent == folder)]:
         typer.echo(str(path))
 
@@ -426,7 +294,7 @@ def slurm_array(
     submit: bool,
     allow_busy: bool,
 ) -> None:
-    """Writes the array script, prints it, submits it where asked, and says how to go on."""
+    """Writes the array script, prints it, submits it if asked, and says what to do next."""
     from d2obench.run import slurm
 
     array = slurm.write_array(suite, slurm.words_of(named, given, allow_busy=allow_busy), out, shards, sbatch)
@@ -438,10 +306,10 @@ def slurm_array(
 
 
 def recorded_command(words: list[str]) -> list[str]:
-    """The command line as it is recorded: how to run it again, without the paths of this machine."""
+    """The command line as it is recorded: it can be typed again, and folders of this machine are left out."""
     return ["d2obench", *(Path(word).name if word.startswith(("/", "~")) else word for word in words[1:])]
 
 
 def tell(words: str) -> None:
-    """A line to stderr."""
+    """Prints a line to stderr."""
     typer.echo(f"d2obench: {words}", err=True)

@@ -1,4 +1,1 @@
-"""Regression gates: base and head measured in turns, the rules that judge them, baselines, verdicts.
-
-Imported by ``report`` and ``cli``; imports ``run``.
-"""
+"""Regression gates: two revisions measured in turns, the rules that judge their figures, baselines, and verdicts."""

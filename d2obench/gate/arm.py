@@ -1,6 +1,6 @@
-"""One side of an A/B gate: a checkout, and a long-lived worker process that imports d2obench from it.
+"""One side of a gate: a checkout, and a worker process that imports d2obench from it.
 
-``both`` lets the two sides work at the same time where nothing is timed.
+:func:`both` lets the two sides work at the same time as long as nothing is timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2obench.tasks.base import Cell
 _PROBE = "import d2obench.run.worker as w, d2obench.cache, d2obench.policies, d2obench.models; print(w.__file__)"
 _PROBE_S = 300.0
 PATIENCE_S = 30.0
-"""How long threads may take to notice that their processes are gone."""
+"""Seconds that threads are given to notice that their processes have ended."""
 T = TypeVar("T")
 
 
@@ -38,9 +38,9 @@ class Arm:
     Args:
         name: ``base`` or ``head``.
         root: the checkout whose ``d2obench`` is run.
-        suite: resolved; gives timeouts, threads and warm-up.
-        python: the interpreter; each side may have its own environment.
-        command: what the worker process runs after ``python``.
+        suite: the resolved suite, for timeouts, threads and warm-up.
+        python: the interpreter; each side may have an environment of its own.
+        command: the arguments of ``python`` that start the worker.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class Arm:
         self._probe: subprocess.Popen[str] | None = None
         self._ended = False
         self.counts: dict[str, dict[str, float]] = {}
-        """What one decode step of each measured cell does, counted, by metric; by cell id."""
+        """Cell id → metric → count: what one decode step of each measured cell does."""
 
     def check(self) -> None:
-        """Imports this side's code in a process of its own.
+        """Imports this side's code in a separate process, to see that it works.
 
         Raises:
-            WorkerError: it can't be imported; its log goes to stderr first. Or another copy of d2obench is found.
+            WorkerError: the code can't be imported, in which case the log is printed to stderr, or the interpreter
+                would import another copy of d2obench.
         """
         code, said, log = self._imported()
         if code:
@@ -82,9 +83,10 @@ class Arm:
             )
 
     def surroundings(self, devices: Iterable[str]) -> dict[str, Any]:
-        """What must be equal on both sides: interpreter, libraries, and the machine behind each device.
+        """The facts that have to be equal on both sides: interpreter, libraries, and the machine of each device.
 
-        Only what this side's code can tell is in it. The attention is not: to change it is what a commit may do.
+        A revision reports only the facts that its own code knows. How attention is computed is left out, because that
+        is something that a commit may change.
         """
         hello = self.client.call("hello")
         found: dict[str, Any] = {key: hello[key] for key in ("python", "torch", "transformers") if key in hello}
@@ -95,7 +97,8 @@ class Arm:
         return found
 
     def count(self, cells: Iterable[Cell]) -> None:
-        """Counts a decode step of every cell not yet counted; what goes wrong is met again when it is measured."""
+        """Counts what a decode step does, for every cell not yet counted. It stops at the first failure: the same error
+        will occur, and be reported, when the cell is measured."""
         for cell in cells:
             if cell.id not in self.counts:
                 try:
@@ -104,9 +107,9 @@ class Arm:
                     return
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        """One round of a speed cell, warmed up first where this process has not seen the cell: a RequestTrace.
+        """Measures one round of a speed cell, after warming up if this process has not measured the cell before.
 
-        Under ``model`` the trace also holds what the worker says of the model.
+        Returns: the fields of a RequestTrace, and under ``model`` what the worker reports about the model.
         """
         request = self._request(cell)
         if self._warm.get(cell.id) != self.client.generation:
@@ -126,7 +129,8 @@ class Arm:
         }
 
     def _warm_up(self, request: dict[str, Any]) -> None:
-        """Until the steps settle; a base from before that was possible is given short requests, a fixed number."""
+        """Warms up until the times of steps settle. Old revisions can't do that; they get a fixed number of short
+        requests."""
         most = max(1, self._suite.timing.warmup)
         try:
             warm_up(self.client, request, self._suite.timing, most)
@@ -137,17 +141,18 @@ class Arm:
                 self.client.call("measure", {**request, "warm_up": True})
 
     def evaluate(self, cell: Cell) -> dict[str, Any]:
-        """A quality cell: ``values``, ``items``, ``details``, ``flags``."""
+        """Evaluates a quality cell. Returns its ``values``, ``items``, ``details`` and ``flags``."""
         quality = msgspec.to_builtins(self._suite.quality)
         return self.client.call("evaluate", {"cell": cell.sent(), "quality": quality})
 
     def restart(self) -> None:
-        """A fresh process, cold."""
+        """Replaces the worker by a fresh process, in which nothing is warmed up."""
         self.client.close()
         self.client.call("hello")
 
     def end(self) -> None:
-        """Ends its processes at once, from any thread; what waits for them fails. Nothing is started any more."""
+        """Ends this side's processes at once and prevents new ones; calls that wait for them fail. Any thread may call
+        it."""
         self._ended = True
         if self._probe is not None:
             self._probe.kill()
@@ -183,15 +188,17 @@ class Arm:
 
 
 def both(arms: Mapping[str, Arm], work: Callable[[Arm], T], *, at_once: bool = True) -> dict[str, T]:
-    """``work`` of every arm, by name. Counts and scores do not depend on what else runs; times do.
+    """Calls ``work`` for every arm and returns the results by the arm's name.
+
+    The arms work at the same time, so this is only for counts and scores: times would depend on the other arm.
 
     Args:
-        arms: by name.
-        work: uses that arm and nothing else.
-        at_once: False does one after the other, where the two would share one device's memory.
+        arms: the arms by name.
+        work: what to do with an arm; it must use nothing but that arm.
+        at_once: False lets the arms work one after the other, for example if they would share a device's memory.
 
     Raises:
-        Exception: the first arm's whose work failed. Ctrl-C ends the processes before it goes on.
+        Exception: what the first arm that failed raised. KeyboardInterrupt ends the processes before it is passed on.
     """
     if not at_once:
         return {name: work(arm) for name, arm in arms.items()}
@@ -213,7 +220,7 @@ def both(arms: Mapping[str, Arm], work: Callable[[Arm], T], *, at_once: bool = T
     except BaseException:
         until = time.monotonic() + PATIENCE_S
         while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
-            for arm in arms.values():  # again and again: one may be starting a process just now
+            for arm in arms.values():  # repeatedly, because an arm may be starting a process at this moment
                 arm.end()
             time.sleep(0.05)
         raise

@@ -1,7 +1,7 @@
-"""Committed baselines: ``reports/baselines/<suite>/<device class>.json``, small, sorted and reviewed in a diff.
+"""Committed baselines, ``reports/baselines/<suite>/<device class>.json``: sorted files that are reviewed as a diff.
 
-A baseline holds the facts of every cell (exact, bounded, ratio, sampled; nothing timed) and what they depend on: the
-suite's settings and the software and device class they were measured with. Only ``d2obench baseline update`` writes it.
+A baseline holds the facts of every cell, which are figures of every kind except timed ones, and what they depend on:
+the settings of the suite, the software and the class of the device. Only ``d2obench baseline update`` writes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import RecordError, UsageError
-from d2obench.gate.facts import Facts, judge_facts
+from d2obench.gate.compare import Facts, judge_facts
 from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
 from d2obench.record import RunInfo, finite, write_atomic
 from d2obench.suite.definition import Suite
@@ -23,15 +23,26 @@ from d2obench.suite.definition import Suite
 SCHEMA = 1
 FOLDER = Path("reports/baselines")
 SETTINGS = ("axes", "exclude", "timing", "worker", "quality")
-"""Tables of a suite that decide what is measured; its name, words and gate rules don't."""
+"""Tables of a suite that decide what is measured, unlike its name, its description and the rules of its gate."""
 COMPARED = ("device", "torch", "transformers", "attention", "driver")
-"""Facts of the environment that make a stored figure incomparable when they differ."""
+"""Facts of the environment that make stored figures incomparable if they differ."""
 PROCESSOR = ("cpu", "threads")
-"""Facts that move only what depends on the order of float additions or on the balance of compute and bandwidth."""
+"""Facts that affect only greedy tokens, through the order in which floats are added, and ratios of times."""
 
 
 class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file: ``settings`` of the suite, ``environment`` as :func:`compared` gives it, facts by cell id."""
+    """The content of the file.
+
+    Args:
+        suite: the suite's name.
+        settings: its tables that decide what is measured.
+        device_class: of the machine, see :func:`device_class`.
+        environment: the facts that :func:`compared` selects.
+        commit: of the code that was measured.
+        reason: why the baseline was written.
+        cells: facts by cell id.
+        schema: of the file.
+    """
 
     suite: str
     settings: dict[str, Any]
@@ -44,10 +55,10 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def baseline_of(info: RunInfo, facts: Mapping[str, Facts], reason: str) -> Baseline:
-    """The baseline that a run makes.
+    """The baseline that a run gives.
 
     Raises:
-        UsageError: there is no reason, or a cell failed or was not exact: that must not become the measure of others.
+        UsageError: there is no reason, a cell failed or is missing, or an exact figure differed between repeats.
     """
     if not reason.strip():
         raise UsageError("a baseline needs a reason", remedy='say why it changes: --reason "fewer operators in decode"')
@@ -70,12 +81,12 @@ def baseline_of(info: RunInfo, facts: Mapping[str, Facts], reason: str) -> Basel
 
 
 def path_of(suite: str, device: str, folder: Path = FOLDER) -> Path:
-    """Where the baseline of a suite and device class lives."""
+    """The file of the baseline of a suite and a device class."""
     return folder / _slug(suite) / f"{_slug(device)}.json"
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Writes sorted, indented JSON that ends in a line break."""
+    """Writes a baseline as sorted, indented JSON."""
     table = _short(finite(msgspec.to_builtins(baseline)))
     text = json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomic(path, text.encode() + b"\n")
@@ -85,7 +96,7 @@ def read_baseline(path: Path) -> Baseline:
     """Reads a baseline.
 
     Raises:
-        RecordError: it is missing, damaged or of a later schema.
+        RecordError: the file is missing, is damaged, or has a later schema.
     """
     remedy = 'write one with d2obench baseline update --suite SUITE --reason "first baseline"'
     try:
@@ -111,7 +122,17 @@ def judge_run(
     tolerance: Mapping[str, float],
     kinds: Collection[str] = KINDS,
 ) -> Verdicts:
-    """A run against a baseline: first whether they can be compared at all, then every figure of every cell."""
+    """Judges a run by a baseline.
+
+    Args:
+        info: of the run.
+        facts: of the run, by cell id.
+        baseline: the baseline.
+        source: where the baseline comes from, for the reader.
+        tolerance: the suite's tolerances by metric.
+        kinds: of figures to judge.
+    """
+    # 1. whether the two can be compared: the same settings and the same environment
     title = f"gate {info.name}"
     device = device_class(info.environment)
     update = f'd2obench baseline update --suite {info.name} --reason "…"'
@@ -132,6 +153,7 @@ def judge_run(
     head = _commit(info.environment) or info.started
     if rows:
         return gather(title, base, head, rows, commands=[update])
+    # 2. every figure of every cell; on another processor, what depends on it is left out
     cells = dict.fromkeys([*baseline.cells, *facts])
     rows = [row for cell in cells for row in judge_facts(cell, baseline.cells.get(cell), facts.get(cell), tolerance)]
     rows = of_kinds(rows, kinds)
@@ -139,6 +161,7 @@ def judge_run(
     if other:
         rows = [row for row in rows if row.metric != "tokens_digest" and row.kind != "ratio"]
         notes.append(f"greedy tokens and ratios were not compared, as the processor differs: {', '.join(other)}")
+    # 3. notes, and the command that writes the baseline anew if anything changed
     found = gather(title, base, head, rows)
     notes += [f"the baseline was set because: {baseline.reason}"]
     better = found.of(Verdict.IMPROVED)
@@ -149,7 +172,7 @@ def judge_run(
 
 
 def differences(base: Any, head: Any, path: str = "") -> list[str]:
-    """``axes.model: ["a"] → ["b"]`` for every leaf that differs between two tables, in order of the keys."""
+    """A line such as ``axes.model: ["a"] → ["b"]`` for every value that differs between two nested tables."""
     if isinstance(base, Mapping) and isinstance(head, Mapping):
         keys: Iterable[str] = sorted({*base, *head})
         return [line for key in keys for line in differences(base.get(key), head.get(key), f"{path}.{key}".lstrip("."))]
@@ -163,7 +186,8 @@ def settings_of(suite: Suite) -> dict[str, Any]:
 
 
 def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored settings with the defaults of keys that came later; as they are where this version can't read them."""
+    """Stored settings, completed with the defaults of keys that were added later. Settings that this version can't read
+    are returned as they are."""
     stored = {key: table[key] for key in SETTINGS if table.get(key) is not None}
     try:
         return settings_of(msgspec.convert({"name": "", "about": "", **stored}, Suite))
@@ -172,9 +196,9 @@ def _filled(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compared(environment: Mapping[str, Any]) -> dict[str, str]:
-    """What stored figures depend on beside the suite.
+    """The facts of the environment that stored figures depend on.
 
-    On a CPU the builds of one torch version (``+cpu``, ``+cu130``) compute alike.
+    On a CPU, all builds of one torch version (``+cpu``, ``+cu130``) count as equal, because they compute the same.
     """
     found = {key: str(environment[key]) for key in (*COMPARED, *PROCESSOR) if environment.get(key) is not None}
     if found.get("device") == "cpu" and "torch" in found:
@@ -183,19 +207,19 @@ def compared(environment: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_class(environment: Mapping[str, Any]) -> str:
-    """``nvidia-h200`` or ``cpu-x86_64``: machines whose bytes are alike."""
+    """The class of a machine, such as ``nvidia-h200`` or ``cpu-x86_64``. Byte counts are equal within a class."""
     gpu = environment.get("gpu")
     return _slug(str(gpu)) if gpu else f"cpu-{_slug(str(environment.get('machine') or 'unknown'))}"
 
 
 def _commit(environment: Mapping[str, Any]) -> str:
-    """``805772cd87e9``, with ``+dirty`` where files differed from it; empty where it is not known."""
+    """The commit, such as ``805772cd87e9``, with ``+dirty`` if files differed from it; empty if it is unknown."""
     commit = str(environment.get("commit") or "")[:12]
     return f"{commit}+dirty" if commit and environment.get("dirty") else commit
 
 
 def _short(value: Any) -> Any:
-    """Floats with ten digits, which is closer than any rule looks, all through dicts and lists."""
+    """Rounds all floats in nested dictionaries and lists to ten digits, which is finer than any rule distinguishes."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,13 +1,13 @@
-"""``d2obench gate --suite … --base REV --head REV``: two checkouts measured against each other in one sitting.
+"""``d2obench gate --suite … --base REV --head REV``: two revisions measured in turns, on the same machine.
 
     base, head ──► worktrees ──► one worker each ──► counts and quality cells once, both sides at the same time
                                                  ├─► speed cells in ABBA rounds (8 → 16 → 32), one side at a time
                                                  └─► a timed REGRESSED is measured once more by fresh processes
 
-The base is measured again rather than remembered, so timed figures are comparable, and nothing about the machine has
-to be stored. A regression must be found twice: if the second sitting does not say REGRESSED, it is INCONCLUSIVE.
-Where no timed figure is asked for, two rounds tell whether the exact ones are.
-Whatever happens, no worker and no worktree is left.
+The base is measured again instead of being remembered. Timed figures are therefore comparable, and nothing about the
+machine has to be stored. A timed regression has to be found twice: if the second sitting does not find it again, the
+figure is INCONCLUSIVE. If no timed figure is asked for, two rounds show whether the exact figures really are exact. No
+worker and no worktree remains, however the gate ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 from d2obench.errors import D2OBenchError, OutOfMemory, SuiteError, WorkerError
 from d2obench.gate.arm import Arm, both
 from d2obench.gate.baseline import differences, settings_of
-from d2obench.gate.facts import Facts, facts_of, judge_facts, judge_status
+from d2obench.gate.compare import Facts, facts_of, judge_facts, judge_status
 from d2obench.gate.rounds import JUDGED_RATIOS, Failure, Rounds, measure_group
 from d2obench.gate.rules import confirm
 from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
@@ -39,11 +39,11 @@ from d2obench.tasks.base import Cell
 Watch = Callable[[str], None]
 WORK_TREE = "work tree"
 SPEED_KINDS, QUALITY_KINDS = {"exact", "bounded", "timed", "ratio"}, {"exact", "sampled"}
-"""What the figures of speed cells and of quality cells can be."""
+"""The kinds of figures that speed cells and quality cells have."""
 
 
 class Side(NamedTuple):
-    """What one side runs: ``revision`` (None: the work tree as it is) and the interpreter of its environment."""
+    """What one side runs: a revision, or the work tree as it is if ``revision`` is None, and the interpreter."""
 
     revision: str | None
     python: str = sys.executable
@@ -59,26 +59,29 @@ def gate(
     watch: Watch,
     kinds: Collection[str] = KINDS,
 ) -> Verdicts:
-    """Compares two revisions of the repository around ``folder``.
+    """Compares two revisions of the repository that contains ``folder``.
 
     Args:
-        suite_name: a suite of both checkouts, or a path to a file that both sides run.
-        overrides: as for ``d2obench run``.
-        base: its revision; None means the merge base of the trunk and HEAD.
-        head: its revision; None means the work tree.
-        watch: is told what goes on.
-        kinds: of figures to compare; what only others need is not measured.
+        suite_name: a suite that both revisions have, or the path of a file that both sides run.
+        overrides: keys of the suite that were set on the command line.
+        base: without a revision, it is the merge base of HEAD and the trunk.
+        head: without a revision, it is the work tree.
+        folder: any folder of the repository.
+        watch: receives a line on what is going on.
+        kinds: of figures to compare; what only figures of other kinds need is not measured.
 
     Raises:
-        UsageError: no repository or revision, or nothing to compare.
-        WorkerError: a side that does not build; its log is on stderr.
+        UsageError: there is no repository or no such revision, or nothing can be compared.
+        WorkerError: the code of a side can't be imported; its log is on stderr.
     """
+    # 1. the commits of both sides; a side without a commit is the work tree
     repository = Repository(folder)
     commits = {"base": repository.commit(base.revision) if base.revision else repository.merge_base()}
     if head.revision:
         commits["head"] = repository.commit(head.revision)
     names = {side: commits[side][:12] if side in commits else WORK_TREE for side in ("base", "head")}
     with terminable(), ExitStack() as stack:
+        # 2. checkouts, and the suite as each of them has it
         watch("checking out")
         places = {"head": repository.root, **stack.enter_context(worktrees(repository, commits))}
         suites = {side: asked(suite_in(place, suite_name, overrides), kinds) for side, place in places.items()}
@@ -87,6 +90,7 @@ def gate(
         if apart:
             row = Row("*", "suite", Verdict.INCOMPARABLE, "exact", reason=f"the suites differ: {', '.join(apart)}")
             return gather(title, names["base"], names["head"], [row])
+        # 3. a worker for each side, and the comparison
         pythons = {"base": base.python, "head": head.python}
         arms = {
             side: stack.enter_context(Arm(side, places[side], suites["head"], pythons[side]))
@@ -99,10 +103,10 @@ def gate(
 
 
 def suite_in(place: Path, name: str, overrides: Mapping[str, str]) -> Suite:
-    """The suite as a checkout has it; a path outside the checkout is the same for both sides.
+    """The suite as a checkout has it. An absolute path is the same file for both sides.
 
     Raises:
-        SuiteError: that checkout has no such suite, or one this version can't read.
+        SuiteError: the checkout has no such suite, or this version can't read it.
     """
     if name.endswith(".toml") and Path(name).is_absolute():
         return load_suite(name, overrides)
@@ -115,7 +119,7 @@ def suite_in(place: Path, name: str, overrides: Mapping[str, str]) -> Suite:
 
 
 def asked(suite: Suite, kinds: Collection[str]) -> Suite:
-    """The suite with the timed figures of these kinds only."""
+    """The suite with only those timed figures that are of these kinds. If none is left, two rounds are measured."""
     metrics = tuple(name for name in suite.gate.metrics if name not in METRICS or METRICS[name].kind in kinds)
     gate_ = msgspec.structs.replace(suite.gate, metrics=metrics, looks=suite.gate.looks if metrics else (2,))
     return msgspec.structs.replace(suite, gate=gate_)
@@ -124,7 +128,8 @@ def asked(suite: Suite, kinds: Collection[str]) -> Suite:
 def compare_arms(
     arms: Mapping[str, Arm], suite: Suite, watch: Watch, kinds: Collection[str] = KINDS
 ) -> tuple[list[Row], list[str]]:
-    """Every row of two sides that are set up, of these kinds, and notes for the reader."""
+    """Compares two sides. Returns every row of these kinds, and notes for the reader."""
+    # 1. both sides can be imported and run in equal surroundings
     watch("starting both sides")
     both(arms, Arm.check)
     facts = both(arms, lambda arm: arm.surroundings(suite.axes.device))
@@ -134,6 +139,7 @@ def compare_arms(
     if apart:
         reason = f"other surroundings: {', '.join(apart)}"
         return [Row("*", "environment", Verdict.INCOMPARABLE, "exact", reason=reason)], []
+    # 2. the cells, group by group: counts, then interleaved rounds, then a second sitting for regressions
     check_one(suite, "d2obench gate")
     checked = check(suite, arms["head"].client)
     suite = checked.suite
@@ -178,7 +184,7 @@ def _quality(arms: Mapping[str, Arm], cell: Cell, suite: Suite, at_once: bool) -
 
 
 def _facts_rows(arms: Mapping[str, Arm], rounds: Rounds, cell: Cell, suite: Suite) -> list[Row]:
-    """Exact and bounded figures of a speed cell. Ratios are judged with the timed ones, paired across the arms."""
+    """The rows of a speed cell's exact and bounded figures. Its ratios are judged with the timed figures, in pairs."""
     from d2obench.measure.samples import RequestTrace
     from d2obench.measure.summarise import Machine, summarise
 
@@ -200,7 +206,7 @@ def _facts_rows(arms: Mapping[str, Arm], rounds: Rounds, cell: Cell, suite: Suit
 def _confirmed(
     arms: Mapping[str, Arm], together: Sequence[Cell], suite: Suite, watch: Watch, rows: Iterable[Row]
 ) -> list[Row]:
-    """The timed rows; those that regressed are measured once more by fresh processes."""
+    """The timed rows, after those that regressed have been measured once more by fresh processes."""
     rows = list(rows)
     bad = {(row.cell, row.metric): row for row in rows if row.verdict is Verdict.REGRESSED}
     if not bad:
@@ -218,7 +224,7 @@ def _confirmed(
 
 
 def _needed(together: Sequence[Cell], bad: Mapping[tuple[str, str], Row]) -> list[Cell]:
-    """The cells to measure again, with the partners of their ratios, in the order of the group."""
+    """The cells to measure again and the partners of their ratios, in the order of the group."""
     group_ = Rounds(together)
     names = {cell for cell, _ in bad}
     for cell in together:

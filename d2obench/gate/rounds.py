@@ -1,11 +1,14 @@
-"""Interleaved rounds of two arms: ABBA in time, adaptive in number, judged at looks that were fixed beforehand.
+"""Interleaved rounds of two arms in ABBA order, judged at looks that are fixed in advance.
 
-In a round every cell is measured by one arm and at once by the other; the next round has the arms in the opposite order
-and the cells backwards. One worker measures while the other waits. After ``looks[0]`` rounds every timed figure is
-judged; cells with an INCONCLUSIVE figure go on to the next look, in fresh processes: where a process happens to lie in
-memory moves its times by percents (Mytkowicz et al., ASPLOS 2009; Kalibera and Jones, ISMM 2013), and more rounds of
-the same one would only make that look certain. A pair measured with the GPU's clocks held back is measured again, a
-fixed number of times, and counted; nothing is ever dropped for being slow.
+In a round, every cell is measured by one arm and immediately afterwards by the other; while one worker measures, the
+other waits. The next round has the arms in the opposite order and the cells backwards.
+
+After ``looks[0]`` rounds every timed figure is judged. A cell with an INCONCLUSIVE figure is measured on to the next
+look, by fresh processes: the place of a process in memory changes its times by some percent (Mytkowicz et al., ASPLOS
+2009; Kalibera and Jones, ISMM 2013), and more rounds of the same process would make that difference look certain.
+
+A pair of measurements during which the GPU's clocks were held back is repeated a limited number of times, and the
+repetitions are counted. Nothing is left out because it was slow.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell
 
 SLOWED = "GPU "
-"""How the flags of a round begin that say the device's clocks were held back."""
+"""The beginning of a round's flag that says that the device's clocks were held back."""
 REPEATS = 4
+"""How often a pair is measured at most."""
 Trace = dict[str, Any]
 
 TIMES: dict[str, Callable[[Trace], float]] = {
@@ -38,21 +42,21 @@ TIMES: dict[str, Callable[[Trace], float]] = {
     "tpot_s": lambda one: float(median(one["step_s"])) if one["step_s"] else 0.0,
     "e2e_s": lambda one: float(one["e2e_s"]),
 }
-"""Timed figures of one round."""
+"""Metric → the timed figure of one round."""
 
 JUDGED_RATIOS = ("speedup", "speedup_e2e", "prefill_cost", "to_streaming")
-"""Ratios inside a group that a gate can judge: each side's own, compared with the other side's."""
+"""Ratios within a group that a gate can judge: each side has its own, and the two are compared."""
 
 
 class Failure(NamedTuple):
-    """How a cell ended on one arm, if not well."""
+    """How a cell failed on one arm."""
 
     status: str
     reason: str
 
 
 class Rounds:
-    """Everything measured of one group of cells: ``traces[cell id][arm]`` is a list with one entry a round."""
+    """All measurements of one group of cells: ``traces[cell id][arm]`` is a list with one entry for each round."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = list(cells)
@@ -61,7 +65,7 @@ class Rounds:
         self.repeated = 0
 
     def series(self, cell: Cell, metric: str) -> tuple[list[float], list[float]]:
-        """Values of the base and the head arm, one a round; empty where the cell has no such figure."""
+        """The figures of the base and of the head, one for each round; empty if the cell has no such figure."""
         mine = self.traces[cell.id]
         if metric in TIMES:
             sides = [[TIMES[metric](one) for one in mine[arm]] for arm in ("base", "head")]
@@ -100,15 +104,15 @@ def measure_group(
     only: Iterable[tuple[str, str]] | None = None,
     renew: Callable[[], object] | None = None,
 ) -> tuple[Rounds, list[Row]]:
-    """Measures a group until every timed figure is decided or the last look is over.
+    """Measures a group of cells until every timed figure is decided, or until the last look.
 
     Args:
         arms: ``base`` and ``head``.
-        cells: one interleaved group.
+        cells: a group that is timed together.
         suite: its ``gate`` table has the looks, the level, the metrics and the tolerances.
-        watch: is told what goes on.
-        only: judge just these (cell id, metric).
-        renew: gives both arms fresh processes; called before every look but the first.
+        watch: receives a line on what is going on.
+        only: the pairs of cell id and metric to judge; all if it is left out.
+        renew: gives both arms fresh processes; it is called before every look but the first.
     """
     rounds, gate = Rounds(cells), suite.gate
     wanted = None if only is None else set(only)
@@ -116,6 +120,7 @@ def measure_group(
     live, number = list(cells), 0
     rows: dict[tuple[str, str], Row] = {}
     for look in sorted(gate.looks):
+        # 1. measure on up to this look; which arm begins is drawn for each group, and then alternates
         watch(f"rounds {number + 1} to {look} of {len(live)} cells")
         if number and renew is not None:
             renew()
@@ -124,13 +129,15 @@ def measure_group(
                 _pair(arms, cell, rounds, ("base", "head") if (number + first) % 2 == 0 else ("head", "base"))
             live = [cell for cell in live if not rounds.failed[cell.id]]
             number += 1
+        # 2. judge every figure that is not decided yet; the first decision is final
         for cell in cells:
             for metric in gate.metrics:
                 key = (cell.id, metric)
-                open_ = key not in rows or rows[key].verdict is Verdict.INCONCLUSIVE  # the first decision stands
+                open_ = key not in rows or rows[key].verdict is Verdict.INCONCLUSIVE
                 if open_ and (wanted is None or key in wanted) and all(sides := rounds.series(cell, metric)):
                     limit = tolerance(metric, gate.tolerance)
                     rows[key] = judge_timed(cell.id, metric, *sides, limit, gate.level)
+        # 3. only cells with an undecided figure go on to the next look
         live = _undecided(rounds, rows)
         if not live:
             break
@@ -138,7 +145,7 @@ def measure_group(
 
 
 def _undecided(rounds: Rounds, rows: Mapping[tuple[str, str], Row]) -> list[Cell]:
-    """Cells that need more rounds, with the partners of their undecided ratios."""
+    """The cells that need more rounds: those with an undecided figure, and the partners of undecided ratios."""
     needed = set()
     for (name, metric), row in rows.items():
         if row.verdict is Verdict.INCONCLUSIVE:
@@ -171,5 +178,5 @@ def _pair(arms: Mapping[str, Arm], cell: Cell, rounds: Rounds, order: tuple[str,
 
 
 def _numbered(traces: Iterable[Trace]) -> list[Trace]:
-    """The traces of one arm with the number of their round."""
+    """The traces of one arm, each with the number of its round."""
     return [{**trace, "round": number} for number, trace in enumerate(traces)]

@@ -1,16 +1,19 @@
-"""One rule a metric kind: two figures (or their samples) in, one :class:`Row` out.
+"""One rule for each kind of metric: it takes two figures, or their samples, and returns one :class:`Row`.
 
-* exact: any worse value is REGRESSED, any better one IMPROVED; a figure with no better side must not change.
-* bounded: more than the tolerance worse is REGRESSED.
-* timed: θ = median of r_i = ±ln(head_i ÷ base_i) over interleaved rounds, positive = worse, with its interval
-  (``d2obench.stats.intervals``). lo > ln(1+δ): REGRESSED. hi < ln(1+δ): OK, IMPROVED if hi < −ln(1+δ). Else
-  INCONCLUSIVE: measure on.
-* ratio: the interval of one run's paired ratio against the stored ratio × (1 − δ), or both sides measured as ``timed``,
-  or the ratio of the ratios of two runs made at different times, with the noise of both.
-* sampled: the same items on both sides. 0/1: REGRESSED if the mean falls by more than δ and McNemar's exact one-sided
-  p < 0.05. Else the interval of the paired differences, documents as clusters, against ±δ.
+δ is the tolerance of a metric, from the suite or from the metric table.
 
-Rounds are never dropped and never "the best of"; δ comes from the metric table or from the suite.
+* exact: a worse figure is REGRESSED, a better one IMPROVED. A figure without a better side must not change.
+* bounded: a figure that is worse by more than δ is REGRESSED, and one that is better by more than δ IMPROVED.
+* timed: θ is the median of ±ln(head ÷ base) over interleaved rounds, where positive means worse, and [lo, hi] is its
+  interval (:mod:`d2obench.stats.intervals`). lo > ln(1 + δ) is REGRESSED, hi < −ln(1 + δ) is IMPROVED, and any other
+  hi < ln(1 + δ) is OK. Otherwise the figure is INCONCLUSIVE, and more rounds are measured.
+* ratio: the same rule, applied to one of three things: the interval of a run's ratio divided by the ratio of a
+  baseline; ratios that both sides of a gate measured; or the ratio of two runs' ratios, with the noise of both.
+* sampled: both sides have the same items. Right or wrong answers are REGRESSED if their mean falls by more than δ and
+  McNemar's exact one-sided test gives p < 0.05. Other figures are judged by the interval of the paired differences
+  against ±δ, with documents as clusters.
+
+No round is left out, and no round is chosen because it was the best.
 """
 
 from __future__ import annotations
@@ -28,19 +31,20 @@ from d2obench.stats.claims import ratio_of_ratios, timed, widened
 from d2obench.stats.intervals import paired_difference, paired_ratio
 from d2obench.stats.paired import detectable, mcnemar
 
-SAME = 1e-9  # relative: two exact floats written and read again
+SAME = 1e-9
+"""Relative difference up to which two exact figures are equal: they may have been written to a file and read again."""
 ALPHA = 0.05
 
 
 def tolerance(metric: str, overrides: Mapping[str, float] | None = None) -> float:
-    """δ of a metric: the suite's word, else the metric table's; 0 for what is in neither."""
+    """The tolerance of a metric: that of the suite, otherwise that of the metric table, otherwise 0."""
     if overrides and metric in overrides:
         return overrides[metric]
     return METRICS[metric].tolerance if metric in METRICS else 0.0
 
 
 def judge_exact(cell: str, metric: str, base: Figure, head: Figure) -> Row:
-    """Exact: equal, better or worse; strings (digests) and vectors (tokens a layer) must be equal."""
+    """Judges an exact figure. Digests, which are strings, and tokens by layer, which are tuples, have to be equal."""
     if base is None or head is None:
         return missing(cell, metric, "exact", base, head)
     if isinstance(base, tuple) and isinstance(head, tuple):
@@ -60,7 +64,7 @@ def judge_exact(cell: str, metric: str, base: Figure, head: Figure) -> Row:
 
 
 def judge_repeats(cell: str, metric: str, repeats: Sequence[Figure]) -> Row | None:
-    """A row that says so when repeats of one exact figure differ within one run; None when they agree."""
+    """An INCOMPARABLE row if an exact figure differs between the repeats of one run; None if all repeats agree."""
     different = list(dict.fromkeys(repeats))
     if len(different) < 2:
         return None
@@ -70,7 +74,7 @@ def judge_repeats(cell: str, metric: str, repeats: Sequence[Figure]) -> Row | No
 
 
 def judge_bounded(cell: str, metric: str, base: float | None, head: float | None, limit: float) -> Row:
-    """Bounded: ``limit`` (relative) worse is let pass."""
+    """Judges a bounded figure; ``limit`` is the relative change that is tolerated."""
     if base is None or head is None or base <= 0:
         return missing(cell, metric, "bounded", base, head)
     effect = head / base - 1
@@ -82,7 +86,14 @@ def judge_bounded(cell: str, metric: str, base: float | None, head: float | None
 def judge_timed(
     cell: str, metric: str, base: Sequence[float], head: Sequence[float], limit: float, level: float = 0.98
 ) -> Row:
-    """Timed (and ratios measured on both sides): pairs of interleaved rounds, see the module's head."""
+    """Judges a timed figure, or a ratio that both sides measured, by pairs of interleaved rounds.
+
+    Args:
+        cell, metric: what is judged.
+        base, head: the figure in each round, in the same order; values above 0.
+        limit: the relative change that is tolerated.
+        level: of the interval.
+    """
     kind = METRICS[metric].kind if metric in METRICS else "timed"
     if not len(base) or not len(head):
         return missing(cell, metric, kind, None, None)
@@ -91,7 +102,7 @@ def judge_timed(
 
 
 def judge_ratio(cell: str, metric: str, stored: float | None, head: Value | None, limit: float) -> Row:
-    """Ratio of one run, with its interval, against a stored one."""
+    """Judges the ratio of one run, with its interval, by the ratio that a baseline stores."""
     if stored is None or stored <= 0 or head is None or head.value is None:
         return missing(cell, metric, "ratio", stored, head.value if head else None)
     lo = None if head.lo is None else head.lo / stored
@@ -103,7 +114,7 @@ def judge_ratio(cell: str, metric: str, stored: float | None, head: Value | None
 def judge_ratios(
     cell: str, metric: str, base: Value | None, head: Value | None, limit: float, comparisons: int = 1
 ) -> Row:
-    """The same ratio inside two runs, each with its own noise."""
+    """Judges a ratio that two runs measured, each with noise of its own."""
     if not base or not head or not base.value or not head.value or base.value <= 0 or head.value <= 0:
         sides = (one.value if one else None for one in (base, head))
         return missing(cell, metric, "ratio", *sides)
@@ -112,7 +123,7 @@ def judge_ratios(
 
 
 def side_by_side(cell: str, metric: str, base: Value, head: Value, reason: str) -> Row:
-    """Two figures of runs made at different times, of which none is judged: the machine is in them."""
+    """A row that shows two figures of runs made at different times. It has no verdict: the machine may have changed."""
     effect = head.value / base.value - 1 if base.value and head.value else None
     kind = METRICS[metric].kind
     return Row(cell, metric, Verdict.NOT_JUDGED, kind, base.value, head.value, effect, reason=reason)
@@ -128,20 +139,28 @@ def judge_sampled(
     *,
     comparisons: int = 1,
 ) -> Row:
-    """Sampled: item by item over the ids of both sides; other ids on one side make it INCOMPARABLE.
+    """Judges a figure of quality item by item; sides with different items are INCOMPARABLE.
 
-    With ``comparisons`` of them, each is judged at a level at which all are right together (Bonferroni).
+    Args:
+        cell, metric: what is judged.
+        base, head: item id → figure.
+        limit: the change that is tolerated.
+        clusters: item id → document, for items that are parts of a document.
+        comparisons: number of such rows; each is judged at a level at which all are right together (Bonferroni).
     """
+    # 1. the same items on both sides
     if base.keys() != head.keys() or not base:
         odd = len(base.keys() ^ head.keys())
         reason = f"the items differ: {odd} of {len(base.keys() | head.keys())} ids are on one side only"
         return Row(cell, metric, Verdict.INCOMPARABLE, "sampled", reason=reason)
+    # 2. the paired differences and their interval
     ids = sorted(base)
     before, after = [base[i] for i in ids], [head[i] for i in ids]
     groups = [clusters.get(i, i) for i in ids] if clusters else None
     changed = sum(not math.isclose(b, h, rel_tol=1e-6, abs_tol=1e-9) for b, h in zip(before, after, strict=True))
     bounded = metric in METRICS and METRICS[metric].unit in ("%", "points")
     found = paired_difference(before, after, groups, bounded=bounded, level=1 - ALPHA / comparisons)
+    # 3. the verdict, and where it is no regression, the smallest change that these items could have shown
     sign = _sign(metric)
     verdict, reason = _sampled_verdict(before, after, found, limit, sign, changed, ALPHA / comparisons)
     if changed and verdict in (Verdict.INCONCLUSIVE, Verdict.OK):
@@ -152,7 +171,7 @@ def judge_sampled(
 
 
 def confirm(first: Row, second: Row | None, failed: Mapping[str, Any] | None = None) -> Row:
-    """A regression that was found twice stays one; else it is INCONCLUSIVE and says what both sittings saw."""
+    """The row of a regression after its second sitting: confirmed, or INCONCLUSIVE with what both sittings found."""
     if second is not None and second.verdict is Verdict.REGRESSED:
         return msgspec.structs.replace(first, reason=f"confirmed by fresh processes: {second.change}")
     seen = (
@@ -164,7 +183,7 @@ def confirm(first: Row, second: Row | None, failed: Mapping[str, Any] | None = N
 
 
 def missing(cell: str, metric: str, kind: str, base: Figure, head: Figure) -> Row:
-    """INCOMPARABLE for want of a side."""
+    """The INCOMPARABLE row of a figure that at least one side lacks."""
     side = "neither side has it" if base is None and head is None else "the base has none" if base is None else ""
     reason = side or ("the head has none" if head is None else "the base is 0")
     return Row(cell, metric, Verdict.INCOMPARABLE, kind, base, head, reason=reason)
@@ -183,12 +202,14 @@ def _sampled_verdict(
         return Verdict.OK, "no item changed"
     moved = f"{changed} items changed"
     worse = (found.value or 0.0) * sign
+    # 1. right or wrong answers: McNemar's test decides on a regression
     binary = all(value in (0, 1) for value in (*before, *after))
     if binary:
         flips = mcnemar(before, after) if sign < 0 else mcnemar(after, before)
         moved = f"{flips.lost} lost, {flips.won} won, p = {flips.p_worse:.3g}"
         if worse > limit and flips.p_worse < alpha:
             return Verdict.REGRESSED, moved
+    # 2. everything else is decided by where the interval lies, turned so that positive means worse
     if found.lo is None or found.hi is None or found.kind == "range":
         return Verdict.INCONCLUSIVE, f"{moved}; too few documents for an interval"
     low, high = sorted((found.lo * sign, found.hi * sign))
@@ -205,6 +226,7 @@ def _ratio_row(cell: str, metric: str, kind: str, base: float, head: float, foun
     if found.lo is None or found.hi is None or found.kind == "range":
         reason = "too few rounds for an interval"
         return Row(cell, metric, Verdict.INCONCLUSIVE, kind, base, head, effect, limit=limit, n=n, reason=reason)
+    # the interval on the log scale, turned so that positive means worse, against the tolerated change
     ends = (math.log(found.lo) * _sign(metric), math.log(found.hi) * _sign(metric))
     low, high, bar = min(ends), max(ends), math.log1p(limit)
     reason = ""
@@ -233,7 +255,7 @@ def _vector(cell: str, metric: str, base: tuple[float, ...], head: tuple[float, 
 
 
 def _sign(metric: str) -> int:
-    """+1 where more is worse, −1 where less is worse, 0 where neither is."""
+    """+1 if more is worse, −1 if less is worse, 0 if neither is."""
     direction: Direction = METRICS[metric].direction if metric in METRICS else "none"
     return {"lower": 1, "higher": -1, "none": 0}[direction]
 

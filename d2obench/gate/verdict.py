@@ -1,7 +1,7 @@
-"""What a comparison found: one :class:`Row` a cell and metric, gathered in :class:`Verdicts` for every renderer.
+"""The result of a comparison: one :class:`Row` for each cell and metric, gathered in :class:`Verdicts`.
 
-A gate may say that it does not know (INCONCLUSIVE), and that two things can't be compared (INCOMPARABLE) and why. It
-never passes because it compared nothing. The rules that make a row stand in ``d2obench.gate.rules``.
+A gate may say that it does not know (INCONCLUSIVE), or that two things can't be compared and why (INCOMPARABLE). It
+never passes because it compared nothing. The rules that decide a row are in :mod:`d2obench.gate.rules`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("exact", "bounded", "timed", "ratio", "sampled")
 
 
 class Verdict(enum.Enum):
-    """Worst first; NOT_JUDGED is a figure shown beside another that it must not be held against."""
+    """The verdicts, worst first. NOT_JUDGED is a figure that is shown beside another without being compared with it."""
 
     REGRESSED = "REGRESSED"
     INCOMPARABLE = "INCOMPARABLE"
@@ -39,15 +39,16 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     """One judged figure.
 
     Args:
-        cell: the cell's id; ``*`` for what concerns the whole comparison.
+        cell: the cell's id, or ``*`` if the row concerns the whole comparison.
         metric: a key of the metric table or of FACTS.
-        kind: the statistical kind that judged it.
+        verdict: of the figure.
+        kind: the statistical kind whose rule was applied.
         base, head: the two figures in base units.
-        effect: head ÷ base − 1, or head − base for ``sampled``; None where there is no number.
+        effect: head ÷ base − 1, or head − base for ``sampled``; None if there is no number.
         lo, hi: bounds of ``effect``.
-        limit: how far ``effect`` may go the bad way.
-        n: pairs of rounds, or items.
-        reason: why, in words.
+        limit: how far ``effect`` may go in the worse direction.
+        n: number of pairs of rounds, or of items.
+        reason: of the verdict, in words.
     """
 
     cell: str
@@ -69,7 +70,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
         return METRICS[self.metric].header if self.metric in METRICS else FACTS.get(self.metric, self.metric)
 
     def shown(self, figure: Figure) -> str:
-        """``figure`` with its unit; digests and vectors shortened."""
+        """A figure with its unit; digests and tokens by layer are shortened."""
         if isinstance(figure, int | float) and self.metric in METRICS:
             return show(self.metric, figure, unit=True)
         if isinstance(figure, tuple):
@@ -78,7 +79,7 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def change(self) -> str:
-        """The effect with its interval, in percent, or in the metric's unit for ``sampled``; empty without one."""
+        """The effect with its interval in percent, or in the metric's unit for ``sampled``; empty if there is none."""
         if self.effect is None:
             return ""
         if self.kind == "sampled" and self.metric in METRICS:
@@ -99,13 +100,13 @@ FACTS = {
     "suite": "suite",
     "environment": "environment",
 }
-"""Figures that are judged like metrics but are no single number: header by key."""
+"""Header of each figure that is judged like a metric but is not a single number."""
 
 
 class Verdicts(msgspec.Struct, frozen=True):
-    """A whole comparison: what was compared with what, every row, words for the reader, and commands to type.
+    """A whole comparison: what was compared with what, every row, notes for the reader, and commands to type next.
 
-    ``rows`` stand worst first when made by :func:`gather`.
+    :func:`gather` makes it, with the worst rows first.
     """
 
     title: str
@@ -121,13 +122,13 @@ class Verdicts(msgspec.Struct, frozen=True):
 
     @property
     def counts(self) -> dict[Verdict, int]:
-        """How many rows of each verdict, worst first, zeros left out."""
+        """Number of rows of each verdict that occurs, worst first."""
         found = {verdict: len(self.of(verdict)) for verdict in Verdict}
         return {verdict: count for verdict, count in found.items() if count}
 
     @property
     def worst(self) -> Verdict:
-        """The verdict of the whole."""
+        """The worst verdict, which is that of the whole comparison."""
         return next(iter(self.counts))
 
     @property
@@ -136,8 +137,8 @@ class Verdicts(msgspec.Struct, frozen=True):
         return f"{self.worst.value}: {', '.join(f'{count} {verdict.value}' for verdict, count in self.counts.items())}"
 
     def exit_code(self, *, strict: bool = False, exit_zero: bool = False) -> int:
-        """1 something regressed; else 2 something could not be compared; else 3 with ``strict`` when something stayed
-        inconclusive; else 0. ``exit_zero`` makes it 0 in any case."""
+        """1 if something regressed; otherwise 2 if something could not be compared; otherwise, with ``strict``, 3 if
+        something is inconclusive; otherwise 0. With ``exit_zero`` it is always 0."""
         if exit_zero:
             return 0
         if self.of(Verdict.REGRESSED):
@@ -148,12 +149,12 @@ class Verdicts(msgspec.Struct, frozen=True):
 
 
 def of_kinds(rows: Iterable[Row], kinds: Collection[str]) -> list[Row]:
-    """The rows of these kinds, and those that say how a cell ended or that nothing can be compared."""
+    """The rows of these kinds, and the rows that say how a cell ended or that nothing can be compared."""
     return [row for row in rows if row.kind in kinds or row.cell == "*" or row.metric == "status"]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:
-    """Cell ids without the words (between slashes) that all of them have; what is left is never empty."""
+    """A short name for each cell id: without the words between slashes that all ids have in common; never empty."""
     split = {row.cell: row.cell.split("/") for row in rows if row.cell != "*"}
     common = set.intersection(*map(set, split.values())) if len(split) > 1 else set()
     short = {cell: "/".join(word for word in words if word not in common) for cell, words in split.items()}
@@ -163,10 +164,10 @@ def short_names(rows: Iterable[Row]) -> dict[str, str]:
 def gather(
     title: str, base: str, head: str, rows: Iterable[Row], notes: Iterable[str] = (), commands: Iterable[str] = ()
 ) -> Verdicts:
-    """Rows sorted worst first, then by the size of the effect beyond its limit, then by name.
+    """Makes a comparison of its rows: sorted by verdict, worst first, then by effect relative to limit, then by name.
 
     Raises:
-        UsageError: there is no row; a gate that compared nothing must not pass.
+        UsageError: there is no row, because a gate that compared nothing must not pass.
     """
     ordered = sorted(rows, key=lambda row: (row.verdict.severity, -_excess(row), row.cell, row.metric))
     if not ordered:

@@ -1,7 +1,7 @@
-"""Checkouts of other revisions in throw-away git worktrees, removed however the gate ends.
+"""Checkouts of other revisions in temporary git worktrees, which are removed however the gate ends.
 
-git is asked through argument lists, revisions are resolved to a commit first, and nothing of the user's own checkout is
-touched. Removal can't be interrupted: SIGINT and SIGTERM wait until it is done.
+git is called with lists of arguments, never through a shell, and revisions are resolved to commits first. The user's
+own checkout is not touched. Removal can't be interrupted: SIGINT and SIGTERM wait until it is done.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import FrameType
 from d2obench.errors import UsageError
 
 TRUNKS = ("origin/main", "main", "origin/master", "master")
+"""Branches that can be the trunk; the first that exists is taken."""
 
 
 class Repository:
@@ -64,7 +65,11 @@ class Repository:
             ) from None
 
     def merge_base(self) -> str:
-        """Where the work tree left the trunk: the merge base of HEAD and the first of TRUNKS that exists."""
+        """The commit at which the work tree left the trunk: the merge base of HEAD and the first of TRUNKS that exists.
+
+        Raises:
+            UsageError: none of them exists.
+        """
         for trunk in TRUNKS:
             try:
                 return self.git("merge-base", "HEAD", self.commit(trunk))
@@ -84,7 +89,7 @@ class Repository:
 
 @contextmanager
 def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[str, Path]]:
-    """A checkout for each name → commit; all are gone afterwards."""
+    """Checks out each commit, by name → commit, and yields name → folder; all checkouts are removed afterwards."""
     place = Path(tempfile.mkdtemp(prefix="d2obench-gate-"))
     try:
         for name, commit in commits.items():
@@ -93,12 +98,12 @@ def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[
     finally:
         with uninterrupted():
             shutil.rmtree(place, ignore_errors=True)
-            repository.git("worktree", "prune")  # forgets those whose folder is gone
+            repository.git("worktree", "prune")  # git forgets the worktrees whose folder no longer exists
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block is done. Only the main thread can, and only there it matters."""
+    """Delays SIGINT and SIGTERM until the block is done. Only the main thread receives signals; others go on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -112,7 +117,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Makes SIGTERM, which CI sends on cancel, end the block as Ctrl-C does."""
+    """Lets SIGTERM, which CI sends to cancel a job, end the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

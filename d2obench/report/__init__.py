@@ -1,11 +1,10 @@
-"""Views of a run: read the records, compute once, render many times. Imports no torch.
+"""Views of a run: its records are read and every figure is computed once, then rendered in any format.
 
-``build`` makes a :class:`~d2obench.report.view.Report`, ``write_views`` its files, ``print_tables`` its headline on a
-terminal. The live display is ``d2obench.report.display``.
+:func:`build` makes a :class:`~d2obench.report.view.Report` of run folders, and :func:`write_report` writes it in the
+formats asked for. Nothing here imports torch.
 """
 
 from d2obench.report.build import build
-from d2obench.report.render import FORMATS
-from d2obench.report.write import check, print_tables, write_report, write_views
+from d2obench.report.render import FORMATS, check, write_report
 
-__all__ = ["FORMATS", "build", "check", "print_tables", "write_report", "write_views"]
+__all__ = ["FORMATS", "build", "check", "write_report"]

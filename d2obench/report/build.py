@@ -1,4 +1,4 @@
-"""Run folders → one :class:`Report`: the only place that decides what stands on the page."""
+"""Makes a :class:`Report` of one or several run folders: the only place that decides what is on the page."""
 
 from __future__ import annotations
 
@@ -13,23 +13,37 @@ from d2obench.errors import RecordError
 from d2obench.metric import METRICS
 from d2obench.record import Run, Value, read_run, with_kinds
 from d2obench.report.derive import metric_of, results
+from d2obench.report.evidence import front_claims, judge, target_claims
 from d2obench.report.figures import figures, in_order
 from d2obench.report.machine import again, cards, environment, suites, unlike
 from d2obench.report.rows import Result, join
-from d2obench.report.sentences import first_words
-from d2obench.report.tables import ENDINGS, UNLIKE, best_claims, bounds_in_words, first, headline, parts, ratios, signed
-from d2obench.report.targets import judge, sayings, sentence, targets
-from d2obench.report.view import Case, Column, CsvRow, Field, Figure, Outcome, Report, Table
+from d2obench.report.sentences import first_words, of_targets
+from d2obench.report.tables import UNLIKE, best_claims, first, headline, parts, ratios, targets
+from d2obench.report.view import (
+    ENDINGS,
+    Case,
+    Column,
+    CsvRow,
+    Field,
+    Figure,
+    Outcome,
+    Report,
+    Table,
+    bounds_in_words,
+    signed,
+)
+from d2obench.stats.claims import Claim
 from d2obench.suite.definition import SPEED
 
 MAX_CELLS, MAX_FLAGS = 2500, 8
+"""Rows of the table of cells, and flags that are explained."""
 EMBEDDED = (
     "The model embedded is SmolLM2-135M-Instruct with weights dequantised from 4 bits (GGUF Q4_1); "
     "its KV cache is full precision."
 )
 BUSY_MACHINE = (
     "The machine was busy: other work disturbed most of the timings of {count}, so there is no verdict on their speed. "
-    "End the other work (d2obench doctor shows the load) and run again. Quality, counts and bytes of caches stand."
+    "End the other work (d2obench doctor shows the load) and run again. Quality, counts and bytes are not affected."
 )
 FLAGS = {
     "keeps more than asked": "the policy holds more than its budget allows, so it can't be compared at that budget",
@@ -43,23 +57,27 @@ FLAGS = {
     "some rounds disturbed": "too many were disturbed by other work to leave them all out",
     "busy machine": "other work disturbed most of its timings, so there is no verdict on its speed",
 }
-"""How a flag begins → what it means for the reader."""
+"""Beginning of a flag → what it means for the reader."""
 _COUNTED = re.compile(r"^\d+ of \d+ ((?:windows|rounds) [a-z ]+):.*")
-"""Flags that count rounds or windows, and name what disturbed them, differently in each cell."""
+"""Matches flags that differ from cell to cell only in the number of rounds or windows and in what disturbed them."""
 _PLACES = {key: place for place, key in enumerate(METRICS)}
+"""Metric → its place in the metric table."""
 
 
 class _Published(msgspec.Struct):
-    """What a published run keeps of its raw samples in ``report.json``: figures of cells, and pictures."""
+    """What the ``report.json`` of a published run keeps of the raw samples: derived figures of cells, and charts."""
 
     tidy: tuple[CsvRow, ...] = ()
     figures: tuple[Figure, ...] = ()
 
 
 def build(folders: Sequence[Path]) -> Report:
-    """The report of one run or several side by side.
+    """The report of one run, or of several side by side.
 
-    A published run has no raw samples any more: what was made of them is read back from its ``report.json``.
+    A published run no longer has its raw samples; what was computed from them is read from its ``report.json``.
+
+    Raises:
+        RecordError: a folder is no run, or its records can't be read.
     """
     runs = [read_run(folder) for folder in folders]
     kept = {place: _stored(folder / "report.json") for place, folder in enumerate(folders) if _published(folder)}
@@ -72,18 +90,17 @@ def build(folders: Sequence[Path]) -> Report:
 
 
 def assemble(runs: Sequence[Run]) -> Report:
-    """The report of runs that were read."""
+    """The report of runs that have been read."""
     named = list(zip(_names(runs), runs, strict=True))
     found = results(named)
     rows = join(found)
     screen, judged = first(rows), judge(named, found)
-    goals = targets(judged)
     tables = [*headline(found, rows), *ratios(rows), *parts(found)]
     words = first_words(named, rows)
     return Report(
         title=" · ".join(dict.fromkeys(run.info.name for run in runs)),
         subtitle=" ".join(dict.fromkeys(str(run.info.suite.get("about", "")) for run in runs)).strip(),
-        verdict=(*sentence(goals), *words.sentences),
+        verdict=(*of_targets(judged), *words.sentences),
         warnings=(*_warnings(named), *unlike(named)),
         headline=tuple(screen),
         reading=_reading(found, screen),
@@ -96,15 +113,24 @@ def assemble(runs: Sequence[Run]) -> Report:
         again=again(named),
         results=tuple(csv_rows(found)),
         cases=tuple(_cases(found, named)),
-        targets=goals,
+        targets=targets(judged),
         tables=tuple(tables),
         glossary=_glossary([*screen, *tables]),
-        claims=(*sayings(judged), *words.claims, *best_claims(found, rows)),
+        claims=_different((*target_claims(judged), *words.claims, *best_claims(found, rows), *front_claims(rows))),
     )
 
 
+def _different(claims: Iterable[Claim]) -> tuple[Claim, ...]:
+    """Each statement once, even if a sentence and a bold figure make the same one, or several rows share a cell."""
+    first_of: dict[object, Claim] = {}
+    for claim in claims:
+        key = (claim.word, claim.cell, claim.metric, claim.least, claim.most, claim.others)
+        first_of.setdefault(key, claim)
+    return tuple(first_of.values())
+
+
 def csv_rows(found: Iterable[Result]) -> Iterable[CsvRow]:
-    """One row for each cell and metric; a cell without figures still has the row of its time."""
+    """One row for each cell and metric, and one for the time that each cell took."""
     for result in found:
         cell, axes = result.record, result.record.axes
         policy, budget, shape, batch = (
@@ -123,7 +149,7 @@ def csv_rows(found: Iterable[Result]) -> Iterable[CsvRow]:
 
 
 def _cases(found: Iterable[Result], runs: Sequence[tuple[str, Run]]) -> Iterable[Case]:
-    """Every cell that ran, then those that have no record."""
+    """A test case for every cell that ran, then for those that have no record."""
     outcomes: dict[str, Outcome] = {"ok": "passed", "skipped": "skipped"}
     for result in found:
         cell = result.record
@@ -149,13 +175,13 @@ def _in_words(key: str, value: Value) -> str:
 
 
 def _unit(key: str) -> str:
-    """The unit of the recorded value; what is shown as a percentage is recorded as a fraction, without a unit."""
+    """The unit of the recorded value. What is shown as a percentage is recorded as a fraction and has no unit."""
     metric = metric_of(key)
     return "" if metric is None or (metric.scale != 1 and not metric.base) else metric.base or metric.unit
 
 
 def _place(key: str) -> tuple[int, str]:
-    """Metrics in the order of their table, unknown ones last."""
+    """Sort key: metrics in the order of the metric table, unknown ones last."""
     metric = metric_of(key)
     return (_PLACES[metric.key] if metric else len(_PLACES), key)
 
@@ -172,7 +198,7 @@ def _stored(path: Path) -> _Published:
 
 
 def _with_derived(run: Run, kept: _Published) -> Run:
-    """The run with the figures that were derived from its samples; a figure that the record holds is never replaced."""
+    """The run with the figures that were derived from its samples; a figure that the record holds is not replaced."""
     derived: dict[str, dict[str, Value]] = {}
     for row in kept.tidy:
         if row.metric != "seconds":
@@ -183,9 +209,10 @@ def _with_derived(run: Run, kept: _Published) -> Run:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run: its suite's, its folder's where suites are the same, else a number.
+    """A short name for each run: that of its suite, or of its folder if the suites are the same, or a number.
 
-    The name stands in every row of every view, so a run of another environment than the first's is marked in it.
+    The name is in every row of every view. It therefore also carries the mark of a run that was made in another
+    environment than the first run.
     """
     numbered = [f"{run.info.name} #{number}" for number, run in enumerate(runs, 1)]
     candidates = ([run.info.name for run in runs], [run.path.resolve().name for run in runs], numbered)
@@ -195,7 +222,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
-    """What a reader must know before he believes a figure."""
+    """What a reader must know before trusting a figure."""
     words = []
     for name, run in runs:
         at = f"{name}: " if len(runs) > 1 else ""
@@ -212,7 +239,7 @@ def _warnings(runs: Sequence[tuple[str, Run]]) -> list[str]:
 
 
 def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
-    """What else a reader should know: the flags of cells and what they mean for him."""
+    """Further remarks: the commonest flags of cells and what they mean."""
     flags = Counter(_COUNTED.sub(r"some \1", flag) for _, run in runs for cell in run.cells for flag in cell.flags)
     for flag, count in flags.most_common(MAX_FLAGS):
         meaning = next((words for begin, words in FLAGS.items() if flag.startswith(begin)), "")
@@ -223,7 +250,7 @@ def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
 
 
 def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...]:
-    """How to read the first table; only what applies to it."""
+    """How to read the first table: only the remarks that apply to it."""
     fields = [field for table in tables for row in table.rows for field in row]
     lines = []
     taken = {str(how) for result in found if (how := result.record.details.get("turns"))}
@@ -234,20 +261,23 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
         lines.append(f"Caches took turns {how},{processes}. × full compares what was measured side by side.")
     if any(field.interval and not field.range_of for field in fields):
         lines.append(
-            "± and a … b are 95 % intervals. Words such as faster rest on wider ones, made for all of them together."
+            "± and a … b are 95 % intervals. Words such as faster need wider ones, so that all are right together."
         )
     if any(field.range_of < 0 for field in fields):
-        lines.append("Bounds of an older record were not tested to cover 95 %: they tell no policies apart.")
+        lines.append("The bounds of an older record were not tested to cover 95 %, so they tell no policies apart.")
     if any(field.range_of > 0 for field in fields):
         lines.append(
-            "A figure with a range instead of an interval comes from too few samples: it tells no policies apart."
+            "A figure with a range instead of an interval comes from too few samples, so it tells no policies apart."
         )
     if any(column.direction != "none" for table in tables for column in table.columns):
-        told = " A bold figure is shown to be the best of its model, shape and batch."
+        told = " A bold figure is shown, with 95 %, to be the best of its column for its model, shape and batch."
         known = told if any(field.mark == "best" for field in fields) else ""
         lines.append(f"↓ means that lower is better, ↑ that higher is better.{known}")
     if any(field.text.endswith(" ◆") for field in fields):
-        lines.append("◆ is shown to be beaten by no comparable row in both quality (of the first task) and KV bytes.")
+        lines.append(
+            "◆ marks a row that is shown, with 95 %, to be beaten by no comparable row in both quality (of the first "
+            "task) and KV bytes."
+        )
     if any(result.name.endswith(f" {UNLIKE}") for result in found):
         lines.append(
             f"{UNLIKE} marks runs of another environment than the first: their times can't be compared with it."
@@ -258,7 +288,7 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
 
 
 def _glossary(tables: Sequence[Table]) -> tuple[Table, ...]:
-    """What every figure of these tables means."""
+    """The table with the definition of every figure in these tables."""
     columns = dict.fromkeys(part for table in tables for column in table.columns for part in column.key.split(":"))
     rows = tuple(
         (Field(METRICS[key].header), Field(METRICS[key].unit), Field(METRICS[key].about))
@@ -272,7 +302,7 @@ def _glossary(tables: Sequence[Table]) -> tuple[Table, ...]:
 
 
 def _cells(runs: Sequence[tuple[str, Run]], several: bool) -> Table:
-    """Every planned cell with how it ended; those that gave no figures first."""
+    """The table of every planned cell and how it ended; cells without figures come first."""
     columns = [Column("run", "run", numeric=False)] if several else []
     columns += [Column("cell", "cell", numeric=False), Column("status", "status", numeric=False)]
     paths = any(cell.details.get("decode_path") for _, run in runs for cell in run.cells)

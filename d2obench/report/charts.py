@@ -1,6 +1,7 @@
-"""Figures → Vega-Lite specs (altair) → SVG (vl-convert): one spec, static and interactive.
+"""Draws figures: altair makes a Vega-Lite spec of a figure's data, and vl-convert makes SVG of the spec.
 
-altair and vl-convert are imported only here, and this module only when a figure is drawn.
+The same spec is drawn interactively by the HTML page. altair and vl-convert take long to import, so this module is
+imported only when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3])
 
 
 def spec(figure: Figure) -> dict[str, Any]:
-    """The Vega-Lite spec of a figure, data included, without a theme; the same figure gives the same spec."""
+    """The Vega-Lite spec of a figure with its data and without a theme; equal figures give equal specs."""
     with alt.data_transformers.enable("default", max_rows=None, consolidate_datasets=False):
         found: dict[str, Any] = _CHARTS[figure.kind](_plain(figure)).to_dict(validate=True)
     found["config"] = {}
@@ -58,7 +59,7 @@ def spec(figure: Figure) -> dict[str, Any]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG on white; its title and what it shows are its label for screen readers."""
+    """The figure as SVG on a white ground; its title and explanation are its label for screen readers."""
     import vl_convert
 
     text: str = vl_convert.vegalite_to_svg(spec(figure), config=LIGHT | {"aria": False})
@@ -68,18 +69,25 @@ def svg(figure: Figure) -> str:
 
 
 def as_json(figure: Figure) -> str:
-    """The spec as JSON with sorted keys that can stand inside a script element."""
+    """The spec as JSON with sorted keys, escaped so that it can be the content of a script element."""
     text = json.dumps(spec(figure), sort_keys=True, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def colour(policy: str) -> str:
-    """A plain policy's own colour; one with parameters, or an unknown one, has one of SPARE that its name decides."""
+    """The colour of a policy. A policy with parameters, or an unknown one, gets a colour of SPARE by its name."""
     return POLICIES.get(policy) or SPARE[zlib.crc32(policy.encode()) % len(SPARE)]
 
 
 def theme(ink: str, soft: str, line: str, ground: str) -> dict[str, Any]:
-    """The chart's config for one ground: ``ink`` for words, ``soft`` for axes, ``line`` for grids."""
+    """The configuration of a chart for a background colour ``ground``.
+
+    Args:
+        ink: the colour of words.
+        soft: of axes.
+        line: of grids.
+        ground: of the background.
+    """
     words = {"labelColor": ink, "titleColor": ink}
     axis = {"gridColor": line, "domainColor": soft, "tickColor": soft, "titleFontWeight": "normal"}
     return {
@@ -114,7 +122,7 @@ def _tradeoff(figure: Figure) -> Any:
 
 
 def _overview(figure: Figure) -> Any:
-    """Two panels over one axis of bytes: quality above, speed below."""
+    """Two panels over the same axis of bytes: quality above, speed below."""
     base, pick, fade = _base(figure)
     x = alt.X("kv:Q", title=figure.options["x"], scale=alt.Scale(type="log", nice=False, padding=24))
     x = x.axis(tickCount=5, labelOverlap="greedy")
@@ -255,12 +263,12 @@ def _heatmap(figure: Figure) -> Any:
 
 
 def _if(figure: Figure, column: str, layer: Any) -> list[Any]:
-    """The layer, if the column has anything to show: Vega warns of layers without data."""
+    """A list of the layer, empty if the column has no data, because Vega warns of a layer without data."""
     return [layer] if any(_column(figure, column)) else []
 
 
 def _base(figure: Figure) -> tuple[Any, Any, Any]:
-    """A chart, the choice of a policy in the legend, and the opacity that leaves the chosen one standing out."""
+    """A chart, the selection of a policy in the legend, and the opacity that fades the policies not selected."""
     pick = alt.selection_point(name="pick", fields=["policy"], bind="legend")
     return alt.Chart(), pick, alt.condition(pick, alt.value(1), alt.value(0.12))
 
@@ -276,7 +284,7 @@ def _policies(figure: Figure) -> Any:
 
 
 def _dashes(figure: Figure) -> Any:
-    """A dash pattern for each budget, so that lines of one colour are told apart."""
+    """A dash pattern for each budget, so that lines of one colour can be distinguished."""
     names = _order(figure, "budget")
     patterns = [DASHES[i % len(DASHES)] for i in range(len(names))]
     return alt.StrokeDash("budget:N", title="budget", scale=alt.Scale(domain=names, range=patterns))
@@ -303,7 +311,7 @@ def _panels(figure: Figure, chart: Any, column: str = "setting", columns: int = 
 
 
 def _plain(figure: Figure) -> Figure:
-    """The figure with names that fit a legend and that Vega's expressions can hold."""
+    """The figure with names that are short enough for a legend and have only characters that Vega accepts."""
     options = dict(figure.options)
     most = options.get("longest", MAX_NAME)
     rows = tuple(tuple(_name(value, most) for value in row) for row in figure.rows)
@@ -320,7 +328,7 @@ def _name(value: Any, most: int = MAX_NAME) -> Any:
 
 
 def _xml(text: str) -> str:
-    """Text for an attribute."""
+    """Text escaped for an XML attribute."""
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
         text = text.replace(char, entity)
     return "".join(char if char.isprintable() else " " for char in text)

@@ -1,22 +1,26 @@
-"""What follows from two cells of one run: quality against the full cache, ratios of speed, D2O against its rivals.
+"""Figures computed from the raw samples after a run: comparisons of two cells, and scores computed again.
 
-Differences of quality are paired on the items both cells have, with documents as clusters; ratios are paired on the
-samples measured beside each other (``d2obench.stats.ratios``). A figure that the record already holds is never
-replaced. Cells are compared where they differ in policy and budget only; a rival is another policy at D2O's own budget.
+Two cells are compared if they differ only in policy and budget: quality with the full cache's, speed with other caches,
+and D2O with its rivals, which are other policies at the same budget. Differences of quality are paired on the items
+that both cells have, with documents as clusters; ratios are paired on samples that were measured beside each other
+(:mod:`d2obench.stats.ratios`). A figure that the record already holds is never replaced.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from d2obench.errors import RecordError
 from d2obench.metric import METRICS, Metric
 from d2obench.policies import LIBRARY_CACHES
-from d2obench.record import CellRecord, Run, Value, read_samples
+from d2obench.record import CellRecord, Run, Value, append_cell, read_run, read_samples
 from d2obench.report.rows import Result, yardstick
+from d2obench.stats.claims import least
 from d2obench.stats.intervals import paired_difference
 from d2obench.stats.ratios import FULL, STREAMING, ratio
 
@@ -26,7 +30,7 @@ Samples = dict[str, Any]
 
 
 def results(runs: Sequence[tuple[str, Run]]) -> list[Result]:
-    """Every cell of every run, in order, with its derived figures; ``runs`` are (shown name, run)."""
+    """Every cell of every run, in order, with its derived figures; ``runs`` are pairs of the name shown and the run."""
     found: dict[int, Result] = {}
     for name, run in runs:
         groups: dict[tuple[Any, ...], list[CellRecord]] = {}
@@ -39,12 +43,13 @@ def results(runs: Sequence[tuple[str, Run]]) -> list[Result]:
 
 
 def metric_of(key: str) -> Metric | None:
-    """The metric of a figure; ``kl_rival:h2o`` is one of ``kl_rival``."""
+    """The metric of a figure; the metric of ``kl_rival:h2o`` is ``kl_rival``. None if it is unknown."""
     return METRICS.get(key.partition(":")[0])
 
 
 def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict[str, Value]]]:
-    """Cells that differ in policy and budget only, each with its figures; their samples are held together."""
+    """Cells that differ only in policy and budget, each with its figures; the samples of one group are in memory at a
+    time."""
     good = [cell for cell in group if cell.status == "ok"]
     needed = len(good) > 1 and any(cell.axes.policy in (FULL, STREAMING) or _ours(cell) for cell in good)
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}
@@ -70,13 +75,14 @@ def _rivals(cell: CellRecord, good: Sequence[CellRecord]) -> list[CellRecord]:
 
 
 def _ceiling(cell: CellRecord) -> dict[str, Value]:
-    """The rate at which a step would only move its bytes: the measured rate ÷ the share of the bandwidth it reached."""
+    """The decode rate if a step did nothing but move its bytes: the measured rate divided by the share of the bandwidth
+    that was reached."""
     rate, share = (cell.values[key].value if key in cell.values else None for key in ("decode_tok_s", "mbu"))
     return {"ceiling_tok_s": Value(rate / share)} if rate and share else {}
 
 
 def _ratios(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> dict[str, Value]:
-    """The ratios that the runner doesn't record. Cells at batch ``max`` have a batch of their own and get none."""
+    """The ratios that the runner does not record. A cell with batch ``max`` has none, because its batch is its own."""
     if cell.axes.batch == "max":
         return {}
     policy, mine = cell.axes.policy, samples[cell.id]
@@ -94,19 +100,22 @@ def _ratios(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, 
 
 
 def _fastest_library(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> Value | None:
-    """``full`` against the fastest of the library's own caches."""
+    """Decode speed of the full cache relative to the fastest of the library's own caches.
+
+    Which of them is fastest is decided by the same measurements, so all of the ratios count as comparisons.
+    """
     rivals = {other.axes.policy: samples[other.id] for other in good if other.axes.policy in LIBRARY_CACHES}
     named = {name: ratio("to_library", samples[cell.id], theirs) for name, theirs in rivals.items()}
     known = {name: value for name, value in named.items() if value and value.value}
     if not known:
         return None
     best = min(known, key=lambda name: known[name].value or math.inf)
-    value, note = known[best], f"The fastest of {', '.join(rivals)} is {best}."
-    return msgspec.structs.replace(value, note=note)
+    note = f"The fastest of {', '.join(rivals)} is {best}."
+    return msgspec.structs.replace(least(list(known.values())), note=note)
 
 
 def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[str, Samples]) -> dict[str, Value]:
-    """Quality less the full cache's, and less each rival's (``kl_rival:h2o``)."""
+    """The cell's quality minus the full cache's (``score_diff``) and minus each rival's (``kl_rival:h2o``)."""
     found: dict[str, Value] = {}
     full = next((other for other in good if other.axes.policy == FULL), None)
     if full is not None and full is not cell:
@@ -118,7 +127,7 @@ def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[
 
 
 def _items(mine: Samples, theirs: Samples, metrics: Sequence[str], suffix: str) -> dict[str, Value]:
-    """The mean difference of each metric on the items, and positions of items, that both have."""
+    """The mean difference of each metric, on the items and on the positions within an item that both cells have."""
     base = {item.get("id"): item for item in _dicts(theirs.get("items"))}
     pairs = [(base[item["id"]], item) for item in _dicts(mine.get("items")) if item.get("id") in base]
     found = {}
@@ -142,7 +151,38 @@ def _dicts(parts: Any) -> list[dict[str, Any]]:
 
 
 def _flat(value: Any) -> list[float]:
-    """A figure of an item as a list of finite numbers; empty where it is none."""
+    """A figure of an item as a list of finite numbers; empty if it is anything else."""
     values = value if isinstance(value, list) else [value]
     good = all(isinstance(x, int | float) and math.isfinite(x) for x in values)
     return [float(x) for x in values] if good else []
+
+
+def rescore(folder: Path) -> list[str]:
+    """Computes the scores of every quality cell again from its recorded answers, without the model.
+
+    A cell whose scores change is appended to ``cells.jsonl``, where the last record of a cell is the valid one. Figures
+    that are not computed from items, such as KV bytes, stay as they are.
+
+    Returns: the ids of the cells that changed.
+
+    Raises:
+        RecordError: the items of a cell can't be scored.
+    """
+    from d2obench import tasks
+
+    changed = []
+    for cell in read_run(folder).cells:
+        items = read_samples(folder, cell).get("items")
+        if cell.status != "ok" or not isinstance(items, list) or not items:
+            continue
+        try:
+            values = cell.values | tasks.rescore(cell.axes.task, items)
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            why = f"{type(problem).__name__}: {problem}"
+            raise RecordError(
+                f"the items of {cell.id} can't be scored", why=why, remedy="report without --rescore"
+            ) from None
+        if values != cell.values:
+            append_cell(folder, msgspec.structs.replace(cell, values=values))
+            changed.append(cell.id)
+    return changed

@@ -1,7 +1,7 @@
-"""The figures of a report as data, each only where the records carry what it needs.
+"""The figures of a report as data; a figure is left out if the records lack what it needs.
 
-The charts are drawn from these rows by ``d2obench.report.charts``; the same rows are the table behind each figure.
-Raw samples are read for the largest setting only.
+:mod:`d2obench.report.charts` draws the charts from these rows, and the same rows are the table behind each figure. Raw
+samples are read for the largest setting only.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
-from d2obench.report.evidence import busy, front, impossible
+from d2obench.report.evidence import MAX_FRONTS, doubtful, front, impossible
 from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, tasks_of, volume
-from d2obench.report.tables import varying
+from d2obench.report.tables import setting, varying
 from d2obench.report.view import KINDS, Figure
 from d2obench.suite.definition import SPEED
 
-MAX_TASKS, MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 3, 6, 64, 12, 24
+MAX_SETTINGS, MAX_POINTS, MAX_LINES, MAX_BARS = 6, 64, 12, 24
 MAX_TIMELINES, MAX_TIMELINE_POINTS, MAX_HEATMAPS = 8, 200, 12
 ALLOCATOR, RESIDENT, DEVICE = "alloc_peak_bytes", "rss_peak_bytes", "nvml_used_bytes"
 PHASES = ("prefill", "compress", "decode")
@@ -30,7 +30,7 @@ Grid = dict[tuple[float, float], tuple[float, int]]
 
 
 def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
-    """Every figure the records can carry, in the order of the page."""
+    """Every figure that the records allow, in the order of the page."""
     main = _main(rows)
     timed = [(row, read_samples(row.speed.run.path, row.speed.record)) for row in main[:MAX_LINES] if row.speed]
     made: list[Figure | None] = [
@@ -57,7 +57,7 @@ def _main(rows: Sequence[Row]) -> list[Row]:
 
 
 def _overview(group: Sequence[Row]) -> Figure | None:
-    """Quality and decode speed against KV bytes at the largest setting: what everybody should see."""
+    """Quality and decode speed against KV bytes at the largest setting: the figure that everybody should see."""
     tasks = tasks_of(group)
     metric = METRICS[primary(group, tasks[0])] if tasks else None
     points: list[Point] = []
@@ -69,7 +69,7 @@ def _overview(group: Sequence[Row]) -> Figure | None:
         spread = _bounds(row.value(tasks[0], metric.key), metric.scale) if metric else (None, None)
         if row.key.policy == "full":
             speed = Value(1.0)
-        elif busy(row) or impossible(row):
+        elif doubtful(row, "speedup", group) or impossible(row):
             speed = None
         fast = speed.value if speed else None
         lost = quality * metric.scale if metric and quality is not None else None
@@ -88,11 +88,11 @@ def _overview(group: Sequence[Row]) -> Figure | None:
 
 
 def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
-    """Quality against KV bytes, one figure a task, one panel a setting."""
-    for number, task in enumerate(tasks_of(rows)[:MAX_TASKS], 1):
+    """Quality against KV bytes: one figure for each task, one panel for each setting."""
+    for number, task in enumerate(tasks_of(rows)[:MAX_FRONTS], 1):
         points: list[Point] = []
         panel = _panels(rows)
-        metric, stands = METRICS[primary(rows, task)], front(rows, task)
+        metric, (stands, _) = METRICS[primary(rows, task)], front(rows, task)
         for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
             quality, kv = loss(row, task, metric.key), kv_bytes(row)
             if quality is None or kv is None:
@@ -138,7 +138,7 @@ def _speedups(rows: Sequence[Row]) -> Figure | None:
 
 
 def _throughput(rows: Sequence[Row]) -> Figure | None:
-    """Decode tok/s against batch; out of memory is the wall."""
+    """Decode throughput against batch; a cross marks the batch at which memory ended."""
     points: list[Point] = []
     panel, (rows, left_out) = _panels(rows, ("policy", "budget", "batch")), _lean(rows, MAX_LINES)
     shown = list(dict.fromkeys(panel(row) for row in rows))[:MAX_SETTINGS]
@@ -160,7 +160,7 @@ def _throughput(rows: Sequence[Row]) -> Figure | None:
 
 
 def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
-    """Step time against position, the median of all rounds in each of MAX_POINTS bins."""
+    """Time of a decode step against its position: the median over all rounds in each of MAX_POINTS bins."""
     points: list[Point] = []
     scale = METRICS["tpot_s"].scale
     for row, samples in timed:
@@ -189,7 +189,7 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
 
 
 def _lean(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], str]:
-    """The rows that a figure can still show apart, and words for those that are left out."""
+    """As many rows as a figure can show distinctly, and a sentence about those that are left out."""
     labels = dict.fromkeys((row.key.policy, row.key.label) for row in rows)
     if len(labels) <= most:
         return rows, ""
@@ -201,24 +201,15 @@ def _lean(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], str]:
 
 
 def _budget_of(row: Row) -> str:
-    """The budget of a row; a policy without one keeps everything."""
+    """The budget of a row in words; a policy without a budget keeps everything."""
     return row.key.budget or "all"
 
 
 def _panels(rows: Sequence[Row], inside: tuple[str, ...] = ("policy", "budget")) -> Callable[[Row], str]:
-    """Names the panel of a row by the axes that vary and are not shown inside a panel."""
+    """A function that names the panel of a row: by the axes that vary and are not shown inside a panel."""
     names = [name for name in varying(list(rows)) if name not in inside]
 
-    def name(row: Row) -> str:
-        values = [(axis, getattr(row.key, axis)) for axis in names]
-        words = [
-            f"{axis} {value}" if axis in ("batch", "seed") else str(value)
-            for axis, value in values
-            if value is not None
-        ]
-        return ", ".join(words) or row.key.shape or row.key.model
-
-    return name
+    return lambda row: setting(row.key, names) or row.key.shape or row.key.model
 
 
 def _bounds(value: Value | None, scale: float) -> tuple[float | None, float | None]:
@@ -235,7 +226,8 @@ def _slug(text: str) -> str:
 
 
 def _timeline(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
-    """Memory in the last round of each row: the device's where NVML gave it, else the process's resident set."""
+    """Memory over time in the last round of each row: the device's if NVML reported it, else the process's resident
+    memory."""
     points: list[Point] = []
     phases: list[list[str | float]] = []
     metric = RESIDENT
@@ -262,7 +254,7 @@ def _timeline(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
 
 
 def _memory_line(part: dict[str, Any]) -> tuple[list[tuple[float, float]], str]:
-    """(t, bytes) of a round, and the metric it is."""
+    """The samples (time, bytes) of a round, and the metric that they belong to."""
     for rows, columns, column, metric in (
         (part.get("device_timeline"), part.get("device_columns"), "used_bytes", DEVICE),
         (part.get("timeline"), part.get("timeline_columns"), "rss_bytes", RESIDENT),
@@ -276,7 +268,7 @@ def _memory_line(part: dict[str, Any]) -> tuple[list[tuple[float, float]], str]:
 
 
 def _spans(marks: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
-    """(phase, from, to) of each phase; phases that take turns layer by layer are joined while they do."""
+    """(phase, start, end) of each phase. Phases that alternate layer by layer become one span each."""
     found: dict[str, tuple[float, float]] = {}
     for (start, phase), (stop, _) in pairwise(marks):
         if stop > start and phase in PHASES:
@@ -286,7 +278,7 @@ def _spans(marks: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
 
 
 def _peak(group: Sequence[Row]) -> Figure | None:
-    """The peak as weights, KV and what remains."""
+    """The peak of memory divided into weights, KV and the rest."""
     points: list[Point] = []
     scale, metric = METRICS["kv_bytes"].scale, RESIDENT
     for row in group:
@@ -320,7 +312,8 @@ def _axis_title(metric: str) -> str:
 
 
 def _layers(found: Sequence[Result]) -> Iterator[Figure]:
-    """Both figures, of each policy and budget at its largest setting, where a layer differs from another at all."""
+    """Tokens kept and entries evicted in each layer, for each policy and budget at its largest setting. A figure is
+    left out if the run has only one layer."""
     shown = _largest(found)
     kept: list[Point] = []
     gone: list[Point] = []
@@ -364,13 +357,14 @@ def _layered(points: Sequence[Point]) -> bool:
 
 
 def _numbers(value: Any) -> list[float]:
-    """A list of numbers, empty where it is something else."""
+    """A list of numbers; empty if the value is anything else."""
     good = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
     return [float(x) for x in value] if good else []
 
 
 def _needles(found: Sequence[Result]) -> Iterator[Figure]:
-    """Two figures where a needle task left its grid: found by policy, and less what full finds."""
+    """Two figures for a needle task that recorded its grid: the share found by each policy, and the difference to the
+    full cache."""
     grids: dict[tuple[str, str], Grid] = {}
     for result in found:
         if result.record.status == "ok" and "needle" in result.record.axes.task:

@@ -1,4 +1,4 @@
-"""The machine card, the roofline, the environment and the words to run again."""
+"""The machine card, the roofline of decode steps, the environment, and the suite and command to run a run again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from d2obench.metric import METRICS, show
 from d2obench.record import Run
 from d2obench.report.rows import Row
-from d2obench.report.tables import show_value, table_of, value_column
-from d2obench.report.view import Column, Field, Table
+from d2obench.report.tables import table_of
+from d2obench.report.view import Column, Field, Table, show_value, value_column
 from d2obench.suite.definition import SPEED
 
 ROOFLINE = (
@@ -25,6 +25,7 @@ ROOFLINE = (
     "speedup_bound",
     "speedup_largest",
 )
+"""Columns of the roofline table."""
 CARD = (
     "cpu",
     "gpu",
@@ -39,14 +40,17 @@ CARD = (
     "torch",
     "transformers",
 )
+"""Words that occur in the names of the facts on the machine card."""
 SAMPLING = "samplers of memory and power"
 MEASURED = ("started", SAMPLING)
-"""Facts that differ from run to run without making the runs unlike."""
+"""Facts that differ between any two runs and therefore are not marked as different."""
 MAX_TEXT = 300
+"""Characters of one fact."""
 
 
 def cards(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> tuple[Table, ...]:
-    """The machine as far as the figures depend on it, then each row beside what its memory traffic allows."""
+    """The facts of the machine that figures depend on, and the table that compares each row with the speed that its
+    memory traffic allows."""
     return (*_card(runs), *_roofline(rows))
 
 
@@ -65,7 +69,7 @@ def _card(runs: Sequence[tuple[str, Run]]) -> list[Table]:
 
 
 def _sampling(run: Run) -> str:
-    """What following memory and power cost while it was measured: ``0.4 % of one core, at most 0.9``."""
+    """What sampling memory and power cost during the measurements: ``0.4 % of one core, at most 0.9``."""
     found = [cell.values["sampler_overhead"] for cell in run.cells if "sampler_overhead" in cell.values]
     known = [one.value for one in found if one.value is not None]
     if not known:
@@ -75,7 +79,7 @@ def _sampling(run: Run) -> str:
 
 
 def environment(runs: Sequence[tuple[str, Run]]) -> tuple[Table, ...]:
-    """Every fact of every run's environment; where there are several runs, facts that differ are marked."""
+    """Every fact of every run's environment; if there are several runs, facts that differ are marked."""
     flat = [_flat(run.info.environment) for _, run in runs]
     for facts, (_, run) in zip(flat, runs, strict=True):
         facts["d2obench"], facts["suite"], facts["started"] = (
@@ -87,7 +91,7 @@ def environment(runs: Sequence[tuple[str, Run]]) -> tuple[Table, ...]:
 
 
 def unlike(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
-    """A warning where runs of one report were not made in like environments."""
+    """A warning if the runs of one report were made in different environments."""
     if len({run.info.environment_hash for _, run in runs}) < 2:
         return ()
     flat = [_flat(run.info.environment) for _, run in runs]
@@ -104,17 +108,17 @@ def unlike(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
 
 
 def suites(runs: Sequence[tuple[str, Run]]) -> tuple[tuple[str, str], ...]:
-    """(run, its resolved suite as TOML)."""
+    """Pairs of a run and its resolved suite as TOML."""
     return tuple((name, toml(run.info.suite)) for name, run in runs)
 
 
 def again(runs: Sequence[tuple[str, Run]]) -> tuple[str, ...]:
-    """The command of each run."""
+    """The commands that made the runs, each once."""
     return tuple(dict.fromkeys(shlex.join(run.info.command) for _, run in runs if run.info.command))
 
 
 def toml(table: Mapping[str, Any], path: str = "") -> str:
-    """A table as TOML: plain values first, then sub-tables; what TOML can't hold (None) is left out."""
+    """A table as TOML: plain values first, then sub-tables. None is left out, because TOML can't express it."""
     lines = [
         f"{_name(key)} = {_toml(value)}"
         for key, value in table.items()
@@ -159,7 +163,7 @@ def _facts(
 
 
 def _flat(facts: Any, path: str = "") -> dict[str, str]:
-    """Nested facts as ``a.b`` → text; long texts are cut."""
+    """Nested facts as a flat table from ``a.b`` to text; long texts are cut."""
     if isinstance(facts, dict):
         return {
             key: text

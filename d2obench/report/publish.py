@@ -1,8 +1,8 @@
-"""Publishing: what is worth keeping of a run goes to ``reports/<name>/``, and ``reports/README.md`` lists all of them.
+"""Publishing: copies what is worth keeping of a run to ``reports/<name>/`` and lists all runs in ``reports/README.md``.
 
-Raw samples stay behind. What is made of them, ratios and pictures, is kept in ``cells.jsonl`` and ``report.json``, so a
-published run is rendered again from these to the same bytes. Files of the gate's baselines beside the
-runs are left alone.
+Raw samples are not copied. What was computed from them, ratios and charts, is kept in ``cells.jsonl`` and
+``report.json``, so that a published run can be rendered again to the same bytes. The baselines of the gate, in the
+same folder, are left alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from d2obench.errors import D2OBenchError, RecordError, UsageError
 from d2obench.record import CellRecord, Run, cannot_write, dump, read_run, write_atomic
 from d2obench.report.build import build
 from d2obench.report.derive import results
+from d2obench.report.render import write_report
 from d2obench.report.render.markdown import escape
 from d2obench.report.view import Report
-from d2obench.report.write import write_report
 
 RECORDS = ("run.json", "cells.jsonl")
 RAW = "samples"
-FORMATS = ("json", "csv", "md", "html")
+FORMATS = ("json", "csv", "md", "html", "svg")
+"""Formats of a published run."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 RESERVED = ("baselines",)
+"""Names of folders that can't be the name of a run."""
 
 
 def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) -> list[Path]:
@@ -36,14 +38,14 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
     Args:
         folder: the run.
         reports: where published runs live.
-        name: the new folder's name; the run's own where it is empty.
+        name: the new folder's name; if it is empty, the name of the run's suite.
         replace: whether a published run of that name may be overwritten.
 
-    Returns: the files written, the index last.
+    Returns: the files written; the index is the last.
 
     Raises:
         UsageError: the name is no plain file name.
-        RecordError: the folder is no run, the name is taken, or it can't be written.
+        RecordError: the folder is no run, the name is taken, or the new folder can't be written.
     """
     run = read_run(folder)
     name = name or run.info.name
@@ -58,7 +60,7 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
         raise RecordError(f"{target} exists", remedy="choose another --name, or --replace it on purpose")
     try:
         if target.exists():
-            read_run(target)  # only a run is ever removed
+            read_run(target)  # raises unless the folder is a run, because nothing else may be removed
             shutil.rmtree(target)
         target.mkdir(parents=True)
         for record in RECORDS:
@@ -78,13 +80,13 @@ def publish(folder: Path, reports: Path, name: str = "", replace: bool = False) 
 
 
 def _with_derived(run: Run) -> Iterator[CellRecord]:
-    """The cells with the figures that only their raw samples could give: ratios and differences between cells."""
+    """The cells with the figures that need raw samples: ratios and differences between cells."""
     for result in results([(run.info.name, run)]):
         yield msgspec.structs.replace(result.record, values=result.values)
 
 
 def _at_home(record: Path) -> bytes:
-    """``run.json`` without the folders of the machine it was made on: files of data go by their names."""
+    """``run.json`` without folders of the machine on which it was made; data files are given by name only."""
     run = json.loads(record.read_bytes())
     run["command"] = [_named(word) for word in run.get("command", [])]
     quality = run.get("suite", {}).get("quality", {})
@@ -99,7 +101,7 @@ def _named(word: str) -> str:
 
 
 def index(reports: Path) -> Path:
-    """Rebuilds ``README.md`` of a folder of published runs; a folder that is no run is passed over."""
+    """Rebuilds the ``README.md`` of a folder of published runs; a folder that is no run is left out."""
     rows = []
     for folder in sorted(path for path in reports.iterdir() if (path / "run.json").is_file()):
         try:

@@ -1,7 +1,7 @@
-"""Joins the cells of different tasks to rows: one row per point a user can choose.
+"""Joins the cells of different tasks into rows: one row for each point that a user can choose.
 
-Speed cells carry a shape and a batch, quality cells often neither. A quality cell belongs to every speed row whose
-other axes are equal; where there is none it stands in a row of its own.
+A speed cell has a shape and a batch; a quality cell often has neither. A quality cell belongs to every row of a speed
+cell whose other axes are equal. If there is no such row, it has a row of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from d2obench.suite.grammar import parse_shape
 
 Scalar = str | int | None
 STANDS = ("kl", "score_diff", "score", "gold_bpb_diff", "ppl", "nll")
-"""Which quality figure stands for a task, best first: a difference to full before a bare value."""
+"""Metrics that can represent a task, the preferred one first: a difference to the full cache before a plain value."""
 
 
 class Key(NamedTuple):
-    """The axes of a row; what does not apply is None."""
+    """The axes of a row; an axis that does not apply is None."""
 
     run: str
     model: str
@@ -40,37 +40,43 @@ class Key(NamedTuple):
 
     @property
     def group(self) -> Key:
-        """The key with policy and budget removed: rows of one group may be compared."""
+        """The key without policy and budget. Rows whose groups are equal may be compared."""
         return self._replace(policy="", budget=None)
 
     @property
     def setting(self) -> str:
-        """``1024+64, batch 4``: the shape and batch in words."""
+        """The shape and the batch in words: ``1024+64, batch 4``."""
         words = [self.shape or "", f"batch {self.batch}" if self.batch is not None else ""]
         return ", ".join(word for word in words if word)
+
+    @property
+    def described(self) -> str:
+        """Label and setting: ``d2o@0.2, 1024+64, batch 4``."""
+        return f"{self.label}, {self.setting}" if self.setting else self.label
 
 
 @dataclass
 class Row:
-    """One point: its figures by (task, metric) and the cells they come from."""
+    """One point that a user can choose, and the cells that measured it."""
 
     key: Key
     cells: list[Result] = field(default_factory=list)
 
     def value(self, task: str, metric: str) -> Value | None:
-        """The figure of one task, None where that cell has none."""
+        """A figure of one task; None if the row has no such figure."""
         for result in self.cells:
             if result.record.axes.task == task and metric in result.values:
                 return result.values[metric]
         return None
 
     def of(self, task: str) -> Result | None:
-        """The cell of one task."""
+        """The cell of one task; None if the row has none."""
         return next((result for result in self.cells if result.record.axes.task == task), None)
 
     @property
     def foreign(self) -> bool:
-        """Whether another engine or environment made any of its figures: it is shown, but wins nothing."""
+        """Whether another engine or another environment made any of its figures; such a row is shown but wins
+        nothing."""
         models = (result.record.details.get("model") for result in self.cells)
         return any(isinstance(model, dict) and bool(model.get("flags")) for model in models)
 
@@ -82,7 +88,7 @@ class Row:
 
 @dataclass
 class Result:
-    """A cell of a run with the figures derived by comparing it to full laid over its own."""
+    """A cell of a run; ``values`` holds its own figures and those derived by comparing it with other cells."""
 
     run: Run
     name: str
@@ -99,7 +105,8 @@ class Result:
 
 
 def join(results: Iterable[Result]) -> list[Row]:
-    """Rows, each axis in the order its values were first run, so that comparable rows stand together."""
+    """The rows in the order in which the values of each axis first appeared in the run, so that comparable rows stand
+    together."""
     results = list(results)
     homes: dict[tuple[Scalar, ...], list[Row]] = {}
     for result in sorted(results, key=_specific):
@@ -115,7 +122,7 @@ def join(results: Iterable[Result]) -> list[Row]:
 
 
 def grouped(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that may be compared, together."""
+    """The rows in groups that may be compared."""
     groups: dict[Key, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.key.group, []).append(row)
@@ -123,7 +130,7 @@ def grouped(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def largest(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most ``most`` rows, in their order: those of the largest settings where there are more."""
+    """At most ``most`` rows, in their order; if there are more, those of the largest settings."""
     if len(rows) <= most:
         return list(rows)
     kept: list[int] = []
@@ -133,12 +140,12 @@ def largest(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def yardstick(axes: Axes) -> tuple[Scalar, ...]:
-    """Equal for cells that differ in policy and budget only."""
+    """A key that is equal for cells that differ only in policy and budget."""
     return (axes.task, axes.model, axes.dtype, axes.device, axes.seed, axes.shape, axes.batch)
 
 
 def volume(key: Key) -> int:
-    """Tokens of the prompt × sequences: how large a setting is."""
+    """The size of a setting: tokens of prompt and generation, times sequences."""
     try:
         shape = parse_shape(key.shape or "")[0]
     except UsageError:
@@ -151,13 +158,13 @@ def _point(key: Key) -> tuple[Scalar, ...]:
 
 
 def _specific(result: Result) -> int:
-    """Cells with the most axes first: they make the rows that the others join."""
+    """Sort key that puts the cells with the most axes first, because they make the rows that other cells join."""
     axes = result.record.axes
     return (axes.task != SPEED) + 2 * (axes.batch is None) + 4 * (axes.shape is None)
 
 
 def _order(results: list[Result]) -> Callable[[Row], list[int]]:
-    """Sort key: each axis in the order its values first appear."""
+    """Sort key of rows: each axis in the order in which its values first appear."""
     seen: list[dict[Scalar, int]] = [{} for _ in Key._fields]
     for result in results:
         for place, value in zip(seen, result.key, strict=True):
@@ -166,19 +173,19 @@ def _order(results: list[Result]) -> Callable[[Row], list[int]]:
 
 
 def tasks_of(rows: Iterable[Row]) -> list[str]:
-    """The quality tasks of the rows, each once, in the order they were run."""
+    """The quality tasks of the rows, each once, in the order in which they were run."""
     found = dict.fromkeys(result.record.axes.task for row in rows for result in row.cells)
     return [task for task in found if task != SPEED]
 
 
 def primary(rows: Iterable[Row], task: str) -> str:
-    """The metric that stands for a task: the first of STANDS that a row has."""
+    """The metric that represents a task: the first of STANDS that any row has."""
     rows = list(rows)
     return next((metric for metric in STANDS if any(row.value(task, metric) for row in rows)), "score")
 
 
 def loss(row: Row, task: str, metric: str) -> float | None:
-    """A quality figure; what is a difference to full is 0 for full itself."""
+    """A figure of quality; a difference to the full cache is 0 for the full cache itself."""
     value = row.value(task, metric)
     if value is not None and value.value is not None:
         return value.value
@@ -188,6 +195,6 @@ def loss(row: Row, task: str, metric: str) -> float | None:
 
 
 def kv_bytes(row: Row) -> float | None:
-    """KV bytes of the row's timed cell."""
+    """KV bytes of the row's speed cell."""
     value = row.value(SPEED, "kv_bytes")
     return value.value if value else None

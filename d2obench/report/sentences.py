@@ -1,8 +1,8 @@
-"""The first sentences of a report: what D2O costs and gives, and what could not be told.
+"""The first sentences of a report: what D2O gains and costs, and what the run can't tell.
 
-D2O at its smallest budget, at the largest setting that was timed, is held against the full cache and against every
-policy with the same budget. Without D2O the leaders are named. Each word rests on an interval (see
-``d2obench.report.evidence``), and every number said here stands in the tables with that interval.
+D2O with its smallest budget, in the largest setting in which it was timed, is compared with the full cache and with
+every policy at the same budget. A run without D2O names the best policies instead. Each word such as faster is based on
+an interval (:mod:`d2obench.report.evidence`), and every figure quoted here is in the tables, too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Run, Value
-from d2obench.report.evidence import busy, claim, leader, processes, shown
+from d2obench.report.evidence import NOT_MEASURED, Judged, busy, claim, first_place, processes, ranking, shown
 from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, tasks_of, volume
-from d2obench.report.tables import ENDINGS, bounds_in_words, signed
+from d2obench.report.view import ENDINGS, bounds_in_words, signed
 from d2obench.stats import claims
 from d2obench.stats.claims import Claim, Verdict
 from d2obench.stats.ratios import FULL
@@ -23,14 +23,17 @@ from d2obench.suite.definition import SPEED
 
 OURS = "d2o"
 MAX_TASKS, MAX_NAMES = 2, 4
+"""Tasks that are spoken of, and names in a list."""
 SPEEDS = (("decode speed", ("speedup", "decode_rival")), ("time to first token", ("prefill_cost",)))
-"""What is said of speed, and the ratios it is told by."""
+"""Words for a kind of speed, and the ratios that tell it."""
 PAIRED = {"kl": "kl_rival", "score_diff": "score_rival", "gold_bpb_diff": "gold_bpb_rival"}
-"""The figure of a task → its difference to another policy, on the same items."""
+"""The metric that represents a task → the difference of this metric to another policy on the same items."""
+OUTCOMES = {"met": "met", "missed": "missed", "no verdict": "without a verdict", NOT_MEASURED: NOT_MEASURED}
+"""Outcome of a target → the word for it in a sentence."""
 
 
 class Finding(NamedTuple):
-    """A ratio or difference of D2O that was looked at, and what it shows."""
+    """A ratio or a difference of D2O to another policy, and what it shows."""
 
     task: str
     metric: str
@@ -39,15 +42,27 @@ class Finding(NamedTuple):
 
     @property
     def other(self) -> str:
-        """The policy on the other side."""
+        """The policy that D2O is compared with."""
         return self.metric.partition(":")[2] or FULL
 
 
 class Words(NamedTuple):
-    """Sentences, and what they claim as data."""
+    """Sentences, and the claims in them as data."""
 
     sentences: tuple[str, ...]
     claims: tuple[Claim, ...] = ()
+
+
+def of_targets(judged: Sequence[Judged]) -> tuple[str, ...]:
+    """``Targets of the suite: 5 met, 1 missed (decode, ÷ streaming of d2o@0.2).``; nothing if there is no target."""
+    if not judged:
+        return ()
+    counts = Counter(one.outcome for one in judged)
+    wrong = [one for one in judged if one.outcome == "missed"]
+    missed = [f"{METRICS[one.goal.metric].header} of {one.cells[0].key.described}" for one in wrong]
+    named = f" ({'; '.join(missed[:MAX_NAMES])}{' and more' if len(missed) > MAX_NAMES else ''})"
+    parts = [f"{counts[o]} {word}{named if o == 'missed' else ''}" for o, word in OUTCOMES.items() if counts[o]]
+    return (f"Targets of the suite: {', '.join(parts)}.",)
 
 
 def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
@@ -62,7 +77,7 @@ def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
 
 
 def main_group(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the largest setting in which D2O was timed; without D2O the largest in which policies were."""
+    """The rows of the largest setting in which D2O was timed, or in which any policies were timed if D2O was not."""
 
     def weight(group: Sequence[Row]) -> tuple[bool, bool, bool, int]:
         timed = [row for row in group if row.speed is not None and row.speed.record.status == "ok"]
@@ -78,7 +93,7 @@ def _is_ours(row: Row) -> bool:
 
 
 def _ours(group: Sequence[Row]) -> Row | None:
-    """D2O with the paper's settings where it is there, at its smallest budget."""
+    """D2O at its smallest budget, with the paper's settings if the run has them."""
 
     def order(row: Row) -> tuple[bool, float]:
         budget = row.value(SPEED, "budget_effective")
@@ -90,7 +105,8 @@ def _ours(group: Sequence[Row]) -> Row | None:
 
 
 def _about(ours: Row, group: Sequence[Row]) -> Words:
-    """Three sentences: against the full cache, against the rivals, what could not be told."""
+    """Three sentences: D2O against the full cache, D2O against its rivals, and what the run can't tell."""
+    # 1. the rivals, and the ratios and differences that say something about them or about the full cache
     rivals = [
         row for row in group if row.key.budget == ours.key.budget is not None and not _is_ours(row) and not row.foreign
     ]
@@ -104,7 +120,9 @@ def _about(ours: Row, group: Sequence[Row]) -> Words:
         questions += [(task, f"{PAIRED[metric]}:{rival.key.policy}") for task, metric in tasks if metric in PAIRED]
         questions.append((SPEED, f"decode_rival:{rival.key.policy}"))
     asked = [(task, metric, value) for task, metric in questions if _known(value := ours.value(task, metric)) and value]
-    findings = [Finding(*one, shown(ours, *one[:2], len(asked))) for one in asked]
+    # 2. what each of them shows, at a level at which all of these answers are right together
+    findings = [Finding(*one, shown(ours, *one[:2], len(asked), group)) for one in asked]
+    # 3. the sentences
     full = next((row for row in group if row.key.policy == FULL), None)
     to_full = [one for one in findings if one.other == FULL]
     to_rivals = [one for one in findings if one.other != FULL]
@@ -124,16 +142,10 @@ def _against_full(ours: Row, full: Row | None, findings: Sequence[Finding], task
     for one in findings:
         if one.metric == "speedup" and one.verdict in ("better", "worse"):
             pace = "decodes" if one.verdict == "better" else "decodes only"
-            note = claims.resting_on(processes(ours))
-            parts.append(
-                f"{pace} {show('speedup', one.value.value)} times as fast "
-                f"({bounds_in_words('speedup', one.value)}{f', {note}' if note else ''})"
-            )
+            parts.append(f"{pace} {show('speedup', one.value.value)} times as fast ({_basis(ours, one)})")
         if one.metric == "prefill_cost" and one.verdict in ("better", "worse"):
             wait = show("prefill_cost", one.value.value)
-            parts.append(
-                f"takes {wait} times as long to the first token ({bounds_in_words('prefill_cost', one.value)})"
-            )
+            parts.append(f"takes {wait} times as long to the first token ({_basis(ours, one)})")
     for task, metric in tasks:
         value = ours.value(task, metric)
         if value is None or value.value is None:
@@ -161,7 +173,7 @@ def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
     parts = []
     for (timed, verdict), verb in words.items():
         told = [one for one in findings if (one.task == SPEED) is timed and one.verdict == verdict]
-        names = [_beside(one) for one in told]
+        names = [_beside(ours, one) for one in told]
         if names:
             parts.append(f"{verb} {_listed(_few(names))}")
     if not parts:
@@ -169,16 +181,22 @@ def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
     return f"Against the other policies with the same budget, {_named(ours)} {_listed(parts)}."
 
 
-def _beside(one: Finding) -> str:
+def _beside(ours: Row, one: Finding) -> str:
     """``h2o (fidelity: KL +0.15 nats/token, 95 % interval 0.05 … 0.25)``."""
     key, task = one.metric.partition(":")[0], "" if one.task == SPEED else f"{_short(one.task)}: "
     what = METRICS[key].header.replace(" − rival's", "").replace("decode ÷ rival's", "")
     text = f"{what} {signed(key, one.value.value)} {METRICS[key].unit}".strip()
-    return f"{one.other} ({task}{text}, {bounds_in_words(key, one.value)})"
+    return f"{one.other} ({task}{text}, {_basis(ours, one)})"
+
+
+def _basis(ours: Row, one: Finding) -> str:
+    """The interval that a word is based on, and the remark that times come from one process only."""
+    note = claims.resting_on(processes(ours)) if claims.timed(one.metric) else ""
+    return ", ".join(filter(None, (bounds_in_words(one.metric, one.value), note)))
 
 
 def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str:
-    """What the run can't tell, and what would."""
+    """What the run can't tell, and which options would narrow its intervals."""
     parts = []
     sentences = []
     if busy(ours) or any(busy(row) for row in group if row.key.policy == FULL):
@@ -210,36 +228,41 @@ def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str
 
 
 def _names(findings: Sequence[Finding], what: str) -> list[str]:
-    """``h2o and streaming in decode speed``; those that were told apart are left out."""
+    """``h2o and streaming in decode speed``: the policies that were not told apart from D2O."""
     names = [one.other for one in findings if one.verdict == "not told apart"]
     return [f"{_listed(_few(names))} in {what}"] if names else []
 
 
 def _leaders(group: Sequence[Row]) -> Words:
-    """Without D2O: who leads in what, or that nobody is told to."""
+    """Sentences about a run without D2O: which policy leads in what, or that the policies were not told apart."""
     asked = [("Fastest decode", SPEED, "decode_tok_s"), ("Shortest time to first token", SPEED, "ttft_s")]
     asked += [("Smallest KV cache", SPEED, "kv_bytes")]
     asked += [(f"Least loss of quality on {_short(task)}", task, primary(group, task)) for task in tasks_of(group)]
+    asked = asked[: 3 + MAX_TASKS]
+    # the sentences have to be right together, so every interval that one of them needs is counted
+    rankings = [ranking(group, task, metric) for _, task, metric in asked if METRICS[metric].kind != "exact"]
+    count = max(1, sum(found.compared for found in rankings if found is not None))
     sentences: list[str] = []
-    for what, task, metric in asked[: 3 + MAX_TASKS]:
-        found = leader(group, task, metric)
+    told: list[Claim] = []
+    for what, task, metric in asked:
+        found = ranking(group, task, metric, count)
         if found is None:
             continue
-        top = next(row for row in group if row.key == found.best)
-        near = [row.key.label for row in group if row.key in found.near]
-        value = top.value(task, metric)
-        ranked = [row for row in group if _known(row.value(task, metric)) and not row.foreign]
-        if value is None or len(near) >= len(ranked) - 1:
+        value = found.best.value(task, metric)
+        if value is None or not found.behind:
             sentences.append(f"{what}: the policies were not told apart.")
             continue
-        note = claims.resting_on(processes(top)) if claims.timed(metric) else ""
-        same = f"; not told apart from it: {_listed(_few(near))}" if near else ""
-        sentences.append(f"{what}: {top.key.label} with {_figure(metric, value)}{f', {note}' if note else ''}{same}.")
-    return Words(tuple(sentences))
+        note = claims.resting_on(processes(found.best)) if claims.timed(metric) else ""
+        near = _listed(_few([row.key.label for row in found.near]))
+        same = f"; not told apart from it: {near}" if near else ""
+        name, figure = found.best.key.label, _figure(metric, value)
+        sentences.append(f"{what}: {name} with {figure}{f', {note}' if note else ''}{same}.")
+        told.append(first_place("best", found.best, found.behind, task, metric, count))
+    return Words(tuple(sentences), tuple(told))
 
 
 def _ended(runs: Sequence[tuple[str, Run]]) -> str:
-    """How many planned cells gave no figure, and why; empty where all did."""
+    """How many planned cells gave no figures, and why; empty if all of them did."""
     found: Counter[str] = Counter()
     planned = 0
     for _, run in runs:
@@ -266,19 +289,20 @@ def _named(row: Row) -> str:
 
 
 def _figure(metric: str, value: Value) -> str:
-    """A figure with its unit and its bounds; a ratio without an interval has no place in a sentence."""
+    """A figure with its unit and its bounds, or with the remark that it has none because it comes from one sample."""
     text = f"{signed(metric, value.value)} {METRICS[metric].unit}".rstrip()
-    bounds = bounds_in_words(metric, value)
+    varies = METRICS[metric].kind not in ("exact", "info") and value.kind != "exact"
+    bounds = bounds_in_words(metric, value) or ("one sample, so no interval" if varies else "")
     return f"{text} ({bounds})" if bounds else text
 
 
 def _few(names: Sequence[str]) -> list[str]:
-    """At most MAX_NAMES of them, then that there are others."""
+    """At most MAX_NAMES of the names; the last is ``others`` if there are more."""
     return [*names] if len(names) <= MAX_NAMES else [*names[: MAX_NAMES - 1], "others"]
 
 
 def _short(task: str) -> str:
-    """A task without its parameters."""
+    """The name of a task without its parameters."""
     return task.partition("(")[0]
 
 

@@ -1,7 +1,7 @@
-"""The tables of figures: the headline, the ratios inside a run, the costs of parts. Here values become text.
+"""The tables of a report: the headline, the suite's targets, the ratios inside a run, and the costs of parts.
 
-A table has one row for each point that a user can choose and one column for each figure that some row has. Axes that
-do not vary are left out of the columns and named once in the title.
+A table has one row for each point that a user can choose and one column for each figure that at least one row has. An
+axis that does not vary has no column; the title names it once.
 """
 
 from __future__ import annotations
@@ -13,53 +13,58 @@ import msgspec
 
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import CellRecord, Value
-from d2obench.report.evidence import Where, busy, front, impossible, winners
+from d2obench.report.evidence import NOT_MEASURED, Judged, Where, doubtful, front, impossible, winners
 from d2obench.report.rows import Key, Result, Row, grouped, join, largest, primary, tasks_of, volume
-from d2obench.report.view import Column, Field, Mark, Table
+from d2obench.report.view import ENDINGS, NOTHING, Column, Field, Mark, Table, axis_column, show_value, value_column
 from d2obench.stats.claims import Claim
 from d2obench.suite.definition import SPEED
 
 AXES = ("run", "model", "dtype", "device", "seed", "shape", "batch", "policy", "budget")
-ENDINGS = {"oom": "out of memory", "skipped": "skipped", "failed": "failed", "incomparable": "incomparable"}
-"""How a cell without figures ended, in words."""
 SHORT_ENDINGS = ENDINGS | {"oom": "OOM"}
+"""Status of a cell without figures → a word that fits a field of a table."""
 UNLIKE = "≠"
-"""Stands behind the name of a run that was made in another environment than the first."""
-UNTESTED = -1
-"""``Field.range_of`` of bounds that were recorded before their coverage was tested."""
-NOTHING = Field("–", mark="quiet")
+"""Follows the name of a run that was made in another environment than the first run of a report."""
 MAX_TASKS, MAX_ROWS, MAX_WHY = 4, 240, 140
+"""Tasks with a column in the headline table, rows of a table, and characters of the reason why a cell failed."""
 ELSEWHERE = ("mbu",)
-"""Headline metrics that the roofline table shows instead."""
+"""Headline metrics that are shown in the roofline table instead."""
 RATIO_COLUMNS = (
     "speedup", "speedup_e2e", "speedup_memory", "to_streaming", "to_library", "prefill_cost", "prefill_peak_cost",
     "sampled_error", "mbu", "loop_overhead",
 )  # fmt: skip
 ENOUGH_RATIOS = 2
-"""So many ratios make a table of their own; fewer stand in the headline."""
+"""The smallest number of ratios for which there is a table of ratios; with fewer, the headline table has them."""
 PARTS = (
     ("step_share", "Cost of the parts of a decode step", ("tpot_s", "ranges_overhead")),
     ("prefill_share", "Cost of the parts of prefill and compression", ("ttft_s",)),
 )
-"""The metric whose parts are columns, the title, and what stands before them."""
+"""For each table of parts: the metric whose parts are the columns, the title, and the columns in front of them."""
 PARTS_ORDER = (
     "attention", "scores", "allocation", "similarity", "eviction", "merge", "rest of the policy", "projections", "MLP",
     "lm head", "rest of the model", "loop",
 )  # fmt: skip
 PARTS_NOTE = (
     "Each share is the time of a part itself, without the parts inside it, divided by the whole. The shares of a row "
-    "add up to 100 %, their medians nearly. TPOT is that of steps without time stamps. A kernel that does several "
-    "parts at once counts for the one it stands in, and steps with time stamps run without a CUDA graph."
+    "add up to nearly 100 %, because each is a median. TPOT is that of steps without time stamps. A kernel that "
+    "computes several parts at once counts as the part that calls it, and steps with time stamps use no CUDA graph."
 )
 FIRST_COLUMNS = ("kv_bytes", "ttft_s", "decode_tok_s", "speedup")
 FIRST_TASKS, MAX_FIRST_ROWS = 2, 24
+"""Tasks with a column in the first table, and its rows."""
+OUTCOMES: dict[str, Mark] = {"met": "best", "missed": "bad", "no verdict": "warn", NOT_MEASURED: "quiet"}
+"""Outcome of a target → the mark of its field."""
+TARGETS_NOTE = (
+    "A target is met if the whole interval lies inside its bound and missed if all of it lies outside; otherwise there "
+    "is no verdict. For the verdict the interval is wider than the one shown: all verdicts of a run are right together "
+    "with 95 %, and a time allows for what differs between processes. A range gives no verdict."
+)
 
 
 def first(rows: Sequence[Row]) -> list[Table]:
-    """The table that everybody should see: at most nine columns and MAX_FIRST_ROWS rows, in three digits a figure.
+    """The table that everybody should see, with at most nine columns and MAX_FIRST_ROWS rows and three digits a figure.
 
-    Of axes beside policy and budget those that vary share one column. The largest setting comes first; where there are
-    too many rows, the smaller settings are left out. None where no row has any of its figures.
+    The axes that vary, other than policy and budget, share one column. The largest setting comes first; if there are
+    too many rows, smaller settings are left out. The list is empty if no row has any of the table's figures.
     """
     tasks = [(task, primary(rows, task)) for task in tasks_of(rows)[:FIRST_TASKS]]
     wheres = [*tasks, *((SPEED, metric) for metric in FIRST_COLUMNS)]
@@ -68,7 +73,7 @@ def first(rows: Sequence[Row]) -> list[Table]:
         return []
     names = [name for name in varying(rows) if name not in ("policy", "budget")]
     shown = _largest_settings(rows, MAX_FIRST_ROWS)
-    star = front(rows, tasks[0][0]) if tasks else set()
+    star = front(rows, tasks[0][0])[0] if tasks else set()
     leaders, _ = winners(rows, wheres)
     columns = [Column("setting", "setting", numeric=False)] if names else []
     columns += [axis_column("policy"), axis_column("budget")]
@@ -79,7 +84,7 @@ def first(rows: Sequence[Row]) -> list[Table]:
             groups.append(number)
         axes = [Field(setting(row.key, names))] if names else []
         axes += [show_axis(row.key, "policy", row.key in star), show_axis(row.key, "budget")]
-        figures = [_first_figure(row, task, metric, (row.key, task, metric) in leaders) for task, metric in wheres]
+        figures = [_first_figure(row, rows, *where, (row.key, *where) in leaders) for where in wheres]
         body.append((*axes, *figures))
     fixed = _fixed(rows[0].key, [*names, "policy", "budget"])
     title = "Quality, memory and speed" if tasks else "Memory and speed"
@@ -89,7 +94,7 @@ def first(rows: Sequence[Row]) -> list[Table]:
 
 
 def _first_column(metric: Metric, task: str) -> Column:
-    """The column of a metric, named after its task where there are several, and in short words."""
+    """The column of a metric with a short header, which names the task if several tasks have a column."""
     if metric.key == "speedup":
         return Column("speedup", "× full", "", metric.direction, metric.about)
     column = value_column(metric, task.partition("(")[0] if metric.group == "quality" else "")
@@ -97,7 +102,7 @@ def _first_column(metric: Metric, task: str) -> Column:
 
 
 def setting(key: Key, names: Sequence[str]) -> str:
-    """The axes ``names`` of a row in one field: ``1024+64, batch 4``."""
+    """The axes ``names`` of a row as the text of one field, for example ``1024+64, batch 4``."""
     values = [(name, getattr(key, name)) for name in names]
     words = [
         f"{name} {value}" if name in ("batch", "seed") else str(value) for name, value in values if value is not None
@@ -106,9 +111,9 @@ def setting(key: Key, names: Sequence[str]) -> str:
 
 
 def _largest_settings(rows: Sequence[Row], most: int) -> list[Row]:
-    """Whole settings as long as they fit, those that gave figures of speed first, then the largest.
+    """Rows of as many whole settings as fit into ``most`` rows: settings with figures of speed first, then the largest.
 
-    The first is shown in any case, as far as it fits.
+    If the first setting alone does not fit, its first rows are returned.
     """
     kept: list[Row] = []
 
@@ -122,11 +127,11 @@ def _largest_settings(rows: Sequence[Row], most: int) -> list[Row]:
     return kept
 
 
-def _first_figure(row: Row, task: str, metric: str, leads: bool) -> Field:
-    """A figure in three digits; a speed-up that can't be, or was measured on a busy machine, is no figure."""
+def _first_figure(row: Row, rows: Sequence[Row], task: str, metric: str, leads: bool) -> Field:
+    """A figure in three digits. A speed-up that is impossible, or that was measured on a busy machine, is not shown."""
     value = row.value(task, metric)
     if metric == "speedup" and value is not None:
-        if busy(row):
+        if doubtful(row, metric, rows):
             note = "The machine was busy while this was measured, so there is no verdict on speed."
             return Field("no verdict", mark="warn", note=note)
         if impossible(row):
@@ -148,17 +153,17 @@ def _first_figure(row: Row, task: str, metric: str, leads: bool) -> Field:
 
 
 def _digits(value: float) -> int:
-    """Digits after the point that leave three digits in all, none for hundreds."""
+    """Number of digits after the point so that a figure has three digits in all; none for hundreds."""
     if not value:
         return 2
     return max(0, min(4, 2 - math.floor(math.log10(abs(value)))))
 
 
 def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
-    """The headline tables, none where there is no row.
+    """The headline tables; none if there is no row.
 
-    Each task is represented by one figure of quality; all the others stand in a second table. With more than
-    ``MAX_TASKS`` tasks the first table leaves quality to the second.
+    Each task is represented by one figure of quality, and its other figures are in a second table. With more than
+    MAX_TASKS tasks, all figures of quality are in the second table.
     """
     tasks = tasks_of(rows)
     stands = [(task, primary(rows, task)) for task in tasks]
@@ -183,15 +188,15 @@ def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
 
 
 def best_claims(found: Sequence[Result], rows: Sequence[Row]) -> list[Claim]:
-    """What the bold figures of the tables say, as data."""
+    """The bold figures of the tables as claims."""
     quality = join(result for result in found if result.record.axes.task != SPEED)
     speed = [(SPEED, metric) for metric in _metrics(rows, SPEED)]
     others = [(task, metric) for task in tasks_of(rows) for metric in _metrics(rows, task)]
-    return [*winners(rows, speed)[1], *winners(quality, others)[1]]
+    return [*winners(rows, [*speed, *others])[1], *winners(quality, others)[1]]
 
 
 def ratios(rows: Sequence[Row]) -> list[Table]:
-    """Every timed row's ratios to the other caches of its run; none where there are hardly any."""
+    """The ratios of every timed row to other caches of its run; no table if there are fewer than ENOUGH_RATIOS."""
     timed = [row for row in rows if row.speed is not None and row.speed.record.status == "ok"]
     known = [key for key in RATIO_COLUMNS if any(_known(row.value(SPEED, key)) for row in timed)]
     if sum(METRICS[key].kind == "ratio" for key in known) < ENOUGH_RATIOS:
@@ -206,8 +211,51 @@ def ratios(rows: Sequence[Row]) -> list[Table]:
     return [table_of("Ratios inside the run", timed, columns, figures)]
 
 
+def targets(judged: Sequence[Judged]) -> tuple[Table, ...]:
+    """The table of all targets beside the figures of the run; no table if no suite states any.
+
+    A target that several cells have to meet has a row for each of them; one that no cell has a figure for says so.
+    """
+    rows = [_target_row(one) for one in judged]
+    if not rows:
+        return ()
+    columns = [
+        Column("run", "run", numeric=False),
+        Column("metric", "figure", numeric=False),
+        Column("cell", "of", numeric=False),
+        Column("measured", "measured"),
+        Column("bound", "target", numeric=False),
+        Column("margin", "margin", "%", about="how far inside its bound the figure lies; negative: short of it"),
+        Column("outcome", "verdict", numeric=False),
+    ]
+    if len({one.name for one in judged}) == 1:
+        columns, rows = columns[1:], [row[1:] for row in rows]
+    return (Table("Targets of the suite", tuple(columns), tuple(rows), notes=(TARGETS_NOTE,)),)
+
+
+def _target_row(one: Judged) -> tuple[Field, ...]:
+    goal, metric = one.goal, METRICS[one.goal.metric]
+    what = Field(metric.header, note=metric.about)
+    if one.value is None or one.value.value is None:
+        failed = [result.record for result in one.cells if result.record.status != "ok"]
+        why = Field(SHORT_ENDINGS[failed[0].status], mark="bad", note=failed[0].reason) if failed else NOTHING
+        where = Field(", ".join(goal.axes.values()) or "any cell")
+        return Field(one.name), what, where, why, Field(goal.bound), NOTHING, Field(NOT_MEASURED, mark="quiet")
+    result, margin = one.cells[0], 100 * goal.margin(one.value.value)
+    note = [one.value.note] if one.value.note else []
+    return (
+        Field(one.name),
+        what,
+        Field("; ".join([result.key.described, *result.record.flags, *note])),
+        show_value(goal.metric, one.value),
+        Field(goal.bound),
+        Field(f"{margin:+.1f}", sort=round(margin, 1)),
+        Field(one.outcome, mark=OUTCOMES[one.outcome]),
+    )
+
+
 def parts(found: Sequence[Result]) -> list[Table]:
-    """What each part of prefill and of a decode step costs; none where no cell measured parts."""
+    """The cost of each part of prefill and of a decode step; no table if no cell measured parts."""
     return [table for key, title, before in PARTS for table in _parts(found, key, title, before)]
 
 
@@ -240,15 +288,15 @@ def table_of(
     star: frozenset[Key] = frozenset(),
     name_fixed: bool = False,
 ) -> Table:
-    """A table of rows: the axes that vary, then ``columns``, filled by ``figures``.
+    """A table of rows: columns of the axes that vary, then ``columns``, whose fields ``figures`` returns.
 
     Args:
-        title: stands above it.
-        rows: at most MAX_ROWS are shown, those of the largest settings where there are more.
-        columns: of the figures; a last one of remarks is left out where no row has any.
-        figures: the fields of a row, one for each column.
-        notes: stand below it.
-        star: rows that are Pareto-optimal.
+        title: of the table.
+        rows: at most MAX_ROWS of them are shown; if there are more, those of the largest settings.
+        columns: of the figures. A last column of remarks is left out if no row has any.
+        figures: returns the fields of a row, one for each of ``columns``.
+        notes: sentences below the table.
+        star: rows that are marked as Pareto-optimal.
         name_fixed: whether the title names the axes that do not vary.
     """
     names, shown = varying(rows), largest(rows, MAX_ROWS)
@@ -267,23 +315,12 @@ def table_of(
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes that are worth a column: the policy, and those that vary."""
+    """The axes that have a column: the policy, and every axis that varies."""
     return [name for name in AXES if name == "policy" or len({getattr(row.key, name) for row in rows}) > 1]
 
 
-def axis_column(name: str) -> Column:
-    """The column of an axis."""
-    return Column(name, name, numeric=False)
-
-
-def value_column(metric: Metric, task: str = "") -> Column:
-    """The column of a metric; the task is named where several share the metric."""
-    header = f"{metric.header} · {task}" if task else metric.header
-    return Column(f"{task}:{metric.key}" if task else metric.key, header, metric.unit, metric.direction, metric.about)
-
-
 def show_axis(key: Key, name: str, star: bool = False) -> Field:
-    """One axis of a row; ``star`` marks the policy of a Pareto-optimal one."""
+    """One axis of a row as a field; ``star`` marks the policy of a Pareto-optimal row."""
     value = getattr(key, name)
     if value is None:
         return NOTHING
@@ -292,38 +329,6 @@ def show_axis(key: Key, name: str, star: bool = False) -> Field:
     if name == "run" and str(value).endswith(UNLIKE):
         return Field(str(value), mark="warn", note="made in another environment than the first run")
     return Field(str(value), sort=_number(value))
-
-
-def show_value(metric: str, value: Value | None, mark: Mark = "") -> Field:
-    """A value as a field, its bounds rounded as the value is."""
-    if value is None or value.value is None:
-        return Field("–", mark="quiet", note=value.note if value else "")
-    text, sort = signed(metric, value.value), value.value * METRICS[metric].scale
-    if value.lo is None or value.hi is None or value.kind == "exact":
-        return Field(text, sort=sort, mark=mark, note=value.note)
-    half = show(metric, max(value.hi - value.value, value.value - value.lo)) if value.kind == "interval" else ""
-    few = {"interval": 0, "range": value.n}.get(value.kind, UNTESTED)
-    return Field(text, show(metric, value.lo), show(metric, value.hi), half, sort, mark, value.note, few)
-
-
-def bounds_in_words(metric: str, value: Value) -> str:
-    """``95 % interval 1.12 … 1.14``, ``range of 2: 1.1 … 1.2``; empty where there are no bounds.
-
-    Bounds that were recorded before their coverage was tested are no interval.
-    """
-    key = metric.partition(":")[0]
-    if value.lo is None or value.hi is None or value.kind == "exact":
-        return ""
-    ends = f"{show(key, value.lo)} … {show(key, value.hi)}"
-    if value.kind == "interval":
-        return f"95 % interval {ends}"
-    return f"range of {value.n}: {ends}" if value.kind == "range" else f"bounds {ends}, coverage not tested"
-
-
-def signed(metric: str, value: float | None) -> str:
-    """A figure as shown; a difference carries its sign."""
-    difference = metric.endswith(("_diff", "_rival")) and METRICS[metric].kind == "sampled"
-    return ("+" if difference and value is not None and value > 0 else "") + show(metric, value)
 
 
 def _headline(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
@@ -335,13 +340,13 @@ def _headline(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table
         values = [_figure(row, task, metric, (row.key, task, metric) in leaders) for task, metric in wheres]
         return [*values, _remarks(row)]
 
-    star = frozenset(front(rows, tasks[0])) if tasks else frozenset[Key]()
+    star = frozenset(front(rows, tasks[0])[0]) if tasks else frozenset[Key]()
     columns.append(Column("remarks", "remarks", numeric=False))
     return table_of(title, rows, columns, figures, star=star, name_fixed=True)
 
 
 def _metrics(rows: Sequence[Row], task: str) -> list[str]:
-    """The headline metrics some cell of the task has, in the order of the metric table."""
+    """The headline metrics that at least one cell of the task has, in the order of the metric table."""
     found = [result.values.items() for row in rows if (result := row.of(task))]
     there = {key for values in found for key, value in values if value.value is not None}
     return [key for key, metric in METRICS.items() if metric.headline and key in there]
@@ -358,7 +363,7 @@ def _figure(row: Row, task: str, metric: str, best: bool) -> Field:
 
 
 def _remarks(row: Row) -> Field:
-    """Flags, and the tasks that gave no figures with the reason."""
+    """The flags of a row, and each task that gave no figures with the reason."""
     flags = list(dict.fromkeys(flag for result in row.cells for flag in result.record.flags))
     ended = [result.record for result in row.cells if result.record.status != "ok"]
     bad = [f"{record.axes.task}: {ENDINGS[record.status]}{_why(record)}" for record in ended]
@@ -366,14 +371,15 @@ def _remarks(row: Row) -> Field:
 
 
 def _why(record: CellRecord) -> str:
-    """The reason of a failure, cut short: the table of cells has all of it. Out of memory explains itself."""
+    """The beginning of the reason why a cell failed; the table of cells has all of it. Running out of memory and being
+    skipped need no reason."""
     if record.status in ("oom", "skipped") or not record.reason:
         return ""
     return f" ({record.reason if len(record.reason) <= MAX_WHY else record.reason[: MAX_WHY - 1] + '…'})"
 
 
 def _fixed(key: Key, columns: Sequence[str]) -> str:
-    """The axes without a column, in words for a title."""
+    """The axes that have no column, as words of a title."""
     words = []
     for name in AXES:
         value = getattr(key, name)

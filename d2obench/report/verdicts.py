@@ -1,7 +1,7 @@
-"""A gate's or comparison's outcome as the view model that a run's report has too, and as JSON.
+"""The verdicts of a gate or a comparison as a :class:`~d2obench.report.view.Report`, and as JSON.
 
-The page holds what needs a look, then what is in order, and forest plots: each figure's change with its interval on
-the band that is let pass.
+The page has a table of the figures that need a look, a table of those that are in order, and forest plots, which show
+the change of each figure with its interval beside the band that the gate tolerates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from d2obench.record import finite
 from d2obench.report.view import Case, Column, Field, Figure, Mark, Outcome, Report, Table
 
 SCHEMA = 1
-"""Of the JSON."""
+"""The version of the JSON."""
 MAX_ROWS, MAX_POINTS, MAX_NAME, LONGEST = 2500, 40, 48, 90
+"""Rows of a table, points of a plot, characters of a cell's name, and characters of a label in a plot."""
 MARKS: dict[Verdict, Mark] = {
     Verdict.REGRESSED: "bad",
     Verdict.INCOMPARABLE: "bad",
@@ -43,7 +44,7 @@ Point = tuple[str | float | None, ...]
 
 
 def view(verdicts: Verdicts) -> Report:
-    """The page of a comparison; the rows that are OK stand in a table of their own."""
+    """The page of a comparison; figures that are OK have a table of their own."""
     names = short_names(verdicts.rows)
     fine, beside = verdicts.of(Verdict.OK), verdicts.of(Verdict.NOT_JUDGED)
     attention = [row for row in verdicts.rows if row.verdict not in (Verdict.OK, Verdict.NOT_JUDGED)]
@@ -113,9 +114,9 @@ def _case(title: str, row: Row) -> Case:
 
 
 def forest(verdicts: Verdicts) -> list[Figure]:
-    """One figure of ratios (head ÷ base) and one of quality (difference ÷ limit), worst first; none without numbers.
+    """A forest plot of ratios (head ÷ base) and one of quality (difference ÷ limit), each with the worst figure first.
 
-    The band of a ratio is 1 ÷ (1 + δ) … 1 + δ. A figure that must not change is shown where it did.
+    The tolerated band of a ratio is 1 ÷ (1 + δ) … 1 + δ. A figure that must not change is shown only if it changed.
     """
     names = short_names(verdicts.rows)
     ratios = [row for row in verdicts.rows if row.kind != "sampled" and _moved(row)]
@@ -144,7 +145,8 @@ def forest(verdicts: Verdicts) -> list[Figure]:
 
 
 def _moved(row: Row) -> bool:
-    """Whether there is something to draw: a judged change, or one that might have been within an interval or limit."""
+    """Whether a row can be drawn and is worth it: it was judged, its numbers are finite, and it changed or was allowed
+    to change."""
     if row.verdict is Verdict.NOT_JUDGED:
         return False
     numbers = [row.effect, *(end for end in (row.lo, row.hi) if end is not None)]
@@ -177,7 +179,7 @@ def _round(end: float | None, middle: float, unit: float) -> float | None:
 
 
 def _headed(row: Row) -> str:
-    """The metric with the direction that is better."""
+    """The header of the metric with an arrow in the direction that is better."""
     direction = METRICS[row.metric].direction if row.metric in METRICS else "none"
     return row.header + {"lower": " ↓", "higher": " ↑", "none": ""}[direction]
 

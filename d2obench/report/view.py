@@ -1,8 +1,9 @@
-"""What a report says, as plain data: tables of ready text, figures as tables of numbers, sentences.
+"""The content of a report as plain data: sentences, tables whose fields are text, and figures as tables of numbers.
 
-The records are read and every figure is computed once, in ``d2obench.report.build``; a renderer turns a
-:class:`Report` into its own format and computes nothing. The JSON format is this structure itself, so a published
-report can be rendered again without the raw samples.
+The records are read and every figure is computed once, in :mod:`d2obench.report.build`. A renderer turns a
+:class:`Report` into its own format and computes nothing. The format JSON is this structure itself, so that a published
+report can be rendered again without the raw samples. The functions at the end turn a value into the text that every
+format shows.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
-from d2obench.metric import Direction
-from d2obench.record import Bounded
+from d2obench.metric import METRICS, Direction, Metric, show
+from d2obench.record import Bounded, Value
 from d2obench.stats.claims import Claim
 
 Mark = Literal["", "best", "warn", "bad", "quiet"]
@@ -31,13 +32,18 @@ Kind = Literal[
 ]
 KINDS = get_args(Kind)
 FIRST: Kind = "overview"
-"""The figure that stands on the first screen."""
+"""The figure on the first screen."""
 Outcome = Literal["passed", "failure", "error", "skipped"]
 SCHEMA = 1
+ENDINGS = {"oom": "out of memory", "skipped": "skipped", "failed": "failed", "incomparable": "incomparable"}
+"""Status of a cell without figures → how it ended, in words."""
+UNTESTED = -1
+"""``Field.range_of`` of bounds that were recorded before their coverage was tested."""
 
 
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A column: ``header`` and ``unit`` are shown, ``about`` is the definition; an axis column is not ``numeric``."""
+    """A column: ``header`` and ``unit`` are shown, ``about`` is the definition. The column of an axis is not
+    ``numeric``."""
 
     key: str
     header: str
@@ -54,13 +60,16 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Field(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One field of a table: ``text`` and its bounds ``lo`` and ``hi`` as shown, ``sort`` as a number.
+    """One field of a table.
 
-    The bounds are those of the 95 % interval, or where ``range_of`` samples are too few for one the lowest and
-    highest. It is −1 where a record from before intervals were tested does not say what its bounds are.
-    ``half`` is the wider half of an interval, for views that have no room for both bounds.
-
-    ``mark``: ``best`` of its group, ``warn`` (a flag), ``bad`` (a cell that gave no figure), ``quiet`` (nothing there).
+    Args:
+        text: what is shown.
+        lo, hi: its bounds as shown: the ends of the 95 % interval, or the lowest and highest of too few samples.
+        half: the longer half of an interval, for views that have no room for both bounds.
+        sort: the number by which a page sorts the column.
+        mark: ``best`` of its group, ``warn`` for a flag, ``bad`` for a cell that gave no figure, ``quiet`` for nothing.
+        note: an explanation, shown when the pointer rests on the field.
+        range_of: number of samples if the bounds are a range; 0 for an interval; UNTESTED for bounds of an old record.
     """
 
     text: str
@@ -80,7 +89,8 @@ class Field(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Table(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``left_out`` rows are in the CSV only. ``groups`` holds the index of each row that begins a new group."""
+    """A table; ``groups`` holds the index of each row that begins a new group, and ``left_out`` is the number of rows
+    that only the CSV file has."""
 
     title: str
     columns: tuple[Column, ...]
@@ -91,7 +101,7 @@ class Table(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A picture as its data: ``kind`` names the chart, ``rows`` the points, ``options`` axis titles and the like.
+    """A figure as data: ``kind`` names the chart, ``rows`` are its points, ``options`` holds axis titles and the like.
 
     ``id`` is part of file names and begins with ``kind``.
     """
@@ -105,7 +115,7 @@ class Figure(msgspec.Struct, frozen=True, omit_defaults=True):
     options: dict[str, Any] = {}
 
     def records(self) -> list[dict[str, Any]]:
-        """The rows as dicts, as a chart wants them."""
+        """The points as dictionaries by column, which is the form that a chart takes."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
@@ -141,17 +151,17 @@ class CsvRow(msgspec.Struct, frozen=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A cell of a run, or a row of a gate, as a test case: what JUnit and GitHub list.
+    """A cell of a run, or a figure that a gate judged, as a test case for JUnit and GitHub.
 
     Args:
         run: the run or the gate.
-        id: the cell, or the figure that a gate judged.
-        group: the task, or the cell whose figure it is.
+        id: the cell, or the figure.
+        group: the task, or the cell that the figure belongs to.
         status: a cell's status, or a verdict.
-        reason: why it is not well.
-        seconds: it took.
+        reason: why the case did not pass.
+        seconds: how long the cell took.
         text: its figures.
-        outcome: ``failure`` something became worse, ``error`` there is no figure, ``skipped`` it can't be told.
+        outcome: ``failure`` if something became worse, ``error`` without a figure, ``skipped`` if it can't be decided.
     """
 
     run: str
@@ -165,30 +175,30 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole page, from top to bottom; of a run or several, or of a gate's verdicts.
+    """A whole page, from top to bottom: of one run, of several runs side by side, or of a gate's verdicts.
 
     Args:
         title: of the page.
-        subtitle: what the suite is for, or what was compared with what.
-        verdict: what the figures say, in sentences; the most important first.
-        warnings: what a reader must know before he believes a figure.
-        headline: tables; the first is the one that everybody should see.
+        subtitle: the purpose of the suite, or what was compared with what.
+        verdict: what the figures say, in sentences, the most important first.
+        warnings: what a reader must know before trusting a figure.
+        headline: tables; everybody should see the first one.
         reading: how to read them.
-        notes: what else a reader should know, such as flags of cells.
-        glossary: what each figure of the tables means; at most one table.
-        claims: what the sentences say, as data.
-        targets: the suite's targets; at most one table.
+        notes: further remarks, such as the flags of cells and what they mean.
+        glossary: definitions of the figures in the tables; at most one table.
+        claims: every statement about which figure is better, best or within its target, as data.
+        targets: the targets of the suite; at most one table.
         tables: more tables: ratios, costs of parts, what a gate found in order.
         machine: the machine card and the roofline.
-        figures: pictures as data.
-        cells: every planned cell with how it ended.
-        environment: every fact of it.
-        suites: run and its suite as TOML.
-        again: commands: how to run it again, or what to do next.
+        figures: figures as data.
+        cells: every planned cell and how it ended.
+        environment: every recorded fact of the environment.
+        suites: pairs of a run and its suite as TOML.
+        again: commands that run it again, or the next steps.
         results: every figure of every cell, for CSV.
-        cases: for JUnit and GitHub.
-        name: begins the names of the files.
-        again_title: stands above the commands.
+        cases: test cases for JUnit and GitHub.
+        name: the beginning of the names of files.
+        again_title: the heading above the commands.
     """
 
     title: str
@@ -215,9 +225,57 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     claims: tuple[Claim, ...] = ()
 
 
-def printable(text: str, keep: str = "") -> str:
-    """Control characters, ANSI among them, and those that turn the direction of text become a replacement sign.
+NOTHING = Field("–", mark="quiet")
+"""The field of a figure that was not measured."""
 
-    Every renderer passes what it shows through this, and then through the escaping of its own format.
+
+def axis_column(name: str) -> Column:
+    """The column of an axis, such as the policy."""
+    return Column(name, name, numeric=False)
+
+
+def value_column(metric: Metric, task: str = "") -> Column:
+    """The column of a metric; its header names the task if several tasks share the metric."""
+    header = f"{metric.header} · {task}" if task else metric.header
+    return Column(f"{task}:{metric.key}" if task else metric.key, header, metric.unit, metric.direction, metric.about)
+
+
+def show_value(metric: str, value: Value | None, mark: Mark = "") -> Field:
+    """A value as a field; its bounds have as many digits as the value."""
+    if value is None or value.value is None:
+        return Field("–", mark="quiet", note=value.note if value else "")
+    text, sort = signed(metric, value.value), value.value * METRICS[metric].scale
+    if value.lo is None or value.hi is None or value.kind == "exact":
+        return Field(text, sort=sort, mark=mark, note=value.note)
+    half = show(metric, max(value.hi - value.value, value.value - value.lo)) if value.kind == "interval" else ""
+    few = {"interval": 0, "range": value.n}.get(value.kind, UNTESTED)
+    return Field(text, show(metric, value.lo), show(metric, value.hi), half, sort, mark, value.note, few)
+
+
+def bounds_in_words(metric: str, value: Value) -> str:
+    """``95 % interval 1.12 … 1.14`` or ``range of 2: 1.1 … 1.2``; empty if the value has no bounds.
+
+    Bounds that were recorded before their coverage was tested are not called an interval.
+    """
+    key = metric.partition(":")[0]
+    if value.lo is None or value.hi is None or value.kind == "exact":
+        return ""
+    ends = f"{show(key, value.lo)} … {show(key, value.hi)}"
+    if value.kind == "interval":
+        return f"95 % interval {ends}"
+    return f"range of {value.n}: {ends}" if value.kind == "range" else f"bounds {ends}, coverage not tested"
+
+
+def signed(metric: str, value: float | None) -> str:
+    """A figure as shown; a difference carries its sign, also if it is positive."""
+    difference = metric.endswith(("_diff", "_rival")) and METRICS[metric].kind == "sampled"
+    return ("+" if difference and value is not None and value > 0 else "") + show(metric, value)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with a replacement sign for every control character and every character that changes the direction of
+    text; escape sequences of a terminal begin with such a character.
+
+    Every renderer passes what it shows through this function, and then through the escaping of its own format.
     """
     return "".join(char if char.isprintable() or char in keep else "�" for char in text)

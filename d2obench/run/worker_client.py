@@ -28,7 +28,7 @@ import msgspec
 from d2obench import errors
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
 from d2obench.measure.memory import is_out_of_memory
-from d2obench.openmp_wait import bounded_spin
+from d2obench.run.openmp_wait import bounded_spin
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]

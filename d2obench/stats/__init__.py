@@ -1,6 +1,6 @@
-"""Statistics, without torch: what the samples can carry, and what may be said because of it.
+"""Statistics, without torch.
 
-``intervals`` gives every figure its interval or range, ``claims`` decides which words and marks they allow, ``paired``
-tests two arms on the same items, ``coverage`` shows by simulation that the intervals hold what they say. The package
-imports the record and the metric table alone; everything from ``tasks`` and ``measure`` upwards may import it.
+``intervals`` gives every figure an interval or a range. ``ratios`` compares two caches that were measured in turns.
+``paired`` tests two sides on the same items. ``claims`` decides which words the intervals allow, such as faster, best
+or met. The coverage of the intervals is simulated by :mod:`d2obench.study.coverage`.
 """

@@ -3,8 +3,10 @@
 A range, a figure without bounds, and an interval that contains both answers prove nothing: "not told apart". Three
 rules apply to every such word:
 
-* **Many comparisons.** With a probability of 95 % all words of one report are right together (Bonferroni): with
-  ``comparisons`` of them, each interval is widened to the level 1 − 0.05 ÷ comparisons before it is used.
+* **Many comparisons.** Words are grouped into families: the sentences of a report, the targets of a run, the bold
+  figures of one column among comparable rows, the Pareto-optimal rows of one task among comparable rows. With a
+  probability of 95 % all words of one family are right together (Bonferroni): if a family needs ``comparisons``
+  intervals, each of them is widened to the level 1 − 0.05 ÷ comparisons before it is used.
 * **Processes.** Where the operating system happens to place a process in memory changes its times by some percent
   (Mytkowicz et al., ASPLOS 2009); in the gate's study, medians of fresh processes differed by BIAS beyond their
   sampling error. A time or a ratio of times is widened by this amount, less so the more fresh processes it was measured
@@ -18,7 +20,7 @@ Nothing here reads a file or draws a view.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -42,19 +44,20 @@ class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
     """A sentence of a report, a bold figure or a target, as data, so that the rate of false sentences can be studied.
 
     Args:
-        word: ``better`` or ``worse`` than the policy it is compared with, ``best`` of ``others``, ``met`` or
-            ``missed``.
+        word: ``better`` or ``worse`` than the policy it is compared with; ``best``, better than ``others``;
+            ``undominated``, better than ``others``, which are all the rows that hold as few bytes or fewer; ``met`` or
+            ``missed``, of a target.
         cell: the cell that the figure belongs to.
         metric: the figure, named as in ``results.csv``.
         least, most: the bounds that the word claims for the figure: from 1 or up to 1 for ratios, 0 for differences, or
             a target's bounds.
-        others: for ``best``, the cells that it is claimed to be better than.
+        others: for ``best`` and ``undominated``, the cells that it is claimed to be better than.
         lo, hi: the interval that the claim is based on.
         comparisons: number of comparisons for which the interval was widened.
         processes: number of fresh processes that were measured; 0 if times are not involved.
     """
 
-    word: Literal["better", "worse", "best", "met", "missed"]
+    word: Literal["better", "worse", "best", "undominated", "met", "missed"]
     cell: str
     metric: str
     least: float | None = None
@@ -89,18 +92,49 @@ def widened(value: Value, comparisons: int = 1, *, timed: bool = False, processe
     if value.kind != "interval" or value.lo is None or value.hi is None:
         return value
     level = 1 - (1 - LEVEL) / max(1, comparisons)
+    # 1. a share of right answers has an exact interval at every level
     if value.method == "binomial":
         return proportion(round(value.value * value.n), value.n, level)
+    # 2. other intervals grow as the quantile of Student's t does
     df = value.df or max(1, value.n - 1)
     factor = float(special.stdtrit(df, (1 + level) / 2) / special.stdtrit(df, (1 + LEVEL) / 2))
     logs = timed and value.lo > 0
     middle, lo, hi = (math.log(end) if logs else end for end in (value.value, value.lo, value.hi))
     below, above = factor * (middle - lo), factor * (hi - middle)
+    # 3. a time also allows for what differs between processes; independent errors add up as squares
     if logs:
         bias = float(special.ndtri((1 + level) / 2)) * BIAS / math.sqrt(max(1, processes))
         below, above = math.hypot(below, bias), math.hypot(above, bias)
     lo, hi = (math.exp(end) if logs else end for end in (middle - below, middle + above))
     return msgspec.structs.replace(value, lo=lo, hi=hi)
+
+
+def least(values: Sequence[Value]) -> Value:
+    """The smallest of several figures, with an interval for the smallest true value; a range if one has no interval.
+
+    Which figure comes out smallest is partly chance, so its own interval would be too narrow and would lie too low.
+    All intervals are widened so that they hold together (Bonferroni). Then the smallest true value lies between the
+    smallest lower and the smallest upper bound.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    known = [one for one in values if one.value is not None]
+    if not known:
+        raise ValueError("there is no value to choose from")
+    smallest = min(known, key=lambda one: one.value or 0.0)
+    if len(known) == 1:
+        return smallest
+    wide = [widened(one, len(known)) for one in known]
+    lows, highs = [one.lo for one in wide if one.lo is not None], [one.hi for one in wide if one.hi is not None]
+    if len(lows) < len(known) or len(highs) < len(known):
+        return Value(smallest.value, n=smallest.n)
+    n, df = min(one.n for one in known), min(one.df or max(1, one.n - 1) for one in known)
+    certain = {one.kind for one in known} <= {"interval", "exact"}
+    return Value(
+        smallest.value, min(lows), min(highs), n, kind="interval" if certain else "range", df=df,
+        method=f"least of {len(known)}",
+    )  # fmt: skip
 
 
 def timed(metric: str) -> bool:
@@ -269,15 +303,18 @@ def ratio_of_ratios(base: Value, head: Value) -> Value:
 
 
 def _ends(metric: str, value: Value) -> tuple[float, float] | None:
-    """The bounds on which a word may be based: those of an interval, or of a figure that is the same in every repeat.
+    """The bounds on which a word may be based; None if there are none.
 
-    A peak of memory has a range: it carries a word only if every repeat came to the same number of bytes.
+    1. Counts and bytes, and figures that were the same in every repeat: the figure itself. If the repeats of a count
+       differ after all, it is their range.
+    2. A peak of memory: the figure, if every repeat came to the same number of bytes. A range proves nothing.
+    3. All other figures: their interval.
     """
     kind = METRICS[metric.partition(":")[0]].kind
     if value.value is None:
         return None
     if value.kind == "exact" or kind in ("exact", "info"):
-        return value.value, value.value
+        return (value.value, value.value) if value.lo is None or value.hi is None else (value.lo, value.hi)
     if value.lo is None or value.hi is None:
         return None
     same = kind == "bounded" and value.n > 1 and value.lo == value.hi

@@ -7,7 +7,7 @@ samples             estimated                                   method          
 ==================  ==========================================  ==========================================  =======
 times of rounds     the median of the run's rounds              t interval of the trimmed mean of logs      3
 paired ratios       the median ratio of two caches' rounds      the same, on the logs of the ratios         3
-windows in turns    the median ratio (or time) of windows       t interval of medians of successive blocks  12
+windows in turns    the median ratio or time of windows         t interval of medians of successive blocks  12
 figures of items    their mean; documents are the clusters      Hall's transformed t and Student's t        6
 bounded scores      their mean, between two known ends          t with one added item at either end         4
 right or wrong      the share of right ones                     Clopper and Pearson                         1
@@ -15,12 +15,12 @@ p95, p99 of steps   the quantile                                Woodruff, varian
 peaks of memory     the highest                                 none: the range of the rounds               –
 ==================  ==========================================  ==========================================  =======
 
-Below those counts the bounds are the smallest and largest sample and the result says ``range``. Samples that are all
-alike are ``exact``. Simulated coverage of every row is published under ``reports/coverage``; it is at least 93 % for
-every count that gets an interval (see :mod:`d2obench.study.coverage`).
+With fewer samples the bounds are the smallest and the largest sample, and the result says ``range``. If all samples are
+equal, it says ``exact``. The simulated coverage of every row is published under ``reports/coverage``; it is at least
+93 % for every number of samples that gets an interval (:mod:`d2obench.study.coverage`).
 
-A time is that of the machine as it was during the run: a drift of the machine within the run is part of what is
-estimated, and another hour may differ. Ratios of caches that took turns do not share this limit.
+A time describes the machine as it was during the run. If the machine becomes slower within the run, that is part of
+what is estimated, and the time may be different an hour later. Ratios of caches that took turns are not limited so.
 
 Sources: Tukey and McLaughlin (1963) for trimmed means; Hall (1992), "On the removal of skewness by transformation";
 Agresti and Caffo (2000) and Bonett and Price (2012) for added items; Clopper and Pearson (1934); Woodruff (1952).
@@ -50,11 +50,11 @@ simulation, so that each covers 93 % under every noise that is tried."""
 
 
 def median(samples: Samples, *, successive: bool = False, level: float = LEVEL) -> Value:
-    """The median of times, rates or other figures, one a round.
+    """The median of times, rates or other figures of rounds, with its interval.
 
     Args:
-        samples: one figure a round, or the steps of each round, of which the median counts.
-        successive: the samples are windows that follow one another closely, so that neighbours are alike.
+        samples: one figure for each round, or the steps of each round, which are reduced to their median.
+        successive: whether the samples are windows that follow one another closely, so that neighbours are alike.
         level: of the interval.
 
     Raises:
@@ -72,11 +72,11 @@ def median(samples: Samples, *, successive: bool = False, level: float = LEVEL) 
 def paired_ratio(
     base: Sequence[float], head: Sequence[float], *, successive: bool = False, level: float = LEVEL
 ) -> Value:
-    """The median of head ÷ base over pairs that were measured together.
+    """The median of head ÷ base over pairs that were measured together, with its interval.
 
     Args:
-        base, head: values above 0, one pair a round or window, in the order they were measured.
-        successive: the pairs are windows of steps that follow one another closely, not whole requests.
+        base, head: values above 0, one pair for each round or window, in the order in which they were measured.
+        successive: whether the pairs are windows of steps that follow one another closely, rather than whole requests.
         level: of the interval.
 
     Raises:
@@ -93,7 +93,7 @@ def paired_ratio(
 
 
 def highest(peaks: Sequence[float]) -> Value:
-    """The highest of several peaks, with the range of all of them."""
+    """The highest of several memory peaks, with the range of all of them."""
     array = _finite(peaks)
     return _range(array, float(array.max()), len(array))
 
@@ -105,25 +105,29 @@ def mean(
     ends: tuple[float, float] = (-math.inf, math.inf),
     level: float = LEVEL,
 ) -> Value:
-    """The mean of figures of items; items of one cluster (a document) are one piece of evidence.
+    """The mean of the figures of items, with its interval. The items of one cluster, such as a document, count as one
+    independent sample.
 
     Args:
-        values: one figure an item.
-        clusters: the document of each item; every item is one where it is left out.
-        ends: the lowest and highest value the figure can take. With two finite ends the figure is a score: right and
-            wrong answers of independent items get the exact binomial interval, others an added item at either end, so
-            that a few items that agree do not pass for certainty.
+        values: one figure for each item.
+        clusters: the document of each item; if left out, every item is independent.
+        ends: the lowest and the highest value that the figure can have. If both are finite, the figure is a score.
+            Right or wrong answers to independent items get the exact binomial interval. For other scores, one item is
+            added at either end of the scale, because a few equal scores would otherwise look like certainty.
         level: of the interval.
 
     Raises:
         ValueError: there is no value, one is not finite, or ``clusters`` has another length.
     """
+    # 1. clusters; right or wrong answers to independent items have an exact interval
     array = _finite(values)
     sums, counts = cluster_sums(array, clusters)
     middle, n, score = float(array.mean()), len(sums), all(map(math.isfinite, ends))
     if score and ends == (0.0, 1.0) and n == len(array) and set(array.tolist()) <= {0.0, 1.0}:
         return proportion(int(array.sum()), n, level)
+    # 2. one figure for each cluster: its deviation from the mean, weighted by the number of its items
     figures = middle + (sums - middle * counts) / counts.mean()
+    # 3. equal figures are exact, too few have a range, others an interval
     if not score and n > 1 and np.ptp(array) == 0:
         return Value(middle, middle, middle, n, kind="exact")
     if n < (SCORES if score else ITEMS):
@@ -142,14 +146,14 @@ def paired_difference(
     bounded: bool = False,
     level: float = LEVEL,
 ) -> Value:
-    """The mean of head − base over the same items; see :func:`mean`.
+    """The mean of head − base over the same items, with its interval; see :func:`mean`.
 
-    Miller, "Adding error bars to evals" (arXiv 2411.00640) for why pairs and clusters.
+    Why differences are paired and clustered: Miller, "Adding error bars to evals" (arXiv 2411.00640).
 
     Args:
-        base, head: one figure an item, in the same order.
+        base, head: one figure for each item, in the same order.
         clusters: the document of each item.
-        bounded: both are scores between 0 and 1.
+        bounded: whether both are scores between 0 and 1.
         level: of the interval.
     """
     if len(base) != len(head) or not len(base):
@@ -168,7 +172,7 @@ def proportion(hits: int, n: int, level: float = LEVEL) -> Value:
 
 
 def percentile(samples: Samples, q: float, level: float = LEVEL) -> Value | None:
-    """The ``q``-quantile of steps with its interval, or None where there are too few for one.
+    """The ``q``-quantile of steps with its interval; None if there are too few steps.
 
     The share of steps below the quantile varies between blocks of successive steps by more than chance, because slow
     and fast phases of the machine last longer than a step. Its standard error is computed from BLOCKS blocks, and is
@@ -189,7 +193,7 @@ def percentile(samples: Samples, q: float, level: float = LEVEL) -> Value | None
     return Value(value, float(lo[0]), float(hi[0]), len(steps), kind="interval", method="Woodruff", df=BLOCKS - 1)
 
 
-# Methods: arrays of shape [trials, n] in, bounds of shape [trials] out. The coverage study calls these same functions.
+# The methods take arrays of shape [trials, n] and return bounds of shape [trials]. The coverage study calls them, too.
 
 
 def trimmed_t(x: Floats, level: float = LEVEL) -> Bounds:
@@ -212,8 +216,10 @@ def trimmed_t(x: Floats, level: float = LEVEL) -> Bounds:
 def blocks_t(x: Floats, level: float = LEVEL) -> Bounds:
     """Student's t interval of the medians of successive blocks, which are far less correlated than neighbouring
     samples."""
+    # 1. the median of each block
     count = blocks_of(x.shape[1])
     medians = np.stack([np.median(part, axis=1) for part in np.array_split(x, count, axis=1)], axis=1)
+    # 2. Student's t of these medians
     middle, error = medians.mean(axis=1), medians.std(axis=1, ddof=1) / math.sqrt(count)
     half = special.stdtrit(count - 1, (1 + min(level + _ALIKE, 0.9999)) / 2) * error
     return middle - half, middle + half

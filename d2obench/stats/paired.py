@@ -1,5 +1,5 @@
-"""Tests of two arms on the same items: the exact test for right or wrong answers, and the smallest change they could
-show."""
+"""Tests of two sides on the same items: an exact test for right or wrong answers, and the smallest change that these
+items could show."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from d2obench.stats.intervals import cluster_sums
 
 
 class McNemar(NamedTuple):
-    """Items only the base had right (``lost``), items only the head had right (``won``), and exact p-values.
+    """The result of McNemar's test.
 
-    ``p_worse`` is one-sided (head is worse), ``p`` two-sided.
+    Args:
+        lost: number of items that only the base had right.
+        won: number of items that only the head had right.
+        p_worse: one-sided p-value; the alternative is that the head is worse.
+        p: two-sided p-value.
     """
 
     lost: int
@@ -26,7 +30,8 @@ class McNemar(NamedTuple):
 
 
 def mcnemar(base: Sequence[float], head: Sequence[float]) -> McNemar:
-    """The exact test of McNemar (1947): discordant items are a fair coin when the arms are alike.
+    """The exact test of McNemar (1947): if the sides are equally good, an item on which they differ is won or lost with
+    equal probability.
 
     Args:
         base, head: 0 or 1 for each item, in the same order.
@@ -53,10 +58,16 @@ def detectable(
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float:
-    """The smallest true worsening of the mean that these items would show with ``power`` at one-sided ``alpha``.
+    """The smallest true worsening of the mean that these items would show with probability ``power``, at the one-sided
+    level ``alpha``.
 
-    Normal approximation on the cluster means. 0/1 items that all agree are counted as if 3 of them did not (the upper
-    95 % bound of no event in n), so that agreement on few items does not pass for certainty.
+    It is a normal approximation for the means of clusters. If all items with values 0 and 1 agree, three of them count
+    as different, which is the upper 95 % bound for an event that was never seen; otherwise agreement on a few items
+    would look like certainty.
+
+    Args:
+        base, head: one figure for each item, in the same order.
+        clusters: the document of each item; every item is its own if left out.
     """
     _same_length(base, head)
     diff = np.subtract(head, base, dtype=np.float64)

@@ -1,9 +1,9 @@
-"""Ratios of two caches that were measured side by side; defined and computed only here.
+"""Ratios of two caches that were measured in turns; all of them are defined and computed here.
 
-The runner records the ratios to the full cache, a report adds those to StreamingLLM, to the library's caches and to
-D2O's rivals, and a gate compares the same ratios of two revisions. All of them are computed from pairs, because what
-slows the machine down for a while slows both sides of a pair. A pair is a round of whole requests; for the time of
-decode steps it is a sweep of windows (:mod:`d2obench.measure.samples`) if both caches were measured in windows.
+The runner records the ratios to the full cache. A report adds those to StreamingLLM, to the library's caches and to
+D2O's rivals, and a gate compares the ratios of two revisions. All are computed from pairs, because whatever slows down
+the machine for a while slows down both sides of a pair. A pair is a round of whole requests. For the time of decode
+steps it is a sweep of windows (:mod:`d2obench.measure.samples`) if both caches were measured in windows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from d2obench.stats.intervals import paired_ratio
 
 FULL, STREAMING = "full", "streaming"
 Round = Mapping[str, Any]
-"""One measured request as a run keeps it: ``round``, ``ttft_s``, ``decode_s``, ``e2e_s``, ``peaks``."""
+"""One measured request as a run stores it: ``round``, ``ttft_s``, ``decode_s``, ``e2e_s``, ``peaks``."""
 Samples = Mapping[str, Any]
-"""The raw values of a cell as a run keeps them: ``rounds``, and where it has any ``windows`` and their ``plan``."""
+"""The raw values of a cell as a run stores them: ``rounds``, and ``windows`` with their ``plan`` if it has any."""
 Figures = Mapping[tuple[str, int, int], float]
-"""Figures that were measured beside those of another cell where the keys are the same."""
+"""Figures of one cell; those of another cell with the same key were measured beside them."""
 
 
 class Ratio(NamedTuple):
     """How a ratio is formed.
 
     Args:
-        partner: the policy on the other side; empty where the caller chooses it.
-        figure: what is compared of a round; None or 0 leaves the round out.
-        speedup: True for partner ÷ own (above 1 is better), False for own ÷ partner (a cost, below 1 is better).
-        decode: it compares the time of all decode steps, which windows tell better than rounds.
+        partner: the policy on the other side; empty if the caller chooses it.
+        figure: the figure of a round that is compared; a round without it, or with 0, is left out.
+        speedup: True for partner ÷ own, where more than 1 is better; False for own ÷ partner, a cost.
+        decode: whether it compares the time of all decode steps, which windows measure better than rounds.
     """
 
     partner: str
@@ -42,7 +42,7 @@ class Ratio(NamedTuple):
 
 
 def seconds(key: str) -> Callable[[Round], float | None]:
-    """The time ``key`` of a round."""
+    """A function that reads the time ``key`` of a round."""
 
     def read(one: Round) -> float | None:
         value = one.get(key)
@@ -52,7 +52,8 @@ def seconds(key: str) -> Callable[[Round], float | None]:
 
 
 def peak_to_first_token(one: Round) -> float | None:
-    """The highest memory of a round until its first token: the allocator's where there is one, else the process's."""
+    """The highest memory of a round until its first token: that of the GPU's allocator if there is one, otherwise that
+    of the process."""
     peaks = one.get("peaks")
     phases = [peaks.get(name) or {} for name in ("prefill", "compress")] if isinstance(peaks, dict) else []
     for key in ("allocated_bytes", "rss_bytes"):
@@ -72,12 +73,12 @@ RATIOS: dict[str, Ratio] = {
     "to_library": Ratio("", seconds("decode_s"), True, decode=True),
     "decode_rival": Ratio("", seconds("decode_s"), True, decode=True),
 }
-"""Every paired ratio of the metric table. ``speedup_memory`` compares each at its own largest batch."""
+"""Every paired ratio of the metric table. ``speedup_memory`` compares two caches, each with its own largest batch."""
 
 
 class Pairs(NamedTuple):
-    """Figures of two cells, in the order they were measured; ``successive`` where they are sweeps of windows, which
-    follow each other so closely that neighbours may be alike."""
+    """Figures of two cells in the order in which they were measured. ``successive`` says that they are sweeps of
+    windows, which follow each other so closely that neighbours may be alike."""
 
     mine: list[float]
     partner: list[float]
@@ -85,12 +86,12 @@ class Pairs(NamedTuple):
 
 
 def pairs(metric: str, mine: Samples, partner: Samples, *, every: bool = False) -> Pairs:
-    """The figures of ``mine`` and of ``partner`` where both were measured beside each other and are above 0.
+    """The figures of ``mine`` and ``partner`` that were measured beside each other and are above 0.
 
     Args:
         metric: a key of RATIOS.
         mine, partner: raw values of two cells.
-        every: take rounds in which the machine was disturbed, too.
+        every: whether to include rounds in which the machine was disturbed.
     """
     one = RATIOS[metric]
     ours: Figures = decode_times(mine) if one.decode and not every else {}
@@ -111,13 +112,13 @@ def _of_rounds(samples: Samples, figure: Callable[[Round], float | None], every:
 
 
 def ratio(metric: str, mine: Samples, partner: Samples, per: float = 1.0) -> Value | None:
-    """One ratio with its interval; None where the two were never measured beside each other.
+    """One ratio with its interval; None if the two cells were never measured beside each other.
 
     Args:
         metric: a key of RATIOS.
         mine: raw values of the cell.
         partner: raw values of the cell it is compared with.
-        per: own batch ÷ the partner's batch, where the two differ on purpose.
+        per: own batch ÷ the partner's batch, if the two differ on purpose.
     """
     found = pairs(metric, mine, partner)
     if not found.mine:
@@ -128,13 +129,13 @@ def ratio(metric: str, mine: Samples, partner: Samples, per: float = 1.0) -> Val
 
 
 def against_full(mine: Samples, full: Samples, *, batches: tuple[int, int] | None = None) -> dict[str, Value]:
-    """What the runner records of a cell beside the full cache.
+    """The ratios to the full cache that the runner records.
 
     Args:
         mine: raw values of the cell.
         full: raw values of the full cache.
-        batches: batch of the cell and of the full cache where each ran at its own largest one; then only their
-            throughputs can be compared, and equal batch and equal memory are never mixed.
+        batches: the batches of the cell and of the full cache if each ran with its own largest batch. Then only their
+            throughputs are compared, so that equal batch and equal memory are not mixed up.
     """
     if batches is not None:
         found = {"speedup_memory": ratio("speedup_memory", mine, full, batches[0] / batches[1])}

@@ -1,6 +1,6 @@
-"""Studies of d2obench itself, for its authors: are its verdicts, sentences and intervals right, and how often?
+"""Studies of d2obench itself: how often its verdicts, sentences and intervals are right.
 
-``faults`` are planted into a worker on purpose, ``trials`` are gates tried many times, ``gate`` runs and writes the
-study of ``d2obench doctor --study``; ``quick`` asks whether the first command tells the truth on a busy machine, and
-``coverage`` whether the intervals hold what they say. Nothing but ``cli`` imports this package.
+``coverage`` simulates how often an interval contains the true value. ``gate`` tries the gate's rule for timed figures
+many times, and ``faults`` holds the faults that are put into a worker to test a gate. ``quick`` counts the false
+sentences of the first command on a busy machine. Only ``cli`` imports this package.
 """

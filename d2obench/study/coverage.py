@@ -1,23 +1,22 @@
-"""How often the intervals of :mod:`d2obench.stats.intervals` hold the truth, by simulation.
+"""How often the intervals of :mod:`d2obench.stats.intervals` contain the true value, by simulation.
 
-Every row of its table is one kind of figure under one model of noise with ``n`` samples: the share of trials whose
-interval holds the true value, and the interval's median width. Widths of times and ratios are in percent. Rows whose
-``n`` is too small for an interval are left out: the report prints a range there. The methods are called as the
-intervals call them, on many trials at once, so a study of full size takes about a minute.
+Every row of the result is one kind of figure under one model of noise with ``n`` samples: the share of trials whose
+interval contains the true value, and the median width of the interval, for times and ratios on the log scale. Rows with
+too few samples for an interval are left out, because a report prints a range for them. The simulation calls the same
+functions as the intervals do, with many trials at once, so that a whole study takes about a minute.
 
 Models of noise:
 
-* ``normal``: 3 % jitter. ``heavy tails``: t with 3 degrees of freedom. ``spikes``: 3 % jitter, and 8 % of the samples
-  (``many spikes``: 15 %) are slower by a lognormal share around 30 %; in a ratio either side may be hit, ``one side``
-  hits one with 15 % and the other with 2 %.
-* ``drift``: a level of 4 % that follows itself with 0.8 from round to round; the truth is the median of the run.
-  ``trend``: 30 % from the first to the last sample.
-* ``shared machine``: pairs that take turns (ABBA) on a level of 4 % that follows itself with 0.9, with spikes.
-* ``alike 0.3`` to ``alike 0.7``: the shared machine, and the ratio itself follows itself from pair to pair. Rounds of
-  whole requests were measured to follow each other with 0.0 (``reports/gate-study-cpu``); sweeps of windows are
-  tried up to 0.7.
-* items: documents' figures between normal and as skewed as a lognormal with sigma 1; the published runs have
-  coefficients of variation of 0.4 to 0.8, which is a sigma of 0.4 to 0.7.
+* ``normal``: normal noise of 3 %. ``heavy tails``: t with 3 degrees of freedom. ``spikes``: normal noise, and 8 % of
+  the samples (``many spikes``: 15 %) are slower by a lognormal share around 30 %. In a ratio, either side can have
+  spikes; with ``one side``, one side has them with 15 % and the other with 2 %.
+* ``drift``: the level varies by 4 % with an autocorrelation of 0.8 from round to round; the true value is the median of
+  the run. ``trend``: the level rises by 30 % from the first to the last sample.
+* ``shared machine``: pairs in ABBA order, with spikes, on a level that varies by 4 % with an autocorrelation of 0.9.
+* ``alike 0.3`` to ``alike 0.7``: the shared machine, and the ratio itself has this autocorrelation from pair to pair.
+  Rounds of whole requests were measured to have 0.0 (``reports/gate-study-cpu``); for windows, up to 0.7 is tried.
+* items: the figures of documents are distributed between normal and lognormal with sigma 1. The published runs have
+  coefficients of variation of 0.4 to 0.8, which correspond to a sigma of 0.4 to 0.7.
 """
 
 from __future__ import annotations
@@ -49,25 +48,25 @@ from d2obench.stats.intervals import (
 )
 
 LEAST = 0.93
-"""What every printed interval must cover."""
+"""The lowest coverage that an interval may have to be printed."""
 COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 STEPS = ((5, 31), (3, 63), (5, 63), (8, 63), (3, 511))
-"""Rounds and steps of each for the percentiles."""
+"""Number of rounds, and of steps in each, for the percentiles of steps."""
 Draw = Callable[[np.random.Generator, int, int], Floats]
 Method = Callable[[Floats], Bounds]
 
 
 class Covered(msgspec.Struct, frozen=True):
-    """One row.
+    """One row of the result.
 
     Args:
-        figure: what is estimated.
-        method: by which method.
-        model: under which noise.
-        n: samples.
-        trials: simulated.
-        coverage: share of the intervals that hold the truth.
-        width: median width.
+        figure: the kind of figure that is estimated.
+        method: of the interval.
+        model: of the noise.
+        n: number of samples.
+        trials: number of simulated trials.
+        coverage: share of the intervals that contain the true value.
+        width: median width of the intervals.
     """
 
     figure: str
@@ -80,7 +79,7 @@ class Covered(msgspec.Struct, frozen=True):
 
 
 class Kind(NamedTuple):
-    """One kind of figure: its method, from how many samples it is printed, and model → (draw, truth)."""
+    """One kind of figure: its method, the least number of samples, and for each model the draw and the true value."""
 
     figure: str
     name: str
@@ -90,7 +89,7 @@ class Kind(NamedTuple):
 
 
 def study(trials: int = 4000, counts: Sequence[int] = COUNTS, seed: int = 0) -> list[Covered]:
-    """Coverage of every kind of interval under every model, for every count that gets one."""
+    """The coverage of every kind of interval under every model, for every number of samples that gets an interval."""
     rows = []
     for kind in kinds():
         for model, (draw, truth) in kind.models.items():
@@ -103,7 +102,7 @@ def study(trials: int = 4000, counts: Sequence[int] = COUNTS, seed: int = 0) -> 
 
 
 def bootstrap(trials: int = 1000, counts: Sequence[int] = COUNTS, seed: int = 0) -> list[Covered]:
-    """The same for the percentile bootstrap of a median, which stood here before and at 98 % decides in the gate."""
+    """The coverage of the percentile bootstrap of a median, which earlier versions used at 95 %, or 98 % in gates."""
     rows = []
     for level in (LEVEL, 0.98):
         for n in counts if level == LEVEL else (8, 16, 32):
@@ -149,7 +148,7 @@ def kinds() -> Iterator[Kind]:
 
 
 def markdown(rows: Sequence[Covered], old: Sequence[Covered]) -> str:
-    """The tables, with the least of each kind first."""
+    """The text of ``README.md``: first the lowest coverage of each kind of figure, then a table for each kind."""
     lines = ["# Coverage of every interval the project prints\n", _about(rows), least(rows)]
     for figure in dict.fromkeys(row.figure for row in rows):
         mine = [row for row in rows if row.figure == figure]
@@ -168,7 +167,7 @@ def markdown(rows: Sequence[Covered], old: Sequence[Covered]) -> str:
 
 
 def write(folder: Path, rows: Sequence[Covered], old: Sequence[Covered]) -> None:
-    """``README.md`` and ``coverage.json``."""
+    """Writes ``README.md`` and ``coverage.json``."""
     text = json.dumps(msgspec.to_builtins({"intervals": rows, "bootstrap": old}), separators=(",", ":"))
     write_atomic(folder / "coverage.json", text.replace('{"figure"', '\n{"figure"').encode() + b"\n")
     write_atomic(folder / "README.md", markdown(rows, old).encode())
@@ -186,6 +185,7 @@ def _about(rows: Sequence[Covered]) -> str:
 
 
 def least(rows: Sequence[Covered]) -> str:
+    """A table of the lowest coverage of each kind of figure, and where it occurs."""
     lines = ["| figure | method | interval from n | least coverage | where |\n|---|---|--:|--:|---|"]
     for figure in dict.fromkeys(row.figure for row in rows):
         mine = [row for row in rows if row.figure == figure]
@@ -202,7 +202,7 @@ def _row(kind: Kind, model: str, n: int, lo: Floats, hi: Floats, truth: float) -
     return Covered(kind.figure, kind.name, model, n, len(lo), round(float(held.mean()), 4), round(width, 4))
 
 
-# Times and ratios: logs, so that 0.03 is 3 %.
+# Noise of times and ratios on the log scale, where 0.03 is about 3 %.
 
 
 def _normal(rng: np.random.Generator, trials: int, n: int) -> Floats:
@@ -227,7 +227,14 @@ def _trend(rng: np.random.Generator, trials: int, n: int) -> Floats:
 
 
 def _pairs(base: float, head: float, *, level: float = 0.04, trend: float = 0.0, alike: float = 0.0) -> Draw:
-    """Log-ratios of pairs that take turns: base first in even pairs, head first in odd ones."""
+    """Logs of the ratios of pairs in ABBA order: the base comes first in even pairs, the head in odd ones.
+
+    Args:
+        base, head: share of the samples of each side that are spikes.
+        level: standard deviation of the level of the machine.
+        trend: rise of the level over all pairs.
+        alike: autocorrelation of the ratio from pair to pair.
+    """
 
     def draw(rng: np.random.Generator, trials: int, n: int) -> Floats:
         slots = rng.normal(0, 0.03, (trials, 2 * n)) + np.linspace(0, trend, 2 * n)
@@ -248,7 +255,7 @@ def _slower(rng: np.random.Generator, shape: tuple[int, int], share: float) -> F
 
 
 def _follows(rng: np.random.Generator, trials: int, n: int, by: float, spread: float) -> Floats:
-    """A stationary level that follows itself from sample to sample."""
+    """A stationary process of standard deviation ``spread`` and autocorrelation ``by`` from sample to sample."""
     level = rng.normal(size=(trials, n))
     for i in range(1, n):
         level[:, i] = by * level[:, i - 1] + math.sqrt(1 - by * by) * level[:, i]
@@ -259,7 +266,7 @@ def _median_of(draw: Draw) -> float:
     return float(np.median(draw(np.random.default_rng(7), 400, 2000)))
 
 
-# Quality.
+# Noise of quality.
 
 
 def _items() -> dict[str, tuple[Draw, float]]:
@@ -339,7 +346,7 @@ def _binomial(x: Floats) -> Bounds:
     return np.array([one.lo for one in bounds])[hits], np.array([one.hi for one in bounds])[hits]
 
 
-# Percentiles of steps.
+# Noise of decode steps, for their percentiles.
 
 
 def _percentiles(trials: int, seed: int) -> list[Covered]:
@@ -363,7 +370,7 @@ def _percentiles(trials: int, seed: int) -> list[Covered]:
 
 
 def _steps(alike: float, apart: float) -> Callable[[np.random.Generator, int, int, int], Floats]:
-    """Steps with spikes, of which neighbours are ``alike`` or whole rounds ``apart``."""
+    """Steps with spikes; ``alike`` is the autocorrelation of neighbours, ``apart`` the deviation between rounds."""
 
     def draw(rng: np.random.Generator, trials: int, rounds: int, steps: int) -> Floats:
         count = trials * rounds

@@ -1,7 +1,7 @@
-"""Faults put into a worker on purpose, to try a gate on them: ``python -m d2obench.study.faults NAME=AMOUNT …``.
+"""Faults that are put into a worker on purpose, to test a gate: ``python -m d2obench.study.faults NAME=AMOUNT …``.
 
-Each is one small change at a seam of the engine, made in that process only and before it answers. Each names the
-figure that must catch it.
+Each fault replaces one function of the engine in that worker's process, before the worker answers its first request.
+Its docstring begins with the figure in which the gate has to notice it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def slow(share: float) -> None:
-    """``tpot_s``: a decode step takes ``share`` longer, busy on the host."""
+    """``tpot_s``: a decode step takes longer by ``share``, during which the CPU is busy."""
     from d2obench.cache.session import Session
 
     step = Session.step
@@ -34,7 +34,7 @@ def slow(share: float) -> None:
 
 
 def extra_slot(count: float) -> None:
-    """``kept_layers``: every layer keeps ``count`` tokens more than asked."""
+    """``kept_layers``: every layer keeps ``count`` more tokens than it should."""
     from d2obench.cache.policy_cache import PolicyCache
 
     budgets = PolicyCache._budgets
@@ -47,7 +47,7 @@ def extra_slot(count: float) -> None:
 
 
 def extra_cat(count: float) -> None:
-    """``cats_step``: ``count`` needless concatenations in a decode step."""
+    """``cats_step``: every decode step has ``count`` superfluous concatenations."""
     import torch
 
     from d2obench.cache.session import Session
@@ -63,7 +63,7 @@ def extra_cat(count: float) -> None:
 
 
 def kept_reference(share: float) -> None:
-    """``live_bytes``: something holds on to the full keys and values of the prompt."""
+    """``live_bytes``: a reference keeps all keys and values of the prompt in memory."""
     from d2obench.cache.compress import Packing
 
     add = Packing.add
@@ -76,7 +76,7 @@ def kept_reference(share: float) -> None:
 
 
 def merge_weight(factor: float) -> None:
-    """``kl``: evicted entries are merged with ``factor`` times their weight."""
+    """``kl``: evicted entries are merged with their weight multiplied by ``factor``."""
     from d2obench.policies import merging
 
     merge = merging.merge_into
@@ -88,7 +88,7 @@ def merge_weight(factor: float) -> None:
 
 
 def zero_scores(layer: float) -> None:
-    """``kl``: one layer's scores are all alike when the prompt is compressed."""
+    """``kl``: all scores of one layer are 0 when the prompt is compressed."""
     from d2obench.policies.h2o import H2O
 
     rank = H2O.rank
@@ -112,7 +112,7 @@ FAULTS: dict[str, Callable[[float], None]] = {
 
 
 def command(name: str, amount: float) -> Sequence[str]:
-    """The words after ``python`` that start a worker with this fault."""
+    """The arguments of ``python`` that start a worker with a fault."""
     return ("-P", "-m", "d2obench.study.faults", f"{name}={amount:g}")
 
 

@@ -1,20 +1,27 @@
-"""What the gate's timed rule does on this machine: false alarms of equal code, and its power on real slowdowns.
+"""How often the gate's rule for timed figures is right on this machine: false alarms with equal code, and its power.
 
-Every trial is a whole gate of one decode cell, from fresh processes: looks, 98 % intervals, and a second sitting that
-must agree. Slowdowns are a real delay in the decode loop of the head's worker. Trials of equal code are measured to the
-last look even where an earlier one decides, so that further gates can be replayed from what was recorded.
+Every live trial is a whole gate of one decode cell in fresh processes: several looks with 98 % intervals, and a second
+sitting that has to agree before a regression is reported. A slower head has a real delay in its decode loop.
+
+A sitting is measured in parts, one for each look and each by fresh processes (:mod:`d2obench.gate.rounds`). With equal
+code it is measured to the last look even if an earlier look decides, so that further gates can be replayed: a replayed
+gate draws its parts from all recorded ones, each with the drift and the spikes it met, and draws others for its second
+sitting.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,14 +29,14 @@ from d2obench import errors
 from d2obench.errors import WorkerError
 from d2obench.gate.arm import Arm, both
 from d2obench.gate.rounds import Rounds, measure_group
-from d2obench.gate.rules import confirm, tolerance
+from d2obench.gate.rules import confirm, judge_timed, tolerance
 from d2obench.gate.verdict import Row, Verdict
 from d2obench.record import finite, write_atomic
 from d2obench.run.plan import cells
 from d2obench.run.worker_client import WORKER
+from d2obench.stats.intervals import proportion
 from d2obench.study import faults
-from d2obench.study.trials import Outcome, Pairs, Rule, Study, Trial, live_outcomes, replay
-from d2obench.suite.definition import Suite, load_suite
+from d2obench.suite.definition import GateTable, Suite, load_suite
 from d2obench.tasks.base import Cell
 
 SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}
@@ -37,6 +44,98 @@ METRIC = "tpot_s"
 CHANGES = (0.0, 0.1, 0.2)
 _HEAD = "| head | gates | n | REGRESSED | INCONCLUSIVE | OK | share REGRESSED (95 %) |\n|---|---|--:|--:|--:|--:|--:|\n"
 FACTS = ("cpu", "cores", "logical_cores", "threads", "torch", "transformers", "python", "commit", "dirty")
+
+
+class Pairs(NamedTuple):
+    """Rounds of one pair of processes: the seconds of both sides, in the order in which they were measured."""
+
+    base: list[float]
+    head: list[float]
+
+
+class Rule(NamedTuple):
+    """The rule under study: the metric, its limit, and the gate table of the suite with its looks and level."""
+
+    metric: str
+    limit: float
+    gate: GateTable
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of rounds that each look adds."""
+        looks = sorted(self.gate.looks)
+        return [look - before for before, look in zip([0, *looks], looks, strict=False)]
+
+    def sitting(self, parts: Sequence[Pairs]) -> Row:
+        """The verdict of the first look that decides, over all parts up to it, or of the last look."""
+        base, head = list[float](), list[float]()
+        for part, length in zip(parts, self.lengths, strict=True):
+            base += part.base[:length]
+            head += part.head[:length]
+            row = judge_timed("study", self.metric, base, head, self.limit, self.gate.level)
+            if row.verdict is not Verdict.INCONCLUSIVE:
+                break
+        return row
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One live gate.
+
+    Args:
+        change: how much longer the head's decode step was made, as a share.
+        verdict: of the gate.
+        found: the change that the gate measured, in words.
+        reason: of the verdict, in words.
+        parts: the rounds of the first sitting; empty if only the verdict was recorded.
+        seconds: how long the gate took.
+    """
+
+    change: float
+    verdict: Verdict
+    found: str
+    reason: str = ""
+    parts: tuple[Pairs, ...] = ()
+    seconds: float = 0.0
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How often gates of one kind gave each verdict.
+
+    Args:
+        kind: ``live`` or ``replayed``.
+        change: how much slower the head really was, as a share.
+        counts: number of gates by verdict.
+    """
+
+    kind: str
+    change: float
+    counts: dict[Verdict, int]
+
+    @property
+    def total(self) -> int:
+        """Number of gates of this kind."""
+        return sum(self.counts.values())
+
+    def share(self, verdict: Verdict) -> tuple[float, float, float]:
+        """The share of gates with this verdict, and its 95 % interval."""
+        found = proportion(self.counts.get(verdict, 0), self.total)
+        return found.value or 0.0, found.lo or 0.0, found.hi or 0.0
+
+    def __str__(self) -> str:
+        order = sorted(self.counts.items(), key=lambda item: item[0].severity)
+        found = ", ".join(f"{count} {verdict.value}" for verdict, count in order)
+        return f"{self.kind}, head {self.change:+.0%}: {found} of {self.total}"
+
+
+class Study(msgspec.Struct, frozen=True):
+    """A whole study: the rule, the machine, whether another process kept a core busy, the trials and the outcomes."""
+
+    rule: dict[str, object]
+    environment: Mapping[str, object]
+    load: bool
+    trials: tuple[Trial, ...]
+    outcomes: tuple[Outcome, ...]
+    schema: int = 1
 
 
 def study(
@@ -47,14 +146,14 @@ def study(
     watch: Callable[[str], None] = print,
     keep: Callable[[Study], None] = lambda found: None,
 ) -> Study:
-    """Measures, then replays; some 20 s a gate on a quiet machine.
+    """Measures live gates, then replays more of them. A gate takes about 20 s on a quiet machine.
 
     Args:
-        gates: live gates by change of the head; 20 each where it is left out.
-        replays: gates replayed for each change.
-        burn: keep one core busy with another process all the while.
-        watch: is told what goes on.
-        keep: is given what there is after each gate, so that a stop loses nothing.
+        gates: number of live gates by change of the head; 20 for each change by default.
+        replays: number of gates replayed for each change.
+        burn: whether another process keeps one core busy meanwhile.
+        watch: receives a line after each gate.
+        keep: receives what has been found after each gate, so that nothing is lost if the study is stopped.
     """
     suite = load_suite("ci", SUITE)
     (cell,) = cells(suite)
@@ -81,7 +180,7 @@ def study(
 
 
 def trial(suite: Suite, cell: Cell, rule: Rule, change: float, facts: dict[str, object]) -> Trial:
-    """One live gate; ``facts`` is filled with those of the machine."""
+    """Runs one live gate; the facts of the machine are added to ``facts``."""
     since = time.monotonic()
     command = faults.command("slow", change) if change else WORKER
     with Arm("base", root(), suite) as base, Arm("head", root(), suite, command=command) as head:
@@ -105,14 +204,14 @@ def trial(suite: Suite, cell: Cell, rule: Rule, change: float, facts: dict[str, 
 
 
 def _sitting(arms: Mapping[str, Arm], cell: Cell, suite: Suite) -> Row:
-    """As the gate measures it."""
+    """One sitting, measured as the gate measures it."""
     rounds, rows = measure_group(arms, [cell], suite, lambda words: None, renew=lambda: both(arms, Arm.restart))
     _raise_failures(rounds)
     return rows[0]
 
 
 def _parts(arms: Mapping[str, Arm], cell: Cell, suite: Suite, rule: Rule) -> list[Pairs]:
-    """The rounds of every look, by fresh processes each, and as many as the longest look has."""
+    """The rounds of every look, each by fresh processes; each part is as long as the longest look, for replays."""
     longest = msgspec.structs.replace(suite.gate, looks=(max(rule.lengths),))
     found = []
     for number in range(len(rule.lengths)):
@@ -133,7 +232,7 @@ def _raise_failures(rounds: Rounds) -> None:
 
 @contextmanager
 def burning(wanted: bool) -> Iterator[None]:
-    """Keeps one core busy with another process."""
+    """Keeps one core busy with another process while the block runs, if ``wanted``."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
     try:
         yield
@@ -144,19 +243,57 @@ def burning(wanted: bool) -> Iterator[None]:
 
 
 def root() -> Path:
-    """Where this d2obench is imported from."""
+    """The folder from which this d2obench is imported."""
     return Path(errors.__file__).resolve().parents[1]
 
 
+def live_outcomes(trials: Sequence[Trial]) -> list[Outcome]:
+    """One outcome for each change, in the order in which the changes were tried."""
+    changes = dict.fromkeys(trial.change for trial in trials)
+    return [
+        Outcome("live", change, dict(Counter(one.verdict for one in trials if one.change == change)))
+        for change in changes
+    ]
+
+
+def replay(recorded: Sequence[Pairs], rule: Rule, gates: int, change: float, seed: int = 0) -> Outcome:
+    """Replays gates from recorded parts of equal code, with the head's times multiplied by 1 + ``change``.
+
+    Args:
+        recorded: parts, each by one pair of processes and none shorter than the longest part of a sitting.
+        rule: the rule under study.
+        gates: number of gates.
+        change: how much slower the head is made, as a share.
+        seed: of the draws.
+    """
+    rng, counts = random.Random(seed), Counter[Verdict]()
+    for _ in range(gates):
+        row = rule.sitting(_draw(recorded, rule, change, rng))
+        if row.verdict is Verdict.REGRESSED:
+            row = confirm(row, rule.sitting(_draw(recorded, rule, change, rng)))
+        counts[row.verdict] += 1
+    return Outcome("replayed", change, dict(counts))
+
+
+def _draw(recorded: Sequence[Pairs], rule: Rule, change: float, rng: random.Random) -> list[Pairs]:
+    found = []
+    for length in rule.lengths:
+        base, head = rng.choice(recorded)
+        start = rng.randint(0, len(base) - length)
+        slower = [time * (1 + change) for time in head[start : start + length]]
+        found.append(Pairs(base[start : start + length], slower))
+    return found
+
+
 def write_study(folder: Path, found: Study) -> None:
-    """Writes ``study.json`` with every recorded pair, and ``README.md`` with the shares of each verdict."""
+    """Writes ``study.json`` with every recorded pair of rounds, and ``README.md`` with the shares of each verdict."""
     text = json.dumps(finite(msgspec.to_builtins(found)), indent=None, sort_keys=True, separators=(",", ":"))
     write_atomic(folder / "study.json", text.replace('{"change"', '\n{"change"').encode() + b"\n")
     write_atomic(folder / "README.md", as_markdown(found).encode())
 
 
 def as_markdown(found: Study) -> str:
-    """What was tried, on which machine, and how it came out."""
+    """The text of ``README.md``: what was tried, on which machine, and the outcome."""
     rule, facts = found.rule, found.environment
     limit, level, looks = _percent(rule["limit"]), _percent(rule["level"]), ", ".join(map(str, _list(rule["looks"])))
     others = "another process kept one core busy" if found.load else "nothing else was started"

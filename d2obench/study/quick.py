@@ -1,13 +1,15 @@
-"""Whether the first command tells the truth on a busy machine: a short ``quick``, many times, under four loads.
+"""Whether the first command tells the truth on a busy machine: a short ``quick`` is run many times under four loads.
 
-A fifth of the runs are taken alone and are the truth: their figures, one a run and each from fresh processes, give an
-interval of every figure. The others run on a quiet machine, beside one busy core, beside as many busy processes as
-there are cores, and beside bursts of two seconds. A sentence of these (a :class:`~d2obench.stats.claims.Claim` of their
-report: better, worse, best, met, missed, a bold figure) is false where the truth's interval excludes it: the truth lies
-on the other side, or so far off that the two intervals do not touch.
+A third of the runs are undisturbed and serve as the truth: each has fresh processes, and the median of a figure over
+these runs has an interval. The other runs are judged. They run on a quiet machine, beside one busy core, beside as many
+busy processes as there are cores, and beside bursts of two seconds.
 
-Runs of all kinds take turns, so a study that is stopped, or out of time, is a smaller study. A run that is already in
-the folder is not run again.
+What is judged are the claims of a report (:class:`~d2obench.stats.claims.Claim`): its sentences, bold figures, marks ◆
+and targets. A claim is false if the interval of the truth excludes it, that is, if the truth lies on the other side, or
+so far away that the two intervals do not touch.
+
+Runs of all kinds alternate, so that a study that is stopped or runs out of time is a smaller study. A run that is
+already in the folder is not repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SHORT = (
     "--policy", "full,h2o,d2o", "--shape", "128+16", "--batch", "8", "--task", "speed,fidelity(documents=6)",
     "--rounds", "2", "--set", "timing.max_rounds=2", "--set", "timing.windows=8",
 )  # fmt: skip
-"""What follows ``d2obench run quick`` to make it short: some 40 seconds on two quiet cores."""
+"""The options that make ``d2obench run quick`` short: a run takes about 40 seconds on two quiet cores."""
 _BURN = """
 import os, sys, time
 parent, on, off = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
@@ -53,14 +55,14 @@ Reader = Callable[[Path], "Said"]
 
 
 class Said(NamedTuple):
-    """What the report of a run claims, and all its figures as (cell, metric, value)."""
+    """The claims of a run's report, and all of its figures as (cell, metric, value)."""
 
     claims: tuple[Claim, ...]
     figures: tuple[tuple[str, str, float], ...]
 
 
 class Sentence(msgspec.Struct, frozen=True):
-    """One claim of one run, and what the truth says to it; ``truth`` is the median of the undisturbed runs."""
+    """One claim of one run, whether it is false, and the truth: the median of undisturbed runs, with its interval."""
 
     run: str
     load: str
@@ -72,7 +74,7 @@ class Sentence(msgspec.Struct, frozen=True):
 
 
 class Tried(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run: its load, how long it took, what it claims, its figures where it is a truth, and how it failed."""
+    """One run: its load, its duration in seconds, its claims, its figures if it is undisturbed, and why it failed."""
 
     name: str
     load: str
@@ -83,7 +85,7 @@ class Tried(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class QuickStudy(msgspec.Struct, frozen=True):
-    """All runs and all sentences of the runs that are not the truth."""
+    """The options of the runs, all runs, and all claims of the judged ones."""
 
     command: tuple[str, ...]
     runs: tuple[Tried, ...]
@@ -102,20 +104,20 @@ def study(
     reader: Reader | None = None,
     watch: Callable[[str], None] = print,
 ) -> QuickStudy:
-    """Runs, judges and writes ``study.json`` and ``README.md`` after every run.
+    """Runs and judges, and writes ``study.json`` and ``README.md`` after every run.
 
     Args:
-        folder: holds the runs and what was found.
-        runs: runs that are judged, a quarter of them under each load.
-        truths: undisturbed runs beside them.
-        minutes: no run is begun after these.
+        folder: for the runs and the results.
+        runs: number of runs that are judged, a quarter of them under each load.
+        truths: number of undisturbed runs beside them.
+        minutes: no run is begun after so many minutes.
         options: of ``d2obench run quick``.
-        runner: runs a command that leaves its run in a folder, and returns why it failed or nothing.
-        reader: reads that folder.
-        watch: is told what goes on.
+        runner: makes a run in a folder, and returns why it failed, or an empty text.
+        reader: reads the claims and figures of that folder.
+        watch: receives a line after each run.
 
     Raises:
-        UsageError: too few runs for any truth.
+        UsageError: there are too few runs.
     """
     if runs < len(LOADS) or truths < 3:
         raise UsageError(
@@ -149,7 +151,7 @@ def study(
 
 
 def plan(runs: int, truths: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Name and load of every run: all kinds spread evenly, in an order that chance decides."""
+    """The name and the load of every run: each kind is spread evenly, and ties are ordered at random."""
     places = [((i + 0.5) / truths, TRUTH, i) for i in range(truths)]
     each = [runs // len(LOADS) + (number < runs % len(LOADS)) for number in range(len(LOADS))]
     places += [((i + 0.5) / count, load, i) for load, count in zip(LOADS, each, strict=True) for i in range(count)]
@@ -159,7 +161,7 @@ def plan(runs: int, truths: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def run(options: Sequence[str], place: Path) -> str:
-    """``d2obench run quick`` in a process of its own."""
+    """Runs ``d2obench run quick`` in a process of its own. Returns why it failed, or an empty text."""
     command = [sys.executable, "-P", "-m", "d2obench", "run", "quick", *options, "--out", str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     return "" if done.returncode == 0 else (done.stderr or done.stdout).strip()[-300:] or f"exit {done.returncode}"
@@ -167,7 +169,7 @@ def run(options: Sequence[str], place: Path) -> str:
 
 @contextmanager
 def loaded(load: str) -> Iterator[None]:
-    """Keeps cores busy for as long as the block lasts; the processes end with this one, however it ends."""
+    """Keeps cores busy while the block runs; the processes that do so end with this one, however it ends."""
     count = {TRUTH: 0, "quiet": 0, "one core": 1, "all cores": os.cpu_count() or 1, "bursts": 1}[load]
     on, off = (2.0, 2.0) if load == "bursts" else (1.0, 0.0)
     command = [sys.executable, "-c", _BURN, str(os.getpid()), str(on), str(off)]
@@ -182,7 +184,7 @@ def loaded(load: str) -> Iterator[None]:
 
 
 def read(place: Path) -> Said:
-    """The report of a run folder."""
+    """Reads the claims and the figures of a run's report."""
     report = build([place])
     return Said(
         report.claims, tuple((row.cell, row.metric, row.value) for row in report.results if row.value is not None)
@@ -190,7 +192,7 @@ def read(place: Path) -> Said:
 
 
 def judge(runs: Sequence[Tried]) -> list[Sentence]:
-    """Every sentence of the judged runs against the undisturbed ones; none before there are three of those."""
+    """Every claim of the judged runs, compared with the undisturbed runs, of which at least three are needed."""
     every: dict[tuple[str, str], list[float]] = {}
     for one in runs:
         for cell, metric, value in one.figures if not one.failed else ():
@@ -202,14 +204,20 @@ def judge(runs: Sequence[Tried]) -> list[Sentence]:
 
 
 def excluded(claim: Claim, truth: Mapping[tuple[str, str], Value]) -> bool:
-    """Whether the truth's interval excludes what a sentence says."""
+    """Whether the interval of the truth excludes a claim.
+
+    1. The interval of the claim and that of the truth do not touch.
+    2. ``best`` and ``undominated``: one of the others is truly better, that is, the intervals of the truth are apart.
+    3. ``missed``: the truth lies inside the bounds of the target.
+    4. ``better``, ``worse`` and ``met``: the truth lies outside the bounds that the word claims.
+    """
     mine = _ends(truth.get((claim.cell, claim.metric)))
     if mine is None:
         return False
     lo, hi = mine
     if claim.lo is not None and claim.hi is not None and (hi < claim.lo or lo > claim.hi):
         return True
-    if claim.word == "best":
+    if claim.word in ("best", "undominated"):
         others = [_ends(truth.get((other, claim.metric))) for other in claim.others]
         up = METRICS[claim.metric.partition(":")[0]].direction == "higher"
         return any(other[0] > hi if up else other[1] < lo for other in others if other)
@@ -221,14 +229,14 @@ def excluded(claim: Claim, truth: Mapping[tuple[str, str], Value]) -> bool:
 
 
 def write(folder: Path, found: QuickStudy) -> None:
-    """``study.json`` and ``README.md``."""
+    """Writes ``study.json`` and ``README.md``."""
     text = json.dumps(msgspec.to_builtins(found), sort_keys=True, separators=(",", ":"))
     write_atomic(folder / "study.json", text.replace('{"claim"', '\n{"claim"').encode() + b"\n")
     write_atomic(folder / "README.md", markdown(found).encode())
 
 
 def markdown(found: QuickStudy) -> str:
-    """The table by load, and every false sentence."""
+    """The text of ``README.md``: a table by load, and every false claim."""
     judged = [one for one in found.runs if one.load != TRUTH]
     lines = [
         "# The first command on a busy machine\n",
@@ -275,7 +283,7 @@ def _ends(value: Value | None) -> tuple[float, float] | None:
 
 
 def _said(claim: Claim) -> str:
-    against = f" than {', '.join(claim.others)}" if claim.others else ""
+    against = f" against {', '.join(claim.others)}" if claim.others else ""
     return f"{claim.cell}: {METRICS[claim.metric.partition(':')[0]].header} {claim.word}{against}"
 
 

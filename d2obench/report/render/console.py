@@ -1,18 +1,40 @@
-"""A report on a terminal, by rich: what it says, one table that fits 100 columns, and how to read it."""
+"""A report on a terminal, printed by rich: its sentences, one table that fits 100 columns, and how to read the table.
+
+The format ``svg`` is a picture of such a terminal.
+"""
 
 from __future__ import annotations
+
+import io
+import re
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from d2obench.report.render import Drawn, Files
 from d2obench.report.view import Field, Report, Table, printable
 
 STYLES = {"": "", "best": "bold green", "warn": "yellow", "bad": "red", "quiet": "dim"}
+WIDTH = 100
+"""Columns of the terminal in the picture."""
+
+
+def files(report: Report, drawn: Drawn) -> Files:
+    """A picture of the terminal on which the report is printed."""
+    return [("terminal.svg", picture(report))]
+
+
+def picture(report: Report) -> str:
+    """The printed report as SVG. It is drawn in a font of the reader's machine, so that nothing is fetched."""
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, color_system="truecolor", no_color=False)
+    show_report(report, console)
+    text = console.export_svg(title=printable(report.title), unique_id="terminal")
+    return re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)
 
 
 def show_report(report: Report, console: Console) -> None:
-    """Prints what a reader wants first; the files hold the rest."""
+    """Prints what a reader needs first; the files hold the rest."""
     for line in report.warnings:
         console.print(Text(f"! {printable(line)}", style="bold yellow"))
     for line in report.verdict:
@@ -25,7 +47,7 @@ def show_report(report: Report, console: Console) -> None:
 
 
 def show_verdicts(report: Report, console: Console, *, every: bool = False) -> None:
-    """A gate's or comparison's outcome; ``every`` adds what is in order."""
+    """Prints the outcome of a gate or a comparison; ``every`` adds the figures that are in order."""
     console.print(Text(printable(f"{report.title}; {report.subtitle}")))
     for table in (*report.headline, *(report.tables if every else ())):
         show_table(table, console)
@@ -38,7 +60,7 @@ def show_verdicts(report: Report, console: Console, *, every: bool = False) -> N
 
 
 def show_table(table: Table, console: Console) -> None:
-    """A table in one piece; what is too wide for the terminal is broken inside its fields."""
+    """Prints a table; if it is too wide for the terminal, lines are broken within its fields."""
     made = RichTable(title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     made.title = Text(printable(table.title), style="bold")
     for column in table.columns:

@@ -1,7 +1,7 @@
-"""One HTML file: tables, figures and the scripts that draw them, all inside; nothing is fetched from anywhere.
+"""One HTML file that contains its tables, its figures and the scripts that draw them; nothing is fetched.
 
-The page carries a content security policy that names its scripts by hash and forbids every connection, so a name in
-the records could run or load nothing even if escaping failed. Without scripts the figures are still images.
+The page carries a content security policy that names its scripts by hash and forbids every connection, so that a name
+in the records could not run or load anything even if escaping failed. Without scripts, the figures are shown as images.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from d2obench.report.render import Drawn, Files
 from d2obench.report.view import Figure, Report, printable
 
 MAX_POINTS = 200
+"""Rows of the table behind a figure; its CSV file has all of them."""
 
 
 def files(report: Report, drawn: Drawn) -> Files:
@@ -29,7 +30,7 @@ def files(report: Report, drawn: Drawn) -> Files:
 
 
 def html(report: Report, drawn: Mapping[str, str]) -> str:
-    """The page; ``drawn`` maps a figure's id to its SVG."""
+    """The page; ``drawn`` holds the SVG of each figure by figure id."""
     scripts = [_bundle(), _read("page.js")] if drawn else [_read("page.js")]
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
@@ -59,7 +60,7 @@ def _figure(figure: Figure, svg: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> str:
-    """A point of a figure as the CSV has it."""
+    """A value of a figure as its CSV file has it."""
     return "" if value is None else "yes" if value is True else "no" if value is False else str(value)
 
 
@@ -71,7 +72,7 @@ def _themes() -> Markup:
 
 @cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and vega-embed as one script, from vl-convert; about 0.9 MB, a second to make."""
+    """Vega, Vega-Lite and vega-embed as one script of about 0.9 MB, which vl-convert makes in a second."""
     import vl_convert
 
     text: str = vl_convert.javascript_bundle("window.vegaEmbed=vegaEmbed;")
@@ -85,7 +86,7 @@ def _read(name: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    """Everything is escaped but what is marked as markup here: our own scripts, style and specs."""
+    """The template. Everything is escaped except what this module marks as markup: its scripts, style and specs."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""The live display of a run: progress goes to stderr, results to stdout.
+"""The progress of a run, on stderr; results go to stdout.
 
-On a terminal a table that rich redraws; elsewhere one plain line for each cell that ends. ``NO_COLOR`` is honoured by
-rich itself. The runner knows only the protocol, :class:`d2obench.run.progress.Display`.
+On a terminal it is a table that rich redraws; elsewhere it is a plain line for each cell that ends. rich itself obeys
+``NO_COLOR``. The runner knows only the protocol, :class:`d2obench.run.progress.Display`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PHASES = {
     "dequantise": "unpacking the model's weights, once",
     "load": "loading the model",
 }
-"""What a worker calls a step of its work → what a reader is told."""
+"""A worker's name for a step of its work → the words for the reader."""
 
 
 @dataclass
 class _Progress:
-    """States of all cells, and the time left from the work done so far: whole cells and shares of those that run.
+    """The states of all cells, and the time left, extrapolated from the work done: finished cells and shares of cells.
 
-    Cells that ended without having run, such as those of an earlier part of the run, say nothing about the pace.
+    Cells that ended without running here, such as those of an earlier part of the run, do not count as work.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -64,7 +64,7 @@ class _Progress:
         return sum(state in ENDED for state, _ in self.states.values())
 
     def left(self) -> str:
-        """``about 2 min left``, from what is expected of the cells, or else from the work done so far."""
+        """``about 2 min left``, from the predicted durations if there are any, otherwise from the work done so far."""
         waiting = [cell for cell, (state, _) in self.states.items() if state not in ENDED]
         if any(self.expected.get(cell) for cell in waiting):
             seconds = sum(self.expected.get(cell, 0.0) * (1 - self.shares.get(cell, 0.0)) for cell in waiting)
@@ -78,18 +78,18 @@ class _Progress:
 
 
 class PlainDisplay:
-    """One line for each cell that ended and for each note; no ANSI. ``phase`` is silent but for a new first word."""
+    """One line for each cell that ended and for each note, without escape sequences."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._progress, self._last = stream or sys.stderr, _Progress(clock), ""
 
     def start(self, cells: Sequence[str]) -> None:
-        """Says how many cells there are."""
+        """Prints the number of cells."""
         self._progress.start(cells)
         self._line(f"{len(cells)} cells")
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """A line when the cell ends, once."""
+        """Prints a line when the cell ends, once."""
         before = self._progress.states.get(cell, ("", ""))[0]
         self._progress.cell(cell, state, text, share)
         if state in ENDED and before != state:
@@ -97,34 +97,34 @@ class PlainDisplay:
             self._line("  ".join(word for word in (place, cell, state, text, self._progress.left()) if word))
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """A line where a new kind of work begins, not for every step of it."""
+        """Prints a line when a new kind of work begins, that is, when the first word changes."""
         kind = text.split(" ")[0]
         if kind and kind != self._last:
             self._line(PHASES.get(text, text))
         self._last = kind
 
     def note(self, text: str) -> None:
-        """The line itself."""
+        """Prints the line."""
         self._line(text)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Says the time left, the first time it is known."""
+        """Prints the time left when it is first known."""
         first = not self._progress.expected
         self._progress.expected = dict(seconds)
         if first and (left := self._progress.left()):
             self._line(left)
 
     def finish(self) -> None:
-        """Nothing is left to clean up."""
+        """Does nothing: there is nothing to restore."""
 
     def _line(self, text: str) -> None:
         print(_clean(text), file=self._stream, flush=True)
 
 
 class LiveDisplay:
-    """A table of the cells around the running ones, redrawn four times a second, with a bar and the time left below.
+    """A table of the running cells and their neighbours, redrawn four times a second, with a bar and the time left.
 
-    ``vitals`` is asked at every drawing for a few words on the worker, such as its memory.
+    ``vitals`` is called at every drawing and returns a few words about the worker, such as its memory.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class LiveDisplay:
         self._live = Live(console=self.console, refresh_per_second=4, get_renderable=self._draw, transient=True)
 
     def start(self, cells: Sequence[str]) -> None:
-        """Begins to draw."""
+        """Starts drawing."""
         self._progress.start(cells)
         self._live.start()
 
@@ -154,7 +154,7 @@ class LiveDisplay:
         self._progress.words, self._part = PHASES.get(text, text), (done or 0, total or 0)
 
     def note(self, text: str) -> None:
-        """Printed above the table, where it stays."""
+        """Printed above the table, where it remains."""
         from rich.text import Text
 
         self.console.print(Text(_clean(text)))
@@ -164,7 +164,7 @@ class LiveDisplay:
         self._progress.expected = dict(seconds)
 
     def finish(self) -> None:
-        """Takes the table away and leaves one line."""
+        """Replaces the table with one line of totals."""
         if self._live.is_started:
             self._live.stop()
             states = [state for state, _ in self._progress.states.values()]
@@ -192,7 +192,7 @@ class LiveDisplay:
         return Group(table, ProgressBar(total=total, completed=done, width=40), Text(foot, style="dim"))
 
     def _window(self) -> list[str]:
-        """The cells around the first that runs, as many as fit."""
+        """As many cells around the first running one as fit on the terminal."""
         cells = list(self._progress.states)
         size = max(3, min(MAX_SHOWN, self.console.height - 6))
         running = [i for i, cell in enumerate(cells) if self._progress.states[cell][0] == "running"]
@@ -202,31 +202,31 @@ class LiveDisplay:
 
 
 class QuietDisplay:
-    """Says nothing: ``--quiet``."""
+    """Shows nothing, for ``--quiet``."""
 
     def start(self, cells: Sequence[str]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def cell(self, cell: str, state: str, text: str = "", share: float = 0.0) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def finish(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def display(
     *, quiet: bool = False, plain: bool = False, stream: TextIO | None = None, vitals: Callable[[], str] = str
 ) -> Display:
-    """The display that fits: quiet, live on a terminal, plain lines elsewhere or where ``plain`` is asked for."""
+    """The display to use: none if ``quiet``, a live table on a terminal, otherwise or if ``plain`` lines of text."""
     stream = stream or sys.stderr
     if quiet:
         return QuietDisplay()
@@ -234,6 +234,6 @@ def display(
 
 
 def _clean(text: str) -> str:
-    """One printable line."""
+    """The text as one printable line of at most MAX_TEXT characters."""
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

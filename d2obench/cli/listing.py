@@ -1,4 +1,4 @@
-"""``d2obench list KIND``: what there is to choose from."""
+"""``d2obench list KIND``: the suites, policies, tasks, metrics, models, formats and plugins that can be chosen."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ Row = tuple[str, ...]
 
 Kind = Annotated[
     str,
-    typer.Argument(metavar="KIND", help="What to list: suites, policies, tasks, metrics, models, formats or plugins."),
+    typer.Argument(
+        metavar="KIND",
+        show_default=False,
+        help="List suites, policies, tasks, metrics, models, formats or plugins. There is no default.",
+    ),
 ]
-Plugins = Annotated[bool, typer.Option("--plugins", help="List only what other packages add.")]
+Plugins = Annotated[
+    bool,
+    typer.Option(
+        "--plugins", help="List only what other packages add. By default, what is built in is listed as well."
+    ),
+]
 
 
-def command(kind: Kind = "", plugins: Plugins = False) -> None:
-    """List what there is to choose from: suites, policies, tasks, metrics, models, report formats or plugins.
+def list_(kind: Kind = "", plugins: Plugins = False) -> None:
+    """List suites, policies, tasks, metrics, models, formats of a report, or plugins of other packages.
+
+    Policies and tasks are listed with their parameters, which follow a name in brackets: d2o(merge=values).
 
     Example: d2obench list policies
+
+    Example: d2obench list tasks --plugins
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -38,7 +51,7 @@ def command(kind: Kind = "", plugins: Plugins = False) -> None:
     header, rows = _KINDS[kind](plugins)
     table = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
-    for row in rows:  # a broken plugin's is shorter
+    for row in rows:  # the row of a broken plugin is shorter
         table.add_row(*(escape(cell) for cell in (*row[:-1], *[""] * (len(header) - len(row)), row[-1])))
     console = Console()
     if not console.is_terminal:  # a pipe has no width to fit
@@ -137,8 +150,8 @@ def _names(registry: Registry, plugins: bool) -> list[tuple[str, str]]:
 
 
 def _described(registry: Registry, plugins: bool, describe: Callable[[Any], Row]) -> list[Row]:
-    """A row a name: the name, what ``describe`` says of its class, where it is from. What another package has broken
-    is a row with its error."""
+    """A row for each name: the name, what ``describe`` says of its class, and the package it comes from. A plugin that
+    can't be imported has a row with its error."""
     rows = []
     for name, origin in _names(registry, plugins):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from d2obench.report.display import STATES, LiveDisplay, PlainDisplay, QuietDisplay, display
+from d2obench.cli.display import STATES, LiveDisplay, PlainDisplay, QuietDisplay, display
 from d2obench.suite.grammar import show_duration
 
 
