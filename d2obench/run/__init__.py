@@ -7,9 +7,10 @@ The way of a run through these modules:
    script whose tasks run shards. ``schedule`` cuts rounds and items where the time is limited, using ``predict``.
 3. ``speed`` measures a group of timed cells in requests and ``speed_windows`` in windows of decode steps; ``speed_row``
    makes the rows.
-4. ``worker`` is the process that does the work, ``worker_client`` starts it and talks to it. ``isolated_workers`` are
-   for other libraries, ``tensor_parallel`` lets several processes share one model.
+4. ``worker`` is the process that does the work; its operations without a model are in ``worker_machine``.
+   ``worker_client`` starts it and talks to it, with the threads that ``openmp_wait`` sets. ``isolated_workers`` are for
+   other libraries, ``tensor_parallel`` lets several processes share one model.
 5. ``run_folder`` writes everything to the disk, and ``progress`` tells the display.
 
-Only ``bridges``, ``gate``, ``report``, ``study`` and ``cli`` import this package.
+Only ``gate``, ``study`` and ``cli`` import this package.
 """

@@ -1,8 +1,8 @@
 """The display of a run as the runner sees it, and the words that it is given.
 
-:class:`Display` is the protocol; ``d2obench.report.display`` draws it. The figures of a running cell come from the
-rounds that are on the disk already, and the memory of the worker from the system. The worker itself is never asked, so
-that showing progress disturbs no measurement.
+:class:`Display` is the protocol; ``d2obench.cli.display`` draws it. The figures of a running cell come from the rounds
+that are on the disk already, and the memory of the worker from the system. The worker itself is never asked, so that
+showing progress disturbs no measurement.
 """
 
 from __future__ import annotations
