@@ -73,6 +73,8 @@ Replace = Annotated[
 def root() -> None:
     """Render finished or partial runs again, or publish one. d2obench report RUN is short for report render RUN.
 
+    d2obench report render --help and d2obench report publish --help explain the options.
+
     Example: d2obench report d2obench-runs/mine --format md,html
 
     Example: d2obench report publish d2obench-runs/mine --name quick-cpu
