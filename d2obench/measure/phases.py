@@ -1,4 +1,4 @@
-"""Times one request: prefill → compress → first token on the host → gen − 1 decode steps. Warms a process up before.
+"""Times one request: prefill → compress → first token on the host → gen − 1 decode steps; and warms up for it.
 
 * TTFT ends when the first token is on the host, so it includes compression; compression is also reported separately,
   even if a policy compresses layer by layer during prefill.

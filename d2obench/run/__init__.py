@@ -3,8 +3,9 @@
 The way of a run through these modules:
 
 1. ``check`` finds what is wrong with the suite, and ``plan`` lists its cells and groups them.
-2. ``runner`` measures group after group, on this machine or, with ``ray_engine``, on a cluster; ``slurm`` writes a
-   script whose tasks run shards. ``schedule`` cuts rounds and items where the time is limited, using ``predict``.
+2. ``runner`` measures group after group on this machine, or ``ray_engine`` on a cluster (``ray_cluster``,
+   ``ray_device``); ``slurm`` writes a script whose tasks run shards. ``schedule`` cuts rounds and items where the time
+   is limited, using ``predict``.
 3. ``speed`` measures a group of timed cells in requests and ``speed_windows`` in windows of decode steps; ``speed_row``
    makes the rows.
 4. ``worker`` is the process that does the work; its operations without a model are in ``worker_machine``.
