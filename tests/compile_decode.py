@@ -88,7 +88,7 @@ knobs.nvidia.dump_ptxas_log = True
 seen = set()
 launches: list[Any] = []
 path.launch = lambda kernel, grid, *given, **meta: launches.append((kernel, given, meta))
-for policy in ("d2o", "h2o", "streaming", "full"):
+for policy in ("d2o", "d2o(preset=mass)", "h2o", "streaming", "full"):
     for splits in (1, 5):
         case = Case(heads=8, group=4, widths=(128, 128), dtype=torch.bfloat16, capacities=(409,), policy=policy)
         state = state_of(case)

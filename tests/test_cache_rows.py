@@ -19,6 +19,7 @@ from d2obench.policies import parse_choice
 POLICIES = [
     "full", "quant(bits=8)", "quant(bits=4)", "local", "streaming", "h2o", "h2o+quant(bits=8)", "d2o",
     "d2o(interval=2)", "d2o(threshold=layer)", "d2o(merge=values,hosts=important)", "d2o(preset=released)", "roco",
+    "d2o(preset=mass)", "d2o(preset=mass,interval=2)", "snapkv(window=4,merge=mass)",
     "tova", "cam", "random",
     "snapkv(window=4)", "snapkv(window=4,decode=slide)", "pyramidkv(window=4)",
 ]  # fmt: skip

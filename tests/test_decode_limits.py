@@ -25,7 +25,8 @@ from d2obench.decode import backend
 from d2obench.errors import D2OBenchError, ModelError
 from d2obench.models import LoadedModel
 
-POLICIES = ["full", "h2o", "d2o", "streaming", "tova", "roco", "cam", "random", "snapkv(window=4)"]
+POLICIES = ["full", "h2o", "d2o", "streaming", "tova", "roco", "cam", "random", "snapkv(window=4)",
+            "d2o(preset=mass)"]  # fmt: skip
 
 
 def opened(model: LoadedModel, policy: str, *lengths: int, budget: str = "0.4", max_new: int = 8) -> Session:
@@ -159,7 +160,7 @@ def test_an_error_inside_a_loop_reaches_its_caller() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("policy", ["full", "h2o", "d2o", "streaming", "roco", "cam"])
+@pytest.mark.parametrize("policy", ["full", "h2o", "d2o", "streaming", "roco", "cam", "d2o(preset=mass)"])
 @pytest.mark.parametrize("poison", ["q_proj", "k_proj", "v_proj"])
 def test_nan_stays_nan(poison: str, policy: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken model gets no figures: as with transformers' own cache, every logit is NaN from the first step on."""

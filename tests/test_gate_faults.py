@@ -17,7 +17,7 @@ from d2obench.gate.verdict import Row, Verdict
 from d2obench.measure.samples import RequestTrace
 from d2obench.measure.summarise import Machine, summarise
 from d2obench.policies import merging
-from d2obench.policies.h2o import H2O
+from d2obench.policies.h2o import HeavyHitters
 from d2obench.record import Value
 from d2obench.run.plan import cells
 from d2obench.run.worker import Worker
@@ -32,7 +32,7 @@ SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.po
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a fault changes is put back."""
     for place, name in [(Session, "step"), (PolicyCache, "_budgets"), (Packing, "add"),
-                        (merging, "merge_into"), (H2O, "rank")]:  # fmt: skip
+                        (merging, "merge_into"), (HeavyHitters, "rank")]:  # fmt: skip
         monkeypatch.setattr(place, name, getattr(place, name))
 
 

@@ -15,7 +15,8 @@ import d2obench
 from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache import policy_cache as cache_module
-from d2obench.cache.conversation import reopen, rescale
+from d2obench.cache.budgets import rescale
+from d2obench.cache.conversation import reopen
 from d2obench.errors import D2OBenchError
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_choice
@@ -25,6 +26,7 @@ POLICIES = [
     "full", "local", "streaming", "streaming(positions=cache)",
     "h2o", "d2o", "d2o(interval=3)", "roco", "snapkv(window=4)",
     "snapkv(window=4,decode=slide)", "pyramidkv(window=4)", "tova", "cam", "random", "quant", "d2o+quant(bits=8)",
+    "d2o(preset=mass)", "roco(merge=mass)",
 ]  # fmt: skip
 NEW = 12
 

@@ -24,7 +24,8 @@ from d2obench.policies import own_policies, parse_choice, parse_policy
 VARIANTS = [
     "snapkv(window=4)", "snapkv(window=4,decode=slide,pool=max)", "pyramidkv(window=3)",
     "pyramidkv(window=3,decode=slide)", "streaming(sinks=2)", "streaming(positions=cache)",
-    "d2o(preset=released)", "d2o(interval=3)",
+    "d2o(preset=released)", "d2o(interval=3)", "d2o(preset=mass)", "d2o(preset=mass,interval=3)",
+    "d2o(preset=mass)+quant(bits=8)", "h2o(merge=mass)", "snapkv(window=4,merge=mass)", "tova(merge=mass)",
     "d2o(merge=values)", "d2o(threshold=layer,hosts=important)", "d2o(exempt=[0])", "h2o(normalised=true)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
 ]  # fmt: skip

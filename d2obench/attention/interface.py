@@ -215,6 +215,20 @@ def rotary(model: PreTrainedModel) -> Tensor | None:
     return None if angles is None else angles.float()
 
 
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a model or of its base model, in order."""
+    base = model.base_model
+    return base.layers if hasattr(base, "layers") else base.h
+
+
+def output_projection(layer: torch.nn.Module) -> Tensor:
+    """The weight ``[hidden, Hq·d_v]`` of the projection W_O of a decoder layer's attention."""
+    names = ("self_attn", "self_attention", "attention")
+    attention: Any = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    weight: Tensor = (attention.o_proj if hasattr(attention, "o_proj") else attention.dense).weight
+    return weight.detach()
+
+
 def kv_heads(model: PreTrainedModel) -> tuple[int, int]:
     """Number of KV heads in the cache, and of query heads per KV head."""
     config: Any = model.config.get_text_config()

@@ -42,6 +42,7 @@ def prompt_attention(
     needs: Needs,
     zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = lasting,
     earlier: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """Causal attention and the statistics asked for.
 
@@ -54,6 +55,8 @@ def prompt_attention(
         needs: which statistics; those of padding are 0.
         zeros: where they are put.
         earlier: the queries right before these, ``[B, Hq, n, d]``, where the window begins in front of the block.
+        bias: what is added to the logits of the first n keys, float32 ``[B, H, n]`` with n ≤ L − Q; None for nothing.
+            Attention is then computed block by block on every device.
 
     Returns:
         The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
@@ -82,8 +85,11 @@ def prompt_attention(
         skip = max(0, start - (length - query.shape[2]))
         q, k, v = query[part, :, skip:], keys[part, :, start:], values[part, :, start:]
         seen = {name: stat[part, :, start:] for name, stat in stats.items()}
-        if needs.columns or needs.squares:
-            # 3. attention, with column sums if they are needed
+        own = None if bias is None else bias[part, :, start:]
+        # 3. attention, with column sums if they are needed
+        if own is not None:
+            _blocks(q, k, v, scale, out[part, skip:], seen, needs, own)
+        elif needs.columns or needs.squares:
             block = _blocks if query.device.type == "cpu" else _flash_then_columns
             block(q, k, v, scale, out[part, skip:], seen, needs)
         else:
@@ -92,7 +98,7 @@ def prompt_attention(
             # 4. sums over the last queries only
             with span("scores"):
                 every = q if earlier is None else torch.cat((earlier[part], query[part]), 2)[:, :, start - length :]
-                seen["window"].copy_(_window(every, k, scale, needs))
+                seen["window"].copy_(_window(every, k, scale, needs, own))
     return out, stats
 
 
@@ -105,24 +111,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
-    """Computes the output and the column statistics in one pass over blocks of queries, for one KV head of one sequence
-    at a time, so that the block's probabilities (``G·64·L`` floats) fit the core's cache. Logits are turned into
-    probabilities in place."""
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs, bias: Tensor | None = None
+) -> None:
+    """Computes the output and the column statistics in one pass over blocks of queries. On a CPU a block has the heads
+    of one KV head per core, so that its probabilities (``G·64·L`` floats) fit the core's cache; elsewhere it has all
+    heads. Logits are turned into probabilities in place. ``bias`` as in :func:`prompt_attention`."""
     # 1. One row is a KV head of a sequence; its query heads are computed together.
     batch, heads, length, _ = k.shape
     new, group, rows = q.shape[2], q.shape[1] // heads, batch * heads
-    ahead = torch.full((CPU_BLOCK, CPU_BLOCK), -math.inf, dtype=q.dtype).triu(1)
+    on_cpu = q.device.type == "cpu"
+    tall = CPU_BLOCK if on_cpu else GPU_BLOCK
+    ahead = torch.full((tall, tall), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     grouped = q.view(batch, heads, group, new, -1)
     flat_k, flat_v = k.reshape(rows, length, -1).transpose(1, 2), v.reshape(rows, length, -1)
     mixed = out.view(batch, new, heads, group, -1).permute(0, 2, 3, 1, 4)
+    added = None if bias is None else bias.reshape(rows, 1, -1).to(q.dtype)
     # 2. One buffer for the logits of all blocks, as large as the largest.
-    cores = torch.get_num_threads()
-    most = max(group * CPU_BLOCK * length * cores, min(cores * CPU_CACHE // 4, rows * group * CPU_BLOCK * length))
+    cores = torch.get_num_threads() if on_cpu else rows
+    most = max(group * tall * length * cores, min(cores * CPU_CACHE // 4, rows * group * tall * length))
     logits_of = q.new_empty(most)
-    weights_of = logits_of if q.dtype == torch.float32 else torch.empty(most)
-    for first in range(0, new, CPU_BLOCK):
-        last = min(new, first + CPU_BLOCK)
+    weights_of = logits_of if q.dtype == torch.float32 else torch.empty(most, device=q.device)
+    for first in range(0, new, tall):
+        last = min(new, first + tall)
         size, end = last - first, length - new + last
         block = (grouped[:, :, :, first:last] * scale).reshape(rows, group * size, -1)
         some = cores * max(1, CPU_CACHE // (group * size * end * 4))
@@ -132,6 +143,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: S
             logits, weights = (held[: math.prod(shape)].view(shape) for held in (logits_of, weights_of))
             # 3. Logits, the mask of the block's own corner, probabilities in place.
             torch.bmm(block[part], flat_k[part, :, :end], out=logits)
+            if added is not None:
+                logits[..., : added.shape[2]] += added[part]
             logits.view(-1, group, size, end)[..., end - size :].add_(ahead[:size, :size])
             torch.softmax(logits, -1, dtype=torch.float32, out=weights)
             # 4. The output, and the column sums while the probabilities are still in the cache.
@@ -177,13 +190,15 @@ def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
         stats["square"].flatten(0, 1)[part, :end].add_(weights.mean(1).square_().sum(1))
 
 
-def _window(q: Tensor, k: Tensor, scale: float, needs: Needs) -> Tensor:
-    """Column sums over the last ``window`` queries, ``[B, H, L]``."""
+def _window(q: Tensor, k: Tensor, scale: float, needs: Needs, bias: Tensor | None) -> Tensor:
+    """Column sums over the last ``window`` queries, ``[B, H, L]``; ``bias`` as in :func:`prompt_attention`."""
     batch, heads, length, _ = k.shape
     size = min(needs.window, q.shape[2])
     group = q.shape[1] // heads
     last = (q[:, :, -size:] * scale).reshape(batch, heads, group * size, -1)
     logits = (last @ k.transpose(2, 3)).float().view(batch, heads, group, size, length)
+    if bias is not None:
+        logits[..., : bias.shape[2]] += bias[:, :, None, None]
     ahead = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     logits[..., length - size :].masked_fill_(ahead, -math.inf)
     return torch.softmax(logits, -1).sum(3).mean(2)

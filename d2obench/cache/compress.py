@@ -110,11 +110,9 @@ class Packing:
             self._hold(at, layer.keys, layer.values, position >= 0)
         else:
             # 2. the policy selects and merges; ``remembered`` is what it hands over to decoding
-            entries = Entries(
-                layer.index, self.layers, layer.keys, layer.values, position, self.lengths, layer.stats, self.seed,
-                self.layout.first_head,
-            )  # fmt: skip
+            entries = layer.entries(self.layers, self.lengths, self.seed, self.layout.first_head)
             kept, remembered = compress(self.policy, entries, keep, self.most[at])
+            stats = entries.stats
             del entries
             if self.grows:
                 kept = to_the_right(kept)
@@ -123,7 +121,7 @@ class Packing:
             self.memory.append(remembered)
             self._evicted.append(kept.leaving.sum())
             self._merged.append(remembered["merged"].sum() if "merged" in remembered else 0)
-            self.scores.append(kept_stats(layer.stats, index.clamp_max(total - 1)))
+            self.scores.append(kept_stats(stats, index.clamp_max(total - 1)))
             # 4. free the layer's full keys and values before the kept ones are stored
             layer.keys = layer.values = None
             self._hold(at, kept.keys, kept.values, kept.filled)
@@ -191,6 +189,7 @@ def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple
         The kept entries after merging, and what ``policy.absorb`` returned (empty if nothing was evicted).
     """
     # 1. if everything fits, nothing is ranked or copied
+    policy.describe(entries)
     position = entries.position
     total = position.shape[2]
     if most == total and not bool((position < 0).any()):

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from d2obench.decode.state import DecodeState
-from d2obench.policies.allocation import water_fill
 from d2obench.policies.base import Stats
-from d2obench.suite.grammar import Budget
 
 
 @dataclass
@@ -43,7 +41,9 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
     if state.merge is not None:
         state.merge.commit_now()
     everywhere = state.where()
-    stats = {} if state.grows else state.policy.recall(state)
+    stats = {} if state.grows else dict(state.policy.recall(state))
+    if state.biased and state.bias is not None:
+        stats["bias"] = state.bias
     turns = []
     for layer, capacity in enumerate(state.store.capacities):
         position = everywhere[layer, :, :capacity]
@@ -66,7 +66,8 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
 
 
 def add(earlier: Stats, newer: Stats) -> Stats:
-    """Statistics after a new block: column sums are added up; "window" is that of the new block alone.
+    """Statistics after a new block: column sums are added up; "window" is that of the new block alone; "bias" stays,
+    and is 0 for the new block.
 
     Args:
         earlier: ``[B, H, N]`` by name.
@@ -77,27 +78,7 @@ def add(earlier: Stats, newer: Stats) -> Stats:
         if name in earlier and name in newer:
             tokens = newer[name].shape[2] - earlier[name].shape[2]
             out[name] = newer[name] + torch.nn.functional.pad(earlier[name], (0, tokens))
+    if "bias" in earlier:
+        tokens = newer["sum"].shape[2] - earlier["bias"].shape[2]
+        out["bias"] = torch.nn.functional.pad(earlier["bias"], (0, tokens))
     return out
-
-
-def rescale(first: Tensor, before: list[int], now: list[int], budget: Budget) -> Tensor:
-    """Layer budgets ``[layers, B]`` for the whole conversation, computed from those of the first prompt.
-
-    The sum over layers grows in proportion to a sequence's budget. A layer that kept the whole first prompt keeps the
-    whole conversation.
-    """
-    columns = []
-    for budgets, old, new in zip(first.T.tolist(), before, now, strict=True):
-        bounded = [count for count in budgets if count >= 0 and (count < old or count <= budget.of(old))]
-        if budget.tokens is not None or not bounded:
-            columns.append(budgets)
-            continue
-        total = round(sum(bounded) * budget.of(new) / budget.of(old))
-        parts = iter(water_fill([count / sum(bounded) for count in bounded], total, 1, new))
-        columns.append(
-            [
-                count if count < 0 else next(parts) if count < old or count <= budget.of(old) else new
-                for count in budgets
-            ]
-        )
-    return torch.tensor(columns).T

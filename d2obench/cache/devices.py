@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2obench.attention.interface import decoder_layers
 from d2obench.cache.compress import Packing
 from d2obench.cache.layer import PolicyLayer
 from d2obench.decode.state import DecodeState
@@ -48,8 +49,7 @@ def place_of(layer: torch.nn.Module) -> tuple[Any, torch.device]:
 def runs_of(model: Any, kinds: Sequence[int | None]) -> list[Run]:
     """The runs of compressed layers of a model; ``kinds`` as :class:`d2obench.cache.policy_cache.PolicyCache` has
     them."""
-    base = model.base_model
-    layers = base.layers if hasattr(base, "layers") else base.h
+    layers = decoder_layers(model)
     places = [place_of(layer) for layer, kind in zip(layers, kinds, strict=True) if kind is None]
     found: list[Run] = []
     for (_, device), members in groupby(places):
@@ -194,6 +194,11 @@ class SplitState:
         return Stores(capacities, sum(store.bytes for store in stores))
 
     @property
+    def kv_bytes(self) -> int:
+        """See :attr:`DecodeState.kv_bytes`."""
+        return sum(part.kv_bytes for part in self.parts)
+
+    @property
     def evicted(self) -> Tensor:
         """Entries evicted while decoding, per layer, on the CPU."""
         return torch.cat([part.evicted.cpu() for part in self.parts])
@@ -276,6 +281,12 @@ def check_shardable(policy: Policy) -> None:
             f"policy '{policy.name}' can't run with --tensor-parallel",
             why="at every step it judges all heads of a layer together, and each rank sees its own",
             remedy="use --device-map auto, or another policy",
+        )
+    if policy.needs.errors:
+        raise PolicyError(
+            f"policy '{policy.name}' can't measure errors with --tensor-parallel",
+            why="the projection after attention is divided among the ranks",
+            remedy="use another rule for layer budgets, for example allocate=uniform",
         )
 
 

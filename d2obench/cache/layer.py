@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from d2obench.policies.base import Stats
+from d2obench.policies.base import Entries, Stats
 
 if TYPE_CHECKING:
+    from d2obench.cache.budgets import LastQueries
     from d2obench.cache.policy_cache import PolicyCache
 
 
@@ -55,6 +56,8 @@ class PolicyLayer(CacheLayerMixin):
         """Index of the first real entry of each sequence."""
         self.queries: Tensor | None = None
         """The last queries of earlier blocks, ``[B, Hq, n, d]``, for a window that begins before the current block."""
+        self.last: LastQueries | None = None
+        """The last queries of the prompt with their outputs, for a policy whose budgets need them."""
 
     def append(self, keys: Tensor, values: Tensor, *, short_lived: bool) -> None:
         """Adds a block ``[B, H, n, d]``.
@@ -105,6 +108,13 @@ class PolicyLayer(CacheLayerMixin):
         every = query if self.queries is None else torch.cat((self.queries, query), 2)
         self.queries = every[:, :, -count:].clone()
 
+    def entries(self, layers: int, lengths: Tensor, seed: int, first_head: int) -> Entries:
+        """The layer's entries as a policy sees them; arguments as in :class:`Entries`. What the policy does to their
+        statistics leaves the layer's own as they are."""
+        assert self.keys is not None and self.values is not None
+        lengths, stats = lengths.to(self.keys.device), dict(self.stats)
+        return Entries(self.index, layers, self.keys, self.values, self.positions(), lengths, stats, seed, first_head)
+
     def positions(self) -> Tensor:
         """True position of each entry, ``[B, H, N]``, negative for padding."""
         if self.position is not None:
@@ -150,6 +160,8 @@ class PolicyLayer(CacheLayerMixin):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held[sequences.to(held.device)])
         self.stats = {name: held[sequences.to(held.device)] for name, held in self.stats.items()}
+        if self.last is not None:
+            self.last = self.last.select(sequences.to(self.last.queries.device))
         self.starts = [self.starts[i] for i in sequences.tolist()] if self.starts else []
         self._trim(min(self.starts, default=0))
 

@@ -14,7 +14,6 @@ itself, and is then compressed together with them (``d2obench.cache.conversation
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,28 +26,27 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from d2obench.attention import interface
-from d2obench.attention.interface import AttendingCache, BridgedKeys, generate_reads_prompt, real_tokens
+from d2obench.attention.interface import BridgedKeys, generate_reads_prompt, real_tokens
 from d2obench.attention.prompt import prompt_attention
+from d2obench.cache.budgets import LastQueries, output_error, rescale
 from d2obench.cache.compress import Layout, Packing, bounded
-from d2obench.cache.conversation import add, reopen, rescale
+from d2obench.cache.conversation import add, reopen
 from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_shardable, on, runs_of, shard_of
 from d2obench.cache.layer import Block, PolicyLayer
+from d2obench.cache.sequences import SequenceCache
 from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
 from d2obench.errors import ModelError, PolicyError
 from d2obench.policies import parse_policy
-from d2obench.policies.base import Needs, Policy
+from d2obench.policies.base import Needs, Policy, Stats
 from d2obench.ranges import span
 from d2obench.suite.grammar import Budget, parse_budget
 
 SPARE = 256
 """Number of slots by which a growing cache is extended if the length of the generation is not known."""
-LIVING = ("seen", "lengths", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
-          "prompt_kv_bytes", "packing", "layout")  # fmt: skip
-"""Attributes of a cache that a snapshot saves, besides its layers and slots."""
 
 
-class PolicyCache(AttendingCache):
+class PolicyCache(SequenceCache):
     """A key-value cache for transformers models that holds what a policy keeps.
 
     Args:
@@ -191,10 +189,14 @@ class PolicyCache(AttendingCache):
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
             out, stats = prompt_attention(
-                query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries
-            )
+                query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries,
+                layer.stats.get("bias"),
+            )  # fmt: skip
         if needs.window > 1 and not self.whole:
             layer.remember(query, needs.window - 1)
+        if needs.errors and self.first is None:
+            before = LastQueries(query[:, :, :0], out[:, :0], scale) if layer.last is None else layer.last
+            layer.last = before.and_then(query, out)
         layer.stats = add(layer.stats, stats)
         # 4. compress the layer now if it does not depend on other layers
         if self._early:
@@ -288,7 +290,7 @@ class PolicyCache(AttendingCache):
         self.state, self.ready, self.packing = state, True, None
         self._buffers = LayerBuffers(len(self.own))
         self.kept = self.held()
-        self.prompt_kv_bytes = state.store.bytes
+        self.prompt_kv_bytes = state.kv_bytes
 
     def counts(self) -> tuple[list[int], list[int]]:
         """Entries merged and entries evicted so far in each layer, over its sequences and KV heads."""
@@ -297,99 +299,6 @@ class PolicyCache(AttendingCache):
             evicted = [a + b for a, b in zip(evicted, self.state.evicted.tolist(), strict=True)]
             merged = [a + b for a, b in zip(merged, self.state.merged.tolist(), strict=True)]
         return merged, evicted
-
-    def snapshot(self, decode_only: bool = False) -> Any:
-        """A copy of everything that decoding changes.
-
-        Entries of a layer are never written in place, so references to them are enough; slots are copied, unless
-        ``decode_only`` allows to leave them (see :meth:`DecodeState.snapshot`).
-        """
-        # the cache's own fields, those of its layers, then the slots and what is known of them
-        own = {name: getattr(self, name) for name in LIVING}
-        return own, [dict(vars(layer)) for layer in self.layers], self.state and self.state.snapshot(decode_only)
-
-    def restore(self, saved: Any) -> None:
-        """Brings back a :meth:`snapshot`. Slots are written in place, so that a captured graph still fits them."""
-        for name, old in saved[0].items():
-            setattr(self, name, old)
-        for layer, fields in zip(self.layers, saved[1], strict=True):
-            layer.__dict__.update(fields)
-        if self.state is not None:
-            self.state.restore(saved[2])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Replaces the sequences by a selection of them.
-
-        Args:
-            indices: int64 ``[B']``, the sequence that each new one continues, or a bool mask ``[B]``.
-        """
-        if not self.seen:
-            return
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        chosen = indices.detach().cpu().long()
-        for layer in self.layers:
-            if not isinstance(layer, PolicyLayer):
-                layer.batch_select_indices(indices.to(layer.keys.device))
-            elif not self.ready:
-                layer.select(chosen)
-        assert self.lengths is not None
-        self.lengths = self.lengths[chosen.to(self.lengths.device)]
-        self.layout = replace(self.layout, batch=chosen.numel())
-        self.budgets, self.kept = (held if held is None else held[:, chosen] for held in (self.budgets, self.kept))
-        if self.first is not None:
-            self.first = self.first[0][:, chosen], [self.first[1][i] for i in chosen.tolist()]
-        if self.state is not None:
-            self.state = self.state.select(chosen)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Replaces every sequence by ``repeats`` adjacent copies of it."""
-        self.batch_select_indices(torch.arange(self.layout.batch).repeat_interleave(repeats))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The sequences of a beam search after a step; the same as :meth:`batch_select_indices`."""
-        self.batch_select_indices(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens, as speculative decoding requires.
-
-        Args:
-            tokens_to_remove: the negative number of tokens to remove, or 0 (as in transformers from 5.24 on); or the
-                positive number of tokens to keep.
-
-        Raises:
-            PolicyError: the policy has evicted or scored entries since then, which can't be undone.
-        """
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
-        if tokens <= 0:
-            return
-        if not self.is_croppable:
-            raise PolicyError(
-                f"a cache of the policy '{self.policy.name}' can't be cropped",
-                why="what was evicted, merged or added to scores can't be undone",
-                remedy="use the policy full, or decode without an assistant",
-            )
-        if tokens >= self.seen:
-            self.reset()
-            return
-        for layer in self.layers:
-            if not isinstance(layer, PolicyLayer):
-                layer.crop(-tokens)
-        if self.state is not None and tokens <= self.state.added:
-            self.state.retract(tokens)
-        else:
-            if self.ready:
-                self._reopen()
-            assert self.lengths is not None
-            self.lengths = (self.lengths - tokens).clamp_min(0)
-            for layer in self.own:
-                layer.crop(tokens)
-        self.seen -= tokens
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether :meth:`crop` can restore the earlier state exactly: only if everything is kept unchanged."""
-        return self.keeps_all and self.policy.bits in (None, 16)
 
     @property
     def batch_size(self) -> int:
@@ -406,31 +315,6 @@ class PolicyCache(AttendingCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """−1: there is no maximum number of tokens."""
         return -1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyCache:
-        """An independent copy for the same model, for a prefix that several texts share."""
-        found = object.__new__(type(self))
-        memo[id(self)] = found
-        made_anew = {"layers", "own", "state", "_buffers"}
-        shared = {"policy", "budget", "mark", "rotary", "shard", "runs", "wrap", "first", "layout"}
-        shared |= {"_module", "_configs"}  # the model's own
-        for name, held in self.__dict__.items():
-            if name not in made_anew:
-                setattr(found, name, held if name in shared else copy.deepcopy(held, memo))
-        found.layers = [self._copied(layer, found, memo) for layer in self.layers]
-        found.own = [layer for layer in found.layers if isinstance(layer, PolicyLayer)]
-        found.state = None if self.state is None else self.state.select(torch.arange(self.layout.batch))
-        found._buffers = LayerBuffers(len(found.own))
-        return found
-
-    @staticmethod
-    def _copied(layer: Any, cache: PolicyCache, memo: dict[int, Any]) -> Any:
-        if not isinstance(layer, PolicyLayer):
-            return copy.deepcopy(layer, memo)
-        found = PolicyLayer(cache, layer.index)
-        held = {name: copy.deepcopy(value, memo) for name, value in layer.__dict__.items() if name != "_cache"}
-        found.__dict__.update(held)
-        return found
 
     def skip(self, tokens: int) -> None:
         """Advances the cache as if ``tokens`` more had been decoded, see :meth:`DecodeState.skip`; a sliding-window
@@ -457,9 +341,9 @@ class PolicyCache(AttendingCache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values held, including sliding-window layers."""
+        """Bytes of keys and values held, including sliding-window layers and the biases of a merge by mass."""
         tensors = [held for layer in self.layers for held in (layer.keys, layer.values) if held is not None]
-        slots = self.state.store.bytes if self.state else self.packing.bytes if self.packing else 0
+        slots = self.state.kv_bytes if self.state else self.packing.bytes if self.packing else 0
         held: int = slots + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return held
 
@@ -467,7 +351,8 @@ class PolicyCache(AttendingCache):
     def state_bytes(self) -> int:
         """Bytes of scores, positions, thresholds and work buffers."""
         tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        biases = self.state.kv_bytes - self.state.store.bytes if self.state else 0  # they count as keys and values
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors) - biases
 
     def _reopen(self) -> None:
         """Turns slots back into entries, for a block that arrives after decoding has begun."""
@@ -497,12 +382,26 @@ class PolicyCache(AttendingCache):
         assert self.budget is not None
         if self.first is not None:
             return rescale(*self.first, length.tolist(), self.budget)
-        stats = [layer.stats for layer in self.own]
+        stats = [self._with_error(layer) if self.policy.needs.errors else layer.stats for layer in self.own]
         if self.shard is not None and self.policy.budgets_need_stats:
             stats = [self.shard.all_heads(stat) for stat in stats]
         if self.runs:
             stats = [{name: held.cpu() for name, held in stat.items()} for stat in stats]
         return self.policy.layer_budgets(stats, length, self.budget)
+
+    def _with_error(self, layer: PolicyLayer) -> Stats:
+        """A layer's statistics, and what compression to equal budgets would cost its heads."""
+        assert layer.last is not None and self.lengths is not None and self.budget is not None
+        equal = torch.tensor([self.budget.of(tokens) for tokens in self.lengths.tolist()])
+        entries = layer.entries(len(self.own), self.lengths, self.seed, self.layout.first_head)
+        self.policy.describe(entries)
+        layer.stats = entries.stats  # so that it is not done twice
+        model, projection = self._module and self._module(), None
+        if model is not None:
+            at = self.layers.index(layer)
+            projection = interface.output_projection(interface.decoder_layers(model)[at])
+        with on(entries.keys.device) if self.runs else nullcontext():
+            return {**layer.stats, "error": output_error(self.policy, entries, equal, layer.last, projection)}
 
     def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
         """Counts each sequence's own tokens in a block from the padding mask, and adds them to its length.

@@ -1,9 +1,9 @@
 """One decode step over slots: attention, scores, eviction, and the merge of the evicted entry.
 
 ``state`` holds the tensors and the order of operations of a step. ``backend`` picks the code that executes it:
-``reference`` (PyTorch operators, with ``rules`` for each kind of rule and ``merge`` for D2O), ``cpu`` (compiled loops)
-or ``triton`` (GPU kernels). This package is imported by ``cache`` and everything above it; it imports ``slots``,
-``policies`` and ``cpu``.
+``reference`` (PyTorch operators, with ``rules`` for each kind of rule, ``merge`` for D2O's merge and ``mass`` for the
+merge by mass), ``cpu`` (compiled loops) or ``triton`` (GPU kernels). This package is imported by ``cache`` and
+everything above it; it imports ``slots``, ``policies`` and ``cpu``.
 
 To add a policy with a kind of decode rule of its own, compiled for a CPU, three files are touched:
 

@@ -15,7 +15,8 @@ slot, is excluded from the possible merge targets.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,43 +33,38 @@ TARGET_BIAS = -1.0
 weight."""
 
 
-class PendingMerge:
-    """The staged evictee of every layer and row (a row is one KV head of one sequence), and the state of its merge.
+class StagedEntries(ABC):
+    """The staged evictee of every layer and row; a row is one KV head of one sequence. What becomes of it is decided by
+    the classes derived from this one.
 
     Args:
-        state: the slots; commits update ``state.threshold`` and ``state.merged``.
-        spec: parameters of the merge rule.
+        state: the slots.
+        spec: the merge, as the policy declares it.
 
     Attributes:
         queries: ``[layers, rows, G + 1, d]``, work buffer for the step's queries; the last row is the evictee's unit
             vector.
-        key: the evictee's key, ``[layers, rows, d]``.
-        value: its value, ``[layers, rows, d_v]``.
-        score: its score, float32 ``[layers, rows]``.
-        pending: whether a row has a staged evictee, bool ``[layers, rows]``.
+        value: the evictee's value, ``[layers, rows, d_v]``.
+        score: a score of it, float32 ``[layers, rows]``.
         similarity: u − 1 between the evictee and its merge target, float32 ``[layers, rows]``; −inf if there is no
             possible target.
         target: slot of the merge target, int64 ``[layers, rows]``.
-        weight: weight w of the evictee in the merge, float32 ``[layers, rows]``; 0 if it is dropped instead of merged.
-        required: smallest u − 1 at which the evictee is merged, float32 ``[layers, rows]``.
+        weight: weight of the evictee in the merge, float32 ``[layers, rows]``; 0 if it is dropped instead of merged.
         inverse_norm: 1 ÷ the norm of the key in every slot, float32 ``[layers, rows, C]``.
         target_bias: TARGET_BIAS for slots that may be merge targets and −inf for all others, ``[layers, rows, C]``.
     """
 
-    def __init__(self, state: DecodeState, spec: MergeSpec) -> None:
+    def __init__(self, state: DecodeState, spec: Any) -> None:
         self.state, self.spec = state, spec
         store, (layers, rows, width) = state.store, state.position.shape
         device = store.device
         key_width, value_width = store.widths
         self.queries = torch.zeros(layers, rows, state.group + 1, key_width, dtype=store.dtype, device=device)
-        self.key = torch.zeros(layers, rows, key_width, dtype=store.dtype, device=device)
         self.value = torch.zeros(layers, rows, value_width, dtype=store.dtype, device=device)
         self.score = torch.zeros(layers, rows, device=device)
-        self.pending = torch.zeros(layers, rows, dtype=torch.bool, device=device)
         self.similarity = torch.zeros(layers, rows, device=device)
         self.target = torch.zeros(layers, rows, dtype=torch.long, device=device)
         self.weight = torch.zeros(layers, rows, device=device)
-        self.required = torch.full((layers, rows), torch.inf, device=device)
         self.inverse_norm = torch.zeros(layers, rows, width, device=device)
         for layer in range(layers):
             norm = store.keys(layer).float().norm(dim=-1)
@@ -77,6 +73,7 @@ class PendingMerge:
         self.target_bias.masked_fill_(state.position < 0, -torch.inf)
         self._cosine = torch.zeros(rows, width, device=device)
 
+    @abstractmethod
     def logits(
         self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
     ) -> Tensor:
@@ -88,22 +85,101 @@ class PendingMerge:
             query: ``[B, Hq, 1, d]``.
             scale: factor of the logits.
             keys: the layer's keys, ``[rows, C, d]``.
-            bias: −inf for empty slots, ``[rows, 1, C]``, or None if all slots are filled.
+            bias: what is added to the logits of every slot, ``[rows, 1, C]``, or None.
             buffer: work space of at least ``rows·(G+1)·C``.
         """
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Finishes the merge after the last layer of a step."""
+
+    @abstractmethod
+    def stage(self, victim: Tensor) -> None:
+        """Copies the evicted entries ``[layers, rows]`` to the staging buffers, before their slots are reserved for the
+        next token."""
+
+    @abstractmethod
+    def commit_now(self) -> None:
+        """Performs the staged merges immediately, without a decode step; used when the next input is a new turn's
+        block."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the pending merge; the last one is work space."""
+        return [
+            self.queries, self.value, self.score, self.similarity, self.target, self.weight, self.inverse_norm,
+            self.target_bias, self._cosine,
+        ]  # fmt: skip
+
+    def _products(
+        self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
+    ) -> Tensor:
+        """One product of the keys with the queries and the evictee's unit vector, ``[rows, G + 1, C]``."""
         queries = self.queries[layer]
         rows, group, width = queries.shape[0], queries.shape[1] - 1, keys.shape[1]
-        # 1. one product for the queries and for the evictee's unit vector
         queries[:, :group].copy_(query.view(rows, group, -1))
         every = buffer[: rows * (group + 1) * width].view(rows, group + 1, width)
         given, beta = (every, 0) if bias is None else (bias, 1)
-        torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
+        return torch.baddbmm(given, queries, keys.transpose(1, 2), beta=beta, alpha=scale, out=every)
+
+    def _find(self, layer: int, products: Tensor, scale: float) -> None:
+        """The merge target and u − 1, from the evictee's products ``[rows, C]``."""
+        width = products.shape[1]
+        cosine, inverse = self._cosine[:, :width], self.inverse_norm[layer, :, :width]
+        torch.addcmul(self.target_bias[layer, :, :width], products, inverse, value=1 / scale, out=cosine)
+        torch.max(cosine, -1, out=(self.similarity[layer], self.target[layer]))
+
+    def _copy(self, victim: Tensor) -> None:
+        """Copies the evictees' values and unit vectors."""
+        store = self.state.store
+        index = store.base + victim
+        self.value.copy_(store.read_values(index))
+        self.queries[:, :, -1] = store.read_keys(index).float() * self.inverse_norm.gather(2, victim[..., None])
+
+    def _admit_newest(self) -> None:
+        """Allows the token just decoded as a merge target from now on."""
+        state, store = self.state, self.state.store
+        self._note_norms(state.slot, store.read_keys(store.base + state.slot))
+        self.target_bias.scatter_(2, state.slot[..., None], TARGET_BIAS)
+
+    def _note_norms(self, slot: Tensor, keys: Tensor) -> None:
+        """Stores the inverse norms of the keys ``[layers, rows, d]`` that were written to the slots ``slot`` ``[layers,
+        rows]``."""
+        norm = keys.float().norm(dim=-1, keepdim=True)
+        self.inverse_norm.scatter_(2, slot[..., None], norm.clamp_min_(TINY).reciprocal_())
+
+
+class PendingMerge(StagedEntries):
+    """D2O's merge of the staged evictees.
+
+    Args:
+        state: the slots; commits update ``state.threshold`` and ``state.merged``.
+        spec: parameters of the merge rule.
+
+    Attributes:
+        key: the evictee's key, ``[layers, rows, d]``.
+        pending: whether a row has a staged evictee, bool ``[layers, rows]``.
+        required: smallest u − 1 at which the evictee is merged, float32 ``[layers, rows]``.
+    """
+
+    spec: MergeSpec
+
+    def __init__(self, state: DecodeState, spec: MergeSpec) -> None:
+        super().__init__(state, spec)
+        (layers, rows, _), store = state.position.shape, state.store
+        self.key = torch.zeros(layers, rows, store.widths[0], dtype=store.dtype, device=store.device)
+        self.pending = torch.zeros(layers, rows, dtype=torch.bool, device=store.device)
+        self.required = torch.full((layers, rows), torch.inf, device=store.device)
+
+    def logits(
+        self, layer: int, query: Tensor, scale: float, keys: Tensor, bias: Tensor | None, buffer: Tensor
+    ) -> Tensor:
+        # 1. one product for the queries and for the evictee's unit vector
+        every = self._products(layer, query, scale, keys, bias, buffer)
+        queries = self.queries[layer]
+        rows, group = queries.shape[0], queries.shape[1] - 1
         # 2. its last row gives the merge target, u − 1, and the weight
         with span("similarity"):
-            cosine = self._cosine[:, :width]
-            may, inverse = self.target_bias[layer, :, :width], self.inverse_norm[layer, :, :width]
-            torch.addcmul(may, every[:, group], inverse, value=1 / scale, out=cosine)
-            torch.max(cosine, -1, out=(self.similarity[layer], self.target[layer]))
+            self._find(layer, every[:, group], scale)
         # 3. the target's value is merged, and its logits follow by linearity
         with span("merge"):
             self._weigh(layer)
@@ -116,8 +192,7 @@ class PendingMerge:
         return every
 
     def commit(self) -> None:
-        """Finishes the merge after the last layer of a step: thresholds, counts, merged keys, and the norms of changed
-        keys."""
+        """Thresholds, counts, merged keys, and the norms of changed keys."""
         state, store = self.state, self.state.store
         # 1. thresholds and counts
         followed = follow(state.threshold, self._newest(self.similarity) + 1, self.spec.beta)
@@ -133,18 +208,13 @@ class PendingMerge:
             gained = torch.where(self.weight > 0, self.score, 0.0)
             state.score.scatter_add_(2, self.target[..., None], gained[..., None])
         # 3. allow the token just decoded as a merge target from now on
-        self._note_norms(state.slot, store.read_keys(store.base + state.slot))
-        self.target_bias.scatter_(2, state.slot[..., None], TARGET_BIAS)
+        self._admit_newest()
 
     def stage(self, victim: Tensor) -> None:
-        """Copies the evicted entries ``[layers, rows]`` to the staging buffers, before their slots are reserved for the
-        next token."""
-        state, store = self.state, self.state.store
+        state, at = self.state, victim[..., None]
         # 1. copy the entry's key, unit vector, value and score
-        index, at = store.base + victim, victim[..., None]
-        self.key.copy_(store.read_keys(index))
-        self.value.copy_(store.read_values(index))
-        self.queries[:, :, -1] = self.key.float() * self.inverse_norm.gather(2, at)
+        self._copy(victim)
+        self.key.copy_(state.store.read_keys(state.store.base + victim))
         self.score.copy_(state.score.gather(2, at)[..., 0])
         self.pending.copy_(state.position.gather(2, at)[..., 0] >= 0)
         # 2. mark the slots that may be merge targets
@@ -158,8 +228,6 @@ class PendingMerge:
         self.required.copy_(torch.where(self.pending, least, torch.inf))
 
     def commit_now(self) -> None:
-        """Performs the staged merges immediately, without a decode step; used when the next input is a new turn's
-        block."""
         store = self.state.store
         for layer in range(len(store.capacities)):
             keys = store.keys(layer)
@@ -171,11 +239,7 @@ class PendingMerge:
         self.commit()
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of the pending merge."""
-        return [
-            self.queries, self.key, self.value, self.score, self.pending, self.similarity, self.target, self.weight,
-            self.required, self.inverse_norm, self.target_bias, self._cosine,
-        ]  # fmt: skip
+        return [self.key, self.pending, self.required, *super().tensors()]
 
     def _weigh(self, layer: int) -> None:
         """Sets the merge weights of a layer; 0 for an evictee whose similarity is below the threshold."""
@@ -192,12 +256,6 @@ class PendingMerge:
         store, share = self.state.store, self.weight[layer].unsqueeze(1)
         index = store.base[layer] + self.target[layer]
         store.write_values(index, torch.lerp(store.read_values(index), self.value[layer], share.to(store.dtype)))
-
-    def _note_norms(self, slot: Tensor, keys: Tensor) -> None:
-        """Stores the inverse norms of the keys ``[layers, rows, d]`` that were written to the slots ``slot`` ``[layers,
-        rows]``."""
-        norm = keys.float().norm(dim=-1, keepdim=True)
-        self.inverse_norm.scatter_(2, slot[..., None], norm.clamp_min_(TINY).reciprocal_())
 
     def _newest(self, similarity: Tensor) -> Tensor:
         """The similarity that updates the threshold: u itself, or its mean over the KV heads of a sequence

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2obench.decode import rules
-from d2obench.decode.merge import PendingMerge, merge_together
+from d2obench.decode import mass, rules
+from d2obench.decode.merge import merge_together
 from d2obench.policies.random import drawn
-from d2obench.policies.rules import Custom, MergeSpec, Ring, SpreadSpec
+from d2obench.policies.rules import Custom, MassSpec, MergeSpec, Ring, SpreadSpec
 from d2obench.ranges import span
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Backend:
             keys = keys[:, : state.prompts[layer] + state.added + 1]
         width = keys.shape[1]
         with span("decode attention"):
-            bias = None if state.bias is None else state.bias[layer, :, None, :width]
+            bias = None if state.bias is None else state.bias[layer, :, None, :width].to(keys.dtype)
             if state.merge is None:
                 logits = self._logits[: rows * group * width].view(rows, group, width)
                 queries = query.reshape(rows, group, -1)
@@ -110,8 +110,10 @@ class Backend:
         policy merges nothing."""
         state = self.state
         spec = state.merge_spec
-        if isinstance(state.merge, PendingMerge):
+        if state.merge is not None:
             state.merge.stage(chosen[..., 0])
+        elif isinstance(spec, MassSpec):
+            mass.merge_together(state, chosen)
         elif isinstance(spec, MergeSpec):
             merge_together(state, spec, chosen)
         elif isinstance(spec, SpreadSpec):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2obench.policies.base import Stats
+from d2obench.policies.mass import LEAST
 from d2obench.policies.random import drawn
 from d2obench.policies.roco import moments, places
 from d2obench.policies.rules import (
@@ -20,6 +21,8 @@ from d2obench.policies.rules import (
     LatestAttention,
     LowestDraw,
     LowestScore,
+    LowestWeightedScore,
+    MassSpec,
     MeanOfLowDeviation,
     Ring,
 )
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 class Steps:
     """What a decode step does for one kind of rule; without overrides it evicts the oldest token."""
+
+    accumulates = False
+    """Whether ``state.score`` is the attention that an entry has received; what is merged by mass needs that."""
 
     def begin(self, state: DecodeState, rule: Any, scores: list[Stats]) -> None:
         """Initialises the state's fields that the rule uses from the statistics of the kept entries."""
@@ -50,6 +56,8 @@ class Steps:
 class LowestScoreSteps(Steps):
     """``state.score`` is the accumulated attention; that of sinks is NEVER."""
 
+    accumulates = True
+
     def begin(self, state: DecodeState, rule: LowestScore, scores: list[Stats]) -> None:
         fill(state.score, scores, "sum")
         state.score.masked_fill_((state.position >= 0) & (state.position < column(rule.sinks)), NEVER)
@@ -67,6 +75,42 @@ class LowestScoreSteps(Steps):
         return {"sum": state.score}
 
 
+class LowestWeightedScoreSteps(Steps):
+    """``state.score`` is the accumulated attention, ``state.factor`` the weight of each entry, and ``state.fresh`` the
+    diversity of a decoded token."""
+
+    accumulates = True
+
+    def begin(self, state: DecodeState, rule: LowestWeightedScore, scores: list[Stats]) -> None:
+        fill(state.score, scores, "sum")
+        state.factor, state.fresh = torch.ones_like(state.score), torch.ones_like(state.threshold)
+        if all("diversity" in stats for stats in scores):
+            fill(state.factor, scores, "diversity")
+            held = state.position >= 0
+            state.fresh = (state.factor * held).sum(-1) / held.sum(-1).clamp_min(1)
+        if rule.value_norms:
+            for layer, capacity in enumerate(state.store.capacities):
+                state.factor[layer, :, :capacity] *= state.store.values(layer).float().norm(dim=-1)
+        state.factor.masked_fill_(state.position < 0, 1.0).clamp_min_(LEAST)
+
+    def observe(self, state: DecodeState, rule: LowestWeightedScore) -> None:
+        state.score += state.attention
+        weight = state.fresh
+        if rule.value_norms:
+            weight = weight * state.store.read_values(state.store.base + state.slot).float().norm(dim=-1)
+        state.factor.scatter_(2, state.slot[..., None], weight[..., None].clamp_min(LEAST))
+
+    def victims(self, state: DecodeState, rule: LowestWeightedScore) -> Tensor:
+        score = state.score * state.factor
+        if rule.normalised:
+            score /= state.now[None, :, None] - state.position + 1
+        score.masked_fill_((state.position >= 0) & (state.position < column(rule.sinks)), NEVER)
+        return lowest(state, score, rule.recent[..., None])
+
+    def known(self, state: DecodeState, rule: LowestWeightedScore) -> Stats:
+        return {"sum": state.score}
+
+
 class RingSteps(Steps):
     """The slot behind the one that the last token took."""
 
@@ -76,17 +120,19 @@ class RingSteps(Steps):
 
 
 class LatestAttentionSteps(Steps):
-    """``state.score`` is 0, except for empty and closed slots."""
+    """``state.score`` is infinite for empty and closed slots."""
 
     def victims(self, state: DecodeState, rule: LatestAttention) -> Tensor:
         layers, rows, width = state.attention.shape
         row = state.attention.view(layers, -1, state.heads, width).mean(2, keepdim=True)
         row = row.expand(-1, -1, state.heads, -1).reshape(layers, rows, width)
-        return lowest(state, state.score + row, 0)
+        return lowest(state, torch.where(state.score.isinf(), state.score, row), 0)
 
 
 class MeanOfLowDeviationSteps(Steps):
     """``state.score`` is the sum of attention, ``state.square`` that of its squares."""
+
+    accumulates = True
 
     def begin(self, state: DecodeState, rule: MeanOfLowDeviation, scores: list[Stats]) -> None:
         fill(state.score, scores, "sum")
@@ -132,6 +178,8 @@ class LowestDrawSteps(Steps):
 class CustomSteps(Steps):
     """The policy's own methods; the state's fields are those of the inherited rule."""
 
+    accumulates = True  # the inherited rule's part does
+
     def begin(self, state: DecodeState, rule: Custom, scores: list[Stats]) -> None:
         begin(state, rule.inherited, scores)
 
@@ -147,6 +195,7 @@ class CustomSteps(Steps):
 
 STEPS: dict[type, Steps] = {
     LowestScore: LowestScoreSteps(),
+    LowestWeightedScore: LowestWeightedScoreSteps(),
     Ring: RingSteps(),
     LatestAttention: LatestAttentionSteps(),
     MeanOfLowDeviation: MeanOfLowDeviationSteps(),
@@ -157,13 +206,19 @@ STEPS: dict[type, Steps] = {
 
 
 def begin(state: DecodeState, rule: DecodeRule | None, scores: list[Stats]) -> None:
-    """As :meth:`Steps.begin`."""
-    STEPS[type(rule)].begin(state, rule, scores)
+    """As :meth:`Steps.begin`; a merge by mass also needs the accumulated attention."""
+    steps = STEPS[type(rule)]
+    steps.begin(state, rule, scores)
+    if _sums_for_mass(state, steps):
+        fill(state.score, scores, "sum")
 
 
 def observe(state: DecodeState, rule: DecodeRule | None) -> None:
-    """As :meth:`Steps.observe`."""
-    STEPS[type(rule)].observe(state, rule)
+    """As :meth:`Steps.observe`; a merge by mass also needs the accumulated attention."""
+    steps = STEPS[type(rule)]
+    steps.observe(state, rule)
+    if _sums_for_mass(state, steps):
+        state.score += state.attention
 
 
 def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
@@ -172,8 +227,13 @@ def victims(state: DecodeState, rule: DecodeRule | None) -> Tensor:
 
 
 def known(state: DecodeState, rule: DecodeRule | None) -> Stats:
-    """As :meth:`Steps.known`."""
-    return STEPS[type(rule)].known(state, rule)
+    """As :meth:`Steps.known`; a merge by mass also knows the accumulated attention."""
+    steps = STEPS[type(rule)]
+    return ({"sum": state.score} if _sums_for_mass(state, steps) else {}) | steps.known(state, rule)
+
+
+def _sums_for_mass(state: DecodeState, steps: Steps) -> bool:
+    return isinstance(state.merge_spec, MassSpec) and not steps.accumulates
 
 
 def lowest(state: DecodeState, score: Tensor, recent: Tensor | int) -> Tensor:
@@ -196,10 +256,12 @@ def oldest(state: DecodeState, start: Tensor | int) -> Tensor:
 
 
 def fill(field: Tensor, scores: list[Stats], name: str) -> None:
-    """Copies a statistic of the kept entries of every layer, ``[B, H, n]``, to the first n slots of ``field``."""
+    """Copies a statistic of the kept entries of every layer that has it, ``[B, H, n]``, to the first n slots of
+    ``field``."""
     for layer, stats in enumerate(scores):
-        kept = stats[name].flatten(0, 1)
-        field[layer, :, : kept.shape[1]] = kept
+        if name in stats:
+            kept = stats[name].flatten(0, 1)
+            field[layer, :, : kept.shape[1]] = kept
 
 
 def column(bound: Tensor | int) -> Tensor | int:

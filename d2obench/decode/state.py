@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from d2obench.decode import backend, rules
-from d2obench.decode.merge import PendingMerge
+from d2obench.decode.mass import PendingMass
+from d2obench.decode.merge import PendingMerge, StagedEntries
 from d2obench.errors import ModelError
 from d2obench.policies.base import Stats
 from d2obench.policies.random import stream
-from d2obench.policies.rules import Custom, DecodeRule, LowestScore, MergeSpec, RowSizes, SpreadSpec
+from d2obench.policies.rules import (
+    Custom,
+    DecodeRule,
+    LowestScore,
+    LowestWeightedScore,
+    MassSpec,
+    Merge,
+    MergeSpec,
+    RowSizes,
+)
 from d2obench.slots.dense import CLOSED, EMPTY, NEVER, DenseStore
 
 if TYPE_CHECKING:
@@ -52,17 +62,20 @@ class DecodeState:
     Attributes:
         rule: how a step chooses what to evict, as the policy declares it; None in a growing cache.
         merge_spec: how evicted entries are merged, as the policy declares it; None in a growing cache.
-        merge: the pending merge, if D2O evicts one entry at a time.
+        merge: the pending merge of D2O or by mass, if one entry is evicted at a time.
         score: float32 ``[layers, rows, C]``, the number that the rule compares; NEVER for slots that must not be
             overwritten, −NEVER for slots that must be overwritten first.
         square: sums of squared attention, for the rule that needs them.
+        factor: float32 ``[layers, rows, C]``, each entry's weight in the rule :class:`LowestWeightedScore`.
+        fresh: float32 ``[layers, rows]``, the diversity of a decoded token in the same rule.
         attention: float32 ``[layers, rows, C]``, attention weights of the last step (their sum over the query heads of
             a KV head until the step ends, then their mean).
         threshold: float32 ``[layers, rows]``, the similarity required for a merge; −inf before the first eviction.
         merged: entries merged during decoding, int64 ``[layers]``.
         evicted: entries evicted during decoding, int64 ``[layers]``.
         usable: slots of each row that are not CLOSED, ``[layers, rows]``.
-        bias: −inf for slots that attention must not see; None if all slots are filled.
+        bias: what attention adds to a slot's logit: −inf where it must not see the slot, and with a merge by mass the
+            slot's own bias, float32; None if all slots are filled and nothing has a bias.
         free: slots of the next ``interval`` tokens, int64 ``[layers, rows, interval]``.
         slot: slot of the next token, ``[layers, rows]``.
         target: row of that slot in the store's flat tensors, ``[layers, rows]``.
@@ -91,15 +104,18 @@ class DecodeState:
         layers, rows, width = position.shape
         device = position.device
         self.rule: DecodeRule | None = None
-        self.merge_spec: MergeSpec | SpreadSpec | None = None if grows else policy.merge_spec
-        self.merge: PendingMerge | None = None
-        self.tracks = policy.needs_attention and not grows
+        self.merge_spec: Merge | None = None if grows else policy.merge_spec
+        self.merge: StagedEntries | None = None
+        self.tracks = (policy.needs_attention or isinstance(self.merge_spec, MassSpec)) and not grows
         self.attention = torch.zeros((layers, rows, width) if self.tracks else (0,), device=device)
         self.score, self.square = torch.zeros_like(self.attention), torch.zeros(0, device=device)
+        self.factor, self.fresh = torch.zeros(0, device=device), torch.zeros(0, device=device)
         self.threshold = torch.full((layers, rows), -torch.inf, device=device)
         self.merged, self.evicted = (torch.zeros(layers, dtype=torch.long, device=device) for _ in range(2))
         self.usable = (position != CLOSED).sum(-1)
         self.bias: Tensor | None = None
+        self.biased = False
+        """Whether slots have biases of their own, from a merge by mass; they are part of what the cache holds."""
         self.slot = torch.zeros(layers, rows, dtype=torch.long, device=device)
         self.free = torch.zeros(layers, rows, policy.interval, dtype=torch.long, device=device)
         self.target = store.base.clone()
@@ -134,17 +150,20 @@ class DecodeState:
             self.policy.begin(self, list(memory), scores)
         if self.score.numel():
             self.score.masked_fill_(unused, -NEVER).masked_fill_(self.position == CLOSED, NEVER)
-        if isinstance(self.merge_spec, MergeSpec) and spare == 1:
-            self.merge = PendingMerge(self, self.merge_spec)
-        # 2. hide empty slots from attention
+        if spare == 1:
+            self.merge = _pending(self, self.merge_spec)
+        # 2. hide empty slots from attention, and give the others their biases
         full = self.prompts if self.grows else [capacity - spare for capacity in self.store.capacities]
         whole = bool((held == torch.tensor(full, device=held.device)[:, None]).all())
         slots = torch.arange(self.position.shape[-1], device=held.device)
         if self.grows:
             unused &= slots < torch.tensor(self.prompts, device=held.device)[:, None, None]
-        if not whole or (spare > 1 and not self.grows):
-            bias = torch.zeros(self.position.shape, dtype=self.store.dtype, device=held.device)
-            self.bias = bias.masked_fill_(unused, -torch.inf)
+        self.biased = scores is not None and isinstance(self.policy.merge_spec, MassSpec)
+        if self.biased or not whole or (spare > 1 and not self.grows):
+            kind = torch.float32 if self.biased else self.store.dtype
+            self.bias = torch.zeros(self.position.shape, dtype=kind, device=held.device)
+            rules.fill(self.bias, scores or [], "bias")
+            self.bias.masked_fill_(unused, -torch.inf)
         # 3. choose the slots of the first decoded tokens
         if self.grows:
             self._append()
@@ -220,6 +239,12 @@ class DecodeState:
         """The prompt statistics that can still be read from the slots, ``[layers, rows, C]`` by name."""
         return rules.known(self, self.rule)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values, and of the biases that belong to them."""
+        slots = self.store.rows * sum(self.store.capacities)
+        return self.store.bytes + (slots * torch.float32.itemsize if self.biased else 0)
+
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
         """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.rules.lowest`."""
         return rules.lowest(self, score, recent)
@@ -230,10 +255,10 @@ class DecodeState:
 
     def important(self) -> Tensor:
         """Which slots hold an entry that is neither a sink nor in the recent window, bool ``[layers, rows, C]``."""
-        rule = self.rule if isinstance(self.rule, LowestScore) else _inherited(self.rule)
-        assert isinstance(rule, LowestScore)
+        rule = _inherited(self.rule) if isinstance(self.rule, Custom) else self.rule
+        assert isinstance(rule, LowestScore | LowestWeightedScore)
         newest = self.position > self.now[None, :, None] - rule.recent[..., None]
-        return (self.position >= 0) & ~newest & ~self.score.isinf()
+        return (self.position >= 0) & (self.position >= rules.column(rule.sinks)) & ~newest
 
     def free_slots(self, slots: Tensor) -> None:
         """Evicts the entries in ``slots`` ``[layers, rows, interval]``. Slots that are not overwritten before the next
@@ -351,13 +376,13 @@ class DecodeState:
             self.prompts, self.grows, self.seed, self.rotary,
         )  # fmt: skip
         found.added, found.steps, found.rule = self.added, self.steps, _picked_rule(self.rule, picked)
-        for name in ("attention", "score", "square", "threshold", "usable", "stream", "free"):
+        for name in ("attention", "score", "square", "factor", "fresh", "threshold", "usable", "stream", "free"):
             setattr(found, name, picked(getattr(self, name)))
         found.merged, found.evicted = self.merged.clone(), self.evicted.clone()
-        found.bias = None if self.bias is None else picked(self.bias)
+        found.bias, found.biased = None if self.bias is None else picked(self.bias), self.biased
         found.extra = {name: picked(held) for name, held in self.extra.items()}
         if self.merge is not None:
-            found.merge = PendingMerge(found, self.merge.spec)
+            found.merge = type(self.merge)(found, self.merge.spec)
             for new, mine in zip(found.merge.tensors()[:-1], self.merge.tensors()[:-1], strict=True):  # less work space
                 new.copy_(picked(mine))
         if self.grows:
@@ -374,7 +399,7 @@ class DecodeState:
 
     def _living(self) -> list[Tensor]:
         """The tensors that a decode step changes, except keys and values."""
-        own = [self.position, self.now, self.attention, self.score, self.square, self.free, self.target]
+        own = [self.position, self.now, self.attention, self.score, self.square, self.factor, self.free, self.target]
         own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
         own += [] if self.bias is None else [self.bias]
         return own + ([] if self.merge is None else self.merge.tensors())
@@ -393,6 +418,16 @@ class DecodeState:
             why=f"the cache holds {list(shape)}, {self.store.dtype} on {self.now.device}",
             remedy="use the cache with the model and the batch that its prompt had",
         )
+
+
+def _pending(state: DecodeState, spec: Merge | None) -> StagedEntries | None:
+    match spec:
+        case MergeSpec():
+            return PendingMerge(state, spec)
+        case MassSpec():
+            return PendingMass(state, spec)
+        case _:
+            return None
 
 
 def _inherited(rule: DecodeRule | None) -> DecodeRule | None:

@@ -1,9 +1,14 @@
-"""Layer budgets from attention density (D2O, arXiv 2406.13035, Eq. 5).
+"""Layer budgets from attention density (D2O, arXiv 2406.13035, Eq. 5), or from what compression is measured to cost.
 
 ``F_ℓ`` is the variance over key positions of the column sums of the head-mean attention map. It is low where attention
 is dense, and such a layer needs more cache. Eq. 5 gives layer ℓ the share ``exp(−F_ℓ) / Σ exp(−F_k)`` of all entries. F
 spans orders of magnitude, so on raw F this softmax gives nearly everything to one layer. The paper does not state how F
 is scaled; here ``F`` is min–max normalised over the layers first, after which no layer gets more than e times another.
+
+Measured instead (the rule ``error``): each layer is compressed to an equal budget, the error of its attention block's
+output is measured (``d2obench.cache.budgets``), and a layer gets a share in proportion to the square root of it, of at
+least FLOOR and at most CAP times the mean. The variance F says how skewed a layer's attention is, which is another
+thing than what a smaller budget costs it.
 
 The shares are then rounded to whole entries between a floor and the prompt's length (water-filling), so that the sum
 over layers is exactly what was asked for, even if some layers are clipped.
@@ -17,7 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rule = Literal["softmax", "raw", "threshold", "uniform"]
+Rule = Literal["softmax", "raw", "threshold", "error", "uniform"]
+FLOOR, CAP = 0.35, 4.0
+"""Bounds of a layer's budget under the rule ``error``, as multiples of the mean budget."""
 
 
 def density(column_sums: Tensor, length: Tensor) -> Tensor:
@@ -32,14 +39,16 @@ def shares(density: Tensor, rule: Rule, alpha: float = 2.0) -> Tensor:
     """Share of each layer, ``[layers]``, summing to 1.
 
     Args:
-        density: F per layer.
+        density: F per layer; for the rule ``error``, the measured squared error per layer.
         rule: ``softmax`` of −F after min–max over layers; ``raw``, the same on F itself; ``threshold``, the paper's
             first version (layers at or below the median F get ``alpha`` times as much as the others; the paper's own
-            threshold and α are not published); ``uniform``.
+            threshold and α are not published); ``error``, in proportion to the square root of the error; ``uniform``.
         alpha: factor of the ``threshold`` rule.
     """
-    if rule == "uniform" or len(density) == 1:
+    if rule == "uniform" or len(density) == 1 or (rule == "error" and not bool(density.any())):
         return torch.full_like(density, 1 / len(density))
+    if rule == "error":
+        return density.sqrt() / density.sqrt().sum()
     if rule == "raw":
         return torch.softmax(-density, 0)
     if rule == "threshold":

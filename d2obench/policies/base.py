@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from d2obench.policies.rules import Custom, DecodeRule, MergeSpec, RowSizes, SpreadSpec
+from d2obench.policies.rules import Custom, DecodeRule, Merge, RowSizes
 from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
@@ -46,12 +46,15 @@ class Needs:
         squares: gather ``Σ_i A[i, j]²`` over all queries as "square".
         window: gather sums over the last ``window`` queries as "window"; 0 for none.
         heads: keep query heads separate instead of averaging over the group ("sum" becomes ``[B, Hq, L]``).
+        errors: measure what compression to equal budgets would cost each KV head (``d2obench.cache.budgets``), for
+            ``layer_budgets`` only, as "error", float32 ``[B, H]``.
     """
 
     columns: bool = False
     squares: bool = False
     window: int = 0
     heads: bool = False
+    errors: bool = False
 
 
 HOOKS = frozenset({"observe", "victims", "absorb_step"})
@@ -157,7 +160,7 @@ class Policy:
         return type(self).layer_budgets is not Policy.layer_budgets
 
     @property
-    def merge_spec(self) -> MergeSpec | SpreadSpec | None:
+    def merge_spec(self) -> Merge | None:
         """How an evicted entry is merged during decoding; None if it is dropped."""
         return None
 
@@ -208,13 +211,18 @@ class Policy:
         """
         return torch.tensor([[budget.of(int(n)) for n in length.tolist()]] * len(stats))
 
+    def describe(self, entries: Entries) -> None:
+        """Adds statistics of the policy's own to ``entries.stats``, before :meth:`rank`, unless they are there already.
+        Those of the kept entries are handed over to decoding."""
+
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         """A rank for each entry, float32 ``[B, H, N]``; the ``keep`` ``[B]`` highest of each row are kept."""
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, 0, keep)
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
-        """Merges evicted entries into ``kept.keys`` and ``kept.values`` in place. Returns float32 tensors ``[B, H]`` by
-        name (thresholds, counts) that :meth:`begin` and the decode state receive."""
+        """Merges evicted entries into the kept ones: replaces ``kept.keys`` and ``kept.values``, and where their
+        statistics change, those in ``entries.stats`` (by new tensors). Returns float32 tensors ``[B, H]`` by name
+        (thresholds, counts) that :meth:`begin` and the decode state receive."""
         return {}
 
     def begin(self, state: DecodeState, memory: list[dict[str, Tensor]], scores: list[Stats]) -> None:

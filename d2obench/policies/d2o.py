@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
+from d2obench.policies import allocation, mass
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Entries, Kept, Policy, Stats, pick
-from d2obench.policies.h2o import H2O
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, pick
+from d2obench.policies.diversity import diversity
+from d2obench.policies.h2o import HeavyHitters
 from d2obench.policies.merging import merge_evicted
 from d2obench.policies.released import Released
-from d2obench.policies.rules import MergeSpec
+from d2obench.policies.rules import DecodeRule, LowestWeightedScore, MassSpec, MergeSpec, RowSizes
 from d2obench.suite.grammar import Budget
 
 FLOOR = 0.01
@@ -24,7 +26,7 @@ FLOOR = 0.01
 
 
 @dataclass(frozen=True)
-class D2O(H2O):
+class D2O(HeavyHitters):
     """Layer budgets from attention density; heavy hitters, sinks and a recent window are kept; evicted entries are
     merged.
 
@@ -33,17 +35,26 @@ class D2O(H2O):
     is merged into the most similar kept one if their similarity reaches a threshold. The threshold starts as the mean
     similarity at the prompt's end and follows a moving average during decoding (Eq. 8–12).
 
+    ``preset=mass`` keeps the paper's two ideas, budgets from measured attention and recall of evicted entries by
+    merging, in another form. Entries are ranked by mean attention times the norm of their value times the distance of
+    their key from those ranked higher; every evicted entry is merged by mass (:mod:`d2obench.policies.mass`); and a
+    layer's budget follows from the error that compression causes in its output. Each part is a parameter.
+
     Args:
-        preset: ``paper``; ``released``, the authors' code including its deviations from the paper (for validation);
-            ``tuned``, the setting that deviates least from the full cache on a small model (``reports/ablation-cpu``):
-            uniform layers, no merging, 1:1, which is H2O with sinks. Parameters given together with ``tuned`` take
-            precedence.
+        preset: ``paper``; ``mass``, see above; ``released``, the authors' code including its deviations from the paper
+            (for validation); ``tuned``, the best setting without merging in ``reports/ablation-cpu``: uniform layers,
+            1:1, which is H2O with sinks. Parameters given together with ``mass`` or ``tuned`` take precedence.
         recent: share of a layer's budget that is the recent window (paper: 3:1, that is 0.25).
         sinks: tokens at the start that are never evicted; they count as important.
+        normalised: divide a score by the number of queries that could attend to the token.
+        value_norms: multiply a score by the norm of the entry's value.
+        diversity: multiply a score by the distance of the entry's key from those of higher score
+            (:mod:`d2obench.policies.diversity`).
         allocate: rule of the layer budgets, see :func:`d2obench.policies.allocation.shares`.
         alpha: factor of the ``threshold`` rule.
         exempt: layers that keep the whole prompt; the others share the rest, so that the total stays as requested.
-        merge: what is merged: keys and values, values only, or nothing.
+        merge: what is merged: keys and values, values only, mass instead of keys, or nothing. ``beta``, ``threshold``,
+            ``hosts`` and ``inherit`` do not apply to ``mass``.
         beta: weight of the newest similarity in the threshold's moving average.
         threshold: one per KV head, or one per layer.
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
@@ -53,23 +64,35 @@ class D2O(H2O):
             :mod:`d2obench.policies.released`.
     """
 
-    preset: Literal["paper", "released", "tuned"] = "paper"
+    preset: Literal["paper", "mass", "released", "tuned"] = "paper"
     recent: float = 0.25
     sinks: int = 4
+    value_norms: bool = False
+    diversity: bool = False
     allocate: Rule = "softmax"
     alpha: float = 2.0
     exempt: tuple[int, ...] = ()
-    merge: Literal["kv", "values", "none"] = "kv"
+    merge: Literal["kv", "values", "mass", "none"] = "kv"
     beta: float = 0.7
     threshold: Literal["head", "layer"] = "head"
     hosts: Literal["all", "important"] = "all"
     inherit: bool = False
     interval: int = 1
     carry_threshold: bool = False
-    presets: ClassVar = {"tuned": {"allocate": "uniform", "merge": "none", "recent": 0.5}}
+    presets: ClassVar = {
+        "mass": {
+            "allocate": "error", "merge": "mass", "recent": 0.2, "normalised": True, "value_norms": True,
+            "diversity": True,
+        },
+        "tuned": {"allocate": "uniform", "merge": "none", "recent": 0.5},
+    }  # fmt: skip
     name: ClassVar[str] = "d2o"
     about: ClassVar[str] = "layer budgets, accumulated attention, and merging of what is evicted"
     paper: ClassVar[str] = "D2O, arXiv 2406.13035"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=True, errors=self.allocate == "error")
 
     @property
     def budgets_need_stats(self) -> bool:
@@ -77,12 +100,14 @@ class D2O(H2O):
 
     @property
     def judges_heads_together(self) -> bool:
-        return self.threshold == "layer" and self.merge != "none"
+        return self.threshold == "layer" and self.merge in ("kv", "values")
 
     @property
-    def merge_spec(self) -> MergeSpec | None:
+    def merge_spec(self) -> MergeSpec | MassSpec | None:
         if self.merge == "none":
             return None
+        if self.merge == "mass":
+            return MassSpec()
         return MergeSpec(self.beta, self.merge == "kv", self.threshold == "layer", self.hosts, self.inherit)
 
     def resolved(self) -> Policy:
@@ -105,12 +130,18 @@ class D2O(H2O):
             raise PolicyError(f"d2o: interval is {self.interval}", remedy="use 1 or more steps")
         if self.alpha < 1:
             raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
+        if self.merge == "mass" and (self.threshold != "head" or self.hosts != "all" or self.inherit):
+            raise PolicyError(
+                "d2o: merge=mass has no threshold, hosts or inherit",
+                why="every evicted entry is merged, any kept one may be its target, and mass is always inherited",
+                remedy="leave them out, or use merge=kv",
+            )
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         if self.allocate == "uniform" and not self.exempt:
             return super().layer_budgets(stats, length, budget)
         layers = len(stats)
-        spread = torch.stack([density(stat["sum"].mean(1), length).cpu() for stat in stats])
+        spread = torch.stack([self._cost(stat, length).cpu() for stat in stats])
         exempt = {layer % layers for layer in self.exempt if -layers <= layer < layers}
         columns = []
         for sequence, tokens in enumerate(length.tolist()):
@@ -120,18 +151,42 @@ class D2O(H2O):
             if not others:
                 columns.append([most] * layers)
                 continue
-            floor = max(math.ceil(FLOOR * tokens), self.sinks + 2)
             share = shares(spread[others, sequence], self.allocate, self.alpha).tolist()
             rest = max(len(others), total - len(exempt) * most)
-            parts = iter(water_fill(share, rest, floor, most))
+            floor, cap = max(math.ceil(FLOOR * tokens), self.sinks + 2), most
+            if self.allocate == "error":
+                mean = rest / len(others)
+                floor, cap = round(allocation.FLOOR * mean), min(most, math.ceil(allocation.CAP * mean))
+            parts = iter(water_fill(share, rest, floor, cap))
             columns.append([most if layer in exempt else next(parts) for layer in range(layers)])
         return torch.tensor(columns).T
 
+    def describe(self, entries: Entries) -> None:
+        if self.diversity and "diversity" not in entries.stats:
+            found = diversity(entries.keys, self._weighed(entries), entries.position >= 0)
+            entries.stats["diversity"] = found
+
+    def score(self, entries: Entries) -> Tensor:
+        weighed = self._weighed(entries)
+        return weighed * entries.stats["diversity"] if self.diversity else weighed
+
+    def _weighed(self, entries: Entries) -> Tensor:
+        """The score without diversity."""
+        score = super().score(entries)
+        return score * entries.values.float().norm(dim=-1) if self.value_norms else score
+
+    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
+        if self.value_norms or self.diversity:
+            return LowestWeightedScore(self.window(sizes.budget), self.sinks, self.normalised, self.value_norms)
+        return super().decode_rule(sizes)
+
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
+        if self.merge == "mass":
+            return mass.absorb(entries, kept)
         batch, heads, slots = kept.index.shape
         threshold = torch.full((batch * heads,), -math.inf, device=kept.index.device)
         spec = self.merge_spec
-        if spec is None or kept.evicted.shape[2] == 0:
+        if not isinstance(spec, MergeSpec) or kept.evicted.shape[2] == 0:
             return {"threshold": threshold.view(batch, heads)}
         merged = merge_evicted(
             spec,
@@ -147,8 +202,13 @@ class D2O(H2O):
         if spec.inherit:
             score = entries.stats["sum"]
             gained = score.gather(2, kept.evicted.clamp_max(kept.total - 1)) * passed
-            score.scatter_add_(2, kept.index.gather(2, target).clamp_max(kept.total - 1), gained)
+            index = kept.index.gather(2, target).clamp_max(kept.total - 1)
+            entries.stats["sum"] = score.scatter_add(2, index, gained)
         return {"threshold": merged.threshold.view(batch, heads), "merged": passed.sum(2).float()}
+
+    def _cost(self, stat: Stats, length: Tensor) -> Tensor:
+        """What the layer's budget is derived from: the measured error, or F; ``[B]``."""
+        return stat["error"].double().sum(1) if self.allocate == "error" else density(stat["sum"].mean(1), length)
 
     def _cap(self, budget: Budget, tokens: int) -> int:
         """Largest useful budget of a layer: the prompt's length, or the requested number of tokens if that is

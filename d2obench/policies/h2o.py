@@ -10,30 +10,23 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Policy, window_rank
-from d2obench.policies.rules import DecodeRule, LowestScore, RowSizes
+from d2obench.policies.mass import MassMerging, mean_attention
+from d2obench.policies.rules import DecodeRule, LowestScore, LowestWeightedScore, MassSpec, RowSizes
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
-    """Keeps heavy hitters by accumulated attention and a recent window, per KV head.
-
-    A token's score is the sum of the attention it has received from all queries so far (mean over the query heads of
-    its KV head). Of the prompt, the last M tokens and the ``budget − M`` tokens of highest score before them are kept.
-    Each decode step adds its attention to the scores and evicts the token of lowest score that is not among the last M.
+class HeavyHitters(Policy):
+    """Keeps sinks, heavy hitters by accumulated attention, and a recent window, per KV head: what H2O and D2O share.
 
     Args:
-        recent: share of the budget that is the recent window; in the authors' code both parts are equal.
-        sinks: tokens at the start that are never evicted; the authors' code protects none.
-        normalised: divide a score by the number of queries that could attend to the token. This option is not in the
-            paper; it removes the advantage of early tokens.
+        recent: share of the budget that is the recent window.
+        sinks: tokens at the start that are never evicted.
+        normalised: divide a score by the number of queries that could attend to the token.
     """
 
     recent: float = 0.5
     sinks: int = 0
     normalised: bool = False
-    name: ClassVar[str] = "h2o"
-    about: ClassVar[str] = "heavy hitters by accumulated attention and a recent window"
-    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
     needs_attention: ClassVar[bool] = True
 
     @property
@@ -50,11 +43,36 @@ class H2O(Policy):
         """Size M of the recent window for budgets of any shape; at least 1."""
         return torch.round(keep * self.recent).long().clamp_min(1)
 
+    def score(self, entries: Entries) -> Tensor:
+        """What entries outside sinks and window are ranked by, float32 ``[B, H, N]``."""
+        return mean_attention(entries) if self.normalised else entries.stats["sum"]
+
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
-        score = entries.stats["sum"]
-        if self.normalised:
-            score = score / (entries.length[:, None, None] - entries.position).clamp_min(1)
-        return window_rank(score, entries, self.sinks, self.window(keep))
+        return window_rank(self.score(entries), entries, self.sinks, self.window(keep))
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        return LowestScore(self.window(sizes.budget), self.sinks, self.normalised)
+        recent = self.window(sizes.budget)
+        if isinstance(self.merge_spec, MassSpec):  # the scores of sinks are needed, too
+            return LowestWeightedScore(recent, self.sinks, self.normalised)
+        return LowestScore(recent, self.sinks, self.normalised)
+
+
+@dataclass(frozen=True)
+class H2O(MassMerging, HeavyHitters):
+    """Keeps heavy hitters by accumulated attention and a recent window, per KV head.
+
+    A token's score is the sum of the attention it has received from all queries so far (mean over the query heads of
+    its KV head). Of the prompt, the last M tokens and the ``budget − M`` tokens of highest score before them are kept.
+    Each decode step adds its attention to the scores and evicts the token of lowest score that is not among the last M.
+
+    Args:
+        recent: share of the budget that is the recent window; in the authors' code both parts are equal.
+        sinks: tokens at the start that are never evicted; the authors' code protects none.
+        normalised: divide a score by the number of queries that could attend to the token. This option is not in the
+            paper; it removes the advantage of early tokens.
+        merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+    """
+
+    name: ClassVar[str] = "h2o"
+    about: ClassVar[str] = "heavy hitters by accumulated attention and a recent window"
+    paper: ClassVar[str] = "H2O, arXiv 2306.14048"

@@ -170,18 +170,31 @@ def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) ->
         weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for dropped ones.
         pairs: keys, values, or both; all use the same targets and weights.
     """
-    rows, slots, _ = pairs[0][0].shape
-    add = _added_by_row if weight.device.type == "cpu" else _added_by_product
-    total, *added = add(target, weight, rows, slots, [evicted for _, evicted in pairs])
+    total, *added = sums_by_target(target, weight, pairs[0][0].shape[1], [evicted for _, evicted in pairs])
     return [
         torch.where(total > 0, ((math.e * kept.float() + sums) / (math.e + total)).to(kept.dtype), kept)
         for sums, (kept, _) in zip(added, pairs, strict=True)
     ]
 
 
+def sums_by_target(target: Tensor, weight: Tensor, slots: int, given: list[Tensor]) -> list[Tensor]:
+    """For each merge target, the sum of the weights of its evicted entries, and their weighted sums.
+
+    Args:
+        target: int64 ``[R, E]``, merge target of each evicted entry.
+        weight: float32 ``[R, E]``.
+        slots: number of kept entries of each row.
+        given: vectors of the evicted entries, each ``[R, E, d]``.
+
+    Returns:
+        float32 ``[R, slots, 1]``, then ``[R, slots, d]`` for each of ``given``.
+    """
+    add = _added_by_row if weight.device.type == "cpu" else _added_by_product
+    return add(target, weight, weight.shape[0], slots, given)
+
+
 def _added_by_row(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """The sums for each merge target, float32: of the weights ``[R, C, 1]``, and of each of ``given``, weighted, ``[R,
-    C, d]``; adds entry by entry."""
+    """As :func:`sums_by_target`; adds entry by entry."""
     at = (target + torch.arange(rows)[:, None] * slots).view(-1)
     weighted = [weight[..., None], *(evicted.float() * weight[..., None] for evicted in given)]
     return [
@@ -191,7 +204,7 @@ def _added_by_row(target: Tensor, weight: Tensor, rows: int, slots: int, given: 
 
 
 def _added_by_product(target: Tensor, weight: Tensor, rows: int, slots: int, given: list[Tensor]) -> list[Tensor]:
-    """As :func:`_added_by_row`, but by a matrix product, because on a GPU adding by index has no fixed order: each
+    """As :func:`sums_by_target`, by a matrix product, because on a GPU adding by index has no fixed order: each
     evicted entry has one target, so a matrix with one weight per column computes the sums."""
     count, device = target.shape[1], weight.device
     sums = [torch.zeros(rows, slots, width, device=device) for width in (1, *(part.shape[-1] for part in given))]

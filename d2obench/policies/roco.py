@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy
+from d2obench.policies.base import Entries, Needs
+from d2obench.policies.mass import MassMerging
 from d2obench.policies.rules import DecodeRule, MeanOfLowDeviation, RowSizes
 
 NEWEST = 10
@@ -17,7 +18,7 @@ NEWEST = 10
 
 
 @dataclass(frozen=True)
-class RoCo(Policy):
+class RoCo(MassMerging):
     """Evicts by mean attention among tokens of low standard deviation, per KV head (mean over its query heads).
 
     A token's mean and deviation are over the attention of all queries that could attend to it. When one of n tokens
@@ -30,6 +31,7 @@ class RoCo(Policy):
         recent: share of the budget that is safe because of its deviation ("recent ratio" in the authors' code).
         sinks: tokens at the start of the prompt that are kept whatever their attention, as in the authors' mode for
             encoding a prompt; decoding does not protect them.
+        merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
     """
 
     recent: float = 0.3

@@ -66,6 +66,27 @@ class LowestScore(DecodeRule):
 
 
 @dataclass(frozen=True, eq=False)
+class LowestWeightedScore(DecodeRule):
+    """Evicts the entry of lowest accumulated attention times weight, outside sinks and a recent window.
+
+    An entry's weight is fixed when it comes into its slot. It is the product of the statistic "diversity" of the
+    prompt's entries (for a decoded token their mean; 1 if the policy has no such statistic) and, with ``value_norms``,
+    of the norm of its value.
+
+    Args:
+        recent: size of the window, int64 ``[layers, rows]``.
+        sinks: positions below this (a number or ``[layers, rows]``) are never evicted.
+        normalised: divide each score by the number of queries that could attend to the token.
+        value_norms: whether the norm of its value is a factor of an entry's weight.
+    """
+
+    recent: Tensor
+    sinks: Tensor | int = 0
+    normalised: bool = False
+    value_norms: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Ring(DecodeRule):
     """Evicts the oldest entry, except for the first ones. Entries are stored in the order of their positions, so the
     slots from ``first`` on (int64 ``[layers, rows]``) are overwritten in turn, as a ring."""
@@ -138,3 +159,13 @@ class SpreadSpec:
     most 1), ``value / parts`` is added to the values of the next ``parts`` slots of a :class:`Ring`."""
 
     parts: int
+
+
+@dataclass(frozen=True)
+class MassSpec:
+    """The merge of an evicted entry by mass (``d2obench.policies.mass``): its attention is added to that of the kept
+    entry whose key is most similar, by a bias of that entry's logit. Keys stay as they are."""
+
+
+Merge = MergeSpec | SpreadSpec | MassSpec
+"""How an evicted entry is merged during decoding."""

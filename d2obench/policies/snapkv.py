@@ -12,13 +12,14 @@ from torch import Tensor
 
 from d2obench.errors import PolicyError
 from d2obench.policies.allocation import water_fill
-from d2obench.policies.base import Entries, Needs, Policy, Stats, window_rank
+from d2obench.policies.base import Entries, Needs, Stats, window_rank
+from d2obench.policies.mass import MassMerging
 from d2obench.policies.rules import DecodeRule, Ring, RowSizes
 from d2obench.suite.grammar import Budget
 
 
 @dataclass(frozen=True)
-class SnapKV(Policy):
+class SnapKV(MassMerging):
     """The last ``window`` tokens, and those that their queries attend to most.
 
     The attention of the last ``window`` queries to each earlier token is summed (mean over the query heads of a KV
@@ -31,6 +32,7 @@ class SnapKV(Policy):
         pool: ``avg`` or ``max``.
         decode: ``grow``, as published: every decoded token is appended, so more than the budget is held. ``slide``: the
             recent window slides over the decoded tokens, while the entries chosen from the prompt stay.
+        merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
     """
 
     window: int = 32
@@ -47,7 +49,7 @@ class SnapKV(Policy):
 
     @property
     def needs(self) -> Needs:
-        return Needs(window=self.window)
+        return Needs(columns=self.merge == "mass", window=self.window)
 
     def check(self) -> None:
         if self.window < 1:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Policy, Stats, window_rank
+from d2obench.policies.base import Entries, Needs, Stats, window_rank
+from d2obench.policies.mass import MassMerging
 from d2obench.policies.rules import Custom, DecodeRule, Ring, RowSizes
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Streaming(Policy):
+class Streaming(MassMerging):
     """The first ``sinks`` tokens and the last ``budget − sinks``.
 
     With re-indexed positions, a token's position is its place in the cache, so that no distance exceeds the budget.
@@ -29,6 +30,7 @@ class Streaming(Policy):
     Args:
         sinks: tokens at the start that are never evicted.
         positions: ``true``, the original positions; ``cache``, positions within the cache, as in the authors' code.
+        merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
     """
 
     sinks: int = 4
@@ -40,6 +42,16 @@ class Streaming(Policy):
     def check(self) -> None:
         if self.sinks < 0:
             raise PolicyError(f"{self.name}: sinks is {self.sinks}", remedy="use 0 or more")
+        if self.merge == "mass" and self.positions == "cache":
+            raise PolicyError(
+                f"{self.name}: merge=mass needs true positions",
+                why="keys that are rotated anew in every step can't be compared with others",
+                remedy="leave positions at true",
+            )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(columns=self.merge == "mass")
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, self.sinks, keep)
@@ -58,10 +70,10 @@ class Streaming(Policy):
             self._move(state)
 
     def recall(self, state: DecodeState) -> Stats:
-        """No statistics of entries exist, but the sinks' keys are rotated back to their original positions."""
+        """As of every policy, after the sinks' keys were rotated back to their original positions."""
         if "read" in state.extra:
             self._write(state, state.extra["read"])
-        return {}
+        return super().recall(state)
 
     def victims(self, state: DecodeState) -> Tensor:
         """The ring's victim, after the sinks were rotated; used only for re-indexed positions."""

@@ -7,16 +7,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from d2obench.policies.base import Entries, Needs, Policy
+from d2obench.policies.base import Entries, Needs
+from d2obench.policies.mass import MassMerging
 from d2obench.policies.rules import DecodeRule, LatestAttention, RowSizes
 
 
 @dataclass(frozen=True)
-class TOVA(Policy):
+class TOVA(MassMerging):
     """Keeps the ``budget`` tokens that the last query attends to most, on the mean over all heads of the layer.
 
     The prompt's last query decides at the prompt's end, and each new query during decoding. No scores are kept and no
     token is protected, not even the newest (as in the authors' code).
+
+    Args:
+        merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
     """
 
     name: ClassVar[str] = "tova"
@@ -30,7 +34,7 @@ class TOVA(Policy):
 
     @property
     def needs(self) -> Needs:
-        return Needs(window=1)
+        return Needs(columns=self.merge == "mass", window=1)
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         row = entries.stats["window"].mean(1, keepdim=True).expand_as(entries.position)

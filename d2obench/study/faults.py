@@ -89,16 +89,16 @@ def merge_weight(factor: float) -> None:
 
 def zero_scores(layer: float) -> None:
     """``kl``: all scores of one layer are 0 when the prompt is compressed."""
-    from d2obench.policies.h2o import H2O
+    from d2obench.policies.h2o import HeavyHitters
 
-    rank = H2O.rank
+    rank = HeavyHitters.rank
 
-    def blind(self: H2O, entries: Any, keep: Any) -> Any:
+    def blind(self: HeavyHitters, entries: Any, keep: Any) -> Any:
         if entries.layer == int(layer):
             entries.stats["sum"] = entries.stats["sum"] * 0
         return rank(self, entries, keep)
 
-    H2O.rank = blind  # type: ignore[method-assign]
+    HeavyHitters.rank = blind  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[float], None]] = {

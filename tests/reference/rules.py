@@ -47,8 +47,9 @@ class Head:
         self.keys: dict[int, Array] = {}
         self.values: dict[int, Array] = {}
         self.seen: dict[int, list[float]] = {}
+        self.bias: dict[int, float] = {}
         self.peers: list[Head] = [self]
-        self.length, self.reading = 0, False
+        self.length, self.reading, self.clock = 0, False, -1
 
     @property
     def held(self) -> list[int]:
@@ -68,8 +69,10 @@ class Head:
     def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
         """One token; queries ``[G, d]``; outputs ``[G, d_v]``."""
         self.keys[position], self.values[position], self.seen[position] = key.copy(), value.copy(), []
+        self.clock = position
         held = self.held
-        weights = softmax(np.stack([queries @ self.turned(j, position) * scale for j in held], -1))
+        logits = [queries @ self.turned(j, position) * scale + self.bias.get(j, 0.0) for j in held]
+        weights = softmax(np.stack(logits, -1))
         for j, received in zip(held, weights.mean(0), strict=True):
             self.seen[j].append(float(received))
         return weights @ np.stack([self.values[j] for j in held])
@@ -80,6 +83,7 @@ class Head:
 
     def drop(self, position: int) -> None:
         del self.keys[position], self.values[position], self.seen[position]
+        self.bias.pop(position, None)
 
     def importance(self) -> dict[int, float]:
         """How much each held token matters after a block; the highest ``budget`` are kept, the earlier of equals."""
@@ -182,27 +186,24 @@ class Leaving:
         return self.similar[self.target]
 
 
-class D2O(H2O):
-    """With uniform layers; τ is None before the first eviction. ``late``: an eviction's merges wait for
-    :meth:`settle`."""
+class Merging(Head):
+    """What leaves is merged into what is most similar. ``late``: an eviction's merges wait for :meth:`settle`."""
 
-    share, sinks = 0.25, 4
-    beta, merge, important, inherit, per_layer = 0.7, "kv", False, False, False
-    late = False
+    late, inherit = False, False
+    tau: float | None = None
 
     def __init__(self, budget: int, layer: int, head: int) -> None:
         super().__init__(budget, layer, head)
-        self.gained: dict[int, float] = {}
-        self.tau: float | None = None
         self.merged = 0
         self.found: list[Leaving] = []
 
-    def score(self, j: int) -> float:
-        return super().score(j) + self.gained.get(j, 0.0)
+    def worth(self, j: int) -> float:
+        """The score that a merged token leaves behind."""
+        raise NotImplementedError
 
-    def begin(self) -> None:
-        """Thresholds start anew."""
-        self.tau = None
+    def targets(self, positions: list[int]) -> list[int]:
+        """What may absorb the tokens that leave."""
+        return [j for j in self.held if j not in positions]
 
     def leaving(self, positions: list[int]) -> None:
         """All peers have looked before the first of them merges."""
@@ -216,15 +217,53 @@ class D2O(H2O):
 
     def look(self, positions: list[int]) -> None:
         """The similarity and the merge target of each token that leaves (Eq. 8–9)."""
-        newest = max(self.held)
-        targets = [j for j in self.held if j not in positions]
-        if self.important:
-            targets = [j for j in targets if self.sinks <= j <= newest - self.recent]
-        self.found = []
-        for i in positions if targets and self.merge != "none" else ():
+        targets, self.found = self.targets(positions), []
+        for i in positions if targets else ():
             u = {j: cosine(self.keys[i], self.keys[j]) for j in targets}
             target = max(u, key=lambda j: (u[j], -j))
-            self.found.append(Leaving(self.keys[i].copy(), self.values[i].copy(), self.score(i), u, target))
+            self.found.append(Leaving(self.keys[i].copy(), self.values[i].copy(), self.worth(i), u, target))
+
+    def judge(self) -> None:
+        """Which of them are merged."""
+        for one in self.found:
+            one.merged = True
+
+    def settle(self, merged: bool, target: int, near: float) -> None:
+        """Carries out the late merge of one token as it is told, if its own decision is as near as that."""
+        for one in self.found:
+            assert one.u - one.similar[target] <= near, (target, one)
+            assert one.merged == merged or abs(one.u - self.tau) <= near, (merged, self.tau, one)
+            one.merged, one.target = merged, target
+        self.absorb()
+
+    def absorb(self) -> None:
+        """The merge."""
+        raise NotImplementedError
+
+
+class D2O(Merging, H2O):
+    """With uniform layers; τ is None before the first eviction."""
+
+    share, sinks = 0.25, 4
+    beta, merge, important, per_layer = 0.7, "kv", False, False
+
+    def __init__(self, budget: int, layer: int, head: int) -> None:
+        super().__init__(budget, layer, head)
+        self.gained: dict[int, float] = {}
+
+    def score(self, j: int) -> float:
+        return super().score(j) + self.gained.get(j, 0.0)
+
+    worth = score
+
+    def begin(self) -> None:
+        """Thresholds start anew."""
+        self.tau = None
+
+    def targets(self, positions: list[int]) -> list[int]:
+        found = super().targets(positions) if self.merge != "none" else []
+        newest = max(self.held)
+        return [j for j in found if not self.important or self.sinks <= j <= newest - self.recent]
 
     def judge(self) -> None:
         """The threshold (Eq. 10)."""
@@ -234,14 +273,6 @@ class D2O(H2O):
             self.tau = newest if self.tau is None else self.beta * newest + (1 - self.beta) * self.tau
         for one in self.found:
             one.merged = one.u >= self.tau
-
-    def settle(self, merged: bool, target: int, near: float) -> None:
-        """Carries out the late merge of one token as it is told, if its own decision is as near as that."""
-        for one in self.found:
-            assert one.u - one.similar[target] <= near, (target, one)
-            assert one.merged == merged or abs(one.u - self.tau) <= near, (merged, self.tau, one)
-            one.merged, one.target = merged, target
-        self.absorb()
 
     def absorb(self) -> None:
         """The merge (Eq. 11–12)."""
@@ -289,6 +320,95 @@ class Random(Head):
     candidates = importance
 
 
+class ByMass(Merging):
+    """Merging by mass, before any other rule among the bases. A token that absorbs others is as if every attention that
+    it has received had been as much larger; ``restarts``: what was received before a block is forgotten."""
+
+    inherit, restarts = True, False
+
+    def begin(self) -> None:
+        super().begin()
+        if self.restarts:
+            self.seen = {j: [] for j in self.seen}
+
+    def mean(self, j: int) -> float:
+        """Mean attention, over all queries that could see the token."""
+        return sum(self.seen[j]) / (self.clock - j + 1)
+
+    worth = mean
+
+    def absorb(self) -> None:
+        for target in {one.target for one in self.found}:
+            own = self.mean(target)
+            mine = [(one, min(1.0, one.score / own)) for one in self.found if one.target == target]
+            total = sum(r for _, r in mine)
+            self.values[target] = (self.values[target] + sum(r * one.value for one, r in mine)) / (1 + total)
+            self.bias[target] = self.bias.get(target, 0.0) + math.log(1 + total)
+            self.seen[target] = [received * (1 + total) for received in self.seen[target]]
+        self.merged, self.found = self.merged + len(self.found), []
+
+
+class WeightedH2O(H2O):
+    """Scores times the norm of values, times the distance of keys from those of higher score. An entry's weight is that
+    of when it came to stay: at a block's end, or when it was decoded."""
+
+    share, sinks, normalised = 0.2, 4, True
+    value_norms, diversity = True, True
+
+    def __init__(self, budget: int, layer: int, head: int) -> None:
+        super().__init__(budget, layer, head)
+        self.weight: dict[int, float] = {}
+        self.far: dict[int, float] = {}
+        self.fresh: float | None = None
+
+    def norm(self, j: int) -> float:
+        return float(np.linalg.norm(self.values[j])) if self.value_norms else 1.0
+
+    def score(self, j: int) -> float:
+        return super().score(j) * self.weight[j]
+
+    def importance(self) -> dict[int, float]:
+        self.weight, self.far, self.fresh = {j: self.norm(j) for j in self.held}, dict.fromkeys(self.held, 1.0), None
+        if self.diversity:
+            order = sorted(self.held, key=lambda j: (-self.score(j), j))
+            for at, j in enumerate(order[1:], 1):
+                self.far[j] = min(float(np.linalg.norm(self.keys[j] - self.keys[i])) for i in order[:at])
+            if len(order) > 1:
+                self.far[order[0]] = max(self.far[j] for j in order[1:])
+        self.weight = {j: self.norm(j) * self.far[j] for j in self.held}
+        return super().importance()
+
+    def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
+        if not self.reading and self.fresh is None:  # the first token after a block
+            self.weight = {j: self.norm(j) * self.far[j] for j in self.held}
+            self.fresh = float(np.mean([self.far[j] for j in self.held]))
+        out = super().attend(queries, key, value, scale, position)
+        if not self.reading:
+            assert self.fresh is not None
+            self.weight[position] = self.norm(position) * self.fresh
+        return out
+
+
+class MassD2O(ByMass, WeightedH2O):
+    """``d2o(preset=mass)`` with uniform layers."""
+
+
+class MassH2O(ByMass, H2O):
+    pass
+
+
+class MassStreaming(ByMass, Streaming):
+    pass
+
+
+class MassRoCo(ByMass, RoCo):
+    pass
+
+
+class MassTOVA(ByMass, TOVA):
+    pass
+
+
 class SnapKV(Head):
     window, kernel, maximum = 6, 5, False
 
@@ -305,6 +425,10 @@ class SnapKV(Head):
 
     def candidates(self) -> dict[int, float]:
         return {j: float(j) for j in self.held if j >= self.length - min(self.window, self.budget)}
+
+
+class MassSnapKV(ByMass, SnapKV):
+    pass
 
 
 class CaM(Head):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from d2obench.cpu import HEADER, Arguments, Floats, Longs, Real, Size
+from d2obench.cpu import HEADER, Arguments, Floats, Ints, Longs, Real, Size
 from d2obench.cpu.language import (
     LANES,
     LOOP,
@@ -25,7 +25,7 @@ from d2obench.cpu.language import (
     next_item,
     record_of,
 )
-from d2obench.decode.cpu.merge import copy, merge_value
+from d2obench.decode.cpu.merge import BY_MASS, copy, merge_mass, merge_value
 
 KEYS, VALUES = 48, 64
 """Number of slots whose keys (or values) fit a core's first-level cache while all query heads of the group use them."""
@@ -110,7 +110,8 @@ class AttendArguments(Arguments):
     ``capacity`` slots per row, of which ``filled`` are in use. ``group`` is the number of query heads per row;
     ``width`` and ``value_width`` are the channels of a key and of a value. ``bias`` and ``attention`` (0 if unused),
     ``inverse_norm`` and ``target_bias`` have ``stride`` numbers per row. ``scratch`` has ``scratch_row`` floats per
-    row. The fields from ``merging`` on describe D2O's pending merge, see ``d2obench.decode.merge.PendingMerge``.
+    row. The fields from ``merging`` on describe a pending merge: those up to ``merge_target`` as in
+    ``d2obench.decode.merge``, the others for a merge by mass, named after those of ``DecodeState`` and ``PendingMass``.
     """
 
     _fields_ = (
@@ -120,7 +121,7 @@ class AttendArguments(Arguments):
         ("stride", Size), ("scratch", Floats), ("scratch_row", Size), ("merging", Size), ("merge_keys", Size),
         ("queries", Floats), ("staged_key", Floats), ("staged_value", Floats), ("inverse_norm", Floats),
         ("target_bias", Floats), ("required", Floats), ("similarity", Floats), ("weight", Floats),
-        ("merge_target", Longs),
+        ("merge_target", Longs), ("staged_score", Floats), ("score", Floats), ("position", Ints), ("now", Ints),
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ RECORD = record_of(AttendArguments)
 
 def _flops(a: Any) -> int:
     """Operations of the products with keys (including a staged evictee's) and with values."""
-    found: int = 2 * a.items * a.filled * ((a.group + a.merging) * a.width + a.group * a.value_width)
+    found: int = 2 * a.items * a.filled * ((a.group + (a.merging > 0)) * a.width + a.group * a.value_width)
     return found
 
 
@@ -155,7 +156,9 @@ def _attend(given: Any) -> None:
             copy(queries, a.queries + 4 * row * lanes * width, group * width)
             queries = a.queries + 4 * row * lanes * width
         _multiply(own_keys, queries, logits, count, lanes, width, count)
-        if a.merging:
+        if a.merging == BY_MASS:
+            merge_mass(a, row, logits, own_values)
+        elif a.merging:
             merge_value(a, row, queries, logits, own_values)
         # 3. softmax, then the weighted sum of values
         found = floats(a.out + 4 * row * group * value_width, group * value_width)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from d2obench import cpu
+from d2obench.decode.mass import PendingMass
+from d2obench.decode.merge import PendingMerge
 from d2obench.decode.reference import Backend
 from d2obench.policies.rules import Custom, SpreadSpec
 from d2obench.ranges import span
@@ -54,7 +56,7 @@ def _unserved_attention(state: DecodeState) -> str:
     """Why the attention loop cannot execute a state; empty if it can."""
     if state.store.widths[0] % 8 or state.store.widths[1] % 16:
         return "head dims are no multiples of 8 (keys) and 16 (values)"
-    if state.merge is not None and state.merge.spec.per_layer:
+    if isinstance(state.merge, PendingMerge) and state.merge.spec.per_layer:
         return "a threshold per layer needs all its KV heads at once"
     return ""
 
@@ -142,6 +144,7 @@ class CompiledLoops(Backend):
     def _attention_arguments(self) -> list[Any]:
         """Arguments of the attention loop for each layer, with every field that stays the same from step to step."""
         from d2obench.decode.cpu.attend import AttendArguments
+        from d2obench.decode.cpu.merge import BY_MASS, BY_SIMILARITY
 
         state, store, merge = self.state, self.state.store, self.state.merge
         group, width = state.group, state.position.shape[-1]
@@ -151,8 +154,7 @@ class CompiledLoops(Backend):
         for layer, capacity in enumerate(store.capacities):
             arguments = AttendArguments(
                 items=store.rows, capacity=capacity, filled=capacity, group=group, width=store.widths[0],
-                value_width=store.widths[1], stride=width, scratch_row=scratch_row, merging=int(merge is not None),
-                merge_keys=int(merge is not None and merge.spec.keys),
+                value_width=store.widths[1], stride=width, scratch_row=scratch_row,
             )  # fmt: skip
             arguments.point(
                 keys=store.keys(layer), values=store.values(layer), target=state.target[layer], base=store.base[layer],
@@ -161,16 +163,25 @@ class CompiledLoops(Backend):
             )  # fmt: skip
             if merge is not None:
                 arguments.point(
-                    queries=merge.queries[layer], staged_key=merge.key[layer], staged_value=merge.value[layer],
+                    queries=merge.queries[layer], staged_value=merge.value[layer],
                     inverse_norm=merge.inverse_norm[layer], target_bias=merge.target_bias[layer],
-                    required=merge.required[layer], similarity=merge.similarity[layer], weight=merge.weight[layer],
-                    merge_target=merge.target[layer],
+                    similarity=merge.similarity[layer], weight=merge.weight[layer], merge_target=merge.target[layer],
+                )  # fmt: skip
+            if isinstance(merge, PendingMerge):
+                arguments.merging, arguments.merge_keys = BY_SIMILARITY, int(merge.spec.keys)
+                arguments.point(staged_key=merge.key[layer], required=merge.required[layer])
+            elif isinstance(merge, PendingMass):
+                arguments.merging = BY_MASS
+                arguments.point(
+                    staged_score=merge.score[layer], score=state.score[layer], position=state.position[layer],
+                    now=state.now,
                 )  # fmt: skip
             found.append(arguments)
         return found
 
     def _update_arguments(self) -> Any:
         """Arguments of the loop between steps, for all layers."""
+        from d2obench.decode.cpu.merge import BY_MASS, BY_SIMILARITY
         from d2obench.decode.cpu.update import RULES, UpdateArguments
 
         state, store, merge, rule = self.state, self.state.store, self.state.merge, self.state.rule
@@ -195,16 +206,22 @@ class CompiledLoops(Backend):
             now=state.now, position=state.position, evicted=state.evicted, merged=state.merged, bias=state.bias,
             score=state.score if state.score.numel() else None, attention=state.attention if state.tracks else None,
             square=state.square if state.square.numel() else None, keys=store.key_rows, values=store.value_rows,
+            factor=state.factor if state.factor.numel() else None, fresh=state.fresh if state.fresh.numel() else None,
         )  # fmt: skip
         if merge is not None:
-            spec, arguments.merging = merge.spec, 1
+            arguments.point(
+                queries=merge.queries, staged_value=merge.value, staged_score=merge.score, weight=merge.weight,
+                merge_target=merge.target, inverse_norm=merge.inverse_norm, target_bias=merge.target_bias,
+            )  # fmt: skip
+        if isinstance(merge, PendingMass):
+            arguments.merging = BY_MASS
+        elif isinstance(merge, PendingMerge):
+            spec, arguments.merging = merge.spec, BY_SIMILARITY
             arguments.merge_keys, arguments.inherit = int(spec.keys), int(spec.inherit)
             arguments.important, arguments.per_layer = int(spec.targets == "important"), int(spec.per_layer)
             arguments.beta = spec.beta
             arguments.point(
-                queries=merge.queries, staged_key=merge.key, staged_value=merge.value, staged_score=merge.score,
-                pending=merge.pending, similarity=merge.similarity, weight=merge.weight, merge_target=merge.target,
-                threshold=state.threshold, required=merge.required, inverse_norm=merge.inverse_norm,
-                target_bias=merge.target_bias,
+                staged_key=merge.key, pending=merge.pending, similarity=merge.similarity, threshold=state.threshold,
+                required=merge.required,
             )  # fmt: skip
         return arguments

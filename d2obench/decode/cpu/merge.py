@@ -1,8 +1,9 @@
-"""D2O's merge during decoding, as parts of the compiled loops; ``d2obench.decode.merge`` explains the algorithm.
+"""The merges during decoding, as parts of the compiled loops: D2O's (``d2obench.decode.merge`` explains the algorithm)
+and the one by mass (``d2obench.decode.mass``).
 
-``a`` holds the arguments of the calling loop: those of ``attend`` in :func:`merge_value`, those of ``update``
-elsewhere. ``lane`` is the index ``layer · rows + row`` of a row among all layers (in :func:`merge_value`: a query
-head).
+``a`` holds the arguments of the calling loop: those of ``attend`` in :func:`merge_value` and :func:`merge_mass`, those
+of ``update`` elsewhere. ``lane`` is the index ``layer · rows + row`` of a row among all layers (in :func:`merge_value`:
+a query head).
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from d2obench.cpu.language import LOOP, first_extreme, flags, floats, integers
+from d2obench.cpu.language import LOOP, first_extreme, flags, floats, integers, shorts
 from d2obench.decode.merge import TARGET_BIAS
+from d2obench.policies.mass import LEAST
 from d2obench.policies.merging import TINY
 
+BY_SIMILARITY, BY_MASS = 1, 2
+"""Kinds of merges; 0 stands for none."""
+LEAST_MEAN = np.float32(LEAST)
 LEAST_NORM, TARGET, ONE = np.float32(TINY), np.float32(TARGET_BIAS), np.float32(1)
 
 
@@ -47,11 +52,9 @@ def _inverse_norm(key: Any) -> Any:
 
 
 @njit(**LOOP)
-def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) -> None:
-    """Finds the staged evictee's merge target from the last row of the logits, merges its value, and corrects the
-    target's logits."""
-    group, width, value_width, count = a.group, a.width, a.value_width, a.filled
-    # 1. find the slot whose key is most similar to the evictee's, and u − 1
+def _nearest_slot(a: Any, row: int, logits: int) -> Any:
+    """The slot whose key is most similar to the staged evictee's, and u − 1, from the last row of the products."""
+    group, count = a.group, a.filled
     product = floats(logits + 4 * group * count, count)
     cosine = floats(logits + 4 * (group + 1) * count, count)
     inverse = floats(a.inverse_norm + 4 * row * a.stride, count)
@@ -60,10 +63,37 @@ def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) ->
         cosine[slot] = product[slot] * inverse[slot] + may[slot]
     j = first_extreme(cosine, count, True)
     integers(a.merge_target, a.items)[row], floats(a.similarity, a.items)[row] = j, cosine[j]
+    return j, cosine[j]
+
+
+@njit(**LOOP)
+def merge_mass(a: Any, row: int, logits: int, own_values: int) -> None:
+    """Finds the staged evictee's merge target, merges its value, and raises the target's logits."""
+    value_width, line, count = a.value_width, 4 * row * a.stride, a.filled
+    j, nearest = _nearest_slot(a, row, logits)
+    ratio, mean = np.float32(0), floats(a.staged_score, a.items)[row]
+    if mean > 0 and nearest > -np.inf:
+        scores, position = floats(a.score + line, a.stride), shorts(a.position + line, a.stride)
+        seen = shorts(a.now, a.items)[row] - position[j] + 1
+        ratio = min(mean / max(scores[j] / np.float32(seen), LEAST_MEAN), ONE)
+        value = floats(a.staged_value + 4 * row * value_width, value_width)
+        _toward(floats(own_values + 4 * j * value_width, value_width), value, ratio / (ONE + ratio))
+        gain = np.float32(math.log1p(ratio) / a.scale)  # logits are multiplied by the scale afterwards
+        for lane in range(a.group):
+            floats(logits + 4 * lane * count, count)[j] += gain
+    floats(a.weight, a.items)[row] = ratio
+
+
+@njit(**LOOP)
+def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) -> None:
+    """Finds the staged evictee's merge target, merges its value, and corrects the target's logits."""
+    group, width, value_width, count = a.group, a.width, a.value_width, a.filled
+    # 1. find the slot whose key is most similar to the evictee's, and u − 1
+    j, nearest = _nearest_slot(a, row, logits)
     # 2. compute the evictee's weight; merge the value and, by linearity, the logits
     share = np.float32(0)
-    if cosine[j] >= floats(a.required, a.items)[row]:
-        share = np.float32(1 / (1 + math.exp(-cosine[j])))
+    if nearest >= floats(a.required, a.items)[row]:
+        share = np.float32(1 / (1 + math.exp(-nearest)))
         value = floats(a.staged_value + 4 * row * value_width, value_width)
         _toward(floats(own_values + 4 * j * value_width, value_width), value, share)
         if a.merge_keys:
@@ -92,7 +122,7 @@ def commit(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
         u, old = newest + ONE, thresholds[lane]
         thresholds[lane] = u if math.isinf(old) else old + np.float32(a.beta) * (u - old)
     # 2. merge the target's key and score
-    norms, may = floats(a.inverse_norm + 4 * lane * a.stride, a.stride), _targets(a, lane)
+    norms = floats(a.inverse_norm + 4 * lane * a.stride, a.stride)
     share, j = floats(a.weight, lanes)[lane], integers(a.merge_target, lanes)[lane]
     if share > 0:
         integers(a.merged, a.items)[layer] += 1
@@ -103,32 +133,76 @@ def commit(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
         if a.inherit:
             scores[j] += floats(a.staged_score, lanes)[lane]
     # 3. allow the token just decoded as a merge target from now on
-    norms[slot] = _inverse_norm(floats(a.keys + 4 * (first + slot) * a.width, a.width))
-    may[slot] = TARGET
+    _admit(a, lane, slot)
 
 
 @njit(**LOOP)
-def stage(a: Any, lane: int, victim: int, real: bool, score: float, position: Any, scores: Any, limit: int) -> None:
-    """Copies a row's victim to the staging buffers for the merge in the next step; ``limit`` is the last position
-    before the recent window, ``real`` is False if the victim's slot was empty."""
-    lanes, first, width = a.items * a.rows, integers(a.base, a.items * a.rows)[lane], a.width
-    # 1. copy its key, unit vector, value and score
+def commit_mass(a: Any, layer: int, row: int, slot: int, scores: Any) -> None:
+    """Completes the pending merge of a row by mass: count, bias, and accumulated attention."""
+    lane = layer * a.rows + row
+    ratio, j = floats(a.weight, a.items * a.rows)[lane], integers(a.merge_target, a.items * a.rows)[lane]
+    if ratio > 0:
+        integers(a.merged, a.items)[layer] += 1
+        floats(a.bias + 4 * lane * a.stride, a.stride)[j] += np.float32(math.log1p(ratio))
+        scores[j] *= ONE + ratio
+        if a.square:
+            floats(a.square + 4 * lane * a.stride, a.stride)[j] *= (ONE + ratio) * (ONE + ratio)
+    _admit(a, lane, slot)
+
+
+@njit(**LOOP)
+def _admit(a: Any, lane: int, slot: int) -> None:
+    """Allows the token in a slot as a merge target."""
+    first = integers(a.base, a.items * a.rows)[lane]
+    key = floats(a.keys + 4 * (first + slot) * a.width, a.width)
+    floats(a.inverse_norm + 4 * lane * a.stride, a.stride)[slot] = _inverse_norm(key)
+    _targets(a, lane)[slot] = TARGET
+
+
+@njit(**LOOP)
+def norm_of(values: int, width: int) -> Any:
+    """The norm of a vector at an address."""
+    held = floats(values, width)
+    return np.float32(math.sqrt(_product(held, held)))
+
+
+@njit(**LOOP)
+def _copy_victim(a: Any, lane: int, victim: int) -> None:
+    """Copies the unit vector and the value of a row's victim to the staging buffers."""
+    first, width = integers(a.base, a.items * a.rows)[lane], a.width
     norm = floats(a.inverse_norm + 4 * lane * a.stride, a.stride)[victim]
     leaving = floats(a.keys + 4 * (first + victim) * width, width)
     unit = floats(a.queries + 4 * ((lane + 1) * (a.group + 1) - 1) * width, width)
-    held = floats(a.staged_key + 4 * lane * width, width)
     for i in range(width):
-        held[i] = leaving[i]
         unit[i] = leaving[i] * norm
     source = a.values + 4 * (first + victim) * a.value_width
     copy(source, a.staged_value + 4 * lane * a.value_width, a.value_width)
+
+
+@njit(**LOOP)
+def stage_mass(a: Any, lane: int, victim: int, seen: int, real: bool, scores: Any) -> None:
+    """Copies a row's victim to the staging buffers for the merge by mass in the next step; ``seen`` queries could
+    attend to it."""
+    _copy_victim(a, lane, victim)
+    mean = scores[victim] / np.float32(seen)
+    floats(a.staged_score, a.items * a.rows)[lane] = mean if real else np.float32(0)
+    _targets(a, lane)[victim] = -np.inf
+
+
+@njit(**LOOP)
+def stage(a: Any, lane: int, victim: int, real: bool, score: float, position: Any, sinks: int, limit: int) -> None:
+    """Copies a row's victim to the staging buffers for D2O's merge in the next step; ``limit`` is the last position
+    before the recent window, ``real`` is False if the victim's slot was empty."""
+    lanes, first, width = a.items * a.rows, integers(a.base, a.items * a.rows)[lane], a.width
+    # 1. copy its key, unit vector, value and score
+    _copy_victim(a, lane, victim)
+    copy(a.keys + 4 * (first + victim) * width, a.staged_key + 4 * lane * width, width)
     floats(a.staged_score, lanes)[lane] = score
     # 2. mark the slots that may be merge targets
     may = _targets(a, lane)
     if a.important:
         for slot in range(a.stride):
-            inside = 0 <= position[slot] <= limit and not math.isinf(scores[slot])
-            may[slot] = TARGET if inside else -np.inf
+            may[slot] = TARGET if max(sinks, 0) <= position[slot] <= limit else -np.inf
     may[victim] = -np.inf
     # 3. set the similarity required for the merge
     flags(a.pending, lanes)[lane] = real

@@ -28,16 +28,24 @@ from d2obench.cpu.language import (
     shorts,
     smallest,
 )
-from d2obench.decode.cpu.merge import commit, stage
+from d2obench.decode.cpu.merge import BY_MASS, commit, commit_mass, norm_of, stage, stage_mass
+from d2obench.policies.mass import LEAST
 from d2obench.policies.random import FACTOR, MASK
-from d2obench.policies.rules import LatestAttention, LowestDraw, LowestScore, MeanOfLowDeviation, Ring
+from d2obench.policies.rules import (
+    LatestAttention,
+    LowestDraw,
+    LowestScore,
+    LowestWeightedScore,
+    MeanOfLowDeviation,
+    Ring,
+)
 from d2obench.slots.dense import NEVER, PROTECTED
 
-RULES = (LowestScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
+RULES = (LowestScore, LowestWeightedScore, Ring, LatestAttention, MeanOfLowDeviation, LowestDraw)
 """The rules that this loop knows. A field of a rule is a field of :class:`UpdateArguments` with the same name: a flag,
 or one number per row."""
-LOWEST_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(len(RULES))
-SHIELD, INFINITE, ONE = np.float32(PROTECTED), np.float32(NEVER), np.float32(1)
+LOWEST_SCORE, LOWEST_WEIGHTED_SCORE, RING, LATEST_ATTENTION, MEAN_OF_LOW_DEVIATION, LOWEST_DRAW = range(len(RULES))
+SHIELD, INFINITE, ONE, LEAST_WEIGHT = np.float32(PROTECTED), np.float32(NEVER), np.float32(1), np.float32(LEAST)
 
 
 class UpdateArguments(Arguments):
@@ -46,21 +54,21 @@ class UpdateArguments(Arguments):
     The fields are named after those of ``DecodeState``, of its rule and of ``PendingMerge``. Per-slot fields have
     ``stride`` numbers per row; ``capacities`` is the number of slots in use of each layer; ``free`` is the slot that
     the current step filled. ``parts`` is CaM's ``SpreadSpec.parts``, 0 without it. The fields from ``merging`` on
-    describe D2O's pending merge; ``keys`` and ``values`` are the store's flat tensors.
+    describe a pending merge; ``keys`` and ``values`` are the store's flat tensors.
     """
 
     _fields_ = (
         *HEADER, ("rule", Size), ("rows", Size), ("heads", Size), ("group", Size), ("stride", Size),
         ("capacities", Longs), ("base", Longs), ("free", Longs), ("target", Longs), ("now", Ints), ("position", Ints),
         ("evicted", Longs), ("merged", Longs), ("usable", Longs), ("stream", Longs), ("bias", Floats),
-        ("score", Floats), ("square", Floats), ("attention", Floats), ("recent", Longs),
-        ("sinks", Longs), ("normalised", Size), ("first", Longs), ("safe", Longs), ("newest", Longs), ("parts", Size),
-        ("keys", Floats), ("values", Floats), ("width", Size), ("value_width", Size), ("merging", Size),
-        ("merge_keys", Size), ("inherit", Size),
-        ("important", Size), ("per_layer", Size), ("beta", Real), ("queries", Floats), ("staged_key", Floats),
-        ("staged_value", Floats), ("staged_score", Floats), ("pending", Flags), ("similarity", Floats),
-        ("weight", Floats), ("merge_target", Longs), ("threshold", Floats), ("required", Floats),
-        ("inverse_norm", Floats), ("target_bias", Floats),
+        ("score", Floats), ("square", Floats), ("factor", Floats), ("fresh", Floats), ("attention", Floats),
+        ("recent", Longs), ("sinks", Longs), ("normalised", Size), ("value_norms", Size), ("first", Longs),
+        ("safe", Longs), ("newest", Longs), ("parts", Size), ("keys", Floats), ("values", Floats), ("width", Size),
+        ("value_width", Size), ("merging", Size), ("merge_keys", Size), ("inherit", Size), ("important", Size),
+        ("per_layer", Size), ("beta", Real), ("queries", Floats), ("staged_key", Floats), ("staged_value", Floats),
+        ("staged_score", Floats), ("pending", Flags), ("similarity", Floats), ("weight", Floats),
+        ("merge_target", Longs), ("threshold", Floats), ("required", Floats), ("inverse_norm", Floats),
+        ("target_bias", Floats),
     )  # fmt: skip
 
 
@@ -85,6 +93,40 @@ def _lowest_score(a: Any, seen: Any, scores: Any, position: Any, now: int, limit
 
 
 @njit(**LOOP)
+def _lowest_weighted_score(
+    a: Any,
+    seen: Any,
+    scores: Any,
+    factors: Any,
+    position: Any,
+    now: int,
+    sinks: int,
+    limit: int,
+    shown: Any,
+    count: int,
+) -> int:
+    """Adds a row of attention to the scores; returns the slot of the lowest score times weight outside sinks and the
+    recent window."""
+    group = np.float32(a.group)
+    for c in range(count):
+        scores[c] += seen[c] / group
+        own = scores[c] * factors[c]
+        if a.normalised:
+            own /= np.float32(now - position[c] + 1)
+        own = INFINITE if 0 <= position[c] < sinks else own
+        shown[c] = SHIELD if position[c] > limit else own
+    return first_extreme(shown, count, False)
+
+
+@njit(**LOOP)
+def _accumulate(a: Any, seen: Any, scores: Any, count: int) -> None:
+    """Adds a row of attention to the scores, for a merge by mass under a rule that does not need them."""
+    group = np.float32(a.group)
+    for c in range(count):
+        scores[c] += seen[c] / group
+
+
+@njit(**LOOP)
 def _latest(a: Any, layer: int, row: int, shown: Any, count: int) -> int:
     """The slot that the newest query attends to least, by the mean over the KV heads of a sequence."""
     group, heads = np.float32(a.group), np.float32(a.heads)
@@ -95,7 +137,7 @@ def _latest(a: Any, layer: int, row: int, shown: Any, count: int) -> int:
             shown[c] += seen[c] / group
     scores = floats(a.score + 4 * (layer * a.rows + row) * a.stride, a.stride)
     for c in range(count):
-        shown[c] = scores[c] + shown[c] / heads
+        shown[c] = scores[c] if abs(scores[c]) == INFINITE else shown[c] / heads
     return first_extreme(shown, count, False)
 
 
@@ -204,13 +246,22 @@ def _update(given: Any) -> None:
             scores = floats(a.score + line, stride) if a.score else none
             seen = floats(a.attention + line, stride) if a.attention else none
             # 1. complete the pending merge
-            if a.merging:
+            if a.merging == BY_MASS:
+                commit_mass(a, layer, row, slot, scores)
+            elif a.merging:
                 commit(a, layer, row, slot, scores)
             # 2. choose the victim
             limit = now
             if a.rule == LOWEST_SCORE:
                 limit = max(now - integers(a.recent, lanes)[lane], -1)
                 victim = _lowest_score(a, seen, scores, position, now, limit, shown, count)
+            elif a.rule == LOWEST_WEIGHTED_SCORE:
+                factors, weight = floats(a.factor + line, stride), floats(a.fresh, lanes)[lane]
+                if a.value_norms:
+                    weight *= norm_of(a.values + 4 * (bases[lane] + slot) * a.value_width, a.value_width)
+                factors[slot] = max(weight, LEAST_WEIGHT)
+                limit, sinks = max(now - integers(a.recent, lanes)[lane], -1), integers(a.sinks, lanes)[lane]
+                victim = _lowest_weighted_score(a, seen, scores, factors, position, now, sinks, limit, shown, count)
             elif a.rule == RING:
                 victim = slot + 1
                 if victim > usable[lane] - 1:
@@ -230,8 +281,13 @@ def _update(given: Any) -> None:
                 victim = first_extreme(scores, count, False)
             # 3. merge or stage the victim's entry
             real = position[victim] >= 0
-            if a.merging:
-                stage(a, lane, victim, real, scores[victim], position, scores, limit)
+            if a.merging == BY_MASS:
+                if a.rule == RING or a.rule == LATEST_ATTENTION:
+                    _accumulate(a, seen, scores, count)
+                stage_mass(a, lane, victim, now - position[victim] + 1, real, scores)
+            elif a.merging:
+                sinks = integers(a.sinks, lanes)[lane]
+                stage(a, lane, victim, real, scores[victim], position, sinks, limit)
             elif a.parts:
                 first = integers(a.first, lanes)[lane]
                 if _spread(a, lane, victim, first, usable[lane], position, count):

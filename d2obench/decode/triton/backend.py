@@ -5,9 +5,9 @@ Kernels are compiled before the first step. If that fails, PyTorch operators exe
 states the reason. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the kernels on a CPU; this
 is slow and meant for tests.
 
-Splits: enough to give every multiprocessor one and a half programs, but each of at least one block. A block is the
-number of slots whose keys take 16 KiB, because three such blocks in flight fit the shared memory of every GPU since
-Ampere.
+A row is split over as many programs as give every multiprocessor one and a half of them, as long as each has at least
+one block of slots. A block is the number of slots whose keys take 16 KiB, because three such blocks in flight fit the
+shared memory of every GPU since Ampere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from d2obench.decode.mass import PendingMass
+from d2obench.decode.merge import PendingMerge
 from d2obench.decode.reference import Backend
 from d2obench.decode.triton import WIDEST
-from d2obench.policies.rules import Custom, LowestScore, Ring
+from d2obench.policies.rules import Custom, LowestScore, LowestWeightedScore, Ring
 from d2obench.ranges import span
 from d2obench.slots.dense import DenseStore
 
@@ -68,7 +70,7 @@ def _unserved(state: DecodeState) -> str:
         return f"there are no kernels for {str(store.dtype).removeprefix('torch.')}"
     if max(store.widths) > WIDEST:
         return f"heads have {max(store.widths)} channels, more than {WIDEST}"
-    if state.merge is not None and state.merge.spec.per_layer:
+    if isinstance(state.merge, PendingMerge) and state.merge.spec.per_layer:
         return "a threshold per layer needs all its KV heads at once"
     return ""
 
@@ -80,10 +82,10 @@ def _unserved_update(state: DecodeState) -> str:
         return "several tokens are evicted together"
     if isinstance(rule, Custom):
         return rule.why
-    if isinstance(rule, LowestScore):
-        if rule.normalised:
+    if isinstance(rule, LowestScore | LowestWeightedScore):
+        if isinstance(rule, LowestScore) and rule.normalised:
             return "no kernel normalises scores"
-        if state.merge is not None and state.merge.spec.targets != "all":
+        if isinstance(state.merge, PendingMerge) and state.merge.spec.targets != "all":
             return "no kernel chooses among merge targets"
         return ""
     if isinstance(rule, Ring) and spec is None:
@@ -156,7 +158,12 @@ class TritonKernels(Backend):
         self.place = torch.empty(self.rows * most, dtype=torch.long, device=self.device)
         self.capacities = torch.tensor(store.capacities, device=self.device)
         rule, none = state.rule, self.total
-        self.recent = rule.recent.long().contiguous() if isinstance(rule, LowestScore) else none
+        self.recent = self.sinks = none
+        if isinstance(rule, LowestScore | LowestWeightedScore):
+            self.recent = rule.recent.long().contiguous()
+        if isinstance(rule, LowestWeightedScore):
+            sinks = torch.as_tensor(rule.sinks, device=self.device).long()
+            self.sinks = sinks.expand(len(store.capacities), self.rows).contiguous()
         self.first = rule.first.long().contiguous() if isinstance(rule, Ring) else none
         self._new: tuple[Tensor, Tensor] | None = None
         self._dry = False
@@ -205,17 +212,21 @@ class TritonKernels(Backend):
                     SINGLE=single, GROWS=state.grows, HAS_BIAS=self.biased, num_stages=2,
                 )  # fmt: skip
             else:
-                merge = state.merge
+                merge, mass = state.merge, isinstance(state.merge, PendingMass)
+                required, key = self.total, self.part  # a merge by mass needs neither
+                if isinstance(merge, PendingMerge):
+                    required, key = merge.required[layer], merge.key[layer]
                 self._run(
                     merging.weigh, grid, self.logits, self.best, self.place, query, merge.queries[layer], new_key, keys,
                     bias, merge.inverse_norm[layer], merge.target_bias[layer], target, base, scale, *sizes,
                     *new_key.stride()[:2], G=state.group, **self.shape, HAS_BIAS=self.biased, num_stages=3,
                 )  # fmt: skip
                 self._run(
-                    merging.mix, grid, *sums, self.best, self.place, merge.required[layer], merge.similarity[layer],
-                    merge.weight[layer], merge.target[layer], query, merge.key[layer], merge.value[layer], new_value,
+                    merging.mix, grid, *sums, self.best, self.place, required, merge.similarity[layer],
+                    merge.weight[layer], merge.target[layer], merge.score[layer], state.score[layer],
+                    state.position[layer], state.now, query, key, merge.value[layer], new_value,
                     values, target, base, scale, *sizes, *new_value.stride()[:2], **self.common, **self.shape,
-                    SINGLE=single, SP=_power(splits), KEYS=merge.spec.keys, num_stages=3,
+                    SINGLE=single, SP=_power(splits), KEYS=not mass and merge.spec.keys, MASS=mass, num_stages=3,
                 )  # fmt: skip
             if not single:
                 chunks = -(-slots // CHUNK) if state.tracks else 1
@@ -231,14 +242,21 @@ class TritonKernels(Backend):
             return
         from d2obench.decode.triton.update import update
 
-        state, store, none, merge = self.state, self.state.store, self.total, self.state.merge
+        state, store, none, merge, rule = self.state, self.state.store, self.total, self.state.merge, self.state.rule
         bias = none if state.bias is None else state.bias
-        scored = isinstance(state.rule, LowestScore)
-        window = self.recent, self.first, state.usable
+        weighted = rule if isinstance(rule, LowestWeightedScore) else None
+        scored = isinstance(rule, LowestScore | LowestWeightedScore)
+        window = self.recent, self.sinks, self.first, state.usable
         scores = (state.score, state.attention) if scored else (none, none)
-        merges: tuple[Any, ...] = (none,) * 15
-        spec = None if merge is None else merge.spec
-        if merge is not None:
+        weights = (state.factor, state.fresh) if weighted else (none, none)
+        merges: tuple[Any, ...] = (store.key_rows, store.value_rows, *(none,) * 13)
+        spec = merge.spec if isinstance(merge, PendingMerge) else None
+        if isinstance(merge, PendingMass):
+            merges = (
+                store.key_rows, store.value_rows, merge.queries, none, merge.value, none, merge.score, none,
+                merge.target, merge.weight, merge.inverse_norm, merge.target_bias, none, none, state.merged,
+            )  # fmt: skip
+        if isinstance(merge, PendingMerge):
             merges = (
                 store.key_rows, store.value_rows, merge.queries, merge.key, merge.value, merge.pending, merge.score,
                 merge.similarity, merge.target, merge.weight, merge.inverse_norm, merge.target_bias, merge.required,
@@ -247,12 +265,14 @@ class TritonKernels(Backend):
         with span("evict"):
             self._run(
                 update, (self.rows, len(store.capacities)), state.position, state.now, state.free, state.target,
-                store.base, state.evicted, bias, self.capacities, *scores, *window, *merges,
+                store.base, state.evicted, bias, self.capacities, *scores, *weights, *window, *merges,
                 spec.beta if spec else 0.0, self.rows, self.stride,
                 G=state.group, D=store.widths[0], DV=store.widths[1], DP=self.shape["DP"], DVP=self.common["DVP"],
                 BLOCK=max(16, min(1024, _power(self.stride))), SCORED=scored, HAS_BIAS=self.biased,
                 MERGES=spec is not None, KEYS=bool(spec and spec.keys), INHERIT=bool(spec and spec.inherit),
-                SMOOTH=bool(spec and spec.beta < 1),
+                SMOOTH=bool(spec and spec.beta < 1), MASS=isinstance(merge, PendingMass),
+                WEIGHTED=weighted is not None, NORMALISED=bool(weighted and weighted.normalised),
+                NORMS=bool(weighted and weighted.value_norms),
             )  # fmt: skip
 
     def probe(self) -> None:

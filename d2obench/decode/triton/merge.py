@@ -1,9 +1,9 @@
-"""Triton kernels of D2O's merge: attention with the staged evictee as one more query, and the merge's work between
-steps.
+"""Triton kernels of the merges: attention with the staged evictee as one more query, and the work between steps.
 
-``d2obench.decode.merge`` explains the algorithm; logits are float32. The merge target is known only after all keys were
-read, so there are two passes: :func:`weigh` reads the keys and :func:`mix` the values. The contributions of the target
-and of the new token to the sums are added separately. :func:`commit` and :func:`stage` are parts of
+``d2obench.decode.merge`` (D2O's merge) and ``d2obench.decode.mass`` explain the algorithms; logits are float32. The
+merge target is known only after all keys were read, so there are two passes: :func:`weigh` reads the keys and
+:func:`mix` the values. The contributions of the target and of the new token to the sums are added separately.
+:func:`commit` and :func:`stage`, :func:`commit_mass` and :func:`stage_mass` are parts of
 ``d2obench.decode.triton.update``. ``lane`` is the index ``layer · rows + row`` of a row among all layers, and ``line``
 is ``lane · stride``, the start of its per-slot numbers.
 """
@@ -15,8 +15,9 @@ import triton.language as tl
 
 from d2obench.decode import merge as reference
 from d2obench.decode.triton.attend import SIZES, absorb, bias_of, head_row, head_rows, leave, product, share_of, tile
-from d2obench.policies import merging
+from d2obench.policies import mass, merging
 
+LEAST = tl.constexpr(mass.LEAST)
 TINY = tl.constexpr(merging.TINY)
 TARGET = tl.constexpr(reference.TARGET_BIAS)
 
@@ -93,6 +94,39 @@ def stage(
         tl.store(required + lane, tl.where(left, -float("inf"), float("inf")))
 
 
+@triton.jit
+def commit_mass(
+    keys, bias, target, weight, merged, layer, lane, line, start_row, slot, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Completes the pending merge of a row by mass. Returns the slot of the merge target, 1 + r, and the inverse norm
+    of the key of the token just decoded."""
+    d = tl.arange(0, DP)
+    j, r = tl.load(target + lane), tl.load(weight + lane)
+    tl.atomic_add(merged + layer, (r > 0.0).to(tl.int64))
+    tl.store(bias + line + j, tl.load(bias + line + j) + tl.log(1.0 + r), mask=r > 0.0)
+    fresh = tl.load(keys + (start_row + slot) * D + d, mask=d < D, other=0.0)
+    return j, 1.0 + r, inverse_norm_of(fresh)
+
+
+@triton.jit
+def stage_mass(
+    keys, values, unit, value, staged_score, inverse_norm, target_bias, lane, line, start_row, slot, victim, mean, left,
+    slot_norm, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+):  # fmt: skip
+    """Copies a row's victim, of mean attention ``mean``, to the staging buffers for the merge in the next step."""
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    leaving = tl.load(keys + (start_row + victim) * D + d, mask=d < D, other=0.0)
+    norm = tl.where(victim == slot, slot_norm, tl.load(inverse_norm + line + victim))
+    tl.store(inverse_norm + line + slot, slot_norm)
+    turned = (leaving.to(tl.float32) * norm).to(leaving.dtype)
+    tl.store(unit + (lane * (G + 1) + G) * D + d, turned, mask=d < D)
+    gone = tl.load(values + (start_row + victim) * DV + dv, mask=dv < DV, other=0.0)
+    tl.store(value + lane * DV + dv, gone, mask=dv < DV)
+    tl.store(staged_score + lane, tl.where(left, mean, 0.0))
+    tl.store(target_bias + line + slot, TARGET, mask=slot != victim)
+    tl.store(target_bias + line + victim, -float("inf"))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def weigh(
     logits, best, place, query, unit, new_key, keys, bias, inverse_norm, target_bias, target, base, scale,
@@ -141,18 +175,20 @@ def weigh(
 
 @triton.jit(do_not_specialize=SIZES)
 def mix(
-    out, part, high, total, logits, attention, best, place, required, similarity, weight, merge_target, query, old_key,
-    old_value, new_value, values, target, base, scale,
+    out, part, high, total, logits, attention, best, place, required, similarity, weight, merge_target, staged_score,
+    score, position, now, query, old_key, old_value, new_value, values, target, base, scale,
     heads, slots, stride, splits, query_b, query_h, value_b, value_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, SINGLE: tl.constexpr, SP: tl.constexpr, WATCHED: tl.constexpr, KEYS: tl.constexpr,
-    WIDE: tl.constexpr,
+    MASS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Merges the evictee into its target, then softmax and the weighted sum of values; grid (rows, splits) as in
     :func:`weigh`.
 
-    ``required``, ``similarity`` and ``weight`` float32 ``[rows]``, ``merge_target`` int64 ``[rows]``, as in
-    ``PendingMerge``.
+    ``required``, ``similarity``, ``weight`` and ``staged_score`` float32 ``[rows]``, ``merge_target`` int64 ``[rows]``,
+    as in ``PendingMerge`` and ``PendingMass``; ``score`` float32 and ``position`` int32 ``[rows, stride]``, ``now``
+    int32 ``[rows]``, as in ``DecodeState``. MASS merges by mass, and uses neither ``required`` nor ``old_key``; without
+    it, what begins with ``staged_score`` and ends with ``now`` is not used.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, dv, n, every = tl.arange(0, M), tl.arange(0, DVP), tl.arange(0, BLOCK), tl.arange(0, SP)
@@ -162,14 +198,22 @@ def mix(
     offered = tl.load(best + row * splits + every, mask=every < splits, other=-float("inf"))
     nearest, winner = tl.max(offered, 0, return_indices=True, return_indices_tie_break_left=True)
     chosen = tl.load(place + row * splits + winner)
-    w = tl.where(nearest >= tl.load(required + row), 1.0 / (1.0 + tl.exp(-nearest)), 0.0)
+    if MASS:
+        at_j = row * stride + tl.where(nearest > -float("inf"), chosen, 0)
+        seen = (tl.load(now + row) - tl.load(position + at_j) + 1).to(tl.float32)
+        mean = tl.maximum(tl.load(score + at_j) / seen, LEAST)
+        w = tl.where(nearest > -float("inf"), tl.minimum(tl.load(staged_score + row) / mean, 1.0), 0.0)
+        mixing = w / (1.0 + w)
+    else:
+        w = tl.where(nearest >= tl.load(required + row), 1.0 / (1.0 + tl.exp(-nearest)), 0.0)
+        mixing = w
     if split == 0:
         tl.store(similarity + row, nearest)
         tl.store(weight + row, w)
         tl.store(merge_target + row, chosen)
     j = tl.where(nearest > -float("inf"), chosen, -1)
     own, absorbs = (slot >= first) & (slot < last), (j >= first) & (j < last)
-    share = w.to(values.dtype.element_ty).to(tl.float32)
+    share = mixing.to(values.dtype.element_ty).to(tl.float32)
 
     # 2. merge the target's value, and write the new token's value
     kept = tl.load(values + (row * slots + j) * DV + dv, mask=dv < tl.where(absorbs, DV, 0), other=0.0)
@@ -179,10 +223,13 @@ def mix(
     value = head_row(new_value, row, heads, value_b, value_h, DV, DVP)
     tl.store(values + (row * slots + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
 
-    # 3. correct the target's logits by linearity
+    # 3. correct the target's logits: by the logarithm of its mass, or by linearity
     line = logits + (row * G + g) * stride
     fresh = tl.load(line + slot, mask=g < tl.where(own, G, 0), other=-float("inf"))
     held = tl.load(line + j, mask=g < tl.where(absorbs, G, 0), other=-float("inf"))
+    if MASS:
+        held = held + tl.log(1.0 + w)
+        tl.store(line + j, held, mask=g < tl.where(absorbs, G, 0))
     if KEYS:
         d = tl.arange(0, DP)
         q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)

@@ -1,0 +1,46 @@
+"""Diversity: how far an entry's key is from the keys of all entries that matter more.
+
+An entry whose key almost repeats that of a more important one adds little to what attention can find. So a policy may
+multiply an entry's score by ``D_j = min ‖k_j − k_i‖`` over the entries i of higher score. The entry of highest score
+gets the largest D of its row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CACHED, CHUNK = 2**18, 2**25
+"""Number of distances computed at once: on a CPU (they fit a core's cache), and elsewhere (128 MiB, few launches)."""
+
+
+def diversity(keys: Tensor, score: Tensor, real: Tensor) -> Tensor:
+    """``D`` of every entry, float32 ``[B, H, N]``.
+
+    Args:
+        keys: ``[B, H, N, d]``.
+        score: float32 ``[B, H, N]``; of equals, the earlier entry counts as the higher one.
+        real: bool, broadcasts to ``[B, H, N]``; other entries are padding, get 1 and do not count.
+    """
+    batch, heads, count = keys.shape[:3]
+    rows, device = batch * heads, keys.device
+    real = real.expand(batch, heads, count)
+    order = score.masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True, stable=True).flatten(0, 1)
+    place, found = torch.arange(count, device=device), torch.ones(rows, count, device=device)
+    # in the order of scores, an entry is compared with all before it, block by block
+    some, chunk = (1, CACHED) if device.type == "cpu" else (rows, CHUNK)
+    step = max(32, chunk // max(1, some * count))
+    for low in range(0, rows, some):
+        part = slice(low, low + some)
+        held = keys.flatten(0, 1)[part].gather(1, order[part, :, None].expand(-1, -1, keys.shape[3])).float()
+        for first in range(1, count, step):
+            last = min(count, first + step)
+            apart = torch.cdist(held[:, first:last], held[:, : last - 1])
+            apart.masked_fill_(place[: last - 1] >= place[first:last, None], torch.inf)
+            found[part, first:last] = apart.amin(-1)
+    sorted_real = real.flatten(0, 1).gather(1, order)
+    found.masked_fill_(~sorted_real, 1.0)
+    if count > 1:
+        others = found[:, 1:].masked_fill(~sorted_real[:, 1:], -torch.inf).amax(1)
+        found[:, 0] = torch.where(others.isinf(), 1.0, others)
+    return torch.empty_like(found).scatter_(1, order, found).view(batch, heads, count)

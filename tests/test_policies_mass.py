@@ -1,0 +1,233 @@
+"""D2O's other form (``preset=mass``): its parts against slow models in float64, and what must hold whatever they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import rules
+from tiny_families import prompts, tiny_model
+
+from d2obench.attention.interface import keyword
+from d2obench.cache import Session
+from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
+from d2obench.errors import PolicyError
+from d2obench.policies import diversity as module
+from d2obench.policies import mass, parse_policy
+from d2obench.policies.allocation import shares
+from d2obench.policies.base import Entries, Kept, pick
+from d2obench.policies.diversity import diversity
+
+MASS = "d2o(preset=mass)"
+
+
+def opened(policy: str, *lengths: int, budget: str = "0.3", family: str = "llama-deep") -> Session:
+    session = Session(tiny_model(family), policy, budget, max_new=12)
+    session.prefill(prompts(*lengths))
+    session.compress()
+    return session
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [2**18, 64])
+def test_diversity_is_the_distance_to_what_matters_more(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CACHED", cached)
+    generator = torch.Generator().manual_seed(1)
+    keys, score = torch.randn(2, 3, 90, 8, generator=generator), torch.rand(2, 3, 90, generator=generator)
+    real = torch.arange(90) >= torch.tensor([0, 31])[:, None, None]
+    found = diversity(keys, score, real)
+    for b, h, first in ((0, 0, 0), (0, 2, 0), (1, 1, 31)):
+        k, order = keys[b, h].double().numpy(), sorted(range(first, 90), key=lambda j: -float(score[b, h, j]))
+        far = [min(float(np.linalg.norm(k[j] - k[i])) for i in order[:at]) for at, j in enumerate(order) if at]
+        assert found[b, h, order[1:]].tolist() == pytest.approx(far, rel=1e-4)
+        assert float(found[b, h, order[0]]) == pytest.approx(max(far), rel=1e-4)
+    assert diversity(keys[:, :, :1], score[:, :, :1], real[..., :1] | True).tolist() == [[[1.0]] * 3] * 2
+
+
+def test_entries_that_repeat_a_kept_one_are_stood_for_exactly() -> None:
+    """Evicted copies of kept entries, each with as much attention as its original: no query sees a difference."""
+    generator = torch.Generator().manual_seed(2)
+    key, value = torch.randn(1, 2, 6, 16, generator=generator), torch.randn(1, 2, 6, 16, generator=generator)
+    copies = torch.tensor([0, 1, 1, 4, 5, 5, 5])
+    keys, values = torch.cat((key, key[:, :, copies]), 2), torch.cat((value, value[:, :, copies]), 2)
+    position = torch.arange(13).expand(1, 2, -1)
+    stats = {"sum": 0.1 * (13.0 - position)}
+    entries = Entries(0, 1, keys, values, position, torch.tensor([13]), stats)
+    index, evicted = position[..., :6], position[..., 6:]
+    kept = Kept(index, evicted, 13, pick(keys, index), pick(values, index))
+    counted = mass.absorb(entries, kept)
+    query = torch.randn(1, 2, 4, 16, generator=generator)
+    expected = torch.softmax(query @ keys.transpose(2, 3), -1) @ values
+    logits = query @ kept.keys.transpose(2, 3) + stats["bias"][:, :, None, :6]
+    torch.testing.assert_close(torch.softmax(logits, -1) @ kept.values, expected)
+    assert torch.equal(kept.keys, key) and counted["merged"].tolist() == [[7.0, 7.0]]
+    torch.testing.assert_close(stats["bias"][0, 0, :6].exp(), torch.tensor([2.0, 3, 1, 1, 2, 4]))
+
+
+def test_what_matters_more_than_its_target_counts_as_its_equal() -> None:
+    keys = torch.tensor([[1.0, 0.0], [2.0, 0.0]]).view(1, 1, 2, 2)
+    stats = {"sum": torch.tensor([[[0.2, 0.9]]])}
+    position = torch.arange(2).view(1, 1, 2)
+    kept = Kept(position[..., :1], position[..., 1:], 2, keys[:, :, :1], keys[:, :, :1])
+    mass.absorb(Entries(0, 1, keys, keys, position, torch.tensor([2]), stats), kept)
+    assert stats["bias"][0, 0, 0] == pytest.approx(np.log(2)) and stats["sum"][0, 0, 0] == pytest.approx(0.4)
+    assert kept.values.flatten().tolist() == [1.5, 0.0]
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, length: int, budget: str) -> tuple[Session, dict[int, tuple[Any, ...]]]:
+    """A session with the preset, and each layer's queries, keys, values of the prompt in float64, and the scale."""
+    fresh: dict[int, tuple[Any, Any]] = {}
+    log: dict[int, tuple[Any, ...]] = {}
+    receive, attend = PolicyCache.receive, PolicyLayer.attend
+
+    def spy_receive(self: PolicyCache, layer: PolicyLayer, keys: Any, values: Any) -> Any:
+        fresh[layer.index] = keys[0].double().numpy(), values[0].double().numpy()
+        return receive(self, layer, keys, values)
+
+    def spy_attend(self: PolicyLayer, query: Any, scale: float, mask: Any) -> Any:
+        log.setdefault(self.index, (query[0].double().numpy(), *fresh[self.index], scale))
+        return attend(self, query, scale, mask)
+
+    monkeypatch.setattr(PolicyCache, "receive", spy_receive)
+    monkeypatch.setattr(PolicyLayer, "attend", spy_attend)
+    session = opened(MASS, length, budget=budget)
+    monkeypatch.undo()
+    return session, log
+
+
+def error_of(layer: int, given: tuple[Any, ...], keep: int, projection: Any, last: int) -> float:
+    """What keeping ``keep`` entries costs a layer: squared error behind W_O of the last queries, over all KV heads."""
+    queries, keys, values, scale = given
+    held = rules.Layer(rules.MassD2O, keep, layer, len(keys))
+    outputs = held.read(queries, keys, values, scale)
+    held.compress()
+    length, group = keys.shape[1], len(queries) // len(keys)
+    width, total = group * values.shape[2], 0.0
+    for h, head in enumerate(held.heads):
+        for i in range(max(0, length - last), length):
+            seen = [j for j in head.held if j <= i]
+            off = []
+            for g in range(h * group, (h + 1) * group):
+                logits = np.array([queries[g, i] @ head.keys[j] * scale + head.bias.get(j, 0.0) for j in seen])
+                weights = np.exp(logits - logits.max())
+                off.append(weights / weights.sum() @ np.stack([head.values[j] for j in seen]) - outputs[i, g])
+            total += float(np.sum((projection[:, h * width : (h + 1) * width] @ np.concatenate(off)) ** 2))
+    return total / min(last, length)
+
+
+@pytest.mark.parametrize(("length", "budget"), [(96, "0.2"), (50, "0.3")])
+def test_budgets_follow_the_error_behind_the_projection(
+    length: int, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, log = recorded(monkeypatch, length, budget)
+    keep = round(float(budget) * length)
+    weights = [layer.self_attn.o_proj.weight.double().numpy() for layer in session.loaded.model.model.layers]
+    root = np.sqrt([error_of(index, given, keep, weights[index], 64) for index, given in log.items()])
+    total = round(float(budget) * length * len(root))
+    mean = total / len(root)
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        factor = (low + high) / 2
+        filled = np.clip(factor * root, round(0.35 * mean), min(length, np.ceil(4 * mean)))
+        low, high = (factor, high) if filled.sum() < total else (low, factor)
+    budgets = session.cache.budgets[:, 0].numpy()
+    assert budgets.sum() == total and len(set(budgets)) > 1
+    assert np.abs(budgets - filled).max() < 1.01, (budgets, filled)
+
+
+def test_a_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same budgets, what is kept does not depend on whether errors were measured before."""
+    equal = opened("d2o(preset=mass,allocate=uniform)", 60)
+    monkeypatch.setattr("d2obench.policies.d2o.shares", lambda density, rule, alpha: torch.full_like(density, 1 / 5))
+    tried = opened(MASS, 60)
+    assert torch.equal(tried.cache.budgets, equal.cache.budgets)
+    tokens = torch.tensor([3])
+    assert all(torch.equal(equal.step(tokens), tried.step(tokens)) for _ in range(9))
+
+
+def test_a_prompt_is_compressed_again_from_a_snapshot() -> None:
+    session = Session(tiny_model("llama-deep"), MASS, "0.3", max_new=12)
+    session.prefill(prompts(60, 41))
+    saved, tokens, found = session.snapshot(), torch.tensor([3, 5]), []
+    for _ in range(2):
+        session.compress()
+        found.append(torch.stack([session.step(tokens) for _ in range(4)]))
+        session.restore(saved)
+    assert torch.equal(*found)
+
+
+def test_shares_of_errors() -> None:
+    assert shares(torch.tensor([4.0, 1.0, 0.0]), "error").tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    assert shares(torch.zeros(4), "error").tolist() == [0.25] * 4
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def test_the_preset_stands_for_its_parts() -> None:
+    parts = "allocate=error,merge=mass,recent=0.2,normalised=true,value_norms=true,diversity=true"
+    tokens, found = torch.tensor([3, 5]), []
+    for policy in (MASS, f"d2o({parts})"):
+        session = opened(policy, 60, 41)
+        found.append(torch.stack([session.step(tokens) for _ in range(9)]))
+    assert torch.equal(*found)
+    assert parse_policy("d2o(preset=mass,merge=none)").merge_spec is None
+
+
+def test_biases_count_as_what_the_cache_holds() -> None:
+    plain, biased = (opened(f"d2o(preset={name},allocate=uniform)", 60, 41).footprint() for name in ("tuned", "mass"))
+    slots = (18 + 1) * 5 * 2 * tiny_heads()
+    assert biased.kv_bytes - plain.kv_bytes == biased.prompt_kv_bytes - plain.prompt_kv_bytes == 4 * slots
+    assert plain.state_bytes > 0 and biased.merged == biased.evicted > 0
+
+
+def tiny_heads() -> int:
+    return int(tiny_model("llama-deep").model.config.num_key_value_heads)
+
+
+@pytest.mark.parametrize("policy", [MASS, "snapkv(window=4,merge=mass)", "streaming(merge=mass)"])
+def test_biases_outlive_a_turn(policy: str) -> None:
+    """What the prompt's evicted entries gave to kept ones is still there after a second block has been read."""
+    session = opened(policy, 60)
+    before = biases(session)
+    assert before > 0
+    model = session.loaded.model
+    with torch.inference_mode():
+        model(torch.arange(3, 9)[None], **{keyword(model): session.cache})
+    session.cache.compress()
+    assert biases(session) > 0.5 * before
+
+
+def biases(session: Session) -> float:
+    bias = session.cache.state.bias
+    return float(bias[bias > 0].sum())
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("d2o(merge=mass,hosts=important)", "merge=mass has no threshold"),
+        ("d2o(preset=mass,threshold=layer)", "merge=mass has no threshold"),
+        ("streaming(positions=cache,merge=mass)", "needs true positions"),
+        ("h2o(merge=kv)", "merge"),
+    ],
+)
+def test_what_does_not_go_together_says_so(policy: str, words: str) -> None:
+    with pytest.raises(PolicyError, match=words):
+        parse_policy(policy)
+
+
+def test_evicting_in_groups_merges_by_mass_too() -> None:
+    session = opened("d2o(preset=mass,interval=3)", 60, 41)
+    before = session.footprint()
+    for token in range(3, 14):
+        assert session.step(torch.tensor([token, token + 1])).isfinite().all()
+    after = session.footprint()
+    assert after.merged - before.merged == after.evicted - before.evicted > 0
