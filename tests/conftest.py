@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
@@ -13,14 +14,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the backgro
 
 import hypothesis
 import pytest
-import torch
-
-if importlib.util.find_spec("triton") and not torch.cuda.is_available():
-    # Triton's own library is made for its interpreter or for a GPU when it is imported, and others import it, too
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
-
-    del os.environ["TRITON_INTERPRET"]
 
 from d2obench.models import LoadedModel, load
 
@@ -43,6 +36,24 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not named and cores > 1:
         config.option.numprocesses = min(cores, MOST_PROCESSES)
         config.option.dist = "loadfile"
+
+
+@functools.cache
+def interpret_triton() -> None:
+    """Triton's own library is made for its interpreter or for a GPU when it is imported, and others import it, too."""
+    if importlib.util.find_spec("triton"):
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
+            import triton  # noqa: F401
+
+            del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_pycollect_makemodule() -> None:
+    """Before a test module is imported; not in a process that only hands tests out, which so needs no PyTorch."""
+    interpret_triton()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures are made

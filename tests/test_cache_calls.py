@@ -114,8 +114,7 @@ def test_a_text_beyond_the_rotary_angles_is_refused(family: str, settings: dict[
     """Up to 40 tokens the cache gives what transformers' gives, padded rows too; one more is an error in every way a
     model can be run, never a full cache in silence.
 
-    transformers #45510 and KVCache-Factory #15 report caches that are thrown away, or wrong, where longrope changes
-    its angles.
+    transformers #33129 reports keys of shorter angles that stay in the cache where Phi-3's longrope changes them.
     """
     model = plain_model(family, **settings)
     model.generation_config.pad_token_id = 0

@@ -72,8 +72,8 @@ def use_ours(model: Any, policy: str) -> torch.Tensor:
 def test_a_model_is_what_it_was_after_our_caches(family: str, attention: str) -> None:
     """Bit for bit, whatever it is used for, after a cache was made for it and after one was used.
 
-    kvpress #276 and KVCache-Factory #15 report libraries whose patches stay on the model after the compressed
-    generation and change what the plain model says.
+    kvpress #276 reports a library whose patches stay on the model after the compressed generation and change what the
+    plain model says.
     """
     model = plain_model(family, attention=attention)
     attention = model.config._attn_implementation  # Falcon has one only
@@ -130,14 +130,38 @@ def test_every_family_is_in_the_matrix() -> None:
     assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {one["model_type"] for one in CONFIGS.values()}
 
 
-def test_a_cache_is_taken_under_either_name() -> None:
+@pytest.mark.parametrize("use", ["forward", "generate"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+def test_a_cache_is_taken_under_either_name(use: str) -> None:
     """transformers 5.24 calls the argument ``cache`` and still takes the older name."""
     model = plain_model("llama-gqa2")
     ids, _ = padded((30,), 30)
-    with torch.no_grad():
-        found = [
-            model(ids, **{name: d2obench.cache("h2o", 0.5, model=model)}).logits
-            for name in {keyword(model), "past_key_values"}
-        ]
-        for one in found:
-            torch.testing.assert_close(one, model(ids).logits, atol=1e-4, rtol=1e-4)
+    found = []
+    for name in (keyword(model), "past_key_values"):
+        held = d2obench.cache("h2o", 0.5, model=model, max_new=8)
+        with torch.no_grad():
+            if use == "forward":
+                found.append(model(ids, **{name: held}).logits)
+            else:
+                found.append(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **{name: held}))
+        assert held.seen >= 30, "the model has used it"
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("policy", ["h2o", "d2o", "snapkv(window=4)", "pyramidkv(window=4)"])
+def test_every_prompt_is_compressed_as_the_first(policy: str) -> None:
+    """Three prompts on one model, each with a cache of its own, and a fourth with one that was used before.
+
+    KVCache-Factory #15 reports a library that compresses the first prompt of a process only, and says nothing.
+    """
+    model = plain_model("llama-gqa2")
+    ids, _ = padded((30,), 30)
+    held = [d2obench.cache(policy, 0.4, model=model, max_new=8) for _ in range(3)]
+    kept, tokens = [], []
+    for one in (*held, held[-1]):
+        one.reset()
+        tokens.append(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **{keyword(model): one}))
+        kept.append(one.kept)
+    assert kept[0].mean() == 12
+    assert all(torch.equal(one, kept[0]) for one in kept)
+    assert all(torch.equal(one, tokens[0]) for one in tokens)

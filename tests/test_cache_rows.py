@@ -58,14 +58,21 @@ def history(sources: list[int], steps: int, start: int = 3) -> torch.Tensor:
     return torch.tensor([[(start + 11 * source + 5 * i) % 120 + 2 for i in range(steps)] for source in sources])
 
 
-@pytest.mark.parametrize("sources", [[1, 0], [1, 1], [0, 1, 1], [1], [1, 0, 0, 1, 1]])
-@pytest.mark.parametrize("before", [0, 5])
+MOVES = [(0, [1, 0, 0, 1, 1]), (5, [1, 0]), (5, [0, 1, 1]), (5, [1])]
+"""Tokens decoded before, and which sequence each new one continues: more of them, as many, and fewer."""
+OTHER_MOVES = [(0, [1, 0]), (0, [1, 1]), (0, [0, 1, 1]), (0, [1]), (5, [1, 1]), (5, [1, 0, 0, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("before", "sources"), [*MOVES, *(pytest.param(*move, marks=pytest.mark.slow) for move in OTHER_MOVES)]
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rows_carry_all_that_is_known_of_them(policy: str, before: int, sources: list[int]) -> None:
     """Rows that are moved right after the prompt, or in the midst of decoding, go on as rows that were always there:
     their entries, scores, thresholds, biases, draws and pending merges come along.
 
-    transformers #45811 reports beams whose cache does not follow them.
+    transformers #45811 reports beams whose cache does not follow them, #45510 quantised caches of which only the
+    newest tokens, not quantised yet, are moved.
     """
     model = tiny_model("llama-gqa2").model
     moved, fresh = made(model, policy), made(model, policy)
@@ -163,19 +170,57 @@ def test_what_can_not_be_taken_back_is_one_line() -> None:
     held.crop(0)
 
 
-def test_speculative_decoding_on_the_full_cache_gives_greedy_tokens() -> None:
-    model = plain_model("llama-gqa2")
+def assisted(way: str) -> dict[str, Any]:
+    """The arguments of ``generate`` for a kind of decoding that takes tokens back."""
+    if way == "prompt lookup":
+        return {"prompt_lookup_num_tokens": 3}
+    if way == "early exit":
+        return {"assistant_early_exit": 1}
+    return {"assistant_model": plain_model("llama-deep")}
+
+
+def decoded(model: Any, held: Any, **options: Any) -> torch.Tensor:
     ids = torch.tensor([TEXTS[0] * 2])
+    return model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **options, **{keyword(model): held})
 
-    def decoded(held: Any, **options: Any) -> torch.Tensor:
-        return model.generate(
-            ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **options, **{keyword(model): held}
-        )
 
-    greedy = decoded(DynamicCache(config=model.config))
-    assert torch.equal(decoded(made(model, "full"), prompt_lookup_num_tokens=3), greedy)
-    with pytest.raises((ValueError, PolicyError)):
-        decoded(made(model, "streaming"), prompt_lookup_num_tokens=3)
+@pytest.mark.parametrize(("way", "family"), [
+    ("assistant", "llama-gqa2"), ("early exit", "llama-gqa2"), ("prompt lookup", "llama-gqa2"),
+    ("prompt lookup", "qwen3"), ("prompt lookup", "gemma3"), ("assistant", "gemma3"),
+])  # fmt: skip
+@pytest.mark.parametrize(("policy", "budget"), [("full", None), ("h2o", "1.0")])
+def test_assisted_decoding_on_the_full_cache_gives_greedy_tokens(
+    policy: str, budget: str | None, way: str, family: str
+) -> None:
+    model = plain_model(family)
+    held = d2obench.cache(policy, budget, model=model, max_new=40)
+    assert torch.equal(decoded(model, held, **assisted(way)), decoded(model, DynamicCache(config=model.config)))
+    assert all(layer.keys.shape[2] < layer.sliding_window for layer in held.layers if layer.is_sliding)
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_assisted_decoding_is_refused_before_anything_is_computed(policy: str) -> None:
+    """Whatever is evicted, merged or quantised: one line, and neither the model nor its assistant has run."""
+    model, ran = plain_model("llama-gqa2"), []
+    held = made(model, policy)
+    for way in ("assistant", "early exit", "prompt lookup"):
+        options = assisted(way)
+        for one in {model, options.get("assistant_model", model)}:
+            one.register_forward_pre_hook(lambda *_: ran.append(1))
+        with pytest.raises(PolicyError, match="can't be cropped: what was evicted") as problem:
+            decoded(model, held, **options)
+        assert "\n" not in str(problem.value)
+        assert not ran and held.seen == 0
+
+
+@pytest.mark.parametrize("policy", ["full", "h2o"])
+def test_contrastive_search_is_refused_before_anything_is_computed(policy: str) -> None:
+    """transformers has it in code of the hub, which is not loaded unless it is trusted."""
+    model = plain_model("llama-gqa2")
+    held = made(model, policy)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        decoded(model, held, penalty_alpha=0.6, top_k=4)
+    assert held.seen == 0
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------

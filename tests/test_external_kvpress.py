@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 from tiny_families import prompts, tiny_model
+from waiting import LIMIT_S
 
 from d2obench.cache import Session
 from d2obench.cli import main
@@ -211,6 +212,7 @@ def test_a_run_under_another_interpreter_says_so(tmp_path: Path) -> None:
     python.chmod(0o755)
     words = ["run", "quick", "--model", "shape:tiny", "--task", "speed", "--policy", f"full,local,{RECENT}"]
     words += ["--budget", "0.5", "--shape", "24+4", "--batch", "2", "--rounds", "2", "--threads", "1", "-q"]
+    words += ["--set", "timing.processes=1"]
     with pytest.raises(SystemExit) as done:
         main([*words, "--python", str(python), "--out", str(tmp_path / "run")])
     assert done.value.code == 0
@@ -241,7 +243,7 @@ def test_the_real_one() -> None:
     axes |= {"policy": "kvpress:SnapKVPress(window_size=8)", "budget": "0.5", "shape": "64+4", "batch": 2}
     with (
         environments.code_only() as code,
-        WorkerClient(str(python), {"PYTHONPATH": code}, timeout_s=300) as client,
+        WorkerClient(str(python), {"PYTHONPATH": code}, timeout_s=LIMIT_S) as client,
     ):
         with pytest.raises(D2OBenchError, match="has no press"):
             client.call("prepare", {"policies": ["kvpress:NoPress"]})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from waiting import wait_for
 
 from d2obench.errors import MeasureError
+from d2obench.measure import nvml
 from d2obench.measure.memory import MemoryProbe, Sampler
 from d2obench.measure.nvml import (
     COLUMNS,
@@ -181,10 +182,14 @@ def test_energy_per_token_is_net_of_idle_and_missing_where_it_can_t_be_told() ->
     assert joules(rows([(0.0, 5.0), (0.1, 5.0)]), 0.0, 10.0) is None  # the driver died early
 
 
-def test_idle_power_is_a_median() -> None:
-    watts = {0: 900_000, 1: 80_000, 2: 70_000}
-    gpu = Nvml("gpu0", FakeNvml({"PowerUsage": lambda n: watts.get(n, 75_000)}))
-    assert idle_power(gpu, 0.05, 0.005) == pytest.approx(75.0)
+def test_idle_power_is_a_median_over_the_time_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only sleep moves on: ten samples."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(nvml, "time", clock)
+    library = FakeNvml({"PowerUsage": lambda n: {0: 900_000, 1: 80_000, 2: 70_000}.get(n, 75_000)})
+    assert idle_power(Nvml("gpu0", library), 5.0, 0.5) == pytest.approx(75.0)
+    assert library.calls["PowerUsage"] == 10
 
 
 def test_a_gpu_that_is_slowed_down_becomes_a_flag() -> None:

@@ -250,6 +250,7 @@ def test_a_run_with_library_kernels_says_so_in_its_rows(tmp_path):
     from d2obench.cli import main
 
     words = ["--policy", "full,h2o", "--model", "shape:tiny", "--task", "speed", "--shape", "32+8", "--rounds", "1"]
+    words += ["--set", "timing.processes=1"]
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as ended:
         main(["run", "quick", *words, "--batch", "1", "--device", "cpu", "--kernels", "library", "--out", str(out)])

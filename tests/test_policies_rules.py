@@ -117,8 +117,10 @@ def test_pyramidkv_budgets_fall_and_sum_up(window: int, budget: int) -> None:
         assert max(abs(a - b) for a, b in zip(rows, ideal, strict=True)) <= 1
 
 
-@pytest.mark.parametrize("ratio", ["0.3", "0.6"])
+@pytest.mark.parametrize("ratio", ["0.05", "0.3", "0.6", "0.99"])
 def test_released_is_its_reference(ratio: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the authors' code does something else and says nothing: with fewer than four heavy tokens it drops
+    some sinks, and a layer that has room for the whole prompt grows without limit."""
     session, logs = recorded("d2o(preset=released)", ratio, monkeypatch)
     sums = [released.column_sums(*(log.given[0][i] for i in (0, 1, 3))) for log in logs.values()]
     shares = released.shares(sums, float(ratio))
@@ -128,6 +130,14 @@ def test_released_is_its_reference(ratio: str, monkeypatch: pytest.MonkeyPatch) 
     merged = [layer.merged for layer in layers]
     assert sum(merged) > 20
     assert session.footprint().merged_layers == merged
+    compressed = [layer for layer in layers if layer.share is not None]
+    if ratio == "0.05":
+        assert all(
+            positions[: layer.heavy] == [0, 1, 2][: layer.heavy] for layer in compressed for positions in layer.at
+        )
+    if ratio == "0.99":
+        (whole,) = [layer for layer in compressed if layer.share == 1.0]
+        assert {len(positions) for positions in whole.at} == {LENGTH}
 
 
 def test_released_with_carried_thresholds_is_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from d2obench.report.publish import publish
 from d2obench.report.render import render
 from d2obench.report.render.console import WIDTH, show_report, show_table
 from d2obench.report.view import Report
+from d2obench.stats.ratios import RATIOS
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 EVIL = (
@@ -225,15 +226,21 @@ def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path
     assert views(kept) == before
     index = (tmp_path / "reports" / "README.md").read_text("utf-8")
     assert "[first](first/report.md)" in index
+
+
+def test_a_published_run_is_replaced_on_purpose_only(tmp_path: Path) -> None:
+    folder, kept = one_cell(tmp_path / "run"), tmp_path / "reports" / "first"
+    publish(folder, tmp_path / "reports", "first")
+    before = views(kept)
     with pytest.raises(RecordError, match="exists"):
-        publish(usual, tmp_path / "reports", "first")
-    publish(usual, tmp_path / "reports", "first", replace=True)
+        publish(folder, tmp_path / "reports", "first")
+    (kept / "report.md").unlink()
+    publish(folder, tmp_path / "reports", "first", replace=True)
     assert views(kept) == before
 
 
-def test_a_published_run_names_no_folder_of_the_machine_it_was_made_on(usual: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(usual, folder)
+def test_a_published_run_names_no_folder_of_the_machine_it_was_made_on(tmp_path: Path) -> None:
+    folder = one_cell(tmp_path / "run")
     record = json.loads((folder / "run.json").read_bytes())
     record["command"] = ["d2obench", "run", "quick", "--data", "coqa=/home/somebody/coqa.jsonl"]
     record["suite"].setdefault("quality", {})["data"] = {"coqa": "/home/somebody/coqa.jsonl"}
@@ -433,6 +440,35 @@ def test_a_speed_up_that_its_interval_shows_is_said_with_it(tmp_path: Path) -> N
     )
     (said,) = [claim for claim in report.claims if claim.metric == "speedup" and claim.word == "better"]
     assert said.lo is not None and said.lo > 1 and said.processes == 2
+
+
+@pytest.mark.parametrize("bounds", [{}, {"lo": 1.45, "hi": 1.55, "n": 2, "kind": "range"}])
+def test_a_ratio_without_an_interval_is_in_no_sentence(tmp_path: Path, bounds: dict[str, Any]) -> None:
+    """That of one round, and the range of two."""
+    report = against_full(tmp_path, values={"speedup": Value(1.5, **bounds)})
+    assert "holds 1.00 MiB" in report.verdict[0]
+    assert not any("1.5" in line or "times as fast" in line for line in report.verdict)
+    assert not [claim for claim in report.claims if claim.metric == "speedup"]
+
+
+def test_every_row_of_speed_names_what_decoded_it(usual: Path) -> None:
+    """And every ratio in a table has its bounds beside it."""
+    report = build([usual])
+    keys = [column.key for column in report.cells.columns]
+    paths = {row[keys.index("cell")].text: row[keys.index("path")].text for row in report.cells.rows}
+    timed = [cell for cell in read_run(usual).cells if cell.axes.task == "speed"]
+    assert len(timed) == 14
+    assert {paths[cell.id] for cell in timed} == {"compiled CPU loops"}
+    assert all(row.decode_path for row in report.results if row.task == "speed")
+    ratios = [
+        row[place]
+        for table in (*report.headline, *report.tables)
+        for place, column in enumerate(table.columns)
+        if column.key.rpartition(":")[2] in RATIOS
+        for row in table.rows
+    ]
+    assert len([field for field in ratios if field.lo and field.hi]) > 24
+    assert {field.text for field in ratios if field.sort is not None and not field.lo} == {"1.000"}, "in every round"
 
 
 def test_a_speed_up_beyond_what_bytes_allow_is_impossible(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_rounds_go_on_while_an_interval_is_wide(tmp_path: Path) -> None:
 def test_time_ends_the_rounds(tmp_path: Path) -> None:
     found = run(tmp_path, checked([cell("full")], Timing(rounds=50, max_rounds=50, max_seconds=0.1)), delay=0.06)
     assert found.cells[0].details["stopped"] == "max_seconds"
-    assert found.cells[0].details["rounds"] == 2
+    seconds = [one["seconds"] for one in read_samples(tmp_path, found.cells[0])["rounds"]]
+    assert sum(seconds[:-1]) < 0.1 <= sum(seconds)
 
 
 def test_disturbed_rounds_are_kept_flagged_and_repeated(tmp_path: Path) -> None:

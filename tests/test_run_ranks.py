@@ -6,18 +6,20 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from runs import FAKE
 from tiny_families import tiny_model
-from waiting import LIMIT_S
+from waiting import LIMIT_S, wait_for
 
 from d2obench.errors import D2OBenchError, PolicyError, SuiteError, UsageError
 from d2obench.record import Axes
+from d2obench.run import tensor_parallel
 from d2obench.run.check import check, check_one, check_placement
 from d2obench.run.plan import cells
 from d2obench.run.tensor_parallel import RankedClient, client_for, combined, request_of_rank
@@ -125,24 +127,52 @@ def test_an_error_of_every_rank_leaves_them_running(folder: Path, two: RankedCli
     assert [client.pid for client in (two, *two.peers)] == before
 
 
-def test_a_rank_that_dies_ends_the_request_and_the_next_one_finds_new_ranks(folder: Path, two: RankedClient) -> None:
+def killed_as_soon_as(condition: Callable[[], bool], ranks: RankedClient) -> threading.Thread:
+    """A thread that waits, and then kills rank 1."""
+
+    def kill() -> None:
+        wait_for(condition)
+        os.kill(ranks.peers[0].started, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_rank_that_dies_ends_the_request_and_the_next_one_finds_new_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripted ranks, of which none ends by itself once both have got the request."""
+    monkeypatch.setattr(tensor_parallel, "GRACE_S", 0.05)
+    log = tmp_path / "log"
+    log.touch()
+    env = {"FAKE": json.dumps({"hang": ["full"], "log": str(log)})}
+    with RankedClient(2, env, timeout_s=LIMIT_S, command=("-P", FAKE)) as ranks:
+        thread = killed_as_soon_as(lambda: log.read_text().count("\n") == 2, ranks)
+        with pytest.raises(DeadWorkerError, match="killed by SIGKILL during 'measure'"):
+            ranks.call("measure", request(tmp_path, "full", None))
+        thread.join()
+        assert [client.pid for client in (ranks, *ranks.peers)] == [None, None]
+        assert ranks.call("bandwidth")["bytes_per_s"] == 2e9, "of both"
+        assert ranks.generation == 2
+        os.kill(ranks.peers[0].started, signal.SIGKILL)  # between two requests: the next one must be warmed up again
+        ranks.peers[0]._process._process.wait(LIMIT_S)  # type: ignore[union-attr]
+        assert ranks.pid is None
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_leaves_none_waiting_in_a_collective(folder: Path, two: RankedClient) -> None:
+    """Rank 1 is stopped, so that it never comes where the other one waits for it, and then killed."""
     two.call("load", request(folder, "full", None))
-    before = two.generation
-    for length in (100, 1000, 10_000):  # a request that ends before the kill is made longer
-        timer = threading.Timer(0.1, os.kill, (two.peers[0].started, signal.SIGKILL))
-        timer.start()
-        try:
-            two.call("measure", request(folder, "full", None, f"40+{length}"))
-        except DeadWorkerError as problem:
-            assert "killed by SIGKILL during 'measure'" in str(problem)  # noqa: PT017
-            break
-    assert two.pid is None
-    assert all(other.pid is None for other in two.peers)
+    before, asked = two.generation, two.peers[0]._id
+    os.kill(two.peers[0].started, signal.SIGSTOP)
+    thread = killed_as_soon_as(lambda: two.peers[0]._id > asked, two)
+    with pytest.raises(DeadWorkerError, match="killed by SIGKILL"):
+        two.call("measure", request(folder, "full", None))
+    thread.join()
+    assert [client.pid for client in (two, *two.peers)] == [None, None]
     assert two.call("bandwidth", {"device": "cpu", "seconds": 0.01})["n"] >= 5
     assert two.generation == before + 1
-    os.kill(two.peers[0].started, signal.SIGKILL)  # between two requests: the next one must be warmed up again
-    two.peers[0]._process._process.wait(LIMIT_S)  # type: ignore[union-attr]
-    assert two.pid is None
 
 
 class Facts:

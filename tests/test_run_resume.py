@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +247,7 @@ def _held_up(folder: Path, work: Any, log: Path) -> None:
 def _hold(folder: Path, ready: Any) -> None:
     with locked(folder):
         ready.set()
-        time.sleep(LIMIT_S)
+        signal.pause()
 
 
 def _kill(pids: list[int]) -> int:

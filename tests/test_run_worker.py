@@ -74,10 +74,8 @@ def test_a_warm_up_decodes_until_it_settles_and_says_so(worker: Worker) -> None:
 
 def test_idle_power_comes_from_the_driver_and_is_missing_without_one(worker: Worker) -> None:
     assert worker.idle({"device": "cpu"}, silent) == {"idle_w": None}
-    watts = iter([90_000, 71_000, 72_000, 70_000])
-    script = {"PowerUsage": lambda n: next(watts, 71_000)}
     other = Worker()
-    other._gpu["cuda:0"] = Nvml("gpu0", FakeNvml(script))
+    other._gpu["cuda:0"] = Nvml("gpu0", FakeNvml({"PowerUsage": 71_000}))
     asked = {"device": "cuda:0", "wait": 0.0, "seconds": 0.3}
     assert other.idle(asked, silent) == {"idle_w": 71.0}
     other._gpu["cuda:0"] = Nvml("gpu0", FakeNvml(unsupported={"PowerUsage"}))

@@ -115,17 +115,15 @@ class SequenceCache(AttendingCache):
                 positive number of tokens to keep.
 
         Raises:
-            PolicyError: the policy has evicted or scored entries since then, which can't be undone.
+            PolicyError: see :meth:`_check_croppable`.
         """
         tokens = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
         if tokens <= 0:
+            for layer in self.layers:
+                if getattr(layer, "record_past", False):  # a sliding layer that keeps more than its window until now
+                    layer.crop(0)
             return
-        if not self.is_croppable:
-            raise PolicyError(
-                f"a cache of the policy '{self.policy.name}' can't be cropped",
-                why="what was evicted, merged or added to scores can't be undone",
-                remedy="use the policy full, or decode without an assistant",
-            )
+        self._check_croppable()
         if tokens >= self.seen:
             self.reset()
             return
@@ -142,6 +140,24 @@ class SequenceCache(AttendingCache):
             for layer in self.own:
                 layer.crop(tokens)
         self.seen -= tokens
+
+    def activate_past_recording(self) -> None:
+        """Prepares for :meth:`crop`. transformers calls this before the first forward pass of assisted decoding.
+
+        Raises:
+            PolicyError: see :meth:`_check_croppable`.
+        """
+        self._check_croppable()
+        super().activate_past_recording()
+
+    def _check_croppable(self) -> None:
+        """Raises a PolicyError if :meth:`crop` can't restore an earlier state."""
+        if not self.is_croppable:
+            raise PolicyError(
+                f"a cache of the policy '{self.policy.name}' can't be cropped",
+                why="what was evicted, merged, scored or quantised with the newest tokens can't be undone",
+                remedy="use the policy full, or decode without an assistant",
+            )
 
     @property
     def is_croppable(self) -> bool:
