@@ -59,13 +59,18 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.header}, {self.unit}{arrow}" if self.unit else f"{self.header}{arrow}"
 
 
+UNEVEN = 2.0
+"""Longer ÷ shorter half of an interval, beyond which it isn't written as ±."""
+
+
 class Field(msgspec.Struct, frozen=True, omit_defaults=True):
     """One field of a table.
 
     Args:
         text: what is shown.
         lo, hi: its bounds as shown: the ends of the 95 % interval, or the lowest and highest of too few samples.
-        half: the longer half of an interval, for views that have no room for both bounds.
+        half: the longer half of an interval, for views that have no room for both bounds; empty where the halves differ
+            by more than UNEVEN.
         sort: the number by which a page sorts the column.
         mark: ``best`` of its group, ``warn`` for a flag, ``bad`` for a cell that gave no figure, ``quiet`` for nothing.
         note: an explanation, shown when the pointer rests on the field.
@@ -247,7 +252,8 @@ def show_value(metric: str, value: Value | None, mark: Mark = "") -> Field:
     text, sort = signed(metric, value.value), value.value * METRICS[metric].scale
     if value.lo is None or value.hi is None or value.kind == "exact":
         return Field(text, sort=sort, mark=mark, note=value.note)
-    half = show(metric, max(value.hi - value.value, value.value - value.lo)) if value.kind == "interval" else ""
+    shorter, longer = sorted((value.hi - value.value, value.value - value.lo))
+    half = show(metric, longer) if value.kind == "interval" and longer <= UNEVEN * shorter else ""
     few = {"interval": 0, "range": value.n}.get(value.kind, UNTESTED)
     return Field(text, show(metric, value.lo), show(metric, value.hi), half, sort, mark, value.note, few)
 

@@ -80,4 +80,6 @@ def _text(field: Field) -> Text:
     text = Text(printable(field.text), style=STYLES[field.mark])
     if field.half:
         text.append(f" ±{field.half}", style="not bold dim")
+    elif field.lo and not field.range_of:
+        text.append(f"\n{field.lo}…{field.hi}", style="not bold dim")
     return text
