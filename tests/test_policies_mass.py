@@ -33,9 +33,9 @@ def opened(policy: str, *lengths: int, budget: str = "0.3", family: str = "llama
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cached", [2**18, 64])
-def test_diversity_is_the_distance_to_what_matters_more(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CACHED", cached)
+@pytest.mark.parametrize("block", [128, 32])
+def test_diversity_is_the_distance_to_what_matters_more(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     keys, score = torch.randn(2, 3, 90, 8, generator=generator), torch.rand(2, 3, 90, generator=generator)
     real = torch.arange(90) >= torch.tensor([0, 31])[:, None, None]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CACHED, CHUNK = 2**18, 2**25
-"""Number of distances computed at once: on a CPU (they fit a core's cache), and elsewhere (128 MiB, few launches)."""
+CPU_BLOCK, GPU_CHUNK = 128, 2**25
+"""Entries compared at once with all before them on a CPU (few, as half of their own block is in vain); and elsewhere
+the number of distances computed at once (128 MiB, few launches)."""
 
 
 def diversity(keys: Tensor, score: Tensor, real: Tensor) -> Tensor:
@@ -26,20 +27,25 @@ def diversity(keys: Tensor, score: Tensor, real: Tensor) -> Tensor:
     rows, device = batch * heads, keys.device
     real = real.expand(batch, heads, count)
     order = score.masked_fill(~real, -torch.inf).argsort(dim=-1, descending=True, stable=True).flatten(0, 1)
-    place, found = torch.arange(count, device=device), torch.ones(rows, count, device=device)
-    # in the order of scores, an entry is compared with all before it, block by block
-    some, chunk = (1, CACHED) if device.type == "cpu" else (rows, CHUNK)
-    step = max(32, chunk // max(1, some * count))
+    found = torch.ones(rows, count, device=device)
+    # in the order of scores, an entry is compared with all before it, block by block; of ‖a − b‖², the part that
+    # depends on b is minimised first
+    on_cpu = device.type == "cpu"
+    some, step = (1, CPU_BLOCK) if on_cpu else (rows, max(32, GPU_CHUNK // max(1, rows * count)))
+    behind = torch.full((min(step, count), min(step, count)), torch.inf, device=device).triu()
     for low in range(0, rows, some):
         part = slice(low, low + some)
         held = keys.flatten(0, 1)[part].gather(1, order[part, :, None].expand(-1, -1, keys.shape[3])).float()
-        for first in range(1, count, step):
+        squares = held.square().sum(-1)
+        for first in range(0, count, step):
             last = min(count, first + step)
-            apart = torch.cdist(held[:, first:last], held[:, : last - 1])
-            apart.masked_fill_(place[: last - 1] >= place[first:last, None], torch.inf)
-            found[part, first:last] = apart.amin(-1)
+            products = held[:, first:last], held[:, :last].transpose(1, 2)
+            apart = torch.baddbmm(squares[:, None, :last], *products, alpha=-2)
+            apart[..., first:] += behind[: last - first, : last - first]
+            found[part, first:last] = (apart.amin(-1) + squares[:, first:last]).clamp_min_(0.0).sqrt_()
     sorted_real = real.flatten(0, 1).gather(1, order)
     found.masked_fill_(~sorted_real, 1.0)
+    found[:, 0] = 1.0
     if count > 1:
         others = found[:, 1:].masked_fill(~sorted_real[:, 1:], -torch.inf).amax(1)
         found[:, 0] = torch.where(others.isinf(), 1.0, others)
