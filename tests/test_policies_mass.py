@@ -14,6 +14,7 @@ from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
 from d2obench.errors import PolicyError
+from d2obench.models import LoadedModel
 from d2obench.policies import diversity as module
 from d2obench.policies import mass, parse_policy
 from d2obench.policies.allocation import shares
@@ -23,8 +24,8 @@ from d2obench.policies.diversity import diversity
 MASS = "d2o(preset=mass)"
 
 
-def opened(policy: str, *lengths: int, budget: str = "0.3", family: str = "llama-deep") -> Session:
-    session = Session(tiny_model(family), policy, budget, max_new=12)
+def opened(policy: str, *lengths: int, budget: str = "0.3", model: LoadedModel | None = None) -> Session:
+    session = Session(model or tiny_model("llama-deep"), policy, budget, max_new=12)
     session.prefill(prompts(*lengths))
     session.compress()
     return session
@@ -97,7 +98,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch, length: int, budget: str) -> tuple
 
     monkeypatch.setattr(PolicyCache, "receive", spy_receive)
     monkeypatch.setattr(PolicyLayer, "attend", spy_attend)
-    session = opened(MASS, length, budget=budget)
+    model = tiny_model.__wrapped__("llama-deep")  # whose heads and layers weigh unequally after attention
+    for index, layer in enumerate(model.model.model.layers):
+        weight = layer.self_attn.o_proj.weight.data
+        weight *= torch.linspace(0.2, 2, weight.shape[1]) * (1.0, 3.0, 0.5, 2.0, 0.3)[index]
+    session = opened(MASS, length, budget=budget, model=model)
     monkeypatch.undo()
     return session, log
 
