@@ -30,8 +30,8 @@ from d2obench.suite.definition import Suite, Timing
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell
 
-REPORT_S = 6.0
-"""Seconds that are kept for writing and rendering the report."""
+REPORT_S = 12.0
+"""Seconds reserved for writing and rendering the report: about what it takes on a busy machine."""
 LEAST_WINDOWS = WINDOWS
 """Windows that a process measures at least, however few rounds are left to it: fewer give no interval."""
 LEAST_ITEMS = 2
