@@ -42,7 +42,7 @@ class Script:
         if self.lie and load == "one-core":
             claims.append(self.lie)
         place.mkdir(parents=True)
-        (place / "run.json").touch()
+        (place / "report.html").touch()
         figures = [(CELL, "speedup", value), (OTHER, "speedup", 1.5 * value)]
         (place / "said.json").write_bytes(msgspec.json.encode((claims, figures)))
         return ""
@@ -111,10 +111,21 @@ def test_a_stopped_study_goes_on_and_one_out_of_time_is_smaller(tmp_path: Path) 
     first = Script()
     part = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, reader=first.read, watch=lambda words: None)
     assert part.runs == ()
+    killed = tmp_path / "runs" / "quiet-01"
+    killed.mkdir(parents=True)
+    (killed / "run.json").touch()
     whole = study(tmp_path, runs=8, truths=4, runner=first, reader=first.read, watch=lambda words: None)
+    assert not (killed / "run.json").exists()
+    stored = tmp_path / "study.json"
+    stored.write_bytes(
+        msgspec.json.encode(
+            msgspec.structs.replace(whole, runs=tuple(msgspec.structs.replace(one, seconds=40.0) for one in whole.runs))
+        )
+    )
     again = study(tmp_path, runs=8, truths=4, minutes=0, runner=first, reader=first.read, watch=lambda words: None)
     assert first.count == 12
     assert [one.claims for one in again.runs] == [one.claims for one in whole.runs]
+    assert {one.seconds for one in again.runs} == {40.0}
 
 
 def test_all_kinds_take_turns() -> None:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -104,7 +105,8 @@ def study(
     reader: Reader | None = None,
     watch: Callable[[str], None] = print,
 ) -> QuickStudy:
-    """Runs and judges, and writes ``study.json`` and ``README.md`` after every run.
+    """Runs and judges, and writes ``study.json`` and ``README.md`` after every run. Runs that an earlier call has ended
+    are only read again.
 
     Args:
         folder: for the runs and the results.
@@ -126,18 +128,19 @@ def study(
             remedy="give --runs 4 or more",
         )
     end, done = time.monotonic() + 60 * minutes, list[Tried]()
-    found = QuickStudy(tuple(options), (), ())
+    found, took = QuickStudy(tuple(options), (), ()), _seconds(folder)
     for name, load in plan(runs, truths):
         place = folder / "runs" / name
-        known = (place / "run.json").is_file()
+        known = (place / "report.html").is_file()
         if not known and time.monotonic() > end:
             watch(f"{minutes:g} minutes are over after {len(done)} runs")
             break
         since, failed = time.monotonic(), ""
         if not known:
+            shutil.rmtree(place, ignore_errors=True)  # what a killed study left
             with loaded(load):
                 failed = (runner or run)(options, place)
-        seconds = round(time.monotonic() - since, 1)
+        seconds = took.get(name, 0.0) if known else round(time.monotonic() - since, 1)
         try:
             said = (reader or read)(place)
         except D2OBenchError as problem:
@@ -148,6 +151,15 @@ def study(
         found = QuickStudy(tuple(options), tuple(done), tuple(judge(done)))
         write(folder, found)
     return found
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    """What each run of an earlier call took, by name."""
+    try:
+        earlier = msgspec.json.decode((folder / "study.json").read_bytes(), type=QuickStudy)
+    except (OSError, msgspec.MsgspecError):
+        return {}
+    return {one.name: one.seconds for one in earlier.runs}
 
 
 def plan(runs: int, truths: int, seed: int = 0) -> list[tuple[str, str]]:
