@@ -217,6 +217,9 @@ def test_the_same_bytes_twice(usual: Path) -> None:
 
 
 def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path) -> None:
+    (tmp_path / "reports" / "coverage").mkdir(parents=True)
+    (tmp_path / "reports" / "coverage" / "README.md").write_text("# Coverage of | intervals\n\nA study.\n", "utf-8")
+    (tmp_path / "reports" / "baselines").mkdir()
     publish(usual, tmp_path / "reports", "first")
     kept = tmp_path / "reports" / "first"
     before = views(kept)
@@ -226,6 +229,8 @@ def test_published_run_is_rendered_to_the_same_bytes(usual: Path, tmp_path: Path
     assert views(kept) == before
     index = (tmp_path / "reports" / "README.md").read_text("utf-8")
     assert "[first](first/report.md)" in index
+    assert "* [coverage](coverage/README.md): Coverage of \\| intervals" in index
+    assert "baselines" not in index
 
 
 def test_a_published_run_is_replaced_on_purpose_only(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def _named(word: str) -> str:
 
 
 def index(reports: Path) -> Path:
-    """Rebuilds the ``README.md`` of a folder of published runs; a folder that is no run is left out."""
+    """Rebuilds the ``README.md`` of a folder of published runs: a table of the runs, and a list of the studies, which
+    are folders that have a ``README.md`` and no run."""
     rows = []
     for folder in sorted(path for path in reports.iterdir() if (path / "run.json").is_file()):
         try:
@@ -114,9 +115,19 @@ def index(reports: Path) -> Path:
         "`d2obench report reports/NAME` makes the views again, to the same bytes.",
     ]
     table = ["| run | suite | models | device | started | cells | verdict |", "|---|---|---|---|---|---:|---|", *rows]
+    studies = [_study(folder) for folder in sorted(reports.iterdir()) if not (folder / "run.json").is_file()]
+    listed = [line for line in studies if line]
+    tail = ["## Studies of the project's own statistics", "\n".join(listed)] if listed else []
     path = reports / "README.md"
-    write_atomic(path, ("\n\n".join([*head, "\n".join(table)]) + "\n").encode())
+    write_atomic(path, ("\n\n".join([*head, "\n".join(table), *tail]) + "\n").encode())
     return path
+
+
+def _study(folder: Path) -> str:
+    """The line of a study, with the title of its ``README.md``; empty for a folder without one."""
+    path = folder / "README.md"
+    title = path.read_text("utf-8").partition("\n")[0].lstrip("# ").strip() if path.is_file() else ""
+    return f"* [{folder.name}]({folder.name}/README.md): {escape(title, 200)}" if title else ""
 
 
 def _row(folder: Path, run: Run, report: Report) -> str:
