@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from fake_checkout import SUITE, Checkout
 from typer.testing import CliRunner
 from waiting import LIMIT_S, wait_for
 
@@ -19,7 +20,6 @@ from d2obench.errors import SuiteError, UsageError, WorkerError
 from d2obench.gate.gate import Side, gate
 from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts
 from d2obench.gate.worktree import Repository
-from tests.fake_checkout import SUITE, Checkout
 
 
 @pytest.fixture

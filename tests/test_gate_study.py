@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_checkout import Checkout
+from machine import rounds
 
 from d2obench.gate.rules import tolerance
 from d2obench.gate.verdict import Verdict
 from d2obench.study import gate as study
 from d2obench.study.gate import Outcome, Pairs, Rule, Study, Trial, as_markdown, replay, write_study
 from d2obench.suite.definition import load_suite
-from tests.fake_checkout import Checkout
-from tests.machine import rounds
 
 SUITE = load_suite("ci", study.SUITE)
 RULE = Rule(study.METRIC, tolerance(study.METRIC, SUITE.gate.tolerance), SUITE.gate)

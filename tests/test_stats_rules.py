@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from machine import rounds
 
 from d2obench.errors import UsageError
 from d2obench.gate.compare import Facts, facts_of, judge_facts, judge_status
@@ -23,7 +24,6 @@ from d2obench.gate.rules import (
 )
 from d2obench.gate.verdict import Row, Verdict, gather
 from d2obench.record import Value
-from tests.machine import rounds
 
 OK, IMPROVED, REGRESSED = Verdict.OK, Verdict.IMPROVED, Verdict.REGRESSED
 INCONCLUSIVE, INCOMPARABLE = Verdict.INCONCLUSIVE, Verdict.INCOMPARABLE

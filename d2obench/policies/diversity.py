@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 CPU_BLOCK, GPU_CHUNK = 128, 2**25
-"""Entries compared at once with all before them on a CPU (few, as half of their own block is in vain); and elsewhere
-the number of distances computed at once (128 MiB, few launches)."""
+"""On a CPU, the number of entries that are compared at once with all entries of higher score; it is small, because
+within such a block half of the distances are computed for nothing. Elsewhere, the number of distances that are computed
+at once: 128 MiB, few launches."""
 
 
 def diversity(keys: Tensor, score: Tensor, real: Tensor) -> Tensor:
