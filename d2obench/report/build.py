@@ -261,7 +261,8 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
         lines.append(f"Caches took turns {how},{processes}. × full compares what was measured side by side.")
     if any(field.interval and not field.range_of for field in fields):
         lines.append(
-            "± and a … b are 95 % intervals. Words such as faster need wider ones, so that all are right together."
+            "± and a … b are 95 % intervals for the conditions of this run. Words such as faster need wider ones, so "
+            "that all are right together."
         )
     if any(field.range_of < 0 for field in fields):
         lines.append("The bounds of an older record were not tested to cover 95 %, so they tell no policies apart.")
@@ -283,7 +284,7 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
             f"{UNLIKE} marks runs of another environment than the first: their times can't be compared with it."
         )
     if any(field.mark == "quiet" for field in fields):
-        lines.append("– was not measured.")
+        lines.append("– does not apply, or was not measured.")
     return tuple(lines)
 
 

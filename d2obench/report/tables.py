@@ -87,10 +87,16 @@ def first(rows: Sequence[Row]) -> list[Table]:
         figures = [_first_figure(row, rows, *where, (row.key, *where) in leaders) for where in wheres]
         body.append((*axes, *figures))
     fixed = _fixed(rows[0].key, [*names, "policy", "budget"])
-    title = "Quality, memory and speed" if tasks else "Memory and speed"
+    title = _title(wheres)
     left_out = len(rows) - len(shown)
     notes = (f"{left_out} rows of smaller settings stand in the tables below and in results.csv.",) if left_out else ()
     return [Table(f"{title}: {fixed}" if fixed else title, tuple(columns), tuple(body), tuple(groups), notes)]
+
+
+def _title(wheres: Sequence[Where]) -> str:
+    """What the figures ``wheres`` of a table are about."""
+    timed, quality = (any((task == SPEED) == speed for task, _ in wheres) for speed in (True, False))
+    return "Quality, memory and speed" if timed and quality else "Memory and speed" if timed else "Quality"
 
 
 def _first_column(metric: Metric, task: str) -> Column:
@@ -173,14 +179,13 @@ def headline(found: Sequence[Result], rows: Sequence[Row]) -> list[Table]:
     budget = [where for where in speed if METRICS[where[1]].group == "budget"]
     first = [*budget, *(stands if few else ()), *(where for where in speed if where not in budget)]
     known = [where for where in first if any(row.value(*where) for row in rows) or where[0] == SPEED]
-    whole = few and any(where in known for where in stands)
-    tables = [_headline("Quality, memory and speed" if whole else "Memory and speed", rows, known)] if known else []
+    tables = [_headline(_title(known), rows, known)] if known else []
     rest = [where for where in every if not few or where not in stands]
     if rest:
         quality = join(result for result in found if result.record.axes.task != SPEED)
         metrics = {metric for _, metric in (rest if few else stands)}
         shown = sorted((where for where in every if where[1] in metrics), key=lambda where: _ORDER[where[1]])
-        tables.append(_headline("Quality" if few else "Quality by task", quality, shown))
+        tables.append(_headline("Quality in detail" if few else "Quality by task", quality, shown))
     bare = [row for row in rows if not any(result.record.status == "ok" for result in row.cells)]
     if not tables and bare:
         tables.append(_headline("Cells without figures", bare, []))
