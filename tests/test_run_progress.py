@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from fake_worker import trace
 
@@ -73,3 +74,5 @@ def test_a_ratio_of_an_ended_cell_stands_with_its_interval_or_not_at_all() -> No
     )
     for unsure in (Value(1.166), Value(1.166, 1.1, 1.2, 2, kind="range"), Value(None, note="no pairs")):
         assert headline(ended(tpot_s=tpot, speedup=unsure)) == "TPOT 11.82 ms"
+    busy = msgspec.structs.replace(ended(tpot_s=tpot, speedup=sure), details={"busy": True})
+    assert headline(busy) == "TPOT 11.82 ms"

@@ -58,7 +58,8 @@ def headline(record: CellRecord) -> str:
     """The few figures of a row that the display has room for.
 
     A ratio is shown only with its 95 % interval, as in ``decode, equal batch 1.166 × full (95 % interval 1.120 …
-    1.210)``, because without one nobody can tell whether the policy is faster at all.
+    1.210)``, because without one nobody can tell whether the policy is faster at all; and not on a busy machine, where
+    the report gives no verdict on speed either.
     """
     words = []
     for key in ENDED_FIGURES:
@@ -67,7 +68,7 @@ def headline(record: CellRecord) -> str:
             continue
         text = f"{METRICS[key].header} {show(key, figure.value, unit=True)}"
         if METRICS[key].kind == "ratio":
-            if figure.kind != "interval":
+            if figure.kind != "interval" or record.details.get("busy"):
                 continue
             text += f" (95 % interval {show(key, figure.lo)} … {show(key, figure.hi)})"
         words.append(text)
