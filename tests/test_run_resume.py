@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from runs import CELLS, FAKE, cell, checked, run
-from waiting import LIMIT_S, children, wait_for
+from waiting import children, wait_for
 
 from d2obench import record
 from d2obench.errors import RecordError
@@ -210,16 +210,19 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    ready = fork.Event()
+    ready = fork.SimpleQueue()
     process = fork.Process(target=_hold, args=(tmp_path, ready))
     process.start()
-    assert ready.wait(LIMIT_S)
+    child = ready.get()
     with pytest.raises(RecordError, match=f"pid {process.pid}"), locked(tmp_path):
         pytest.fail("the lock was given twice")
     process.kill()
     process.join()
-    with locked(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    try:
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_full_disk_ends_the_run_with_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +248,11 @@ def _held_up(folder: Path, work: Any, log: Path) -> None:
 
 
 def _hold(folder: Path, ready: Any) -> None:
+    """Holds the lock of a folder beside a child that lives on, as a worker does that is just being started."""
     with locked(folder):
-        ready.set()
+        child = os.fork()
+        if child:
+            ready.put(child)
         signal.pause()
 
 

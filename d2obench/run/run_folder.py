@@ -9,6 +9,7 @@ that writes (:func:`locked`). :func:`merge` makes one run of the shards of a swe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -37,6 +38,8 @@ RUNS = Path("d2obench-runs")
 LEAST_FREE = 32 * 2**20
 """Bytes that must be free on the disk before a run begins."""
 LOCK = ".lock"
+_HELD: set[Path] = set()
+"""Lock files that this process holds."""
 KEPT = ("ok", "oom", "skipped", "incomparable")
 """Statuses that stand when a run goes on; a failed cell is tried again."""
 
@@ -120,36 +123,43 @@ def suite_of(folder: Path) -> tuple[Run, Suite]:
 def locked(folder: Path) -> Iterator[None]:
     """Lets this process alone write to ``folder`` inside this context.
 
-    The kernel holds the lock and ends it with its process, so a file that a dead process has left locks nothing. The
-    pid in the file is for the error message only.
+    The kernel holds the lock for this process and ends it with it: a file that a dead process has left locks nothing,
+    and neither does a worker that outlives its parent. (``flock`` would pass to every child until it calls ``exec``.)
+    Such a lock does not tell the threads of a process apart, so :data:`_HELD` does. The pid in the file is for the
+    error message only.
 
     Raises:
-        RecordError: another process holds the folder, or it can't be written.
+        RecordError: another process or thread holds the folder, or it can't be written.
     """
-    path = folder / LOCK
+    path = (folder / LOCK).resolve()
+    if path in _HELD:
+        raise _in_use(folder, os.getpid())
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as problem:
         raise cannot_write(path, problem) from None
+    _HELD.add(path)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            raise RecordError(
-                f"{folder} is in use by another run (pid {owner})",
-                remedy="wait for it, or choose another folder with --out",
-            ) from None
-        except OSError as problem:
-            raise cannot_write(path, problem) from None
-        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         except OSError as problem:
+            if problem.errno in (errno.EACCES, errno.EAGAIN):
+                owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+                raise _in_use(folder, owner or "unknown") from None
             raise cannot_write(path, problem) from None
         yield
     finally:
+        _HELD.discard(path)
         os.close(handle)
+
+
+def _in_use(folder: Path, owner: object) -> RecordError:
+    return RecordError(
+        f"{folder} is in use by another run (pid {owner})",
+        remedy="wait for it, or choose another folder with --out",
+    )
 
 
 def merge(folders: Sequence[Path], out: Path) -> tuple[str, ...]:
