@@ -22,7 +22,7 @@ from d2obench.suite.definition import Placement
 POLICIES = [
     ("full", None), ("streaming", "0.3"), ("streaming(positions=cache)", "0.3"), ("h2o", "0.3"), ("d2o", "0.3"),
     ("d2o(threshold=layer,hosts=important,inherit=true)", "0.3"), ("d2o(interval=3)", "0.3"),
-    ("d2o(preset=mass)", "0.3"),
+    ("d2o(preset=mass)", "0.3"), ("d2o(preset=mass,heads=true)", "0.3"), ("adakv(score=snapkv(window=8))", "0.5"),
     ("d2o(preset=released)", "0.4"), ("d2o+quant(bits=4)", "0.3"), ("roco", "0.3"),
     ("snapkv(window=8)", "0.5"), ("snapkv(window=8,decode=slide)", "0.5"), ("pyramidkv(window=4)", "0.3"),
     ("tova", "0.3"), ("cam", "0.3"), ("random", "0.3"), ("local", "16"), ("quant(bits=8)", None),

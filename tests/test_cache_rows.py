@@ -22,6 +22,7 @@ POLICIES = [
     "d2o(preset=mass)", "d2o(preset=mass,interval=2)", "snapkv(window=4,merge=mass)",
     "tova", "cam", "random",
     "snapkv(window=4)", "snapkv(window=4,decode=slide)", "pyramidkv(window=4)",
+    "d2o(preset=mass,heads=true)", "adakv(score=snapkv(window=4))", "adakv(score=h2o)",
 ]  # fmt: skip
 TEXTS = prompts(30, 17)
 

@@ -7,6 +7,7 @@ Queries, keys and values are random, so no model runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +64,17 @@ RULES: dict[str, type[rules.Head]] = {
     "tova(merge=mass)": rules.MassTOVA,
     "snapkv(window=6,merge=mass)": variant(rules.MassSnapKV, restarts=True),
     "snapkv(window=6,decode=slide,merge=mass)": rules.MassSnapKV,
+    "d2o(preset=mass,heads=true)": rules.MassHeads,
+    "adakv(score=snapkv(window=6))": variant(rules.SnapKV, safeguard=0.2),
+    "adakv(score=snapkv(window=6,pool=max,decode=slide),safeguard=0.5)": variant(
+        rules.SnapKV, maximum=True, safeguard=0.5
+    ),
+    "adakv(score=snapkv(window=6),form=forced)": variant(rules.SnapKV, safeguard=0.2, forced=True),
+    "adakv(score=h2o)": variant(rules.H2O, safeguard=0.2),
+    "adakv(score=h2o(merge=mass,sinks=3),form=forced,safeguard=0)": variant(
+        rules.MassH2O, sinks=3, safeguard=0.0, forced=True
+    ),
+    "adakv(score=roco)": variant(rules.RoCo, safeguard=0.2),
 }
 COMPILED = [policy for policy in RULES if "cache" not in policy and "threshold" not in policy]
 """What a CPU's loops execute whole."""
@@ -106,6 +118,7 @@ class Conversation:
         # keys alike, so that merges pass: one direction a layer, with noise
         self.common = torch.randn(LAYERS, 1, 1, 1, case.widths[0], generator=self.generator)
         self.merged = [[0] * LAYERS for _ in case.lengths]
+        self.costs: list[list[list[float]]] = [[] for _ in case.lengths]
 
     def keep(self, length: int) -> int:
         return length if self.budget is None else self.budget.of(length)
@@ -141,9 +154,35 @@ class Conversation:
                 query, keys, values = (held[sequence, :, tokens - real :].double().numpy() for held in new)
                 expected = references[index].read(query, keys, values, self.scale)
                 self.close(out[sequence, tokens - real :], expected)
+                if references[index].heads[0].measured:
+                    self.measure(index, sequence, query, expected)
+        for sequence, references in enumerate(self.references):
+            if references[0].heads[0].measured:
+                self.budget_heads(sequence)
+            for index, reference in enumerate(references):
                 if not self.cache.keeps_all:
-                    references[index].compress(self.held(index, sequence), self.near)
+                    reference.compress(self.held(index, sequence), self.near)
         self.check()
+
+    def measure(self, layer: int, sequence: int, queries: Any, outputs: Any) -> None:
+        """Notes what equal budgets would cost the heads, of the first prompt."""
+        if len(self.costs[sequence]) < LAYERS:
+            self.costs[sequence].append(rules.errors(self.references[sequence][layer], queries, outputs, self.scale))
+
+    def budget_heads(self, sequence: int) -> None:
+        """Compares the heads' budgets with those that follow from what equal ones cost, and takes them over."""
+        assert self.cache.budgets is not None and self.budget is not None and self.budget.ratio is not None
+        cost = [one for layer in self.costs[sequence] for one in layer]
+        found, first = self.cache.budgets[:, sequence], self.case.lengths[sequence]
+        total = round(self.budget.ratio * first * LAYERS) * self.case.heads
+        mean = total / len(cost)
+        expected = rules.filled(cost, total, max(1, round(0.35 * mean)), min(first, math.ceil(4 * mean)))
+        grown = self.keep(self.totals[sequence]) / self.keep(first)  # in a later turn, all grow alike
+        assert int(found.sum()) == round(grown * total)
+        for layer, references in enumerate(self.references[sequence]):
+            for head, budget in zip(references.heads, found[layer].tolist(), strict=True):
+                assert abs(budget - grown * expected[layer * self.case.heads + head.head]) < 1 + grown
+                head.budget = head.keep = budget
 
     def step(self) -> None:
         """One decode step; what left is told to the references, which check it."""
@@ -166,9 +205,9 @@ class Conversation:
                 after = self.held(index, sequence)
                 left = [was | {position} for was in before[index][sequence]]
                 gone = [sorted(was - now) for was, now in zip(left, after, strict=True)]
-                full = not self.cache.grows and len(left[0]) > reference.heads[0].budget
-                assert [len(one) for one in gone] == [int(full)] * len(gone), gone
-                victims = [one[0] for one in gone] if full else None
+                full = [not self.cache.grows and len(one) > reference.heads[h].keep for h, one in enumerate(left)]
+                assert [len(one) for one in gone] == [*map(int, full)], gone
+                victims = [one[0] if one else -1 for one in gone]
                 expected = reference.step(query, keys, values, self.scale, position, victims, self.near)
                 self.close(outs[index][sequence, 0], expected)
         self.check(thresholds, merged)
@@ -241,7 +280,7 @@ class Conversation:
                 for reference in references:
                     for head in reference.heads:
                         head.length = self.totals[sequence] - case.block
-                        head.budget = self.keep(self.totals[sequence])
+                        head.keep = head.budget = self.keep(self.totals[sequence])
             self.read(case.block, None)
             for _ in range(case.steps[1]):
                 self.step()
@@ -328,8 +367,10 @@ def test_compiled_loops_of_every_shape(case: Case, threads: int) -> None:
 
 # --- Triton kernels, in Triton's interpreter -------------------------------------------------------------------------
 
-KERNELS = ["full", "local", "streaming", "h2o", "h2o(sinks=3,recent=0.25)", "tova", "cam(merged=3)",
-           *(policy for policy in COMPILED if policy.startswith("d2o") or "merge=mass" in policy)]  # fmt: skip
+KERNELS = [
+    "full", "local", "streaming", "h2o", "h2o(sinks=3,recent=0.25)", "tova", "cam(merged=3)",
+    *(policy for policy in COMPILED if policy.startswith(("d2o", "adakv")) or "merge=mass" in policy),
+]  # fmt: skip
 """What kernels execute whole or in part."""
 
 
@@ -339,7 +380,8 @@ KERNELS = ["full", "local", "streaming", "h2o", "h2o(sinks=3,recent=0.25)", "tov
 class TestKernels:
     @pytest.mark.parametrize("policy", KERNELS)
     def test_float32(self, policy: str) -> None:
-        path = Conversation(Case(policy, steps=(3, 1), heads=1)).run().state.decode_path
+        heads = 2 if parse_policy(policy).ragged else 1
+        path = Conversation(Case(policy, steps=(3, 1), heads=heads)).run().state.decode_path
         assert path.startswith("Triton kernels (interpreted)")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

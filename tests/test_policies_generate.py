@@ -26,7 +26,7 @@ POLICIES = [
     "full", "local", "streaming", "streaming(positions=cache)",
     "h2o", "d2o", "d2o(interval=3)", "roco", "snapkv(window=4)",
     "snapkv(window=4,decode=slide)", "pyramidkv(window=4)", "tova", "cam", "random", "quant", "d2o+quant(bits=8)",
-    "d2o(preset=mass)", "roco(merge=mass)",
+    "d2o(preset=mass)", "roco(merge=mass)", "d2o(preset=mass,heads=true)", "adakv(score=snapkv(window=4))",
 ]  # fmt: skip
 NEW = 12
 

@@ -10,6 +10,7 @@ import torch
 from reference import rules
 from tiny_families import prompts, tiny_model
 
+from d2obench import cpu
 from d2obench.attention.interface import keyword
 from d2obench.cache import Session
 from d2obench.cache.policy_cache import PolicyCache, PolicyLayer
@@ -21,7 +22,7 @@ from d2obench.policies.allocation import shares
 from d2obench.policies.base import Entries, Kept, pick
 from d2obench.policies.diversity import diversity
 
-MASS = "d2o(preset=mass)"
+MASS, HEADS = "d2o(preset=mass)", "d2o(preset=mass,heads=true)"
 
 
 def opened(policy: str, *lengths: int, budget: str = "0.3", model: LoadedModel | None = None) -> Session:
@@ -34,9 +35,11 @@ def opened(policy: str, *lengths: int, budget: str = "0.3", model: LoadedModel |
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [128, 32])
+@pytest.mark.parametrize("block", [128, 32, 0])
 def test_diversity_is_the_distance_to_what_matters_more(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    if block:
+        monkeypatch.setattr(module, "CPU_BLOCK", block)
+        monkeypatch.setattr(cpu, "available", lambda: False)
     generator = torch.Generator().manual_seed(1)
     keys, score = torch.randn(2, 3, 90, 8, generator=generator), torch.rand(2, 3, 90, generator=generator)
     real = torch.arange(90) >= torch.tensor([0, 31])[:, None, None]
@@ -82,8 +85,10 @@ def test_what_matters_more_than_its_target_counts_as_its_equal() -> None:
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, length: int, budget: str) -> tuple[Session, dict[int, tuple[Any, ...]]]:
-    """A session with the preset, and each layer's queries, keys, values of the prompt in float64, and the scale."""
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, length: int, budget: str, policy: str
+) -> tuple[Session, dict[int, tuple[Any, ...]]]:
+    """A session with the policy, and each layer's queries, keys, values of the prompt in float64, and the scale."""
     fresh: dict[int, tuple[Any, Any]] = {}
     log: dict[int, tuple[Any, ...]] = {}
     receive, attend = PolicyCache.receive, PolicyLayer.attend
@@ -102,49 +107,35 @@ def recorded(monkeypatch: pytest.MonkeyPatch, length: int, budget: str) -> tuple
     for index, layer in enumerate(model.model.model.layers):
         weight = layer.self_attn.o_proj.weight.data
         weight *= torch.linspace(0.2, 2, weight.shape[1]) * (1.0, 3.0, 0.5, 2.0, 0.3)[index]
-    session = opened(MASS, length, budget=budget, model=model)
+    session = opened(policy, length, budget=budget, model=model)
     monkeypatch.undo()
     return session, log
 
 
-def error_of(layer: int, given: tuple[Any, ...], keep: int, projection: Any, last: int) -> float:
-    """What keeping ``keep`` entries costs a layer: squared error behind W_O of the last queries, over all KV heads."""
+def errors_of(layer: int, given: tuple[Any, ...], keep: int, projection: Any) -> list[float]:
+    """What keeping ``keep`` entries costs each KV head of a layer: squared error behind W_O of the last queries."""
     queries, keys, values, scale = given
     held = rules.Layer(rules.MassD2O, keep, layer, len(keys))
     outputs = held.read(queries, keys, values, scale)
-    held.compress()
-    length, group = keys.shape[1], len(queries) // len(keys)
-    width, total = group * values.shape[2], 0.0
-    for h, head in enumerate(held.heads):
-        for i in range(max(0, length - last), length):
-            seen = [j for j in head.held if j <= i]
-            off = []
-            for g in range(h * group, (h + 1) * group):
-                logits = np.array([queries[g, i] @ head.keys[j] * scale + head.bias.get(j, 0.0) for j in seen])
-                weights = np.exp(logits - logits.max())
-                off.append(weights / weights.sum() @ np.stack([head.values[j] for j in seen]) - outputs[i, g])
-            total += float(np.sum((projection[:, h * width : (h + 1) * width] @ np.concatenate(off)) ** 2))
-    return total / min(last, length)
+    return rules.errors(held, queries, outputs, scale, projection)
 
 
+@pytest.mark.parametrize("policy", [MASS, HEADS])
 @pytest.mark.parametrize(("length", "budget"), [(96, "0.2"), (50, "0.3")])
 def test_budgets_follow_the_error_behind_the_projection(
-    length: int, budget: str, monkeypatch: pytest.MonkeyPatch
+    length: int, budget: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, log = recorded(monkeypatch, length, budget)
+    session, log = recorded(monkeypatch, length, budget, policy)
     keep = round(float(budget) * length)
     weights = [layer.self_attn.o_proj.weight.double().numpy() for layer in session.loaded.model.model.layers]
-    root = np.sqrt([error_of(index, given, keep, weights[index], 64) for index, given in log.items()])
-    total = round(float(budget) * length * len(root))
-    mean = total / len(root)
-    low, high = 0.0, 1e9
-    for _ in range(200):
-        factor = (low + high) / 2
-        filled = np.clip(factor * root, round(0.35 * mean), min(length, np.ceil(4 * mean)))
-        low, high = (factor, high) if filled.sum() < total else (low, factor)
-    budgets = session.cache.budgets[:, 0].numpy()
+    cost = np.array([errors_of(index, given, keep, weights[index]) for index, given in log.items()])
+    cost = cost.flatten() if policy == HEADS else cost.sum(1)
+    total = round(float(budget) * length * len(log)) * len(cost) // len(log)
+    mean = total / len(cost)
+    expected = rules.filled(cost.tolist(), total, round(0.35 * mean), min(length, np.ceil(4 * mean)))
+    budgets = session.cache.budgets[:, 0].numpy().flatten()
     assert budgets.sum() == total and len(set(budgets)) > 1
-    assert np.abs(budgets - filled).max() < 1.01, (budgets, filled)
+    assert np.abs(budgets - expected).max() < 1.01, (budgets, expected)
 
 
 def test_a_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +188,7 @@ def tiny_heads() -> int:
     return int(tiny_model("llama-deep").model.config.num_key_value_heads)
 
 
-@pytest.mark.parametrize("policy", [MASS, "snapkv(window=4,merge=mass)", "streaming(merge=mass)"])
+@pytest.mark.parametrize("policy", [MASS, HEADS, "snapkv(window=4,merge=mass)", "streaming(merge=mass)"])
 def test_biases_outlive_a_turn(policy: str) -> None:
     """What the prompt's evicted entries gave to kept ones is still there after a second block has been read."""
     session = opened(policy, 60)
@@ -222,6 +213,8 @@ def biases(session: Session) -> float:
         ("d2o(preset=mass,threshold=layer)", "merge=mass has no threshold"),
         ("streaming(positions=cache,merge=mass)", "needs true positions"),
         ("h2o(merge=kv)", "merge"),
+        ("d2o(heads=true)", "heads=true is for allocate=error"),
+        ("d2o(preset=mass,heads=true)+quant(bits=8)", "can't be quantised here"),
     ],
 )
 def test_what_does_not_go_together_says_so(policy: str, words: str) -> None:

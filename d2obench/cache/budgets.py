@@ -65,7 +65,7 @@ def output_error(
     count = last.queries.shape[2]
     # 1. compress on trial
     stats = dict(entries.stats)
-    kept, _ = compress(policy, replace(entries, stats=stats), keep, min(int(keep.max()), total))
+    kept, _, _ = compress(policy, replace(entries, stats=stats), keep)
     at = kept.index.clamp_max(total - 1)
     # 2. attention of the last queries over what was kept, if it is not after them
     asked = entries.length[:, None] - count + torch.arange(count, device=entries.length.device)
@@ -95,11 +95,15 @@ def _by_head(held: Tensor, heads: int) -> Tensor:
 
 
 def rescale(first: Tensor, before: list[int], now: list[int], budget: Budget) -> Tensor:
-    """Layer budgets ``[layers, B]`` for the whole conversation, computed from those of the first prompt.
+    """Budgets ``[layers, B]`` or ``[layers, B, H]`` for a whole conversation, computed from those of the first prompt.
 
-    The sum over layers grows in proportion to a sequence's budget. A layer that kept the whole first prompt keeps the
+    Their sum grows in proportion to a sequence's budget. A layer or KV head that kept the whole first prompt keeps the
     whole conversation.
     """
+    if first.dim() == 3:  # heads are treated as layers
+        layers, _, heads = first.shape
+        flat = rescale(first.transpose(1, 2).flatten(0, 1), before, now, budget)
+        return flat.view(layers, heads, -1).transpose(1, 2)
     columns = []
     for budgets, old, new in zip(first.T.tolist(), before, now, strict=True):
         bounded = [count for count in budgets if count >= 0 and (count < old or count <= budget.of(old))]

@@ -10,7 +10,7 @@ prompt ends, as in a full cache, together with O(L) column sums per layer. From 
 that a layer keeps are copied to tensors of their own size, and its full ones are freed. The slots of all layers are
 allocated once no full layer is left: first those of the keys, then those of the values, and each copy is freed as it is
 moved to its slots. For a budget of ρ the peak is therefore ``max(1, 1.5·ρ)`` times the prompt's keys and values, plus
-the kept entries of one layer.
+the kept entries of one layer. Slots of KV heads with unequal numbers of entries are always allocated at the end.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2obench.attention.prompt import fallback, kept_stats
 from d2obench.cache.layer import PolicyLayer
 from d2obench.decode.state import DecodeState, capacities
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Kept, Policy, Stats, pick, select
+from d2obench.policies.base import RECENT, Entries, Kept, Policy, Stats, per_row, pick, select
 from d2obench.ranges import span
 from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
 from d2obench.slots.quantised import QuantStore
+from d2obench.slots.ragged import RaggedStore
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Packing:
         policy: the policy that selects and merges.
         layout: sizes and types of the entries.
         lengths: int64 ``[B]``, tokens of each sequence so far.
-        budgets: int64 ``[layers, B]``, entries that each layer keeps.
+        budgets: entries that each layer keeps, int64 ``[layers, B]``, or that each KV head keeps, ``[layers, B, H]``.
         counts: entries of each layer, including padding.
         spare: additional slots for tokens to come.
         everything: keep all entries, whatever the policy says.
@@ -86,17 +88,21 @@ class Packing:
         self.policy, self.layout, self.lengths, self.budgets, self.spare = policy, layout, lengths, budgets, spare
         self.everything, self.grows, self.seed = everything, grows, seed
         self.first, self.layers = first, layers or len(counts)
-        self.most = [min(int(row.max()), count) for row, count in zip(budgets, counts, strict=True)]
-        """Number of slots in each layer that the kept entries may take."""
-        self.sizes = [count + spare for count in self.most] if grows else list(capacities(budgets, spare))
-        shape = (len(counts), layout.batch * layout.heads, max(self.sizes))
-        self.position = torch.full(shape, CLOSED, dtype=torch.int32, device=layout.device)
+        self.ragged = policy.ragged and not everything
+        self.sizes: list[int] = []
+        """Number of slots of a KV head in each layer; the largest number if they differ."""
+        if not self.ragged:
+            most = [min(int(row.max()), count) for row, count in zip(budgets, counts, strict=True)]
+            self.sizes = [count + spare for count in most] if grows else list(capacities(budgets, spare))
+        self.prompts: list[int] = []
+        """Number of slots in each layer that kept entries may take."""
+        self.position: list[Tensor] = []
         self.memory: list[dict[str, Tensor]] = []
         self.scores: list[Stats] = []
         self._merged: list[Tensor | int] = []
         self._evicted: list[Tensor | int] = []
         self._waiting: list[list[Tensor]] = [[], [], []]
-        self.store: DenseStore | None = self._new_store() if early else None
+        self.store: DenseStore | None = self._new_store() if early and not self.ragged else None
 
     def add(self, layer: PolicyLayer) -> None:
         """Compresses the next layer, stores what it keeps, and frees its entries."""
@@ -111,7 +117,7 @@ class Packing:
         else:
             # 2. the policy selects and merges; ``remembered`` is what it hands over to decoding
             entries = layer.entries(self.layers, self.lengths, self.seed, self.layout.first_head)
-            kept, remembered = compress(self.policy, entries, keep, self.most[at])
+            kept, remembered, keep = compress(self.policy, entries, keep)
             stats = entries.stats
             del entries
             if self.grows:
@@ -126,16 +132,23 @@ class Packing:
             layer.keys = layer.values = None
             self._hold(at, kept.keys, kept.values, kept.filled)
         # 5. record the position of the entry in every slot
-        own = self.position[at].view(*position.shape[:2], -1)[..., : self.sizes[at]]
+        self.prompts.append(index.shape[2])
+        if self.ragged:
+            self.sizes.append((index.shape[2] if self.grows else int(keep.max())) + self.spare)
+        shape = (*position.shape[:2], self.sizes[at])
+        own = torch.full(shape, CLOSED, dtype=torch.int32, device=self.layout.device)
         record_positions(own, index, position, None if self.grows else keep + self.spare)
+        self.position.append(own.flatten(0, 1))
         layer.clear()
 
     def finish(self, group: int, rotary: Tensor | None) -> DecodeState:
         """The decode state, after every layer was added; arguments as in :class:`DecodeState`."""
-        store, policy, heads = self.store or self._new_store(self._waiting), self.policy, self.layout.heads
+        policy, heads, width = self.policy, self.layout.heads, max(self.sizes)
+        position = torch.stack([pad(own, (0, width - own.shape[1]), value=CLOSED) for own in self.position])
+        store = self.store or self._new_store(self._waiting, position)
         now = (self.lengths - 1).to(torch.int32).repeat_interleave(heads)
         state = DecodeState(
-            store, self.position, now, policy, heads, group, self.most, self.grows, self.seed, rotary,
+            store, position, now, policy, heads, group, self.prompts, self.grows, self.seed, rotary,
             self.first, self.layout.first_head,
         )  # fmt: skip
         if self.everything:
@@ -148,7 +161,7 @@ class Packing:
     @property
     def counts(self) -> tuple[list[int], list[int]]:
         """Entries merged and entries evicted in each layer, over its sequences and KV heads."""
-        none = [0] * len(self.sizes)
+        none = [0] * len(self.budgets)
         return list(map(int, self._merged)) or none, list(map(int, self._evicted)) or none
 
     @property
@@ -159,15 +172,20 @@ class Packing:
 
     def _hold(self, layer: int, keys: Tensor, values: Tensor, real: Tensor) -> None:
         rows = [held.flatten(0, 1) for held in (keys, values, real)]
+        if self.ragged:  # without the slots that stay empty
+            rows[:2] = (held[rows[2]] for held in rows[:2])
         if self.store is not None:
             self.store.fill(layer, *rows)
         else:
             for column, held in zip(self._waiting, rows, strict=True):
                 column.append(held)
 
-    def _new_store(self, parts: list[list[Tensor]] | None = None) -> DenseStore:
+    def _new_store(self, parts: list[list[Tensor]] | None = None, position: Tensor | None = None) -> DenseStore:
         layout, bits = self.layout, self.policy.bits
         rows = layout.batch * layout.heads
+        if self.ragged:
+            assert parts is not None and position is not None
+            return RaggedStore.of_positions(position, layout.widths, layout.dtype, parts[:2])
         if bits in (None, 16):
             return DenseStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, parts and parts[:2])
         store = QuantStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, bits, self.grows)
@@ -176,32 +194,34 @@ class Packing:
         return store
 
 
-def compress(policy: Policy, entries: Entries, keep: Tensor, most: int) -> tuple[Kept, dict[str, Tensor]]:
+def compress(policy: Policy, entries: Entries, keep: Tensor) -> tuple[Kept, dict[str, Tensor], Tensor]:
     """Selects the entries that a layer keeps and lets the policy merge the others into them.
 
     Args:
         policy: the policy.
         entries: the layer's entries.
-        keep: int64 ``[B]``, number of entries to keep of each sequence.
-        most: number of slots.
+        keep: number of entries to keep of each sequence, int64 ``[B]``, or of each KV head, ``[B, H]``.
 
     Returns:
-        The kept entries after merging, and what ``policy.absorb`` returned (empty if nothing was evicted).
+        The kept entries after merging; what ``policy.absorb`` returned (empty if nothing was evicted); and ``keep``, or
+        if the policy shares the entries out over the heads, what it gives to each, ``[B, H]``.
     """
     # 1. if everything fits, nothing is ranked or copied
     policy.describe(entries)
     position = entries.position
     total = position.shape[2]
-    if most == total and not bool((position < 0).any()):
+    if int(keep.min()) >= total and not bool((position < 0).any()):
         everything = torch.arange(total, device=position.device).expand_as(position)
-        return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}
+        return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}, keep
     # 2. choose the kept and the evicted entries by the policy's ranks
     with span("evict"):
-        index, evicted = select(policy.rank(entries, keep), keep, most)
+        rank = policy.rank(entries, keep)
+        given = keep if policy.sharing is None else policy.sharing.budgets(rank, rank >= RECENT, keep)
+        index, evicted = select(rank, given, min(int(given.max()), total))
     # 3. copy the kept entries, and merge the evicted ones into the copy
     kept = Kept(index, evicted, total, pick(entries.keys, index), pick(entries.values, index))
     with span("merge"):
-        return kept, policy.absorb(entries, kept, keep)
+        return kept, policy.absorb(entries, kept, keep), given
 
 
 def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
@@ -211,14 +231,15 @@ def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tenso
         own: int32 ``[B, H, C]``, all CLOSED; written in place.
         index: int64 ``[B, H, n]``, index of the entry in each of the first n slots; N for none.
         position: int64 ``[B, H, N]``, positions of the entries, negative for padding.
-        usable: number of usable slots of each sequence, ``[B]``; None if decoding appends after the first n.
+        usable: number of usable slots of each sequence, ``[B]``, or of each KV head, ``[B, H]``; None if decoding
+            appends after the first n.
     """
     count, total = index.shape[2], position.shape[2]
     if usable is None:
         own[..., count:] = EMPTY
     else:
         slots = torch.arange(own.shape[2], device=own.device)
-        own[:] = torch.where(slots < usable.to(own.device)[:, None], EMPTY, CLOSED)[:, None]
+        own[:] = torch.where(slots < per_row(usable, own.device), EMPTY, CLOSED)
     true = position.gather(2, index.clamp_max(total - 1)).to(own.dtype)
     own[..., :count] = torch.where((true >= 0) & (index < total), true, own[..., :count])
 

@@ -26,7 +26,7 @@ class Turn:
         keys: ``[B, H, N, d]``.
         values: ``[B, H, N, d_v]``.
         position: int64 ``[B, H, N]``, ascending; negative for empty entries, which are on the left.
-        starts: index of the first real entry of each sequence.
+        starts: index of the first real entry of each sequence, whichever KV head has it.
     """
 
     keys: Tensor
@@ -60,7 +60,7 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
             name: stat[layer].gather(1, order).masked_fill(empty, 0.0).view(batch, -1, count)
             for name, stat in stats.items()
         }
-        starts = (count - held.view(batch, -1)[:, 0]).tolist()
+        starts = (count - held.view(batch, -1).amax(1)).tolist()
         turns.append(Turn(keys, values, position.view(batch, -1, count), starts, known))
     return turns
 

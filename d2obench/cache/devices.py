@@ -68,7 +68,7 @@ class SplitPacking:
 
     def __init__(self, parts: Sequence[Packing]) -> None:
         self.parts = list(parts)
-        self._of = [part for part in parts for _ in part.sizes]
+        self._of = [part for part in parts for _ in part.budgets]
 
     def add(self, layer: PolicyLayer) -> None:
         """Packs the next layer."""

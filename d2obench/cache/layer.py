@@ -115,6 +115,16 @@ class PolicyLayer(CacheLayerMixin):
         lengths, stats = lengths.to(self.keys.device), dict(self.stats)
         return Entries(self.index, layers, self.keys, self.values, self.positions(), lengths, stats, seed, first_head)
 
+    def logit_bias(self, new: int) -> Tensor | None:
+        """What attention adds to the logits of the entries before the last ``new`` ones, float32 ``[B, H, n]``: biases
+        of a merge by mass, and −inf for padding where the KV heads of a sequence hold different numbers of entries."""
+        bias = self.stats.get("bias")
+        if self.position is None or not self.cache.policy.ragged:
+            return bias
+        position = self.position[:, :, : self.position.shape[2] - new]
+        bias = torch.zeros(position.shape, device=position.device) if bias is None else bias
+        return bias.masked_fill(position < 0, -torch.inf)
+
     def positions(self) -> Tensor:
         """True position of each entry, ``[B, H, N]``, negative for padding."""
         if self.position is not None:

@@ -89,6 +89,7 @@ class PolicyCache(SequenceCache):
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
+        policy.check_bits()
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
         self.mark = mark or (lambda phase: None)
         self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
@@ -190,7 +191,7 @@ class PolicyCache(SequenceCache):
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
             out, stats = prompt_attention(
                 query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries,
-                layer.stats.get("bias"),
+                layer.logit_bias(new),
             )  # fmt: skip
         if needs.window > 1 and not self.whole:
             layer.remember(query, needs.window - 1)

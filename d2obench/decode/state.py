@@ -144,7 +144,11 @@ class DecodeState:
             if "threshold" in remembered and isinstance(self.merge_spec, MergeSpec):
                 self.threshold[layer] = remembered["threshold"].flatten()
         if not self.grows:
-            self.rule = self.policy.decode_rule(RowSizes(self.usable - spare, self.position, self.now.long() + 1))
+            budget = self.usable - spare
+            if self.policy.sharing is not None:  # windows and sinks are those of the average budget
+                budget = budget.view(len(budget), -1, self.heads).sum(-1) // self.heads
+                budget = budget.repeat_interleave(self.heads, -1)
+            self.rule = self.policy.decode_rule(RowSizes(budget, self.position, self.now.long() + 1))
             rules.begin(self, self.rule, scores or [])
         if scores is not None:
             self.policy.begin(self, list(memory), scores)
@@ -242,8 +246,7 @@ class DecodeState:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values, and of the biases that belong to them."""
-        slots = self.store.rows * sum(self.store.capacities)
-        return self.store.bytes + (slots * torch.float32.itemsize if self.biased else 0)
+        return self.store.bytes + (self.store.slots * torch.float32.itemsize if self.biased else 0)
 
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
         """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.rules.lowest`."""
@@ -314,7 +317,7 @@ class DecodeState:
             decode_only: nothing but decode steps and :meth:`skip` comes before :meth:`restore`. A cache that grows then
                 needs no copy of its entries: it only writes behind those it holds now.
         """
-        appends = decode_only and self.grows and type(self.store) is DenseStore
+        appends = decode_only and self.grows and not self.store.quantised
         entries = None if appends else self.store.snapshot()
         return entries, [tensor.clone() for tensor in self._living()], self.added, self.steps
 
@@ -446,6 +449,5 @@ def _picked_rule(rule: DecodeRule | None, picked: Callable[[Tensor], Tensor]) ->
 
 
 def capacities(budgets: Tensor, spare: int) -> Sequence[int]:
-    """Slots per layer for budgets ``[layers, B]``: the largest budget of the batch plus ``spare`` slots for new
-    tokens."""
-    return [int(most) + spare for most in budgets.amax(1).tolist()]
+    """Slots per layer for budgets ``[layers, …]``: the largest budget plus ``spare`` slots for new tokens."""
+    return [int(most) + spare for most in budgets.flatten(1).amax(1).tolist()]

@@ -35,6 +35,7 @@ REGISTRY = Registry(
         "d2o": "d2obench.policies.d2o:D2O",
         "roco": "d2obench.policies.roco:RoCo",
         "snapkv": "d2obench.policies.snapkv:SnapKV",
+        "adakv": "d2obench.policies.adakv:AdaKV",
         "pyramidkv": "d2obench.policies.snapkv:PyramidKV",
         "tova": "d2obench.policies.tova:TOVA",
         "cam": "d2obench.policies.cam:CaM",
@@ -86,7 +87,11 @@ class PolicyChoice:
         if self.yardstick is not None:
             raise _stands_alone(self.spec.parts[0])
         policies = [_build(part, self.spec) for part in self.spec.parts]
-        return policies[0] if len(policies) == 1 else dataclasses.replace(policies[0], bits=policies[1].bits)
+        if len(policies) == 1:
+            return policies[0]
+        policy = dataclasses.replace(policies[0], bits=policies[1].bits)
+        policy.check_bits()
+        return policy
 
     @property
     def built(self) -> Policy | Yardstick:

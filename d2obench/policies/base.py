@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from d2obench.errors import PolicyError
 from d2obench.policies.rules import Custom, DecodeRule, Merge, RowSizes
+from d2obench.policies.sharing import Sharing
 from d2obench.suite.grammar import Budget
 
 if TYPE_CHECKING:
@@ -131,6 +133,8 @@ class Policy:
     """Whether the decode rule needs the attention of each step."""
     bits: int | None = field(default=None, kw_only=True)
     """Bits per stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
+    sharing: Sharing | None = field(default=None, kw_only=True)
+    """How a layer's entries are shared out over its KV heads, set by ``adakv(score=…)``; None for equal parts."""
 
     @property
     def needs(self) -> Needs:
@@ -188,8 +192,13 @@ class Policy:
 
     @property
     def judges_heads_together(self) -> bool:
-        """Whether each decode step combines the KV heads of a layer; such a policy can't divide them among ranks."""
-        return False
+        """Whether the KV heads of a layer are judged together; such a policy can't divide them among ranks."""
+        return self.sharing is not None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the KV heads of a layer may keep different numbers of entries."""
+        return self.sharing is not None
 
     def resolved(self) -> Policy:
         """The policy that actually runs, if the parameters stand for another one (presets)."""
@@ -198,11 +207,21 @@ class Policy:
     def check(self) -> None:
         """Raises a PolicyError for a parameter out of its range."""
 
+    def check_bits(self) -> None:
+        """Raises a PolicyError if what the policy keeps can't be stored in the bits that are asked for."""
+        if self.ragged and self.bits not in (None, 16):
+            raise PolicyError(
+                f"policy '{self.name}' can't be quantised here",
+                why="its KV heads differ in length, and keys are quantised in as many groups for every head",
+                remedy="leave +quant out, or give all KV heads of a layer the same budget",
+            )
+
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         """Number of entries that each layer keeps, int64 ``[layers, B]`` on the CPU; the same for all layers unless
         overridden.
 
-        −1 means that the layer keeps the whole prompt and grows with every decoded token.
+        −1 means that the layer keeps the whole prompt and grows with every decoded token. A :attr:`ragged` policy may
+        return a number for each KV head, ``[layers, B, H]``.
 
         Args:
             stats: per compressed layer, ``[B, H, L]`` by name; empty for a policy that does not need them.
@@ -216,7 +235,8 @@ class Policy:
         Those of the kept entries are handed over to decoding."""
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
-        """A rank for each entry, float32 ``[B, H, N]``; the ``keep`` ``[B]`` highest of each row are kept."""
+        """A rank for each entry, float32 ``[B, H, N]``; the ``keep`` highest of each row are kept. ``keep`` is one
+        number per sequence, ``[B]``, or one per KV head, ``[B, H]``; see :func:`per_row`."""
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, 0, keep)
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
@@ -252,12 +272,17 @@ class Policy:
         return state.known()
 
 
+def per_row(count: Tensor, device: torch.device) -> Tensor:
+    """One number per sequence, ``[B]``, or per KV head, ``[B, H]``, in a shape that broadcasts over ``[B, H, N]``."""
+    return count.to(device).reshape(len(count), -1, 1)
+
+
 def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Tensor) -> Tensor:
-    """Ranks from ``score``: the first ``sinks`` positions rank highest, then the last ``recent`` ``[B]`` tokens (newest
-    first), then the rest by score; padding ranks lowest."""
+    """Ranks from ``score``: the first ``sinks`` positions rank highest, then the last ``recent`` tokens (newest first;
+    ``[B]`` or ``[B, H]``), then the rest by score; padding ranks lowest."""
     position, length = entries.position, entries.length[:, None, None]
     rank = score.clone()
-    newest = position >= length - recent.to(position.device)[:, None, None]
+    newest = position >= length - per_row(recent, position.device)
     rank[newest] = RECENT + 1e14 * position[newest].float()
     rank.masked_fill_((position >= 0) & (position < sinks), torch.inf)
     return rank.masked_fill_(position < 0, -torch.inf)
@@ -268,19 +293,18 @@ def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
     Args:
         rank: ``[B, H, N]``, −inf for padding.
-        keep: int64 ``[B]``, entries to keep of each sequence.
+        keep: entries to keep of each sequence, int64 ``[B]``, or of each KV head, ``[B, H]``.
         most: number of slots, at most N.
 
     Returns:
-        Kept ``[B, H, most]`` and evicted ``[B, H, N − most]`` indices, each ascending; N stands for "none". If a
-        sequence's ``keep`` is less than ``most``, the entries beyond it are evicted too and are added to the evicted
-        indices.
+        Kept ``[B, H, most]`` and evicted ``[B, H, E]`` indices, each ascending; N stands for "none". E is the largest
+        number of entries that a row loses.
     """
     entries = rank.shape[2]
     order = rank.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(entries, device=rank.device)
     real = rank.gather(2, order) > -torch.inf
-    within = place < keep.to(rank.device)[:, None, None]
+    within = place < per_row(keep, rank.device)
     kept = torch.where(within & real, order, entries)[..., :most].sort(-1).values
     evicted = torch.where(~within & real, order, entries).sort(-1).values
     span = int((evicted < entries).sum(-1).max()) if evicted.numel() else 0

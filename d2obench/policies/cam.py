@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Policy, window_rank
+from d2obench.policies.base import Entries, Policy, per_row, window_rank
 from d2obench.policies.rules import DecodeRule, Ring, RowSizes, SpreadSpec
 
 
@@ -45,7 +45,7 @@ class CaM(Policy):
             raise PolicyError(f"cam: merged is {self.merged}", remedy="use 1 or more")
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
-        first = (keep * self.start).long()[:, None, None].to(entries.position.device)
+        first = per_row((keep * self.start).long(), entries.position.device)
         return window_rank(torch.zeros_like(entries.position, dtype=torch.float32), entries, first, keep)
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2obench.errors import PolicyError
 from d2obench.policies import allocation, mass
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, pick
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, per_row, pick
 from d2obench.policies.diversity import diversity
 from d2obench.policies.h2o import HeavyHitters
 from d2obench.policies.merging import merge_evicted
@@ -51,6 +51,8 @@ class D2O(HeavyHitters):
         diversity: multiply a score by the distance of the entry's key from those of higher score
             (:mod:`d2obench.policies.diversity`).
         allocate: rule of the layer budgets, see :func:`d2obench.policies.allocation.shares`.
+        heads: with ``allocate=error``, a budget for every KV head instead of every layer. A head is stored in as many
+            slots as it has entries (:mod:`d2obench.slots.ragged`), so that memory follows the budgets.
         alpha: factor of the ``threshold`` rule.
         exempt: layers that keep the whole prompt; the others share the rest, so that the total stays as requested.
         merge: what is merged: keys and values, values only, mass instead of keys, or nothing. ``beta``, ``threshold``,
@@ -70,6 +72,7 @@ class D2O(HeavyHitters):
     value_norms: bool = False
     diversity: bool = False
     allocate: Rule = "softmax"
+    heads: bool = False
     alpha: float = 2.0
     exempt: tuple[int, ...] = ()
     merge: Literal["kv", "values", "mass", "none"] = "kv"
@@ -100,7 +103,11 @@ class D2O(HeavyHitters):
 
     @property
     def judges_heads_together(self) -> bool:
-        return self.threshold == "layer" and self.merge in ("kv", "values")
+        return super().judges_heads_together or (self.threshold == "layer" and self.merge in ("kv", "values"))
+
+    @property
+    def ragged(self) -> bool:
+        return self.heads or super().ragged
 
     @property
     def merge_spec(self) -> MergeSpec | MassSpec | None:
@@ -130,6 +137,12 @@ class D2O(HeavyHitters):
             raise PolicyError(f"d2o: interval is {self.interval}", remedy="use 1 or more steps")
         if self.alpha < 1:
             raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
+        if self.heads and self.allocate != "error":
+            raise PolicyError(
+                "d2o: heads=true is for allocate=error",
+                why="no other rule tells the KV heads of a layer apart",
+                remedy="write d2o(preset=mass,heads=true), or leave heads out",
+            )
         if self.merge == "mass" and (self.threshold != "head" or self.hosts != "all" or self.inherit):
             raise PolicyError(
                 "d2o: merge=mass has no threshold, hosts or inherit",
@@ -140,26 +153,29 @@ class D2O(HeavyHitters):
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         if self.allocate == "uniform" and not self.exempt:
             return super().layer_budgets(stats, length, budget)
-        layers = len(stats)
-        spread = torch.stack([self._cost(stat, length).cpu() for stat in stats])
+        # 1. what every layer, or every KV head of it, costs: [layers, B, 1 or H]
+        cost = torch.stack([self._cost(stat, length).cpu() for stat in stats])
+        layers, _, heads = cost.shape
         exempt = {layer % layers for layer in self.exempt if -layers <= layer < layers}
-        columns = []
+        others = [layer for layer in range(layers) if layer not in exempt]
+        budgets = torch.zeros(cost.shape, dtype=torch.long)
         for sequence, tokens in enumerate(length.tolist()):
+            # 2. exempt layers keep the whole prompt, and what is left is divided among the others
             total = budget.of(tokens) * layers if budget.ratio is None else round(budget.ratio * tokens * layers)
-            others = [layer for layer in range(layers) if layer not in exempt]
-            most = self._cap(budget, tokens)
+            budgets[:, sequence] = most = self._cap(budget, tokens)
             if not others:
-                columns.append([most] * layers)
                 continue
-            share = shares(spread[others, sequence], self.allocate, self.alpha).tolist()
-            rest = max(len(others), total - len(exempt) * most)
+            count = len(others) * heads
+            rest = max(count, (total - len(exempt) * most) * heads)
             floor, cap = max(math.ceil(FLOOR * tokens), self.sinks + 2), most
             if self.allocate == "error":
-                mean = rest / len(others)
-                floor, cap = round(allocation.FLOOR * mean), min(most, math.ceil(allocation.CAP * mean))
-            parts = iter(water_fill(share, rest, floor, cap))
-            columns.append([most if layer in exempt else next(parts) for layer in range(layers)])
-        return torch.tensor(columns).T
+                mean = rest / count
+                floor, cap = max(1, round(allocation.FLOOR * mean)), min(most, math.ceil(allocation.CAP * mean))
+            # 3. whole numbers in proportion to the shares
+            share = shares(cost[others, sequence].flatten(), self.allocate, self.alpha).tolist()
+            parts = torch.tensor(water_fill(share, rest, floor, cap))
+            budgets[others, sequence] = parts.view(len(others), heads)
+        return budgets if self.heads else budgets[..., 0]
 
     def describe(self, entries: Entries) -> None:
         if self.diversity and "diversity" not in entries.stats:
@@ -207,8 +223,12 @@ class D2O(HeavyHitters):
         return {"threshold": merged.threshold.view(batch, heads), "merged": passed.sum(2).float()}
 
     def _cost(self, stat: Stats, length: Tensor) -> Tensor:
-        """What the layer's budget is derived from: the measured error, or F; ``[B]``."""
-        return stat["error"].double().sum(1) if self.allocate == "error" else density(stat["sum"].mean(1), length)
+        """What budgets are derived from: the measured error of each KV head, ``[B, H]``; that of the layer, or F,
+        ``[B, 1]``."""
+        if self.allocate != "error":
+            return density(stat["sum"].mean(1), length)[:, None]
+        error = stat["error"].double()
+        return error if self.heads else error.sum(1, keepdim=True)
 
     def _cap(self, budget: Budget, tokens: int) -> int:
         """Largest useful budget of a layer: the prompt's length, or the requested number of tokens if that is
@@ -220,5 +240,5 @@ class D2O(HeavyHitters):
         if self.hosts == "all":
             return kept.filled
         position = entries.position.gather(2, kept.index.clamp_max(kept.total - 1))
-        recent = entries.length[:, None, None] - self.window(keep).to(position.device)[:, None, None]
+        recent = entries.length[:, None, None] - per_row(self.window(keep), position.device)
         return kept.filled & (position >= self.sinks) & (position < recent)

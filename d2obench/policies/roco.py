@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs
+from d2obench.policies.base import Entries, Needs, per_row
 from d2obench.policies.mass import MassMerging
 from d2obench.policies.rules import DecodeRule, MeanOfLowDeviation, RowSizes
 
@@ -58,7 +58,7 @@ class RoCo(MassMerging):
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         position, length = entries.position, entries.length[:, None, None]
-        safe, newest = (count[:, None, None].to(position.device) for count in self.safe(keep))
+        safe, newest = (per_row(count, position.device) for count in self.safe(keep))
         seen = (length - position).clamp_min(1)
         mean, deviation = moments(entries.stats["sum"], entries.stats["square"], seen)
         deviation.masked_fill_(position >= length - newest, torch.inf).masked_fill_(position < 0, -1.0)

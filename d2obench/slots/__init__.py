@@ -1,4 +1,5 @@
-"""Storage of keys and values in fixed slots: ``dense`` in the model's dtype, ``quantised`` in 8 or 4 bits.
+"""Storage of keys and values in fixed slots: ``dense`` in the model's dtype, ``ragged`` likewise for KV
+heads that hold different numbers of entries, ``quantised`` in 8 or 4 bits.
 
 Imported by ``decode`` and above; imports ``policies`` and ``cpu``.
 """

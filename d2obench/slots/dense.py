@@ -14,7 +14,7 @@ because rotary positions are already applied to the keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ left."""
 
 
 class DenseStore:
-    """Keys and values in the model's dtype.
+    """Keys and values in the model's dtype, as many slots for every KV head of a layer.
 
     Args:
         capacities: slots per KV head of each layer, ``C_ℓ``.
@@ -40,6 +40,9 @@ class DenseStore:
             lists are emptied as their tensors are copied, and keys are copied before memory for values is allocated, so
             that little exists twice.
     """
+
+    quantised: ClassVar[bool] = False
+    """Whether numbers are stored in fewer bits than the model's dtype has."""
 
     def __init__(
         self,
@@ -54,10 +57,18 @@ class DenseStore:
         self.capacities, self.rows, self.widths, self.dtype, self.device = list(capacities), rows, widths, dtype, device
         self.offsets = [rows * sum(self.capacities[:i]) for i in range(len(self.capacities) + 1)]
         starts = torch.tensor(self.offsets[:-1], device=device)[:, None]
-        strides = torch.tensor(self.capacities, device=device)[:, None]
-        self.base = starts + strides * torch.arange(rows, device=device)
+        self.ends = torch.tensor(self.capacities, device=device)[:, None].expand(-1, rows).contiguous()
+        """The slot behind the last one of each layer, sequence and head, ``[layers, rows]``."""
+        self.begins = torch.zeros_like(self.ends)
+        """The first slot of each layer, sequence and head, ``[layers, rows]``."""
+        self.base = starts + self.ends * torch.arange(rows, device=device)
         """Row index of slot 0 of each layer, sequence and head, ``[layers, rows]``."""
         self._allocate()
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of all layers, sequences and heads."""
+        return self.offsets[-1]
 
     def _allocate(self) -> None:
         self.key_rows, self.value_rows = map(self._rows, self.widths, self._parts)

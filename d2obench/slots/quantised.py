@@ -21,7 +21,7 @@ tokens, the mean KL to the full cache over 4 × 48 decoded tokens is 0.12 withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class QuantStore(DenseStore):
 
     The other arguments are those of :class:`DenseStore`. Head dimensions must be even.
     """
+
+    quantised: ClassVar[bool] = True
 
     def __init__(
         self,

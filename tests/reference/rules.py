@@ -10,6 +10,7 @@ while decoding, the lowest number first (``candidates``).
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -37,13 +38,21 @@ class Head:
     """The tokens of a KV head by position, and one rule.
 
     Args:
-        budget: tokens kept.
+        budget: tokens kept by a head on average, on which windows and sinks depend.
         layer: index of the layer.
         head: index of the head.
+
+    ``safeguard``: the layer's tokens are shared out over its heads by AdaKV's rule with this α (``forced``: in the form
+    of kvpress); None: every head keeps as many. ``measured``: every head of every layer has a budget of its own, from
+    the error that an equal one causes it.
     """
 
+    safeguard: float | None = None
+    forced, measured = False, False
+
     def __init__(self, budget: int, layer: int, head: int) -> None:
-        self.budget, self.layer, self.head = budget, layer, head
+        self.keep = self.budget = budget
+        self.layer, self.head = layer, head
         self.keys: dict[int, Array] = {}
         self.values: dict[int, Array] = {}
         self.seen: dict[int, list[float]] = {}
@@ -393,6 +402,12 @@ class MassD2O(ByMass, WeightedH2O):
     """``d2o(preset=mass)`` with uniform layers."""
 
 
+class MassHeads(MassD2O):
+    """``d2o(preset=mass,heads=true)``."""
+
+    measured = True
+
+
 class MassH2O(ByMass, H2O):
     pass
 
@@ -480,9 +495,15 @@ class Layer:
         """Keeps what the rule says; or what is given, which may differ from that by no more than ``near`` in
         importance."""
         chosen = []
+        if self.heads[0].safeguard is not None:
+            for head, keep in zip(self.heads, shared(self.heads), strict=True):
+                head.keep = keep
+                if kept and near > 1e-3 and keep < len(head.held):  # rounding may decide otherwise about one
+                    head.keep = len(kept[head.head])
+                    assert abs(head.keep - keep) <= 1
         for h, head in enumerate(self.heads):
             importance = head.importance()
-            own = best(importance, head.budget)
+            own = best(importance, head.keep)
             given = own if kept is None else kept[h]
             assert len(given) == len(own), (given, own)
             for gone, instead in zip(sorted(own - given), sorted(given - own), strict=True):
@@ -506,23 +527,88 @@ class Layer:
             head.attend(queries[h * group : (h + 1) * group], keys[h], values[h], scale, position)
             for h, head in enumerate(self.heads)
         ]
-        if not self.grows and len(self.heads[0].held) > self.heads[0].budget:
+        if not self.grows:
             self.evict(victims, near)
         return np.concatenate(out)
 
     def evict(self, victims: list[int] | None, near: float) -> None:
+        over = [h for h, head in enumerate(self.heads) if len(head.held) > head.keep]
         chosen = []
-        for h, head in enumerate(self.heads):
+        for h in over:
+            head = self.heads[h]
             candidates = head.candidates()
             own = worst(candidates)
             given = own if victims is None else victims[h]
             assert given == own or candidates[given] - candidates[own] <= near, (given, own, candidates)
             chosen.append(given)
-        for head, position in zip(self.heads, chosen, strict=True):
-            head.leaving([position])
-            head.lost(position)
-        for head, position in zip(self.heads, chosen, strict=True):
-            head.drop(position)
+        for h, position in zip(over, chosen, strict=True):
+            self.heads[h].leaving([position])
+            self.heads[h].lost(position)
+        for h, position in zip(over, chosen, strict=True):
+            self.heads[h].drop(position)
+
+
+def shared(heads: list[Head]) -> list[int]:
+    """How many tokens each head of a layer keeps, by AdaKV's rule."""
+    budget, alpha, count = heads[0].budget, heads[0].safeguard, len(heads)
+    assert alpha is not None
+    scores = [head.importance() for head in heads]
+    if heads[0].forced:  # the best of each head first, then the best of all
+        first = [best(score, int(alpha * budget)) for score in scores]
+        pool = [(j not in first[h], -s, h, j) for h, score in enumerate(scores) for j, s in score.items()]
+        chosen = sorted(pool)[: count * budget]
+        exact = [float(sum(h == head for _, _, h, _ in chosen)) for head in range(count)]
+    else:  # the window and sinks are certain, the others compete
+        sure = [min(budget, sum(s >= 1e8 for s in score.values())) for score in scores]
+        contest = [(-s, h, j) for h, score in enumerate(scores) for j, s in score.items() if s < 1e8]
+        won = sorted(contest)[: count * budget - sum(sure)]
+        exact = [
+            sure[head] + (1 - alpha) * sum(h == head for _, h, _ in won) + alpha * (budget - sure[head])
+            for head in range(count)
+        ]
+    missing = (count * budget - sum(exact)) / count
+    exact = [part + missing for part in exact]
+    whole = [int(part + 1e-9) for part in exact]
+    for head in sorted(range(count), key=lambda h: (whole[h] - exact[h], h))[: count * budget - sum(whole)]:
+        whole[head] += 1
+    return whole
+
+
+def errors(
+    layer: Layer, queries: Array, outputs: Array, scale: float, projection: Array | None = None, last: int = 64
+) -> list[float]:
+    """What it costs each KV head of a layer that has read a prompt to keep ``budget`` tokens: the mean squared error of
+    the last queries' outputs, behind the projection W_O ``[hidden, Hq·d_v]`` if there is one.
+
+    ``queries`` ``[Hq, n, d]`` and ``outputs`` ``[n, Hq, d_v]`` are those of the prompt.
+    """
+    trial = copy.deepcopy(layer)
+    trial.compress()
+    length, group = queries.shape[1], len(queries) // len(trial.heads)
+    found = []
+    for h, head in enumerate(trial.heads):
+        total = 0.0
+        for i in range(max(0, length - last), length):
+            seen, off = [j for j in head.held if j <= i], []
+            for g in range(h * group, (h + 1) * group):
+                logits = np.array([queries[g, i] @ head.keys[j] * scale + head.bias.get(j, 0.0) for j in seen])
+                weights = softmax(logits) if seen else logits
+                off.append(weights @ np.stack([head.values[j] for j in seen]) - outputs[i, g])
+            joined = np.concatenate(off)
+            if projection is not None:
+                joined = projection[:, h * len(joined) :][:, : len(joined)] @ joined
+            total += float(np.sum(joined**2))
+        found.append(total / min(last, length))
+    return found
+
+
+def filled(cost: list[float], total: int, floor: float, cap: float) -> Array:
+    """Parts of ``total`` in proportion to the roots of costs, between bounds, before they are rounded."""
+    root, low, high = np.sqrt(cost), 0.0, 1e12
+    for _ in range(300):
+        factor = (low + high) / 2
+        low, high = (factor, high) if np.clip(factor * root, floor, cap).sum() < total else (low, factor)
+    return np.clip(factor * root, floor, cap)
 
 
 def pyramid(layers: int, budget: int, length: int, window: int, beta: float) -> list[float]:

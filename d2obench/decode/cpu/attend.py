@@ -106,9 +106,10 @@ def _softmax(logits: Any, bias: Any, scale: Any, count: int) -> Any:
 class AttendArguments(Arguments):
     """Arguments of the loop for one layer; a work item is one row.
 
-    ``query``, ``new_key``, ``new_value`` and ``out`` belong to the current step. ``keys`` and ``values`` have
-    ``capacity`` slots per row, of which ``filled`` are in use. ``group`` is the number of query heads per row;
-    ``width`` and ``value_width`` are the channels of a key and of a value. ``bias`` and ``attention`` (0 if unused),
+    ``query``, ``new_key``, ``new_value`` and ``out`` belong to the current step. ``keys`` and ``values`` are the
+    store's flat tensors; a row has the slots from its ``begins`` to its ``ends`` (in a cache that ``grows``, to that of
+    the new token), ``slots`` in all rows together. ``group`` is the number of query heads per row; ``width`` and
+    ``value_width`` are the channels of a key and of a value. ``bias`` and ``attention`` (0 if unused),
     ``inverse_norm`` and ``target_bias`` have ``stride`` numbers per row. ``scratch`` has ``scratch_row`` floats per
     row. The fields from ``merging`` on describe a pending merge: those up to ``merge_target`` as in
     ``d2obench.decode.merge``, the others for a merge by mass, named after those of ``DecodeState`` and ``PendingMass``.
@@ -116,12 +117,13 @@ class AttendArguments(Arguments):
 
     _fields_ = (
         *HEADER, ("query", Floats), ("new_key", Floats), ("new_value", Floats), ("out", Floats), ("keys", Floats),
-        ("values", Floats), ("capacity", Size), ("filled", Size), ("target", Longs), ("base", Longs), ("group", Size),
-        ("width", Size), ("value_width", Size), ("scale", Real), ("bias", Floats), ("attention", Floats),
-        ("stride", Size), ("scratch", Floats), ("scratch_row", Size), ("merging", Size), ("merge_keys", Size),
-        ("queries", Floats), ("staged_key", Floats), ("staged_value", Floats), ("inverse_norm", Floats),
-        ("target_bias", Floats), ("required", Floats), ("similarity", Floats), ("weight", Floats),
-        ("merge_target", Longs), ("staged_score", Floats), ("score", Floats), ("position", Ints), ("now", Ints),
+        ("values", Floats), ("slots", Size), ("grows", Size), ("begins", Longs), ("ends", Longs), ("target", Longs),
+        ("base", Longs), ("group", Size), ("width", Size), ("value_width", Size), ("scale", Real), ("bias", Floats),
+        ("attention", Floats), ("stride", Size), ("scratch", Floats), ("scratch_row", Size), ("merging", Size),
+        ("merge_keys", Size), ("queries", Floats), ("staged_key", Floats), ("staged_value", Floats),
+        ("inverse_norm", Floats), ("target_bias", Floats), ("required", Floats), ("similarity", Floats),
+        ("weight", Floats), ("merge_target", Longs), ("staged_score", Floats), ("score", Floats), ("position", Ints),
+        ("now", Ints),
     )  # fmt: skip
 
 
@@ -130,23 +132,26 @@ RECORD = record_of(AttendArguments)
 
 def _flops(a: Any) -> int:
     """Operations of the products with keys (including a staged evictee's) and with values."""
-    found: int = 2 * a.items * a.filled * ((a.group + (a.merging > 0)) * a.width + a.group * a.value_width)
+    found: int = 2 * a.slots * ((a.group + (a.merging > 0)) * a.width + a.group * a.value_width)
     return found
 
 
 @njit(**LOOP)
 def _attend(given: Any) -> None:
     a = arguments(given, RECORD)
-    capacity, count, group, width, value_width = a.capacity, a.filled, a.group, a.width, a.value_width
+    group, width, value_width = a.group, a.width, a.value_width
     stride, rows, scale = a.stride, a.items, np.float32(a.scale)
     targets, bases = integers(a.target, rows), integers(a.base, rows)
+    begins, ends = integers(a.begins, rows), integers(a.ends, rows)
     while True:
         row = next_item(given)
         if row < 0:
             return
-        # 1. write the new token to its slot
-        slot = targets[row] - bases[row]
-        own_keys, own_values = a.keys + 4 * row * capacity * width, a.values + 4 * row * capacity * value_width
+        # 1. write the new token to its slot; slots are counted from the row's first one (0 where anything is merged)
+        begin, first = begins[row], bases[row] + begins[row]
+        slot, line = targets[row] - first, 4 * (row * stride + begin)
+        count = slot + 1 if a.grows else ends[row] - begin
+        own_keys, own_values = a.keys + 4 * first * width, a.values + 4 * first * value_width
         copy(a.new_key + 4 * row * width, own_keys + 4 * slot * width, width)
         copy(a.new_value + 4 * row * value_width, own_values + 4 * slot * value_width, value_width)
         # 2. multiply the queries with all keys; a staged evictee's unit vector is one more query
@@ -157,13 +162,13 @@ def _attend(given: Any) -> None:
             queries = a.queries + 4 * row * lanes * width
         _multiply(own_keys, queries, logits, count, lanes, width, count)
         if a.merging == BY_MASS:
-            merge_mass(a, row, logits, own_values)
+            merge_mass(a, row, logits, own_values, count)
         elif a.merging:
-            merge_value(a, row, queries, logits, own_values)
+            merge_value(a, row, queries, logits, own_values, count)
         # 3. softmax, then the weighted sum of values
         found = floats(a.out + 4 * row * group * value_width, group * value_width)
         found[:] = 0
-        hidden = floats(a.bias + 4 * row * stride, stride if a.bias else 0)
+        hidden = floats(a.bias + line, count if a.bias else 0)
         inverses = floats(logits + 4 * lanes * count, group)
         for lane in range(group):
             inverses[lane] = _softmax(floats(logits + 4 * lane * count, count), hidden, scale, count)
@@ -172,7 +177,7 @@ def _attend(given: Any) -> None:
             found[lane * value_width : (lane + 1) * value_width] *= inverses[lane]
         # 4. attention weights per slot, summed over the query heads
         if a.attention:
-            seen = floats(a.attention + 4 * row * stride, stride)
+            seen = floats(a.attention + line, count)
             for lane in range(group):
                 weights, factor = floats(logits + 4 * lane * count, count), inverses[lane]
                 if lane == 0:

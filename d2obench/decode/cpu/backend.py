@@ -22,7 +22,6 @@ from d2obench.decode.merge import PendingMerge
 from d2obench.decode.reference import Backend
 from d2obench.policies.rules import Custom, SpreadSpec
 from d2obench.ranges import span
-from d2obench.slots.dense import DenseStore
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 def offer(state: DecodeState) -> Backend | str:
     """The compiled backend for ``state``, or the reason why PyTorch operators must execute it."""
     store = state.store
-    if type(store) is not DenseStore:
+    if store.quantised:
         return "the cache is quantised"
     if store.dtype != torch.float32:
         return f"there are no compiled loops for {str(store.dtype).removeprefix('torch.')}"
@@ -46,10 +45,10 @@ def offer(state: DecodeState) -> Backend | str:
 def compile_loops() -> None:
     """Compiles every loop. The first call in an environment takes a while; later ones load numba's cache. A session
     calls this when it is created, before any timing starts."""
-    from d2obench.cpu import nearest
+    from d2obench.cpu import distance, nearest
     from d2obench.decode.cpu import attend, update
 
-    assert attend.attend and update.update and nearest.nearest
+    assert attend.attend and update.update and nearest.nearest and distance.distance
 
 
 def _unserved_attention(state: DecodeState) -> str:
@@ -89,7 +88,6 @@ class CompiledLoops(Backend):
         super().__init__(state)
         self._scratch = torch.zeros(0)
         self._new: tuple[Tensor, Tensor] | None = None
-        self._capacities = torch.tensor(state.store.capacities)
         self._layers = [] if why_attention else self._attention_arguments()
         self._between = None if why_update or state.grows else self._update_arguments()
 
@@ -124,7 +122,8 @@ class CompiledLoops(Backend):
         arguments.new_value, arguments.out = value.data_ptr(), out.data_ptr()
         arguments.scale = scale
         if state.grows:
-            arguments.filled = state.prompts[layer] + state.added + 1
+            free = state.store.capacities[layer] - state.prompts[layer] - state.added - 1
+            arguments.slots = self._slots[layer] - state.store.rows * free
         with span("decode attention"):
             cpu.launch(attend, arguments)
         return out
@@ -139,7 +138,7 @@ class CompiledLoops(Backend):
             cpu.launch(update, self._between)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self._scratch, self._capacities]
+        return [*super().tensors(), self._scratch]
 
     def _attention_arguments(self) -> list[Any]:
         """Arguments of the attention loop for each layer, with every field that stays the same from step to step."""
@@ -150,14 +149,16 @@ class CompiledLoops(Backend):
         group, width = state.group, state.position.shape[-1]
         scratch_row = (group + (1 if merge is None else 2)) * max(width, group)
         self._scratch = torch.zeros(store.rows * scratch_row)
+        self._slots = (store.ends - store.begins).sum(1).tolist()
         found = []
-        for layer, capacity in enumerate(store.capacities):
+        for layer, slots in enumerate(self._slots):
             arguments = AttendArguments(
-                items=store.rows, capacity=capacity, filled=capacity, group=group, width=store.widths[0],
+                items=store.rows, slots=slots, grows=state.grows, group=group, width=store.widths[0],
                 value_width=store.widths[1], stride=width, scratch_row=scratch_row,
             )  # fmt: skip
             arguments.point(
-                keys=store.keys(layer), values=store.values(layer), target=state.target[layer], base=store.base[layer],
+                keys=store.key_rows, values=store.value_rows, target=state.target[layer], base=store.base[layer],
+                begins=store.begins[layer], ends=store.ends[layer],
                 bias=None if state.bias is None else state.bias[layer],
                 attention=state.attention[layer] if state.tracks else None, scratch=self._scratch,
             )  # fmt: skip
@@ -202,7 +203,7 @@ class CompiledLoops(Backend):
         if isinstance(state.merge_spec, SpreadSpec):
             arguments.parts = state.merge_spec.parts
         arguments.point(
-            **self._rows, capacities=self._capacities, base=store.base, free=state.free, target=state.target,
+            **self._rows, ends=store.ends, base=store.base, free=state.free, target=state.target,
             now=state.now, position=state.position, evicted=state.evicted, merged=state.merged, bias=state.bias,
             score=state.score if state.score.numel() else None, attention=state.attention if state.tracks else None,
             square=state.square if state.square.numel() else None, keys=store.key_rows, values=store.value_rows,

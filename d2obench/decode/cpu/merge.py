@@ -52,9 +52,9 @@ def _inverse_norm(key: Any) -> Any:
 
 
 @njit(**LOOP)
-def _nearest_slot(a: Any, row: int, logits: int) -> Any:
+def _nearest_slot(a: Any, row: int, logits: int, count: int) -> Any:
     """The slot whose key is most similar to the staged evictee's, and u − 1, from the last row of the products."""
-    group, count = a.group, a.filled
+    group = a.group
     product = floats(logits + 4 * group * count, count)
     cosine = floats(logits + 4 * (group + 1) * count, count)
     inverse = floats(a.inverse_norm + 4 * row * a.stride, count)
@@ -67,10 +67,10 @@ def _nearest_slot(a: Any, row: int, logits: int) -> Any:
 
 
 @njit(**LOOP)
-def merge_mass(a: Any, row: int, logits: int, own_values: int) -> None:
+def merge_mass(a: Any, row: int, logits: int, own_values: int, count: int) -> None:
     """Finds the staged evictee's merge target, merges its value, and raises the target's logits."""
-    value_width, line, count = a.value_width, 4 * row * a.stride, a.filled
-    j, nearest = _nearest_slot(a, row, logits)
+    value_width, line = a.value_width, 4 * row * a.stride
+    j, nearest = _nearest_slot(a, row, logits, count)
     ratio, mean = np.float32(0), floats(a.staged_score, a.items)[row]
     if mean > 0 and nearest > -np.inf:
         scores, position = floats(a.score + line, a.stride), shorts(a.position + line, a.stride)
@@ -85,11 +85,11 @@ def merge_mass(a: Any, row: int, logits: int, own_values: int) -> None:
 
 
 @njit(**LOOP)
-def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int) -> None:
+def merge_value(a: Any, row: int, queries: int, logits: int, own_values: int, count: int) -> None:
     """Finds the staged evictee's merge target, merges its value, and corrects the target's logits."""
-    group, width, value_width, count = a.group, a.width, a.value_width, a.filled
+    group, width, value_width = a.group, a.width, a.value_width
     # 1. find the slot whose key is most similar to the evictee's, and u − 1
-    j, nearest = _nearest_slot(a, row, logits)
+    j, nearest = _nearest_slot(a, row, logits, count)
     # 2. compute the evictee's weight; merge the value and, by linearity, the logits
     share = np.float32(0)
     if nearest >= floats(a.required, a.items)[row]:

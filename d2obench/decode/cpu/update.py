@@ -52,14 +52,14 @@ class UpdateArguments(Arguments):
     """Arguments of the loop for all layers; a work item is one layer.
 
     The fields are named after those of ``DecodeState``, of its rule and of ``PendingMerge``. Per-slot fields have
-    ``stride`` numbers per row; ``capacities`` is the number of slots in use of each layer; ``free`` is the slot that
+    ``stride`` numbers per row; ``ends`` is the number of slots of each row; ``free`` is the slot that
     the current step filled. ``parts`` is CaM's ``SpreadSpec.parts``, 0 without it. The fields from ``merging`` on
     describe a pending merge; ``keys`` and ``values`` are the store's flat tensors.
     """
 
     _fields_ = (
         *HEADER, ("rule", Size), ("rows", Size), ("heads", Size), ("group", Size), ("stride", Size),
-        ("capacities", Longs), ("base", Longs), ("free", Longs), ("target", Longs), ("now", Ints), ("position", Ints),
+        ("ends", Longs), ("base", Longs), ("free", Longs), ("target", Longs), ("now", Ints), ("position", Ints),
         ("evicted", Longs), ("merged", Longs), ("usable", Longs), ("stream", Longs), ("bias", Floats),
         ("score", Floats), ("square", Floats), ("factor", Floats), ("fresh", Floats), ("attention", Floats),
         ("recent", Longs), ("sinks", Longs), ("normalised", Size), ("value_norms", Size), ("first", Longs),
@@ -232,16 +232,16 @@ def _update(given: Any) -> None:
     lanes = layers * rows
     shown, deviation, scratch = np.empty(stride, np.float32), np.empty(stride, np.float32), np.empty(stride, np.float32)
     frees, targets, bases = integers(a.free, lanes), integers(a.target, lanes), integers(a.base, lanes)
-    usable, nows = integers(a.usable, lanes), shorts(a.now, rows)
+    usable, ends, nows = integers(a.usable, lanes), integers(a.ends, lanes), shorts(a.now, rows)
     none = floats(a.score, 0)
     while True:
         layer = next_item(given)
         if layer < 0:
             return
-        count, latest = integers(a.capacities, layers)[layer], 0
+        latest = 0
         for row in range(rows):
             lane = layer * rows + row
-            line, now, slot = 4 * lane * stride, nows[row], frees[lane]
+            line, now, slot, count = 4 * lane * stride, nows[row], frees[lane], ends[lane]
             position = shorts(a.position + line, stride)
             scores = floats(a.score + line, stride) if a.score else none
             seen = floats(a.attention + line, stride) if a.attention else none

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 SIZES = [
-    "heads", "slots", "stride", "splits", "query_b", "query_h", "key_b", "key_h", "value_b", "value_h",
+    "heads", "stride", "splits", "query_b", "query_h", "key_b", "key_h", "value_b", "value_h",
 ]  # fmt: skip
 
 
@@ -34,11 +34,11 @@ def product(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
-def share_of(split, filled, splits, BLOCK: tl.constexpr):
-    """First slot of a split, and the slot behind its last one. Splits consist of whole blocks of the filled slots."""
-    blocks = tl.cdiv(tl.cdiv(filled, BLOCK), splits)
-    first = split * blocks * BLOCK
-    return first, tl.minimum(first + blocks * BLOCK, filled)
+def share_of(split, begin, end, splits, BLOCK: tl.constexpr):
+    """First slot of a split, and the slot behind its last one. Splits consist of whole blocks of a row's slots."""
+    blocks = tl.cdiv(tl.cdiv(end - begin, BLOCK), splits)
+    first = begin + split * blocks * BLOCK
+    return first, tl.minimum(first + blocks * BLOCK, end)
 
 
 @triton.jit
@@ -57,10 +57,11 @@ def head_row(new, row, heads, stride_b, stride_h, D: tl.constexpr, DP: tl.conste
 
 
 @triton.jit
-def tile(held, row, slots, at, last, D: tl.constexpr, DP: tl.constexpr):
-    """Keys or values of the slots ``at``, ``[BLOCK, DP]``; zeros from ``last`` on."""
+def tile(held, start_row, at, last, D: tl.constexpr, DP: tl.constexpr):
+    """Keys or values of the slots ``at`` of the row whose slot 0 is ``start_row`` in the store, ``[BLOCK, DP]``; zeros
+    from ``last`` on."""
     d = tl.arange(0, DP)
-    where = (row * slots + at)[:, None] * D + d[None, :]
+    where = (start_row + at)[:, None] * D + d[None, :]
     return tl.load(held + where, mask=(at < last)[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -87,7 +88,8 @@ def leave(
     G: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DVP: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, WATCHED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output and the attention weights if there is a single split; otherwise the split's partial result."""
+    """Writes the output and the attention weights of the row's first ``slots`` slots if there is a single split;
+    otherwise the split's partial result."""
     g, dv = tl.arange(0, M), tl.arange(0, DVP)
     real = (g < G)[:, None] & (dv < DV)[None, :]
     if SINGLE:
@@ -112,8 +114,8 @@ def leave(
 
 @triton.jit(do_not_specialize=SIZES)
 def attend(
-    out, part, high, total, logits, attention, query, new_key, new_value, keys, values, bias, target, base, scale,
-    heads, slots, stride, splits, query_b, query_h, key_b, key_h, value_b, value_h,
+    out, part, high, total, logits, attention, query, new_key, new_value, keys, values, bias, target, base, begins,
+    ends, scale, heads, stride, splits, query_b, query_h, key_b, key_h, value_b, value_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, SINGLE: tl.constexpr, GROWS: tl.constexpr, HAS_BIAS: tl.constexpr, WATCHED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -122,23 +124,23 @@ def attend(
 
     ``out`` ``[rows, G, DV]``; ``part`` float32 ``[rows, splits, G, DV]``, ``high`` and ``total`` float32
     ``[rows, splits, G]``; ``logits`` float32 ``[rows, G, stride]``; ``attention`` float32 and ``bias``
-    ``[rows, stride]``; ``keys`` ``[rows, slots, D]``; ``target`` and ``base`` int64 ``[rows]``, row indices into
-    ``keys`` as in ``DenseStore``.
+    ``[rows, stride]``; ``keys`` ``[…, D]``, those of all layers; ``target``, ``base``, ``begins`` and ``ends`` int64
+    ``[rows]`` as in ``DenseStore``. Only a cache that grows has rows that do not begin at slot 0.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, dv, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
-    slot = tl.load(target + row) - tl.load(base + row)
-    filled = slots
+    start_row, begin, slots = tl.load(base + row), tl.load(begins + row).to(tl.int32), tl.load(ends + row).to(tl.int32)
+    slot = tl.load(target + row) - start_row
     if GROWS:
-        filled = (slot + 1).to(tl.int32)
-    first, last = share_of(split, filled, splits, BLOCK)
+        slots = (slot + 1).to(tl.int32)
+    first, last = share_of(split, begin, slots, splits, BLOCK)
     # 1. write the new token to its slot, and start the running softmax with it (in the split that contains the slot)
     own = (slot >= first) & (slot < last)
     q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)
     key = head_row(new_key, row, heads, key_b, key_h, D, DP)
     value = head_row(new_value, row, heads, value_b, value_h, DV, DVP)
-    tl.store(keys + (row * slots + slot) * D + d, key, mask=d < tl.where(own, D, 0))
-    tl.store(values + (row * slots + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
+    tl.store(keys + (start_row + slot) * D + d, key, mask=d < tl.where(own, D, 0))
+    tl.store(values + (start_row + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
     m = tl.where(own, tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale, -float("inf"))
     if WATCHED:
         tl.store(logits + (row * G + g) * stride + slot, m, mask=g < tl.where(own, G, 0))
@@ -148,12 +150,12 @@ def attend(
     for start in range(first, last, BLOCK):
         at = start + n
         inside = (at < last) & (at != slot)
-        k = tile(keys, row, slots, at, last, D, DP)
+        k = tile(keys, start_row, at, last, D, DP)
         shown = product(q, tl.trans(k), WIDE) * scale + bias_of(bias, row, stride, at, inside, HAS_BIAS)[None, :]
         if WATCHED:
             where = (row * G + g)[:, None] * stride + at[None, :]
             tl.store(logits + where, shown, mask=(g < G)[:, None] & inside[None, :])
-        m, s, acc = absorb(m, s, acc, shown, tile(values, row, slots, at, last, DV, DVP), WIDE)
+        m, s, acc = absorb(m, s, acc, shown, tile(values, start_row, at, last, DV, DVP), WIDE)
     # 3. write the result, or the partial result of this split
     leave(
         out, part, high, total, logits, attention, row, split, splits, slots, stride, m, s, acc,
@@ -163,7 +165,7 @@ def attend(
 
 @triton.jit(do_not_specialize=SIZES)
 def join(
-    out, part, high, total, logits, attention, slots, stride, splits,
+    out, part, high, total, logits, attention, ends, stride, splits,
     G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,
     WATCHED: tl.constexpr,
 ):  # fmt: skip
@@ -173,6 +175,7 @@ def join(
     every, dv = tl.arange(0, SP), tl.arange(0, DVP)
     c = chunk * CHUNK + tl.arange(0, CHUNK)
     summed = tl.zeros([CHUNK], tl.float32)
+    slots = tl.load(ends + row).to(tl.int32)
     for g in range(G):
         at = (row * splits + every) * G + g
         highs = tl.load(high + at, mask=every < splits, other=-float("inf"))

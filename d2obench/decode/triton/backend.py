@@ -23,7 +23,6 @@ from d2obench.decode.reference import Backend
 from d2obench.decode.triton import WIDEST
 from d2obench.policies.rules import Custom, LowestScore, LowestWeightedScore, Ring
 from d2obench.ranges import span
-from d2obench.slots.dense import DenseStore
 
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
@@ -64,7 +63,7 @@ def offer(state: DecodeState) -> Backend | str:
 def _unserved(state: DecodeState) -> str:
     """Why the kernels cannot execute a state; empty if they can."""
     store = state.store
-    if type(store) is not DenseStore:
+    if store.quantised:
         return "the cache is quantised"
     if store.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"there are no kernels for {str(store.dtype).removeprefix('torch.')}"
@@ -156,7 +155,6 @@ class TritonKernels(Backend):
         self.logits = torch.empty(self.rows * state.group * self.stride if state.tracks or merge else 1, **floats)
         self.best = torch.empty(self.rows * most, **floats)
         self.place = torch.empty(self.rows * most, dtype=torch.long, device=self.device)
-        self.capacities = torch.tensor(store.capacities, device=self.device)
         rule, none = state.rule, self.total
         self.recent = self.sinks = none
         if isinstance(rule, LowestScore | LowestWeightedScore):
@@ -196,19 +194,20 @@ class TritonKernels(Backend):
         query = _dense(query)
         batch, heads = query.shape[:2]
         out = torch.empty(batch, 1, heads, store.widths[1], dtype=store.dtype, device=self.device)
-        splits, slots = self.splits[layer], store.capacities[layer]
+        splits = self.splits[layer]
         bias = self.part if state.bias is None else state.bias[layer]
         attention = state.attention[layer] if state.tracks else self.part
-        keys, values = store.keys(layer), store.values(layer)
+        keys, values, ends = store.key_rows, store.value_rows, store.ends[layer]
         target, base = state.target[layer], store.base[layer]
         sums = out, self.part, self.high, self.total, self.logits, attention
-        sizes = state.heads, slots, self.stride, splits, *query.stride()[:2]
+        sizes = state.heads, self.stride, splits, *query.stride()[:2]
         grid, single = (self.rows, splits), splits == 1
         with span("decode attention"):
             if state.merge is None:
                 self._run(
                     kernels.attend, grid, *sums, query, new_key, new_value, keys, values, bias, target, base,
-                    scale, *sizes, *new_key.stride()[:2], *new_value.stride()[:2], **self.common, **self.shape,
+                    store.begins[layer], ends, scale, *sizes, *new_key.stride()[:2], *new_value.stride()[:2],
+                    **self.common, **self.shape,
                     SINGLE=single, GROWS=state.grows, HAS_BIAS=self.biased, num_stages=2,
                 )  # fmt: skip
             else:
@@ -218,20 +217,20 @@ class TritonKernels(Backend):
                     required, key = merge.required[layer], merge.key[layer]
                 self._run(
                     merging.weigh, grid, self.logits, self.best, self.place, query, merge.queries[layer], new_key, keys,
-                    bias, merge.inverse_norm[layer], merge.target_bias[layer], target, base, scale, *sizes,
+                    bias, merge.inverse_norm[layer], merge.target_bias[layer], target, base, ends, scale, *sizes,
                     *new_key.stride()[:2], G=state.group, **self.shape, HAS_BIAS=self.biased, num_stages=3,
                 )  # fmt: skip
                 self._run(
                     merging.mix, grid, *sums, self.best, self.place, required, merge.similarity[layer],
                     merge.weight[layer], merge.target[layer], merge.score[layer], state.score[layer],
                     state.position[layer], state.now, query, key, merge.value[layer], new_value,
-                    values, target, base, scale, *sizes, *new_value.stride()[:2], **self.common, **self.shape,
+                    values, target, base, ends, scale, *sizes, *new_value.stride()[:2], **self.common, **self.shape,
                     SINGLE=single, SP=_power(splits), KEYS=not mass and merge.spec.keys, MASS=mass, num_stages=3,
                 )  # fmt: skip
             if not single:
-                chunks = -(-slots // CHUNK) if state.tracks else 1
+                chunks = -(-store.capacities[layer] // CHUNK) if state.tracks else 1
                 self._run(
-                    kernels.join, (self.rows, chunks), *sums, slots, self.stride, splits, **self.common,
+                    kernels.join, (self.rows, chunks), *sums, ends, self.stride, splits, **self.common,
                     SP=_power(splits), CHUNK=CHUNK,
                 )  # fmt: skip
         return out
@@ -265,7 +264,7 @@ class TritonKernels(Backend):
         with span("evict"):
             self._run(
                 update, (self.rows, len(store.capacities)), state.position, state.now, state.free, state.target,
-                store.base, state.evicted, bias, self.capacities, *scores, *weights, *window, *merges,
+                store.base, state.evicted, bias, store.ends, *scores, *weights, *window, *merges,
                 spec.beta if spec else 0.0, self.rows, self.stride,
                 G=state.group, D=store.widths[0], DV=store.widths[1], DP=self.shape["DP"], DVP=self.common["DVP"],
                 BLOCK=max(16, min(1024, _power(self.stride))), SCORED=scored, HAS_BIAS=self.biased,
@@ -293,7 +292,7 @@ class TritonKernels(Backend):
 
     def tensors(self) -> list[Tensor]:
         """The work buffers."""
-        return [self.part, self.high, self.total, self.logits, self.best, self.place, self.capacities]
+        return [self.part, self.high, self.total, self.logits, self.best, self.place]
 
     def _run(self, kernel: Any, grid: tuple[int, int], *given: Any, **meta: Any) -> None:
         grid = (0, grid[1]) if self._dry else grid

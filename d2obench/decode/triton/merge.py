@@ -129,8 +129,8 @@ def stage_mass(
 
 @triton.jit(do_not_specialize=SIZES)
 def weigh(
-    logits, best, place, query, unit, new_key, keys, bias, inverse_norm, target_bias, target, base, scale,
-    heads, slots, stride, splits, query_b, query_h, key_b, key_h,
+    logits, best, place, query, unit, new_key, keys, bias, inverse_norm, target_bias, target, base, ends, scale,
+    heads, stride, splits, query_b, query_h, key_b, key_h,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -142,13 +142,14 @@ def weigh(
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, n = tl.arange(0, M), tl.arange(0, DP), tl.arange(0, BLOCK)
-    slot = tl.load(target + row) - tl.load(base + row)
-    first, last = share_of(split, slots, splits, BLOCK)
+    start_row, slots = tl.load(base + row), tl.load(ends + row).to(tl.int32)
+    slot = tl.load(target + row) - start_row
+    first, last = share_of(split, 0, slots, splits, BLOCK)
     own = (slot >= first) & (slot < last)
     # 1. the new token: write its key, compute its logits; it can't be a merge target
     q = head_rows(query, row, heads, query_b, query_h, G, D, M, DP)
     key = head_row(new_key, row, heads, key_b, key_h, D, DP)
-    tl.store(keys + (row * slots + slot) * D + d, key, mask=d < tl.where(own, D, 0))
+    tl.store(keys + (start_row + slot) * D + d, key, mask=d < tl.where(own, D, 0))
     fresh = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
     tl.store(logits + (row * G + g) * stride + slot, fresh, mask=g < tl.where(own, G, 0))
     # 2. all other slots: logits, and the cosine with the evictee, which is query number G
@@ -159,7 +160,7 @@ def weigh(
     for start in range(first, last, BLOCK):
         at = start + n
         inside = (at < last) & (at != slot)
-        dots = product(q, tl.trans(tile(keys, row, slots, at, last, D, DP)), WIDE)
+        dots = product(q, tl.trans(tile(keys, start_row, at, last, D, DP)), WIDE)
         shown = dots * scale + bias_of(bias, row, stride, at, inside, HAS_BIAS)[None, :]
         where = (row * G + g)[:, None] * stride + at[None, :]
         tl.store(logits + where, shown, mask=(g < G)[:, None] & inside[None, :])
@@ -176,8 +177,8 @@ def weigh(
 @triton.jit(do_not_specialize=SIZES)
 def mix(
     out, part, high, total, logits, attention, best, place, required, similarity, weight, merge_target, staged_score,
-    score, position, now, query, old_key, old_value, new_value, values, target, base, scale,
-    heads, slots, stride, splits, query_b, query_h, value_b, value_h,
+    score, position, now, query, old_key, old_value, new_value, values, target, base, ends, scale,
+    heads, stride, splits, query_b, query_h, value_b, value_h,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK: tl.constexpr, SINGLE: tl.constexpr, SP: tl.constexpr, WATCHED: tl.constexpr, KEYS: tl.constexpr,
     MASS: tl.constexpr, WIDE: tl.constexpr,
@@ -192,8 +193,9 @@ def mix(
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, dv, n, every = tl.arange(0, M), tl.arange(0, DVP), tl.arange(0, BLOCK), tl.arange(0, SP)
-    slot = tl.load(target + row) - tl.load(base + row)
-    first, last = share_of(split, slots, splits, BLOCK)
+    start_row, slots = tl.load(base + row), tl.load(ends + row).to(tl.int32)
+    slot = tl.load(target + row) - start_row
+    first, last = share_of(split, 0, slots, splits, BLOCK)
     # 1. the merge target among all splits' best slots, and the evictee's weight
     offered = tl.load(best + row * splits + every, mask=every < splits, other=-float("inf"))
     nearest, winner = tl.max(offered, 0, return_indices=True, return_indices_tie_break_left=True)
@@ -216,12 +218,12 @@ def mix(
     share = mixing.to(values.dtype.element_ty).to(tl.float32)
 
     # 2. merge the target's value, and write the new token's value
-    kept = tl.load(values + (row * slots + j) * DV + dv, mask=dv < tl.where(absorbs, DV, 0), other=0.0)
+    kept = tl.load(values + (start_row + j) * DV + dv, mask=dv < tl.where(absorbs, DV, 0), other=0.0)
     gone = tl.load(old_value + row * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
     merged = toward(kept.to(tl.float32), gone, share).to(kept.dtype)
-    tl.store(values + (row * slots + j) * DV + dv, merged, mask=dv < tl.where(absorbs, DV, 0))
+    tl.store(values + (start_row + j) * DV + dv, merged, mask=dv < tl.where(absorbs, DV, 0))
     value = head_row(new_value, row, heads, value_b, value_h, DV, DVP)
-    tl.store(values + (row * slots + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
+    tl.store(values + (start_row + slot) * DV + dv, value, mask=dv < tl.where(own, DV, 0))
 
     # 3. correct the target's logits: by the logarithm of its mass, or by linearity
     line = logits + (row * G + g) * stride
@@ -249,7 +251,7 @@ def mix(
         inside = (at < last) & (at != slot) & (at != j)
         where = (row * G + g)[:, None] * stride + at[None, :]
         shown = tl.load(logits + where, mask=(g < G)[:, None] & inside[None, :], other=-float("inf"))
-        m, s, acc = absorb(m, s, acc, shown, tile(values, row, slots, at, last, DV, DVP), WIDE)
+        m, s, acc = absorb(m, s, acc, shown, tile(values, start_row, at, last, DV, DVP), WIDE)
     leave(
         out, part, high, total, logits, attention, row, split, splits, slots, stride, m, s, acc,
         G, DV, M, DVP, BLOCK, SINGLE, WATCHED,

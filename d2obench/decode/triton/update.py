@@ -21,7 +21,7 @@ PROTECTED = tl.constexpr(dense.PROTECTED)
 
 @triton.jit(do_not_specialize=["rows", "stride"])
 def update(
-    position, now, free, target, base, evicted, bias, slots_of, score, attention, factor, fresh, recent, sinks, first,
+    position, now, free, target, base, evicted, bias, ends, score, attention, factor, fresh, recent, sinks, first,
     usable, keys, values, unit, key, value, pending, staged_score, similarity, merge_target, weight, inverse_norm,
     target_bias, required, threshold, merged, beta, rows, stride,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,15 +33,15 @@ def update(
 
     SCORED evicts the lowest score outside the recent window, WEIGHTED the lowest score times weight (with NORMALISED
     per query that could attend to the token; with NORMS the weight of a new token includes the norm of its value);
-    otherwise the slots from ``first`` on are a ring. ``slots_of`` int64 ``[layers]`` are the layers' capacities. MERGES
-    is D2O's merge, MASS the one by mass; without either, the arguments from ``keys`` on are unused. SMOOTH means β < 1.
-    ``now`` is the position of the token just decoded.
+    otherwise the slots from ``first`` on are a ring. ``ends`` int64 ``[layers, rows]`` is each row's number of slots.
+    MERGES is D2O's merge, MASS the one by mass; without either, the arguments from ``keys`` on are unused. SMOOTH means
+    β < 1. ``now`` is the position of the token just decoded.
     """
     row, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     lane = layer * rows + row
     line = lane * stride
     n = tl.arange(0, BLOCK)
-    slots = tl.load(slots_of + layer).to(tl.int32)
+    slots = tl.load(ends + lane).to(tl.int32)
     start_row = tl.load(base + lane)
     slot = tl.load(free + lane)
     newest = tl.load(now + row)
