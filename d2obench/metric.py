@@ -106,6 +106,18 @@ _TABLE = (
     Metric("gold_bpb_diff", "gold bits/byte − full", "bits/byte", 1, 3, "lower", "sampled", "quality",
            "Bits per byte of the right answer less the full cache's, on the same items: a positive number is a loss.",
            tolerance=0.05, headline=True, base="bits/byte"),
+    Metric("evicted_attention", "attention evicted", "%", 100, 1, "none", "sampled", "quality",
+           "Share of the attention of the prompt's last queries that goes to entries which are evicted, as a mean over "
+           "layers and KV heads.", headline=True),
+    Metric("target_due", "due to targets", "%", 100, 1, "none", "sampled", "quality",
+           "Share of the attention of the prompt's last queries that merge targets should draw: their own and that of "
+           "the entries merged into them."),
+    Metric("target_drawn", "drawn by targets", "%", 100, 1, "none", "sampled", "quality",
+           "Share of the attention of the prompt's last queries that merge targets do draw in the compressed cache."),
+    Metric("output_error", "output error", "%", 100, 1, "lower", "sampled", "quality",
+           "How far compression moves the output of an attention block for the prompt's last queries: the squared "
+           "distance to the output over the full prompt divided by that output's square, as a mean over layers.",
+           tolerance=0.02, headline=True),
     Metric("kl_rival", "KL − rival's", "nats/token", 1, 4, "lower", "sampled", "quality",
            "KL to full less that of another policy with the same budget, on the same text: a negative number is "
            "better.", tolerance=0.02, base="nats"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -597,6 +598,23 @@ def test_every_eviction_of_a_layer_is_merged_or_lost(usual: Path) -> None:
             assert {row["fate"]: row["entries"] for row in rows}["merged"] == cell.details["merged_layers"][layer]
             assert sum(row["entries"] for row in rows) == evicted
             assert sum(row["percent"] for row in rows) == pytest.approx(100, abs=0.02)
+
+
+def test_a_diagnosis_shows_every_layer_beside_the_two_rules_of_budgets(tmp_path: Path) -> None:
+    layers = {"evicted": [0.2, 0.1], "own": [0.1, 0.0], "due": [0.4, 0.0], "drawn": [0.1, 0.0], "error": [0.5, 0.25],
+              "cost": [9.0, 1.0], "density": [3.0, 7.0]}  # fmt: skip
+    point = made.axes("diagnosis", "d2o", "0.2", shape="512+24")
+    run = made.write_run(tmp_path / "run", "diagnosis", [made.record(point, details={"diagnosis": layers})])
+    figure = next(figure for figure in build([run]).figures if figure.kind == "diagnosis")
+    shown: dict[tuple[str, str], list[float]] = {}
+    for row in figure.records():
+        shown.setdefault((row["label"], row["panel"]), []).append(row["value"])
+    assert shown["d2o@0.2", "attention evicted, %"] == [20, 10]
+    assert shown["d2o@0.2", "drawn ÷ due by merge targets"] == [0.25]  # nothing was merged in the other layer
+    assert shown["d2o@0.2", "output error, %"] == [50, 25]
+    assert shown["d2o@0.2", "share of budget ÷ mean"] == [1.5, 0.5]  # as the square root of the cost
+    even = 2 / (1 + math.exp(-1))
+    assert shown["exp(−variance)", "share of budget ÷ mean"] == pytest.approx([even, even * math.exp(-1)], abs=1e-4)
 
 
 def test_quality_of_full_is_not_marked_best(usual: Path) -> None:

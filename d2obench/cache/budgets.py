@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2obench.cache.compress import compress
 from d2obench.policies.allocation import water_fill
-from d2obench.policies.base import Entries, Policy
+from d2obench.policies.base import Entries, Kept, Policy
 from d2obench.suite.grammar import Budget
 
 LAST = 64
@@ -44,51 +44,101 @@ class LastQueries:
         outputs = torch.cat((self.outputs, outputs[:, -LAST:]), 1)[:, -LAST:]
         return LastQueries(queries, outputs, self.scale)
 
+    def positions(self, length: Tensor) -> Tensor:
+        """The queries' positions in prompts of ``length`` ``[B]`` tokens, int64 ``[B, n]``; negative for padding."""
+        count = self.queries.shape[2]
+        return length[:, None] - count + torch.arange(count, device=length.device)
+
     def select(self, sequences: Tensor) -> LastQueries:
         """Those of other sequences."""
         return LastQueries(self.queries[sequences], self.outputs[sequences], self.scale)
 
 
-def output_error(
-    policy: Policy, entries: Entries, keep: Tensor, last: LastQueries, projection: Tensor | None
-) -> Tensor:
-    """The error that compression to ``keep`` entries causes for each KV head, float32 ``[B, H]``.
+@dataclass(frozen=True)
+class Trial:
+    """What the prompt's last queries get from a layer that was compressed on trial; H is the number of KV heads, and G
+    that of the query heads of each.
+
+    Args:
+        kept: the kept entries, after merging.
+        weights: attention of the queries over the kept entries, float32 ``[B, H, G, n, C]``.
+        difference: ô − o, their outputs less those over all entries, float32 ``[B, H, G, n, d_v]``.
+        asked: the queries' positions, int64 ``[B, n]``; negative for padding.
+    """
+
+    kept: Kept
+    weights: Tensor
+    difference: Tensor
+    asked: Tensor
+
+    def mean(self, held: Tensor) -> Tensor:
+        """The mean of ``held`` ``[B, …, n]`` over the queries that are tokens, ``[B, …]``."""
+        real = (self.asked >= 0).view(self.asked.shape[0], *[1] * (held.ndim - 2), -1)
+        mean: Tensor = (held * real).sum(-1) / real.sum(-1).clamp_min(1)
+        return mean
+
+
+def compress_on_trial(policy: Policy, entries: Entries, keep: Tensor, last: LastQueries) -> Trial:
+    """Compresses a layer to ``keep`` entries and lets the last queries attend to what was kept.
 
     Args:
         policy: what selects and merges.
         entries: the layer's entries; they stay as they are.
         keep: int64 ``[B]``.
         last: the queries to measure with.
-        projection: W_O, ``[hidden, Hq·d_v]``; None to compare the outputs themselves.
     """
     heads, total = entries.position.shape[1:]
-    count = last.queries.shape[2]
     # 1. compress on trial
     stats = dict(entries.stats)
     kept, _, _ = compress(policy, replace(entries, stats=stats), keep)
     at = kept.index.clamp_max(total - 1)
     # 2. attention of the last queries over what was kept, if it is not after them
-    asked = entries.length[:, None] - count + torch.arange(count, device=entries.length.device)
-    position = entries.position.gather(2, at)
-    hidden = (position[:, :, None] > asked[:, None, :, None]) | ~kept.filled[:, :, None]
-    queries = _by_head(last.queries, heads) * last.scale
-    logits = queries @ kept.keys.float().transpose(2, 3)[:, :, None]
-    if "bias" in stats:
-        logits += stats["bias"].gather(2, at)[:, :, None, None]
-    weights = torch.softmax(logits.masked_fill(hidden[:, :, None], -torch.inf), -1).nan_to_num(0.0)
+    asked = last.positions(entries.length)
+    hidden = (entries.position.gather(2, at)[:, :, None] > asked[:, None, :, None]) | ~kept.filled[:, :, None]
+    bias = stats["bias"].gather(2, at) if "bias" in stats else None
+    weights = attention(last, kept.keys, hidden, bias)
     found = weights @ kept.values.float()[:, :, None]
-    # 3. the difference, per KV head, after the projection
-    difference = found - _by_head(last.outputs.transpose(1, 2), heads)
-    joined = difference.transpose(2, 3).flatten(3)
-    if projection is not None:
-        joined = joined @ projection.float().view(projection.shape[0], heads, -1).permute(1, 2, 0)
-    squared: Tensor = joined.square().sum(-1)
-    # 4. the mean over the queries that are tokens
-    real = (asked >= 0)[:, None]
-    return (squared * real).sum(-1) / real.sum(-1).clamp_min(1)
+    # 3. what that changes
+    return Trial(kept, weights, found - by_head(last.outputs.transpose(1, 2), heads), asked)
 
 
-def _by_head(held: Tensor, heads: int) -> Tensor:
+def attention(last: LastQueries, keys: Tensor, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of the last queries over ``keys`` ``[B, H, C, d]``, float32 ``[B, H, G, n, C]``.
+
+    Args:
+        last: the queries.
+        keys: of all entries, or of those that are kept.
+        hidden: which entries a query does not see, bool ``[B, H, n, C]``.
+        bias: added to the logits of an entry, ``[B, H, C]``.
+    """
+    logits = by_head(last.queries, keys.shape[1]) * last.scale @ keys.float().transpose(2, 3)[:, :, None]
+    if bias is not None:
+        logits += bias[:, :, None, None]
+    return torch.softmax(logits.masked_fill(hidden[:, :, None], -torch.inf), -1).nan_to_num(0.0)
+
+
+def projected(held: Tensor, projection: Tensor | None) -> Tensor:
+    """What the outputs ``[B, H, G, n, d_v]`` of each KV head add to the layer's output, ``[B, H, n, hidden]``.
+
+    Args:
+        projection: W_O, ``[hidden, Hq·d_v]``; None to take the outputs themselves.
+    """
+    joined, heads = held.transpose(2, 3).flatten(3), held.shape[1]
+    if projection is None:
+        return joined
+    return joined @ projection.float().view(projection.shape[0], heads, -1).permute(1, 2, 0)
+
+
+def output_error(
+    policy: Policy, entries: Entries, keep: Tensor, last: LastQueries, projection: Tensor | None
+) -> Tensor:
+    """The error that compression to ``keep`` entries causes for each KV head, float32 ``[B, H]``; arguments as in
+    :func:`compress_on_trial` and :func:`projected`."""
+    trial = compress_on_trial(policy, entries, keep, last)
+    return trial.mean(projected(trial.difference, projection).square().sum(-1))
+
+
+def by_head(held: Tensor, heads: int) -> Tensor:
     """``[B, Hq, n, d]`` as float32 ``[B, H, G, n, d]``."""
     batch, queries, count, width = held.shape
     return held.float().reshape(batch, heads, queries // heads, count, width)

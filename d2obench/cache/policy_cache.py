@@ -94,6 +94,9 @@ class PolicyCache(SequenceCache):
         self.mark = mark or (lambda phase: None)
         self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
         self.prompt = prompt
+        self.keeps_last = False
+        """Whether the prompt's last queries are kept, and no layer is compressed while it is read, although the policy
+        does not need that (``d2obench.cache.diagnosis``)."""
         self.runs = list(runs) if len(runs) > 1 else []
         self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
         self.grows = policy.grows or self.keeps_all
@@ -195,7 +198,7 @@ class PolicyCache(SequenceCache):
             )  # fmt: skip
         if needs.window > 1 and not self.whole:
             layer.remember(query, needs.window - 1)
-        if needs.errors and self.first is None:
+        if (needs.errors or self.keeps_last) and self.first is None:
             before = LastQueries(query[:, :, :0], out[:, :0], scale) if layer.last is None else layer.last
             layer.last = before.and_then(query, out)
         layer.stats = add(layer.stats, stats)
@@ -228,8 +231,8 @@ class PolicyCache(SequenceCache):
     @property
     def _early(self) -> bool:
         """Whether a layer can be compressed before the next layer has read the prompt."""
-        if not self.whole or self.keeps_all:
-            return self.whole
+        if self.keeps_last or not self.whole or self.keeps_all:
+            return self.whole and not self.keeps_last
         waits = self.first is None and self.policy.budgets_need_stats
         return not waits and not self.policy.compresses_after_first_step
 
@@ -390,19 +393,34 @@ class PolicyCache(SequenceCache):
             stats = [{name: held.cpu() for name, held in stat.items()} for stat in stats]
         return self.policy.layer_budgets(stats, length, self.budget)
 
+    def plan(self) -> Tensor:
+        """The number of entries that each layer would keep if the prompt were compressed now, ``[layers, B]``."""
+        assert self.lengths is not None
+        return bounded(self._budgets(), self.lengths, self.max_new, self.policy.name)
+
     def _with_error(self, layer: PolicyLayer) -> Stats:
         """A layer's statistics, and what compression to equal budgets would cost its heads."""
-        assert layer.last is not None and self.lengths is not None and self.budget is not None
-        equal = torch.tensor([self.budget.of(tokens) for tokens in self.lengths.tolist()])
+        error = self.cost(layer)
+        return {**layer.stats, "error": error}
+
+    def cost(self, layer: PolicyLayer) -> Tensor:
+        """What compression to equal budgets would cost each KV head of a layer (``d2obench.cache.budgets``), float32
+        ``[B, H]``."""
+        assert layer.last is not None and self.lengths is not None
+        tokens = self.lengths.tolist()
+        equal = torch.tensor(tokens if self.budget is None else [self.budget.of(count) for count in tokens])
         entries = layer.entries(len(self.own), self.lengths, self.seed, self.layout.first_head)
         self.policy.describe(entries)
         layer.stats = entries.stats  # so that it is not done twice
-        model, projection = self._module and self._module(), None
-        if model is not None:
-            at = self.layers.index(layer)
-            projection = interface.output_projection(interface.decoder_layers(model)[at])
         with on(entries.keys.device) if self.runs else nullcontext():
-            return {**layer.stats, "error": output_error(self.policy, entries, equal, layer.last, projection)}
+            return output_error(self.policy, entries, equal, layer.last, self.output_projection(layer))
+
+    def output_projection(self, layer: PolicyLayer) -> Tensor | None:
+        """W_O of a layer, ``[hidden, Hq·d_v]``; None if the model is not known."""
+        model = self._module and self._module()
+        if model is None:
+            return None
+        return interface.output_projection(interface.decoder_layers(model)[self.layers.index(layer)])
 
     def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
         """Counts each sequence's own tokens in a block from the padding mask, and adds them to its length.

@@ -100,6 +100,8 @@ class Kept:
         total: N, the number of entries.
         keys: ``[B, H, C, d]``, after merging.
         values: ``[B, H, C, d_v]``.
+        target: the slot that each evicted entry was merged into, int64 ``[B, H, E]``, −1 for one that was dropped; None
+            where nothing was merged.
     """
 
     index: Tensor
@@ -107,6 +109,7 @@ class Kept:
     total: int
     keys: Tensor
     values: Tensor
+    target: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:

@@ -215,6 +215,7 @@ class D2O(HeavyHitters):
         )
         kept.keys, kept.values = (rows.view(batch, heads, slots, -1) for rows in (merged.keys, merged.values))
         passed, target = (held.view(kept.evicted.shape) for held in (merged.passed, merged.target))
+        kept.target = torch.where(passed, target, -1)
         if spec.inherit:
             score = entries.stats["sum"]
             gained = score.gather(2, kept.evicted.clamp_max(kept.total - 1)) * passed

@@ -76,6 +76,7 @@ def absorb(entries: Entries, kept: Kept) -> dict[str, Tensor]:
     score = mean_attention(entries)
     ratio = mass_ratio(score.gather(2, gone), score.gather(2, at).gather(2, target))
     ratio = torch.where(kept.leaving, ratio, 0.0)
+    kept.target = torch.where(ratio > 0, target, -1)
     # 3. mix the values
     leaving = pick(entries.values, kept.evicted).flatten(0, 1)
     total, summed = sums_by_target(flat, ratio.flatten(0, 1), slots, [leaving])

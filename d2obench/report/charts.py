@@ -229,6 +229,23 @@ def _merges(figure: Figure) -> Any:
     return _panels(figure, base.mark_bar().encode(x=x, y=y, color=fate, tooltip=tips), "label", height=110)
 
 
+def _diagnosis(figure: Figure) -> Any:
+    """One panel for each figure, with a scale of its own."""
+    names = _order(figure, "label")
+    scale = alt.Scale(domain=names, range=[colour(name) for name in names])
+    legend = alt.Legend(orient="top", columns=2, labelLimit=320)
+    shown = alt.Chart().encode(
+        x=alt.X("layer:Q", title=figure.options["x"], axis=alt.Axis(tickMinStep=1)),
+        color=alt.Color("label:N", title=None, scale=scale, legend=legend),
+        tooltip=["label:N", "layer:Q", "value:Q"],
+    )
+    panels = []
+    for name in _order(figure, "panel"):
+        lines = shown.transform_filter(alt.datum.panel == name).mark_line(point={"size": 16}, strokeWidth=1.5)
+        panels.append(lines.encode(y=alt.Y("value:Q", title=name)).properties(width=300, height=150))
+    return alt.concat(*panels, columns=2, data=_data(figure))
+
+
 def _forest(figure: Figure) -> Any:
     base, _, _ = _base(figure)
     middle: float = figure.options["middle"]
@@ -344,6 +361,7 @@ _CHARTS: dict[str, Callable[[Figure], Any]] = {
     "peak": _peak,
     "layers": _layers,
     "merges": _merges,
+    "diagnosis": _diagnosis,
     "heatmap": _heatmap,
     "forest": _forest,
 }

@@ -6,6 +6,7 @@ samples are read for the largest setting only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
@@ -40,7 +41,7 @@ def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
         _throughput(rows),
         _positions(timed),
     ]
-    made += [_peak(main), _timeline(timed), *_layers(found), *_needles(found)]
+    made += [_peak(main), _timeline(timed), *_layers(found), _diagnosis(found), *_needles(found)]
     return in_order(figure for figure in made if figure is not None)
 
 
@@ -340,6 +341,56 @@ def _layers(found: Sequence[Result]) -> Iterator[Figure]:
             ("policy", "label", "layer", "fate", "entries", "percent"), tuple(gone),
             {"x": "layer", "y": "entries evicted", "wide": True},
         )  # fmt: skip
+
+
+DIAGNOSED = ("attention evicted, %", "drawn ÷ due by merge targets", "output error, %", "share of budget ÷ mean")
+"""The panels of the diagnosis. The last one shows the shares of two rules: the square root of the cost that was
+measured for each policy, and D2O's exp(−F) after F was min–max normalised over the layers."""
+
+
+def _diagnosis(found: Sequence[Result]) -> Figure | None:
+    """What each layer lost, for each policy and budget at the largest setting of the task diagnosis."""
+    best: dict[str, Result] = {}
+    for result in found:
+        if result.record.status == "ok" and result.key.budget and result.record.details.get("diagnosis"):
+            label = result.key.label
+            if label not in best or volume(result.key) > volume(best[label].key):
+                best[label] = result
+    points: list[Point] = []
+    variance: list[float] = []
+    for label, result in list(best.items())[:MAX_LINES]:
+        columns = {name: _numbers(column) for name, column in result.record.details["diagnosis"].items()}
+        if columns["density"]:
+            low, high = min(columns["density"]), max(columns["density"])
+            variance = [math.exp(-(value - low) / max(high - low, 1e-12)) for value in columns["density"]]
+        shown: list[list[float | None]] = [
+            [100 * value for value in columns["evicted"]],
+            [drawn / due if due else None for due, drawn in zip(columns["due"], columns["drawn"], strict=True)],
+            [100 * value for value in columns["error"]],
+            [*_shares([max(0.0, value) ** 0.5 for value in columns["cost"]])],
+        ]
+        for panel, column in zip(DIAGNOSED, shown, strict=True):
+            points += _line(label, panel, column)
+    points += _line("exp(−variance)", DIAGNOSED[3], _shares(variance))
+    if len({point[2] for point in points}) < 2:
+        return None
+    return Figure(
+        "diagnosis", "diagnosis", "What compression costs each layer, measured with the prompt's last queries",
+        "Attention that goes to evicted entries; attention that merge targets draw in the compressed cache, divided by "
+        "what they and the entries merged into them drew before (1 is right); squared error of the attention block's "
+        "output; and the share of the budget that a layer gets by the measured cost and by exp(−variance).",
+        ("label", "panel", "layer", "value"), tuple(points), {"x": "layer"},
+    )  # fmt: skip
+
+
+def _line(label: str, panel: str, column: Sequence[float | None]) -> list[Point]:
+    return [(label, panel, layer, round(value, 4)) for layer, value in enumerate(column) if value is not None]
+
+
+def _shares(weights: list[float]) -> list[float]:
+    """Weights divided by their mean."""
+    mean = sum(weights) / max(1, len(weights))
+    return [weight / mean if mean else 1.0 for weight in weights]
 
 
 def _largest(found: Sequence[Result]) -> dict[str, Result]:

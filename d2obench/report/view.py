@@ -27,6 +27,7 @@ Kind = Literal[
     "peak",
     "layers",
     "merges",
+    "diagnosis",
     "heatmap",
     "forest",
 ]

@@ -44,6 +44,7 @@ REGISTRY = Registry(
         "truthfulqa": "d2obench.tasks.truthfulqa:TruthfulQA",
         "lambada": "d2obench.tasks.lambada:Lambada",
         "kernels": "d2obench.tasks.kernels:Kernels",
+        "diagnosis": "d2obench.tasks.diagnosis:Diagnosis",
         **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in LONGBENCH},
     },
     UsageError,

@@ -59,17 +59,8 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
         """See :meth:`Task.evaluate`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
-        shape = shape_of(cell)
-        if shape.prompt + shape.gen > loaded.context:
-            raise UsageError(
-                f"the shape {shape} is longer than the context of {loaded.name}",
-                why=f"it has {loaded.context} tokens",
-                remedy="use a shorter shape",
-            )
-        limit = at_most(self.documents, quality)
-        path, tokens = quality.data.get(self.name), shape.prompt + shape.gen + 1
-        texts = self._texts(loaded.tokenizer, tokens, limit, cell.axes.seed, path)
-        source = path or self.hub or "generated"
+        shape, texts = shape_of(cell), self.texts(loaded, cell, quality)
+        source = quality.data.get(self.name) or self.hub or "generated"
         items: list[Item] = []
         for start in range(0, len(texts), quality.batch):
             part = texts[start : start + quality.batch]
@@ -82,8 +73,24 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """See :meth:`Task.work`; the full cache is run once for all policies and not counted here."""
         return None if shape is None else Work(at_most(self.documents, quality), shape.prompt, shape.gen)
 
-    def _texts(self, tokenizer: Any, tokens: int, documents: int, seed: int, path: str | None) -> list[list[int]]:
+    def texts(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[list[int]]:
+        """The documents' tokens: those of the shape, and one more.
+
+        Raises:
+            DataError: the text is missing or too short.
+            UsageError: the shape does not fit the model's context.
+        """
         from d2obench.tasks.text import document_seed, token_ids
+
+        shape, tokenizer, seed = shape_of(cell), loaded.tokenizer, cell.axes.seed
+        if shape.prompt + shape.gen > loaded.context:
+            raise UsageError(
+                f"the shape {shape} is longer than the context of {loaded.name}",
+                why=f"it has {loaded.context} tokens",
+                remedy="use a shorter shape",
+            )
+        documents, tokens = at_most(self.documents, quality), shape.prompt + shape.gen + 1
+        path = quality.data.get(self.name)
 
         def encode(text: str) -> list[int]:
             ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
