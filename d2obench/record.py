@@ -253,11 +253,18 @@ def read_samples(folder: Path, cell: CellRecord) -> dict[str, Any]:
     Raises:
         RecordError: the record names a file outside the run folder.
     """
-    if not cell.samples:
-        return {}
-    path = folder / cell.samples
+    return samples_at(folder, cell.samples, cell.id) if cell.samples else {}
+
+
+def samples_at(folder: Path, name: str, cell: str) -> dict[str, Any]:
+    """The content of the file ``name`` in a run folder; empty if it is damaged.
+
+    Raises:
+        RecordError: it lies outside the run folder.
+    """
+    path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise RecordError(f"the samples of {cell.id} point outside the run folder")
+        raise RecordError(f"the samples of {cell} point outside the run folder")
     try:
         found = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, RecursionError):

@@ -15,6 +15,7 @@ ARM: dict[str, Any] = {
     "digest": "ab", "rss": 500_000_000, "counts": {"ops_step": 100, "live_bytes": 5000},
     "kl": [0.1, 0.12, 0.08, 0.11, 0.09, 0.13, 0.1, 0.07],
     "fail": "", "hang": False, "slow_once": 1.0, "flags": [],
+    "noise": {"8": 0.02, "16": 0.015, "32": 0.01},
 }  # fmt: skip
 
 SUITE = """
@@ -76,6 +77,7 @@ def main():
         "describe": lambda args: {"devices": {d: "cpu" for d in args["devices"]},
                                   "models": dict.fromkeys(args["models"], MODEL)},
         "environment": lambda args: {}, "refuse_busy": lambda args: {}, "load": lambda args: {},
+        "noise": lambda args: {"paired": 0.01, "detectable": ARM["noise"]},
         "count": lambda args: ARM["counts"], "measure": measure, "evaluate": evaluate,
         "warm_up": lambda args: {"decode_s": [0.01, 0.01], "stable": True},
     }

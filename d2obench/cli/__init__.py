@@ -42,7 +42,9 @@ COMMANDS = {
     "compare": Entry("gate:compare", READ, "Show two runs side by side."),
     "list": Entry("listing:list_", READ, "List suites, policies, tasks, metrics, models, formats or plugins."),
     "gate": Entry("gate:gate", GUARD, "Fail if something became slower, larger or worse."),
-    "baseline": Entry("gate:baseline", GUARD, "Rewrite a committed baseline on purpose."),
+    "gate init": Entry("gate_init:init", GUARD, "Write a suite and a CI workflow for a repository that is gated."),
+    "history": Entry("history:app", GUARD, "Keep figures over time, and see when a level changed."),
+    "baseline": Entry("baseline:app", GUARD, "Rewrite a committed baseline on purpose."),
     "doctor": Entry("doctor:doctor", PREPARE, "Tell whether this machine is fit to measure."),
     "models": Entry("fetch:models", PREPARE, "Fetch models ahead of a run."),
     "bridges": Entry("fetch:bridges", PREPARE, "Make environments for libraries that can't share this one."),
@@ -54,6 +56,11 @@ class Contents(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*COMMANDS]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if (two := " ".join(args[:2])) in COMMANDS:  # the command of two words, not a command with that argument
+            args = [two, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:

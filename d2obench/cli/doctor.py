@@ -35,13 +35,28 @@ StudyGate = Annotated[
         "default, no study is made.",
     ),
 ]
+StudyRepository = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Study how often whole gates of a repository are right: FOLDER has a repository with a gate.toml and "
+        "known changes of it, as tests/template_plugin has. A gate takes about a minute. By default, no study is made.",
+    ),
+]
 Gates = Annotated[
-    int, typer.Option(min=1, help="With --study, try so many gates for each head: 0, 10 and 20 % slower: --gates 5.")
+    int,
+    typer.Option(
+        min=1,
+        help="With --study, try so many gates for each head, 0, 10 and 20 % slower; with --study-repository, for each "
+        "change: --gates 5.",
+    ),
 ]
 Load = Annotated[
     bool,
     typer.Option(
-        "--load", help="With --study, keep one core busy with other work. By default, nothing else is started."
+        "--load",
+        help="With --study or --study-repository, keep one core busy with other work. By default, nothing else is "
+        "started.",
     ),
 ]
 Coverage = Annotated[
@@ -73,8 +88,7 @@ Output = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="With --study, --coverage or --study-quick, write the results to this folder. By default, they are only "
-        "printed.",
+        help="With a study or --coverage, write the results to this folder. By default, they are only printed.",
     ),
 ]
 
@@ -83,6 +97,7 @@ def doctor(
     seconds: Seconds = 60.0,
     device: Device = "auto",
     study: StudyGate = False,
+    study_repository: StudyRepository = None,
     gates: Gates = 20,
     load: Load = False,
     coverage: Coverage = False,
@@ -103,6 +118,9 @@ def doctor(
         return
     if study_quick:
         _show_study_quick(console, runs, minutes, output)
+        return
+    if study_repository is not None:
+        _show_study_repository(console, study_repository, gates, output, load=load)
         return
     if study:
         _show_study(console, gates, output, load=load)
@@ -177,6 +195,19 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
         console.print(str(outcome), markup=False)
     if output is not None:
         console.print(f"{output / 'README.md'}", markup=False)
+
+
+def _show_study_repository(console: Console, folder: Path, gates: int, output: Path | None, *, load: bool) -> None:
+    """Gates the known changes of a repository and prints how often that was right."""
+    from d2obench.study.repository import as_markdown, study, write_study
+
+    def watch(words: str) -> None:
+        console.print(words, style="dim", markup=False)
+
+    found = study(
+        folder, gates=gates, burn=load, watch=watch, keep=lambda part: write_study(output, part) if output else None
+    )
+    console.print(as_markdown(found), markup=False)
 
 
 def _show_study_quick(console: Console, runs: int, minutes: float, output: Path | None) -> None:

@@ -1,12 +1,14 @@
-"""The commands that judge: ``d2obench gate``, ``d2obench compare``, and ``d2obench baseline update``.
+"""The commands that judge: ``d2obench gate`` and ``d2obench compare``.
 
-``gate`` fails on a regression, against a committed baseline or against another revision. ``compare`` shows two runs
-side by side and never fails. Both print their verdicts, or write them in the formats asked for.
+``gate`` fails on a regression, against a committed baseline or another revision; ``d2obench.cli.gate_init`` sets it up.
+``compare`` shows two runs side by side and never fails. Both print verdicts, or write them in the formats asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2obench.cli import options
-from d2obench.errors import UsageError
+from d2obench.errors import D2OBenchError, UsageError
 from d2obench.record import cannot_write, write_atomic
 
 if TYPE_CHECKING:
@@ -32,6 +34,17 @@ RunFolder = Annotated[
         help="Judge the finished run in this folder by its committed baseline. By default, --suite is measured.",
     ),
 ]
+Command = Annotated[
+    str | None,
+    typer.Option(
+        "--command",
+        metavar="WORDS",
+        help="Compare what this command measures in two revisions: --command 'python bench.py {record}'. It runs in "
+        "each checkout in turns, through no shell, and writes a cells.jsonl into the folder {record}: one line "
+        '{"id": "serve", "values": {"tpot_s": 0.012, "kv_bytes": 4096}} for each thing it measures, in seconds and '
+        "bytes. By default, a suite is measured.",
+    ),
+]
 BaselineFile = Annotated[
     Path | None,
     typer.Option(
@@ -43,8 +56,8 @@ BaselineFile = Annotated[
 Suite = Annotated[
     str | None,
     typer.Option(
-        help="Measure two revisions with this suite, in turns: --suite ci. By default, no revision is measured and a "
-        "run has to be given."
+        help="Measure two revisions of this repository with this suite, in turns: --suite ci, or the path of a file: "
+        "--suite gate.toml. By default, no revision is measured and a run has to be given."
     ),
 ]
 Base = Annotated[
@@ -101,31 +114,13 @@ ExitZero = Annotated[
 ]
 FirstRun = Annotated[Path, typer.Argument(metavar="A", help="Give the folder of the run to compare with.")]
 SecondRun = Annotated[Path, typer.Argument(metavar="B", help="Give the folder of the other run.")]
-Reason = Annotated[
-    str,
-    typer.Option(
-        help='Say why the figures change; the file keeps it: --reason "fewer operators in decode".', show_default=False
-    ),
-]
-NewSuite = Annotated[
-    str,
-    typer.Option(
-        "--suite", help="Run this suite: --suite ci. There is no default: give this or --run.", show_default=False
-    ),
-]
-NewRun = Annotated[
-    Path | None,
-    typer.Option(
-        "--run", metavar="FOLDER", help="Take the figures of this finished run. By default, the suite is run."
-    ),
-]
-BaselineFolder = Annotated[Path, typer.Option("--folder", help="Keep baselines in this folder, as SUITE/DEVICE.json.")]
 
 
 def gate(
     run: RunFolder = None,
     baseline: BaselineFile = None,
     suite: Suite = None,
+    command: Command = None,
     base: Base = None,
     head: Head = None,
     base_python: BasePython = sys.executable,
@@ -140,6 +135,10 @@ def gate(
 ) -> None:
     """Fail if something became slower, larger or worse, compared with a committed baseline or another revision.
 
+    It works in any git repository: of a policy, a task or a model as a package, of pinned libraries, or, with
+    --command, of anything that can be measured. Each side is built as a wheel and runs in an environment with its own
+    dependencies; see the table [gate] of the suite. d2obench gate init writes a suite and a CI workflow.
+
     The exit code is 0 without a regression, 1 with one, 2 if no comparison was possible, and 3 for --strict.
 
     Example, a run against its baseline: d2obench gate d2obench-runs/mine
@@ -148,13 +147,28 @@ def gate(
     """
     from d2obench.gate.verdict import KINDS
 
-    _check(run, baseline, suite, sides=bool(base or head or settings), kinds=kinds or ())
-    if run is not None:
-        verdicts = _stored(run, baseline, kinds or KINDS)
-    else:
-        verdicts = _revisions(suite or "", (base, base_python), (head, head_python), settings or (), kinds or KINDS)
+    _check(run, baseline, suite, command, sides=bool(base or head or settings), kinds=kinds or ())
+    try:
+        if run is not None:
+            verdicts = _stored(run, baseline, kinds or KINDS)
+        else:
+            sides = (base, base_python), (head, head_python)
+            verdicts = _revisions(suite, command, *sides, settings or (), kinds or KINDS)
+    except D2OBenchError as problem:
+        if output is not None:
+            _leave(problem, formats or [], output)
+        raise
     show(verdicts, formats or ["text"], output, every=every)
     raise typer.Exit(verdicts.exit_code(strict=strict, exit_zero=exit_zero))
+
+
+def _leave(problem: D2OBenchError, formats: Iterable[str], output: Path) -> None:
+    """Writes the files of a gate that could not compare anything, so that whoever reads them reads why."""
+    from d2obench.gate.verdict import Row, Verdict, gather
+
+    row = Row("*", "status", Verdict.INCOMPARABLE, "exact", reason=str(problem))
+    with contextlib.suppress(D2OBenchError):  # the problem itself is reported in any case
+        show(gather("gate", "base", "head", [row]), [name for name in formats if name != "text"], output)
 
 
 def compare(
@@ -172,40 +186,6 @@ def compare(
     from d2obench.record import read_run
 
     show(compare_runs(read_run(base), read_run(head)), formats or ["text"], output, every=every)
-
-
-baseline = typer.Typer(no_args_is_help=True, add_completion=False)
-
-
-@baseline.callback()
-def baseline_root() -> None:
-    """Rewrite committed baselines, by which d2obench gate judges runs.
-
-    Example: d2obench baseline update --suite ci --reason "one operator less in a decode step"
-    """
-
-
-@baseline.command()
-def update(
-    reason: Reason, suite: NewSuite = "", run: NewRun = None, folder: BaselineFolder = Path("reports/baselines")
-) -> None:
-    """Rewrite a baseline on purpose. The diff of the file shows a reviewer what changed.
-
-    Example: d2obench baseline update --suite ci --reason "one operator less in a decode step"
-    """
-    from d2obench.gate.baseline import baseline_of, path_of, write_baseline
-    from d2obench.gate.compare import facts_of_run
-    from d2obench.record import read_run
-
-    if not reason.strip():
-        raise UsageError("a baseline needs a reason", remedy='say why it changes: --reason "fewer operators in decode"')
-    if (run is None) == (not suite):
-        raise UsageError("a baseline comes from a suite or from a run", remedy="give --suite ci or --run FOLDER")
-    found = read_run(run or _measured(suite))
-    made = baseline_of(found.info, facts_of_run(found), reason)
-    path = path_of(made.suite, made.device_class, folder)
-    write_baseline(path, made)
-    typer.echo(f"{path}: {len(made.cells)} cells of {found.path}")
 
 
 def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, every: bool = False) -> None:
@@ -245,7 +225,13 @@ def show(verdicts: Verdicts, formats: Iterable[str], output: Path | None, *, eve
             )
     if output is not None:
         write_report(page, output, [FORMATS[name] for name in names if FORMATS[name]])
-        _put(markdown(page, limit=COMMENT_BYTES), output, "comment.md")
+        _put(f"{mark(output)}\n{markdown(page, limit=COMMENT_BYTES)}", output, "comment.md")
+
+
+def mark(output: Path) -> str:
+    """The first line of ``comment.md``, which is not shown: by it the earlier comment of the same gate is found, which
+    is then replaced. Gates whose folders have different names have comments of their own."""
+    return f"<!-- d2obench {re.sub(r'[^A-Za-z0-9_.]+', '-', output.resolve().name)} -->"
 
 
 def check(names: Iterable[str]) -> None:
@@ -270,19 +256,28 @@ def _append(path: Path, words: str) -> None:
         raise cannot_write(path, problem) from None
 
 
-def _check(run: Path | None, baseline: Path | None, suite: str | None, *, sides: bool, kinds: Collection[str]) -> None:
+def _check(
+    run: Path | None,
+    baseline: Path | None,
+    suite: str | None,
+    command: str | None,
+    *,
+    sides: bool,
+    kinds: Collection[str],
+) -> None:
     """Raises a UsageError for options that exclude each other."""
     from d2obench.gate.verdict import KINDS
 
     if wrong := [kind for kind in kinds if kind not in KINDS]:
         raise UsageError(f"there is no kind '{wrong[0]}' of figures", remedy=f"use one of {', '.join(KINDS)}")
-    if (run is None) == (suite is None):
+    if sum(one is not None for one in (run, suite, command)) != 1:
         raise UsageError(
-            "a gate needs a run folder, or a suite and two revisions", remedy="try d2obench gate --suite ci"
+            "a gate needs one of a run folder, a suite, and a command",
+            remedy="try d2obench gate --suite ci, or write a suite with d2obench gate init",
         )
     if run is not None and sides:
         raise UsageError("--base, --head and --set belong to --suite", remedy="leave them out to judge a run")
-    if suite is not None and baseline is not None:
+    if run is None and baseline is not None:
         raise UsageError("--baseline belongs to a run", remedy="run the suite, then d2obench gate RUN --baseline FILE")
 
 
@@ -297,31 +292,19 @@ def _stored(folder: Path, baseline: Path | None, kinds: Collection[str]) -> Verd
 
 
 def _revisions(
-    suite: str,
+    suite: str | None,
+    command: str | None,
     base: tuple[str | None, str],
     head: tuple[str | None, str],
     settings: Iterable[str],
     kinds: Collection[str],
 ) -> Verdicts:
+    from d2obench.gate.command import gate_command
     from d2obench.gate.gate import Side, gate
 
     def watch(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
     given = options.overrides({}, more=settings)
-    return gate(suite, given, Side(*base), Side(*head), folder=Path.cwd(), watch=watch, kinds=kinds)
-
-
-def _measured(suite: str) -> Path:
-    """Runs the suite. Returns the folder of the run."""
-    from d2obench.cli.run import measure
-    from d2obench.run.check import check
-    from d2obench.run.runner import open_engine
-    from d2obench.suite.definition import load_suite
-
-    chosen = load_suite(suite)
-    with open_engine("local", chosen) as place:
-        folder, stopped = measure(check(place.suite, place.client), place, None, plain=False)
-    if stopped:
-        raise typer.Abort
-    return folder
+    what, measure = (suite, gate) if suite is not None else (command or "", gate_command)
+    return measure(what, given, Side(*base), Side(*head), folder=Path.cwd(), watch=watch, kinds=kinds)

@@ -37,18 +37,25 @@ class Arm:
 
     Args:
         name: ``base`` or ``head``.
-        root: the checkout whose ``d2obench`` is run.
+        root: the folder whose ``d2obench`` is run.
         suite: the resolved suite, for timeouts, threads and warm-up.
         python: the interpreter; each side may have an environment of its own.
         command: the arguments of ``python`` that start the worker.
+        paths: the folders in front of its path; only ``root`` by default.
     """
 
     def __init__(
-        self, name: str, root: Path, suite: Suite, python: str = sys.executable, command: Sequence[str] = WORKER
+        self,
+        name: str,
+        root: Path,
+        suite: Suite,
+        python: str = sys.executable,
+        command: Sequence[str] = WORKER,
+        paths: Sequence[Path] = (),
     ) -> None:
         self.name, self.root, self.python, self._suite = name, root, python, suite
         known = os.environ.get("PYTHONPATH", "")
-        self._env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), known)))}
+        self._env = {"PYTHONPATH": os.pathsep.join(filter(None, (*map(str, paths or (root,)), known)))}
         worker = suite.worker
         self.client = WorkerClient(
             python, self._env, timeout_s=worker.timeout_s, threads=worker.threads, command=command
@@ -95,6 +102,17 @@ class Arm:
             facts = self.client.call("environment", {"device": device})
             found |= {f"{device} {key}": facts[key] for key in COMPARED if key in facts and key != "attention"}
         return found
+
+    def noise(self, device: str, seconds: float) -> dict[int, float]:
+        """The smallest change that can be told from noise on ``device`` now, by number of rounds; empty if this side's
+        revision can't measure it."""
+        try:
+            found = self.client.call("noise", {"device": device, "seconds": seconds})
+        except WorkerError as problem:
+            if UNKNOWN not in problem.what:
+                raise
+            return {}
+        return {int(rounds): float(change) for rounds, change in found["detectable"].items()}
 
     def count(self, cells: Iterable[Cell]) -> None:
         """Counts what a decode step does, for every cell not yet counted. It stops at the first failure: the same error

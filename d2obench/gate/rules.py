@@ -9,6 +9,8 @@
   hi < ln(1 + δ) is OK. Otherwise the figure is INCONCLUSIVE, and more rounds are measured.
 * ratio: the same rule, applied to one of three things: the interval of a run's ratio divided by the ratio of a
   baseline; ratios that both sides of a gate measured; or the ratio of two runs' ratios, with the noise of both.
+* budget: the head's figure against a bound that the suite sets, whatever the base has. Counts and bytes are compared as
+  they are; of others, the whole interval has to be inside (OK) or outside (REGRESSED).
 * sampled: both sides have the same items. Right or wrong answers are REGRESSED if their mean falls by more than δ and
   McNemar's exact one-sided test gives p < 0.05. Other figures are judged by the interval of the paired differences
   against ±δ, with documents as clusters.
@@ -24,10 +26,10 @@ from typing import Any
 
 import msgspec
 
-from d2obench.gate.verdict import Figure, Row, Verdict
+from d2obench.gate.verdict import BUDGET, Figure, Row, Verdict
 from d2obench.metric import METRICS, Direction
 from d2obench.record import Value
-from d2obench.stats.claims import ratio_of_ratios, timed, widened
+from d2obench.stats.claims import outcome, ratio_of_ratios, timed, widened
 from d2obench.stats.intervals import paired_difference, paired_ratio
 from d2obench.stats.paired import detectable, mcnemar
 
@@ -120,6 +122,34 @@ def judge_ratios(
         return missing(cell, metric, "ratio", *sides)
     found = widened(ratio_of_ratios(base, head), comparisons, timed=timed(metric))
     return _ratio_row(cell, metric, "ratio", base.value, head.value, found, limit, found.n)
+
+
+def judge_budget(cell: str, metric: str, head: Value, bound: tuple[float | None, float | None], text: str) -> Row:
+    """Judges the head's figure by a bound of the suite.
+
+    Args:
+        cell, metric: what is judged.
+        head: the figure.
+        bound: at least, at most; one of them is None.
+        text: the bound as the suite has it.
+    """
+    least, most = bound
+    limit = most if least is None else least
+    effect = head.value / limit - 1 if head.value is not None and limit else None
+    if METRICS[metric].kind in ("exact", "bounded") and head.value is not None:
+        figure, head = head.value, Value(head.value)
+        inside = (least is None or figure >= least) and (most is None or figure <= most)
+        found = "met" if inside else "missed"
+    else:
+        found = outcome(metric, head, least, most)
+    if found == "missed":
+        reason = f"outside the budget {text}: mend the head, or change gate.budget.{metric} in the suite on purpose"
+        verdict = Verdict.REGRESSED
+    else:
+        verdict = Verdict.OK if found == "met" else Verdict.INCONCLUSIVE
+        reason = "" if found == "met" else f"the interval reaches over the budget {text}, or there is none"
+    lo, hi = (end / limit - 1 if end is not None and limit else None for end in (head.lo, head.hi))
+    return Row(cell, metric, verdict, BUDGET, text, head.value, effect, lo, hi, n=head.n, reason=reason)
 
 
 def side_by_side(cell: str, metric: str, base: Value, head: Value, reason: str) -> Row:

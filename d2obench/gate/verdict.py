@@ -7,7 +7,7 @@ never passes because it compared nothing. The rules that decide a row are in :mo
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -17,6 +17,8 @@ from d2obench.metric import METRICS, show
 Figure = float | str | tuple[float, ...] | None
 KINDS = ("exact", "bounded", "timed", "ratio", "sampled")
 """The statistical kinds that are judged."""
+BUDGET = "budget"
+"""The kind of rows that compare the head's own figure with a bound of the suite."""
 
 
 class Verdict(enum.Enum):
@@ -67,7 +69,8 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def header(self) -> str:
         """The metric's name as tables show it."""
-        return METRICS[self.metric].header if self.metric in METRICS else FACTS.get(self.metric, self.metric)
+        name = METRICS[self.metric].header if self.metric in METRICS else FACTS.get(self.metric, self.metric)
+        return f"{name}, budget" if self.kind == BUDGET else name
 
     def shown(self, figure: Figure) -> str:
         """A figure with its unit; digests and tokens by layer are shortened."""
@@ -115,6 +118,8 @@ class Verdicts(msgspec.Struct, frozen=True):
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    about: dict[str, str] = {}
+    """Facts by which a history keeps figures apart: suite, settings, commit, machine and versions."""
 
     def of(self, *verdicts: Verdict) -> list[Row]:
         """The rows with one of these verdicts, in order."""
@@ -149,8 +154,8 @@ class Verdicts(msgspec.Struct, frozen=True):
 
 
 def of_kinds(rows: Iterable[Row], kinds: Collection[str]) -> list[Row]:
-    """The rows of these kinds, and the rows that say how a cell ended or that nothing can be compared."""
-    return [row for row in rows if row.kind in kinds or row.cell == "*" or row.metric == "status"]
+    """The rows of these kinds, those of budgets, and those that say how a cell ended or why nothing is compared."""
+    return [row for row in rows if row.kind in (*kinds, BUDGET) or row.cell == "*" or row.metric == "status"]
 
 
 def short_names(rows: Iterable[Row]) -> dict[str, str]:
@@ -162,7 +167,13 @@ def short_names(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def gather(
-    title: str, base: str, head: str, rows: Iterable[Row], notes: Iterable[str] = (), commands: Iterable[str] = ()
+    title: str,
+    base: str,
+    head: str,
+    rows: Iterable[Row],
+    notes: Iterable[str] = (),
+    commands: Iterable[str] = (),
+    about: Mapping[str, str] | None = None,
 ) -> Verdicts:
     """Makes a comparison of its rows: sorted by verdict, worst first, then by effect relative to limit, then by name.
 
@@ -176,7 +187,7 @@ def gather(
             why="no cell and metric is in both",
             remedy="run the same suite on both sides, or write a baseline with d2obench baseline update",
         )
-    return Verdicts(title, base, head, tuple(ordered), tuple(notes), tuple(commands))
+    return Verdicts(title, base, head, tuple(ordered), tuple(notes), tuple(commands), dict(about or {}))
 
 
 def _excess(row: Row) -> float:

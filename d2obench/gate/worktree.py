@@ -6,6 +6,7 @@ own checkout is not touched. Removal can't be interrupted: SIGINT and SIGTERM wa
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 from d2obench.errors import UsageError
+from d2obench.record import cannot_write
 
-TRUNKS = ("origin/main", "main", "origin/master", "master")
+TRUNKS = ("origin/HEAD", "origin/main", "main", "origin/master", "master")
 """Branches that can be the trunk; the first that exists is taken."""
 
 
@@ -59,6 +61,7 @@ class Repository:
         try:
             return self.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
         except UsageError:
+            self._refuse_shallow(f"the revision '{revision}'")
             raise UsageError(
                 f"there is no revision '{revision}' in {self.root}",
                 remedy="fetch it (in CI: fetch-depth: 0), or name another with --base",
@@ -75,22 +78,40 @@ class Repository:
                 return self.git("merge-base", "HEAD", self.commit(trunk))
             except UsageError:
                 continue
+        self._refuse_shallow("the commit to compare with")
         raise UsageError(
             "there is no trunk to compare with",
             why=f"none of {', '.join(TRUNKS)} exists here",
             remedy="name one with --base",
         )
 
+    def _refuse_shallow(self, what: str) -> None:
+        """Raises a UsageError if commits may be missing because the clone is shallow."""
+        if self.git("rev-parse", "--is-shallow-repository") == "true":
+            raise UsageError(
+                f"{what} is not in {self.root}",
+                why="the clone is shallow: it holds only the last commits",
+                remedy="run git fetch --unshallow, in CI check out with fetch-depth: 0, or name a commit that is here "
+                "with --base",
+            )
+
     @property
     def dirty(self) -> bool:
         """Whether tracked files differ from HEAD."""
         return bool(self.git("status", "--porcelain", "--untracked-files=no"))
 
+    def files(self, *options: str) -> list[str]:
+        """The files that ``git ls-files`` lists with these options, relative to the root."""
+        return [name for name in self.git("ls-files", "-z", *options).split("\0") if name]
+
 
 @contextmanager
 def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[str, Path]]:
     """Checks out each commit, by name → commit, and yields name → folder; all checkouts are removed afterwards."""
-    place = Path(tempfile.mkdtemp(prefix="d2obench-gate-"))
+    try:
+        place = Path(tempfile.mkdtemp(prefix="d2obench-gate-"))
+    except OSError as problem:
+        raise cannot_write(Path(tempfile.gettempdir()), problem) from None
     try:
         for name, commit in commits.items():
             repository.git("worktree", "add", "--detach", "--quiet", str(place / name), commit)
@@ -99,6 +120,29 @@ def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[
         with uninterrupted():
             shutil.rmtree(place, ignore_errors=True)
             repository.git("worktree", "prune")  # git forgets the worktrees whose folder no longer exists
+
+
+@contextmanager
+def work_tree(repository: Repository) -> Iterator[Path]:
+    """A checkout of HEAD with the changes of the work tree laid over it, untracked files included; so nothing that is
+    done there touches the user's own files. Files that git ignores, and virtual environments, are left out."""
+    with worktrees(repository, {"head": repository.commit("HEAD")}) as made:
+        copy = made["head"]
+        try:
+            for name in repository.files("--modified", "--others", "--exclude-standard", "--deduplicate"):
+                source = repository.root / name
+                above = source.relative_to(repository.root).parents
+                inside = any((repository.root / folder / "pyvenv.cfg").is_file() for folder in above)
+                if inside or source.is_dir() or not os.path.lexists(source):
+                    continue
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).unlink(missing_ok=True)
+                shutil.copy2(source, copy / name, follow_symlinks=False)
+            for name in repository.files("--deleted"):
+                (copy / name).unlink(missing_ok=True)
+        except OSError as problem:
+            raise cannot_write(copy, problem) from None
+        yield copy
 
 
 @contextmanager

@@ -265,6 +265,22 @@ def _forest(figure: Figure) -> Any:
     return layers.properties(data=_data(figure), width=460, height={"step": 22})
 
 
+def _history(figure: Figure) -> Any:
+    base, _, _ = _base(figure)
+    names = _order(figure, "series")
+    hues = alt.Scale(domain=names, range=[SPARE[i % len(SPARE)] for i in range(len(names))])
+    legend = alt.Legend(orient="bottom", columns=1, labelLimit=WIDTH + 200)
+    y = alt.Y("value:Q", title=figure.options["y"], scale=alt.Scale(zero=False))
+    x = alt.X("number:Q", title=figure.options["x"], axis=alt.Axis(tickMinStep=1, format="d"))
+    rows = base.encode(x=x, color=alt.Color("series:N", title=None, scale=hues, legend=legend))
+    tips = ["commit:N", "when:N", "value:Q", "lo:Q", "hi:Q"]
+    whiskers = rows.mark_rule().encode(y=alt.Y("lo:Q", title=figure.options["y"]), y2="hi:Q")
+    line = rows.mark_line(point=alt.OverlayMarkDef(size=40)).encode(y=y, tooltip=tips)
+    changes = rows.transform_filter("datum.begins").mark_rule(strokeDash=[4, 3], strokeWidth=1.5)
+    layers = alt.layer(*_if(figure, "lo", whiskers), line, *_if(figure, "begins", changes))
+    return layers.properties(data=_data(figure), width=WIDTH + 160, height=160)
+
+
 def _heatmap(figure: Figure) -> Any:
     base, _, _ = _base(figure)
     low, high, share = figure.options["low"], figure.options["high"], figure.options["low"] == 0
@@ -364,4 +380,5 @@ _CHARTS: dict[str, Callable[[Figure], Any]] = {
     "diagnosis": _diagnosis,
     "heatmap": _heatmap,
     "forest": _forest,
+    "history": _history,
 }

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from d2obench.gate.verdict import Row, Verdict, Verdicts, short_names
+from d2obench.gate.verdict import BUDGET, Row, Verdict, Verdicts, short_names
 from d2obench.metric import METRICS
 from d2obench.record import finite
 from d2obench.report.view import Case, Column, Field, Figure, Mark, Outcome, Report, Table
@@ -145,9 +145,9 @@ def forest(verdicts: Verdicts) -> list[Figure]:
 
 
 def _moved(row: Row) -> bool:
-    """Whether a row can be drawn and is worth it: it was judged, its numbers are finite, and it changed or was allowed
-    to change."""
-    if row.verdict is Verdict.NOT_JUDGED:
+    """Whether a row can be drawn and is worth it: it compares the sides, its numbers are finite, and it changed or was
+    allowed to change."""
+    if row.verdict is Verdict.NOT_JUDGED or row.kind == BUDGET:
         return False
     numbers = [row.effect, *(end for end in (row.lo, row.hi) if end is not None)]
     if any(end is None or not math.isfinite(end) or (row.kind != "sampled" and end <= -1) for end in numbers):

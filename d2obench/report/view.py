@@ -30,6 +30,7 @@ Kind = Literal[
     "diagnosis",
     "heatmap",
     "forest",
+    "history",
 ]
 KINDS = get_args(Kind)
 FIRST: Kind = "overview"

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from d2obench.measure.counters import StepCounts
 
 OPS = (
-    "hello", "describe", "prepare", "environment", "refuse_busy", "bandwidth", "idle", "rates", "memory", "load",
-    "warm_up", "measure", "count", "hold", "decode_in_turn", "let_go", "evaluate", "exit",
+    "hello", "describe", "prepare", "environment", "refuse_busy", "bandwidth", "idle", "rates", "noise", "memory",
+    "load", "warm_up", "measure", "count", "hold", "decode_in_turn", "let_go", "evaluate", "exit",
 )  # fmt: skip
 """The operations that a request may name: methods of :class:`Worker`."""
 WARM_TOKENS = 8

@@ -135,6 +135,16 @@ class MachineOperations:
             best = max(best, 2 * size**3 / (b - a))
         return {"bandwidth": copy_bandwidth(device, seconds=0.2).best, "flops": best}
 
+    def noise(self, args: Args, report: Report) -> Args:
+        """The noise of ``device``, measured for ``seconds`` by comparing a loop with itself: ``paired``, and
+        ``detectable``, the smallest change that is told from noise, by number of rounds."""
+        import torch
+
+        from d2obench.measure.checkup import measure_noise
+
+        found = measure_noise(torch.device(args["device"]), args["seconds"])
+        return {"paired": found.paired, "detectable": {str(n): change for n, change in found.detectable.items()}}
+
     def memory(self, args: Args, report: Report) -> Args:
         """Memory of ``device`` in bytes: ``total``, and ``free`` now."""
         import torch

@@ -24,6 +24,7 @@ from d2obench.suite.grammar import (
     Shape,
     Spec,
     parse_batch,
+    parse_bound,
     parse_budget,
     parse_duration,
     parse_shape,
@@ -158,12 +159,34 @@ class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     ``looks`` are the numbers of interleaved rounds after which timed figures are judged, ``level`` the coverage of the
     interval at each look, ``metrics`` what is timed. ``tolerance`` overrides the metric table's, by metric.
+
+    ``budget`` bounds the head's own figures, whatever the base has: metric → ``"≤ 60 ms"``. ``environment`` says what
+    each side is imported from: its checkout (``none``), or its wheel, installed on top of the environment that runs the
+    gate (``shared``) or in an environment of its own (``own``); ``auto`` is ``none`` for d2obench's own repository and
+    ``shared`` for any other (see ``d2obench.gate.environments``).
     """
 
     looks: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)] = (8, 16, 32)
     level: Annotated[float, msgspec.Meta(gt=0.5, lt=1)] = 0.98
     metrics: tuple[str, ...] = ("ttft_s", "tpot_s", "speedup")
     tolerance: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = {}
+    budget: dict[str, str] = {}
+    environment: Literal["auto", "none", "shared", "own"] = "auto"
+
+    @property
+    def bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """``budget`` in recorded units: metric → (at least, at most).
+
+        Raises:
+            UsageError: there is no such metric, or a bound can't be read.
+        """
+        found = {}
+        for name, text in self.budget.items():
+            if name not in METRICS:
+                raise UsageError(f"no metric is called '{name}'", remedy="see d2obench list metrics")
+            base = METRICS[name].base
+            found[name] = parse_bound(text, base, METRICS[name].unit)
+        return found
 
 
 class Where(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
@@ -305,6 +328,27 @@ def load_suite(name: str, overrides: Mapping[str, str] | None = None) -> Suite:
     return suite
 
 
+def gate_table(overrides: Mapping[str, str]) -> GateTable:
+    """A table ``[gate]`` without a suite, with ``overrides`` such as ``{"gate.looks": "[8]"}`` laid over its defaults.
+
+    Raises:
+        SuiteError: a key of another table, an unknown key, or a wrong value.
+    """
+    table: dict[str, Any] = {"gate": {}}
+    for key, value in overrides.items():
+        if not key.startswith("gate."):
+            raise SuiteError(
+                f"a gate without a suite has no key '{key}'", remedy="set keys of [gate] only, or add --suite"
+            )
+        _set(table, key, value, "the command line")
+    try:
+        found = msgspec.convert(table["gate"], GateTable)
+        found.bounds  # noqa: B018 - reading is the check
+    except msgspec.ValidationError as problem:
+        raise SuiteError(f"the table [gate]: {_plain(str(problem))}", remedy="see the suites that ship") from None
+    return found
+
+
 def _read(name: str) -> tuple[str, str]:
     if name.endswith(".toml"):
         try:
@@ -354,6 +398,7 @@ def _checked(suite: Suite, source: str) -> Suite:
         for where in (*suite.exclude, *suite.targets):
             where.axes  # noqa: B018 - reading is the check
         suite.within_s  # noqa: B018
+        suite.gate.bounds  # noqa: B018
     except UsageError as problem:
         raise SuiteError(f"{source}: {problem.what}", why=problem.why, remedy=problem.remedy) from None
     empty = [

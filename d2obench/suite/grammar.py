@@ -22,6 +22,13 @@ from d2obench.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z][\w./:-]*")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:([*+])(\d+))?")
+_BOUND = re.compile(r"(≤|<=|≥|>=)\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(\S*)")
+_UNITS = {
+    "s": {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "us": 1e-6},
+    "bytes": {"B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
+    "": {"%": 0.01, "points": 0.01, "×": 1.0, "x": 1.0},
+}
+"""Units in which a bound can be written, by the unit that the metric is recorded in: name → recorded units."""
 MAX_LIST = 10_000
 LEAST_S = 30.0
 """The shortest time a run can be planned into."""
@@ -240,3 +247,26 @@ def show_value(value: Any) -> str:
     return (
         {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
     )
+
+
+def parse_bound(text: str, recorded: str, shown: str = "") -> tuple[float | None, float | None]:
+    """A bound of a figure: ``≤ 60 ms`` → (None, 0.06), ``≥ 90 %`` → (0.9, None); ``<=`` and ``>=`` are read as well.
+
+    Args:
+        text: as it is written.
+        recorded: the unit in which the metric is recorded, and which counts if the text names none.
+        shown: the unit in which the metric is shown, if one of them is one of the other.
+
+    Raises:
+        UsageError: it has another form, or another unit.
+    """
+    match = _BOUND.fullmatch(text.strip())
+    units = {recorded: 1.0, "": 1.0} | _UNITS.get(recorded, {shown: 1.0})
+    if match is None or match[3] not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise UsageError(
+            f"can't read the bound '{text}'",
+            remedy=f'write it as "≤ 0.3"{f", or with one of the units {known}" if known else ""}',
+        )
+    value = float(match[2]) * units[match[3]]
+    return (None, value) if match[1] in ("≤", "<=") else (value, None)
