@@ -25,7 +25,7 @@ from d2obench.cli import main
 from d2obench.errors import RecordError, UsageError
 from d2obench.metric import METRICS
 from d2obench.record import Bounded, CellRecord, Value, append_cell, dump, read_run, write_atomic
-from d2obench.report import FORMATS, build, write_report
+from d2obench.report import FORMATS, build, charts, write_report
 from d2obench.report.derive import rescore
 from d2obench.report.publish import publish
 from d2obench.report.render import render
@@ -608,13 +608,20 @@ def test_a_diagnosis_shows_every_layer_beside_the_two_rules_of_budgets(tmp_path:
     figure = next(figure for figure in build([run]).figures if figure.kind == "diagnosis")
     shown: dict[tuple[str, str], list[float]] = {}
     for row in figure.records():
-        shown.setdefault((row["label"], row["panel"]), []).append(row["value"])
-    assert shown["d2o@0.2", "attention evicted, %"] == [20, 10]
-    assert shown["d2o@0.2", "drawn ÷ due by merge targets"] == [0.25]  # nothing was merged in the other layer
-    assert shown["d2o@0.2", "output error, %"] == [50, 25]
-    assert shown["d2o@0.2", "share of budget ÷ mean"] == [1.5, 0.5]  # as the square root of the cost
+        shown.setdefault((row["policy"], row["panel"]), []).append(row["value"])
+    assert shown["d2o", "attention evicted, %"] == [20, 10]
+    assert shown["d2o", "drawn ÷ due by merge targets"] == [0.25]  # nothing was merged in the other layer
+    assert shown["d2o", "output error, %"] == [50, 25]
+    assert shown["d2o", "share of budget ÷ mean"] == [1.5, 0.5]  # as the square root of the cost
     even = 2 / (1 + math.exp(-1))
     assert shown["exp(−variance)", "share of budget ÷ mean"] == pytest.approx([even, even * math.exp(-1)], abs=1e-4)
+
+
+def test_policies_of_one_figure_have_colours_of_their_own() -> None:
+    names = ["full", "d2o", *(f"d2o(beta=0.{i})" for i in range(len(charts.SPARE)))]
+    found = charts.palette(names)
+    assert len(set(found)) == len(names)
+    assert found[:2] == [charts.POLICIES["full"], charts.POLICIES["d2o"]] and charts.palette(names[2:]) == found[2:]
 
 
 def test_quality_of_full_is_not_marked_best(usual: Path) -> None:

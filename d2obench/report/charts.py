@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -22,10 +22,12 @@ SHAPES = ["circle", "cross", "diamond", "triangle-up", "square"]
 _ID = re.compile(r'(?<=["#])(clip|gradient_)\d+(?=[")])')
 POLICIES = {
     "full": "#7f7f7f",
+    "exp(−variance)": "#7f7f7f",
     "streaming": "#E69F00",
     "local": "#F0E442",
     "h2o": "#56B4E9",
     "d2o": "#D55E00",
+    "d2o(preset=mass)": "#7B3294",
     "snapkv": "#009E73",
     "pyramidkv": "#0072B2",
     "roco": "#CC79A7",
@@ -77,6 +79,20 @@ def as_json(figure: Figure) -> str:
 def colour(policy: str) -> str:
     """The colour of a policy. A policy with parameters, or an unknown one, gets a colour of SPARE by its name."""
     return POLICIES.get(policy) or SPARE[zlib.crc32(policy.encode()) % len(SPARE)]
+
+
+def palette(policies: Sequence[str]) -> list[str]:
+    """The colours of the policies of one figure. Where two would have the same one of SPARE, the later policy gets the
+    next free one."""
+    found: list[str] = []
+    for policy in policies:
+        shade = colour(policy)
+        if shade in SPARE:
+            first = SPARE.index(shade)
+            turns = [*SPARE[first:], *SPARE[:first]]
+            shade = next((one for one in turns if one not in found), shade)
+        found.append(shade)
+    return found
 
 
 def theme(ink: str, soft: str, line: str, ground: str) -> dict[str, Any]:
@@ -231,18 +247,19 @@ def _merges(figure: Figure) -> Any:
 
 def _diagnosis(figure: Figure) -> Any:
     """One panel for each figure, with a scale of its own."""
-    names = _order(figure, "label")
-    scale = alt.Scale(domain=names, range=[colour(name) for name in names])
-    legend = alt.Legend(orient="top", columns=2, labelLimit=320)
-    shown = alt.Chart().encode(
+    base, pick, fade = _base(figure)
+    legend = alt.Legend(orient="top", columns=2, labelLimit=320, title=None)
+    shown = base.encode(
         x=alt.X("layer:Q", title=figure.options["x"], axis=alt.Axis(tickMinStep=1)),
-        color=alt.Color("label:N", title=None, scale=scale, legend=legend),
-        tooltip=["label:N", "layer:Q", "value:Q"],
+        color=_policies(figure).legend(legend),
+        opacity=fade,
+        tooltip=["policy:N", "layer:Q", "value:Q"],
     )
-    panels = []
+    panels: list[Any] = []
     for name in _order(figure, "panel"):
         lines = shown.transform_filter(alt.datum.panel == name).mark_line(point={"size": 16}, strokeWidth=1.5)
-        panels.append(lines.encode(y=alt.Y("value:Q", title=name)).properties(width=300, height=150))
+        lines = lines.encode(y=alt.Y("value:Q", title=name)).properties(width=300, height=150)
+        panels.append(lines if panels else lines.add_params(pick))
     return alt.concat(*panels, columns=2, data=_data(figure))
 
 
@@ -313,7 +330,7 @@ def _data(figure: Figure) -> Any:
 def _policies(figure: Figure) -> Any:
     """The colour of each policy, in the order of the rows."""
     names = _order(figure, "policy")
-    return alt.Color("policy:N", title="policy", scale=alt.Scale(domain=names, range=[colour(name) for name in names]))
+    return alt.Color("policy:N", title="policy", scale=alt.Scale(domain=names, range=palette(names)))
 
 
 def _dashes(figure: Figure) -> Any:

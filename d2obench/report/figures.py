@@ -7,6 +7,7 @@ samples are read for the largest setting only.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
@@ -349,16 +350,19 @@ measured for each policy, and D2O's exp(−F) after F was min–max normalised o
 
 
 def _diagnosis(found: Sequence[Result]) -> Figure | None:
-    """What each layer lost, for each policy and budget at the largest setting of the task diagnosis."""
+    """What each layer lost, for each policy at the budget that most of them have and the largest setting of the task
+    diagnosis."""
+    known = [one for one in found if one.key.budget and one.record.details.get("diagnosis")]
+    budgets = Counter(one.key.budget for one in known)
+    budget = max(budgets, key=lambda one: budgets[one], default=None)
     best: dict[str, Result] = {}
-    for result in found:
-        if result.record.status == "ok" and result.key.budget and result.record.details.get("diagnosis"):
-            label = result.key.label
-            if label not in best or volume(result.key) > volume(best[label].key):
-                best[label] = result
+    for result in known:
+        policy = result.key.policy
+        if result.key.budget == budget and (policy not in best or volume(result.key) > volume(best[policy].key)):
+            best[policy] = result
     points: list[Point] = []
     variance: list[float] = []
-    for label, result in list(best.items())[:MAX_LINES]:
+    for policy, result in list(best.items())[:MAX_LINES]:
         columns = {name: _numbers(column) for name, column in result.record.details["diagnosis"].items()}
         if columns["density"]:
             low, high = min(columns["density"]), max(columns["density"])
@@ -370,21 +374,21 @@ def _diagnosis(found: Sequence[Result]) -> Figure | None:
             [*_shares([max(0.0, value) ** 0.5 for value in columns["cost"]])],
         ]
         for panel, column in zip(DIAGNOSED, shown, strict=True):
-            points += _line(label, panel, column)
+            points += _line(policy, panel, column)
     points += _line("exp(−variance)", DIAGNOSED[3], _shares(variance))
     if len({point[2] for point in points}) < 2:
         return None
     return Figure(
-        "diagnosis", "diagnosis", "What compression costs each layer, measured with the prompt's last queries",
+        "diagnosis", "diagnosis", f"What compression to {budget} costs each layer, for the prompt's last queries",
         "Attention that goes to evicted entries; attention that merge targets draw in the compressed cache, divided by "
         "what they and the entries merged into them drew before (1 is right); squared error of the attention block's "
         "output; and the share of the budget that a layer gets by the measured cost and by exp(−variance).",
-        ("label", "panel", "layer", "value"), tuple(points), {"x": "layer"},
+        ("policy", "panel", "layer", "value"), tuple(points), {"x": "layer"},
     )  # fmt: skip
 
 
-def _line(label: str, panel: str, column: Sequence[float | None]) -> list[Point]:
-    return [(label, panel, layer, round(value, 4)) for layer, value in enumerate(column) if value is not None]
+def _line(policy: str, panel: str, column: Sequence[float | None]) -> list[Point]:
+    return [(policy, panel, layer, round(value, 4)) for layer, value in enumerate(column) if value is not None]
 
 
 def _shares(weights: list[float]) -> list[float]:
