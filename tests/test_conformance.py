@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import interpreted  # noqa: F401
-from reference import rules
+from reference import rivals, rules
 
 from d2obench import cpu
 from d2obench.cache.policy_cache import PolicyCache
@@ -75,9 +75,33 @@ RULES: dict[str, type[rules.Head]] = {
         rules.MassH2O, sinks=3, safeguard=0.0, forced=True
     ),
     "adakv(score=roco)": variant(rules.RoCo, safeguard=0.2),
+    "keydiff": rivals.KeyDiff,
+    "keydiff(decode=slide,window=6)": variant(rivals.KeyDiff, window=6),
+    "knorm(decode=slide,window=6)": variant(rivals.Knorm, window=6),
+    "lagkv(decode=slide,window=6,lag=5,sinks=2)": variant(rivals.LagKV, window=6),
+    "expected(decode=slide,window=6)": variant(rivals.Expected, window=6),
+    "expected(covariance=false,sinks=2,epsilon=0.02,future=9)": variant(
+        rivals.Expected, covariance=False, sinks=2, epsilon=0.02, future=9
+    ),
+    "cake(allocate=uniform,window=6)": variant(rivals.CAKE, window=6),
+    "cake(allocate=uniform,window=6,gamma=0,decode=slide)": variant(rivals.CAKE, window=6, gamma=0.0),
+    "criticalkv(window=6)": variant(rivals.CriticalSnap, window=6),
+    "criticalkv(window=6,first=0.25,score=snapkv(kernel=3))": variant(
+        rivals.CriticalSnap, window=6, first=0.25, kernel=3
+    ),
+    "criticalkv(score=expected(value_norms=false),decode=slide)": rivals.CriticalExpected,
+    "keepkv": rivals.KeepKV,
+    "keepkv(threshold=-1,recent=0.25,sinks=2,window=5)": variant(
+        rivals.KeepKV, threshold=-1.0, share=0.25, sinks=2, window=5
+    ),
+    "rkv(interval=1,window=3)": rivals.RKV,
+    "adakv(score=expected(decode=slide,window=6))": variant(rivals.Expected, window=6, safeguard=0.2),
 }
-COMPILED = [policy for policy in RULES if "cache" not in policy and "threshold" not in policy]
-"""What a CPU's loops execute whole."""
+FOLLOWS_ROUNDING = (rules.WeightedH2O, rivals.KeepKV)
+"""Rules by which rounded numbers lead to other decisions, which a reference can't follow."""
+BETWEEN = ("cache", "threshold", "keepkv", "rkv")
+COMPILED = [policy for policy in RULES if not any(word in policy for word in BETWEEN)]
+"""What a CPU's loops execute whole; of the others, PyTorch operators do the work between steps."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +323,7 @@ def test_pytorch_operators(policy: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("policy", [policy for policy in RULES if not issubclass(RULES[policy], rules.WeightedH2O)])
+@pytest.mark.parametrize("policy", [policy for policy in RULES if not issubclass(RULES[policy], FOLLOWS_ROUNDING)])
 @pytest.mark.usefixtures("pytorch")
 def test_pytorch_operators_in_half_precision(policy: str, dtype: torch.dtype) -> None:
     Conversation(half(policy, dtype)).run()

@@ -41,7 +41,7 @@ def step_apart(found: np.ndarray, expected: np.ndarray, span: float, bits: int) 
     return wrong.mean() < 1e-3 and np.abs(found - expected).max() <= 1.01 * span / (2**bits - 1) + 1e-6
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_values_are_quantised_per_token_in_groups_of_channels(bits: int) -> None:
     held = store([50], bits, grows=False)
     keys, values = some(40)
@@ -55,7 +55,7 @@ def test_values_are_quantised_per_token_in_groups_of_channels(bits: int) -> None
                 assert step_apart(found[row, slot, first : first + 32], expected, float(np.ptp(part)), bits)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_keys_are_quantised_per_channel_in_groups_of_slots(bits: int) -> None:
     held = store([100], bits, grows=False)
     keys, values = some(80)
@@ -71,7 +71,7 @@ def test_keys_are_quantised_per_channel_in_groups_of_slots(bits: int) -> None:
                 assert step_apart(found[row, first:last, channel], expected, float(np.ptp(scope)), bits)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_growing_cache_keeps_its_last_group_exact_and_then_quantises_it(bits: int) -> None:
     """Groups end where the prompt ends, so a first group may be short."""
     held = store([150, 150], bits, grows=True)
@@ -92,7 +92,7 @@ def test_a_growing_cache_keeps_its_last_group_exact_and_then_quantises_it(bits: 
     assert torch.equal(held.keys(1)[:, 109], keys[:, 109])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_write_within_the_range_of_its_group_touches_nothing_else(bits: int) -> None:
     held = store([40, 70], bits, grows=False)
     keys, values = some(70)
@@ -117,7 +117,7 @@ def test_a_write_within_the_range_of_its_group_touches_nothing_else(bits: int) -
     assert torch.equal(held.read_values(held.base[1] + slots), held.values(1)[torch.arange(ROWS), slots])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_a_write_outside_the_range_widens_it(bits: int) -> None:
     """After many writes in a range that keeps drifting, numbers are within a few steps of what was written."""
     held = store([70], bits, grows=False)
@@ -163,7 +163,7 @@ def test_snapshots_extensions_and_zeros(grows: bool) -> None:
     assert torch.equal(held.keys(0)[:, :40], before[:, :40])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_storage_is_really_packed(bits: int) -> None:
     held = store([320], bits, grows=False, dtype=torch.bfloat16)
     numbers = ROWS * 320 * DIM

@@ -52,9 +52,17 @@ class AttendingCache(Cache):
         self._configs = [] if model is None else attention_configs(model)
         self._own_attention = "sdpa" if model is not None and _family(model) in BRIDGED else IMPLEMENTATION
         self._limit = None if model is None else rotary_limit(model.config)
-        self._previous: list[str] | None = None
+        self.before_forward: list[str] | None = None
         """The attention implementation of each configuration before the current forward pass; None if none is
         running."""
+
+    def note_tokens(self, tokens: Tensor | None) -> None:
+        """Told before each forward pass which tokens ``[B, n]`` the model is given; None for embeddings."""
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The model without its head; None if the cache's layers are called without a model."""
+        return None if self._module is None else self._module()
 
     def begin_forward(self, module: torch.nn.Module) -> None:
         """Switches the model to our attention for one forward pass.
@@ -69,15 +77,15 @@ class AttendingCache(Cache):
                 why="its layers, heads and attention need not be those of the one that it was given to",
                 remedy="make one for this model: d2obench.cache(policy, budget, model=model)",
             )
-        self._previous = [config._attn_implementation_internal for config in self._configs]
+        self.before_forward = [config._attn_implementation_internal for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = self._own_attention
 
     def end_forward(self) -> None:
         """Switches the model back to its own attention."""
-        for config, attention in zip(self._configs, self._previous or (), strict=False):
+        for config, attention in zip(self._configs, self.before_forward or (), strict=False):
             config._attn_implementation_internal = attention
-        self._previous = None
+        self.before_forward = None
 
     def check_forward(self, tokens: int) -> None:
         """Refuses a forward pass that would give wrong numbers.
@@ -95,7 +103,7 @@ class AttendingCache(Cache):
                 why="what is cached was turned by the angles of shorter texts",
                 remedy="use a shorter text, or transformers' own cache",
             )
-        if self._module is not None and self._previous is None:
+        if self._module is not None and self.before_forward is None:
             raise ModelError(
                 "this cache was made for another model",
                 why="the model that it was given to has never been prepared for it",
@@ -138,6 +146,7 @@ def _begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     caches = [value for value in (*kwargs.values(), *args) if isinstance(value, AttendingCache)]
     for cache in caches:
         cache.begin_forward(module)
+        cache.note_tokens(kwargs.get("input_ids", next(iter(args), None)))
     limit = getattr(module.config, "original_max_position_embeddings", None)
     if limit is not None and not caches and _dropped_by_generate():
         raise ModelError(
@@ -221,10 +230,15 @@ def decoder_layers(model: Any) -> Any:
     return base.layers if hasattr(base, "layers") else base.h
 
 
+def attention_of(layer: torch.nn.Module) -> Any:
+    """The attention module of a decoder layer."""
+    names = ("self_attn", "self_attention", "attention")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
 def output_projection(layer: torch.nn.Module) -> Tensor:
     """The weight ``[hidden, Hq·d_v]`` of the projection W_O of a decoder layer's attention."""
-    names = ("self_attn", "self_attention", "attention")
-    attention: Any = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    attention = attention_of(layer)
     weight: Tensor = (attention.o_proj if hasattr(attention, "o_proj") else attention.dense).weight
     return weight.detach()
 

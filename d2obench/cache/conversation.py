@@ -65,13 +65,14 @@ def reopen(state: DecodeState, batch: int) -> list[Turn]:
     return turns
 
 
-def add(earlier: Stats, newer: Stats) -> Stats:
+def add(earlier: Stats, newer: Stats, total: int) -> Stats:
     """Statistics after a new block: column sums are added up; "window" is that of the new block alone; "bias" stays,
     and is 0 for the new block.
 
     Args:
         earlier: ``[B, H, N]`` by name.
-        newer: ``[B, H, N + n]`` by name, with n tokens of the block.
+        newer: ``[B, H, total]`` by name, with the tokens of the block.
+        total: number of entries after the block.
     """
     out = dict(newer)
     for name in ("sum", "square"):
@@ -79,6 +80,5 @@ def add(earlier: Stats, newer: Stats) -> Stats:
             tokens = newer[name].shape[2] - earlier[name].shape[2]
             out[name] = newer[name] + torch.nn.functional.pad(earlier[name], (0, tokens))
     if "bias" in earlier:
-        tokens = newer["sum"].shape[2] - earlier["bias"].shape[2]
-        out["bias"] = torch.nn.functional.pad(earlier["bias"], (0, tokens))
+        out["bias"] = torch.nn.functional.pad(earlier["bias"], (0, total - earlier["bias"].shape[2]))
     return out

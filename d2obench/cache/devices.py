@@ -288,6 +288,12 @@ def check_shardable(policy: Policy) -> None:
             why="the projection after attention is divided among the ranks",
             remedy="use another rule for layer budgets, for example allocate=uniform",
         )
+    if policy.needs.projection:
+        raise PolicyError(
+            f"policy '{policy.name}' can't run with --tensor-parallel",
+            why="it weighs values by the projection after attention, which is divided among the ranks",
+            remedy="use --device-map auto, or another policy",
+        )
 
 
 def _whole(value: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from d2obench.policies.base import Entries, Stats
+from d2obench.policies.rotary import QueryMoments
 
 if TYPE_CHECKING:
     from d2obench.cache.budgets import LastQueries
@@ -44,6 +45,10 @@ class PolicyLayer(CacheLayerMixin):
         super().__init__()
         self.index = index
         self._cache = weakref.ref(cache)
+        self.moments: QueryMoments | None = None
+        """Statistics of the queries of all blocks, for a policy that needs them."""
+        self.scale = 1.0
+        """Factor of the logits."""
         self.clear()
 
     def clear(self) -> None:
@@ -55,7 +60,8 @@ class PolicyLayer(CacheLayerMixin):
         self.starts: list[int] = []
         """Index of the first real entry of each sequence."""
         self.queries: Tensor | None = None
-        """The last queries of earlier blocks, ``[B, Hq, n, d]``, for a window that begins before the current block."""
+        """The last queries, ``[B, Hq, n, d]``, for a window that begins before the next block, and for a policy that
+        needs them."""
         self.last: LastQueries | None = None
         """The last queries of the prompt with their outputs, for a policy whose budgets need them."""
 
@@ -112,8 +118,13 @@ class PolicyLayer(CacheLayerMixin):
         """The layer's entries as a policy sees them; arguments as in :class:`Entries`. What the policy does to their
         statistics leaves the layer's own as they are."""
         assert self.keys is not None and self.values is not None
-        lengths, stats = lengths.to(self.keys.device), dict(self.stats)
-        return Entries(self.index, layers, self.keys, self.values, self.positions(), lengths, stats, seed, first_head)
+        device, cache = self.keys.device, self.cache
+        rotary = None if cache.rotary is None else cache.rotary.to(device)
+        projection = cache.output_projection(self) if cache.policy.needs.projection else None
+        return Entries(
+            self.index, layers, self.keys, self.values, self.positions(), lengths.to(device), dict(self.stats), seed,
+            first_head, self.queries, self.scale, self.moments, rotary, projection,
+        )  # fmt: skip
 
     def logit_bias(self, new: int) -> Tensor | None:
         """What attention adds to the logits of the entries before the last ``new`` ones, float32 ``[B, H, n]``: biases
@@ -172,6 +183,8 @@ class PolicyLayer(CacheLayerMixin):
         self.stats = {name: held[sequences.to(held.device)] for name, held in self.stats.items()}
         if self.last is not None:
             self.last = self.last.select(sequences.to(self.last.queries.device))
+        if self.moments is not None:
+            self.moments = self.moments.select(sequences.to(self.moments.count.device))
         self.starts = [self.starts[i] for i in sequences.tolist()] if self.starts else []
         self._trim(min(self.starts, default=0))
 

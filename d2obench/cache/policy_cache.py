@@ -33,12 +33,14 @@ from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen
 from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_shardable, on, runs_of, shard_of
 from d2obench.cache.layer import Block, PolicyLayer
+from d2obench.cache.repetition import Repetition, repeat
 from d2obench.cache.sequences import SequenceCache
 from d2obench.cpu.memory import LayerBuffers, lasting
 from d2obench.decode.state import DecodeState
 from d2obench.errors import ModelError, PolicyError
 from d2obench.policies import parse_policy
-from d2obench.policies.base import Needs, Policy, Stats
+from d2obench.policies.base import Entries, Needs, Policy, Stats
+from d2obench.policies.rotary import QueryMoments
 from d2obench.ranges import span
 from d2obench.suite.grammar import Budget, parse_budget
 
@@ -68,6 +70,9 @@ class PolicyCache(SequenceCache):
         model: the model that will use the cache; None if layers are called without one.
         prompt: number of tokens of a prompt, including padding, that the caller feeds in several blocks; None if not
             known. Needed only if the last block has a single token, which would otherwise be taken for a decode step.
+        tokenizer: the model's, for a policy that asks it to repeat its prompt; None if there is none.
+        lengths: tokens of each sequence's prompt, for a policy that cuts it between blocks: budgets that are a ratio
+            are then those of the whole prompt from the start.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class PolicyCache(SequenceCache):
         runs: Sequence[Run] = (),
         model: PreTrainedModel | None = None,
         prompt: int | None = None,
+        tokenizer: Any = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
@@ -93,7 +100,7 @@ class PolicyCache(SequenceCache):
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
         self.mark = mark or (lambda phase: None)
         self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
-        self.prompt = prompt
+        self.prompt, self.tokenizer = prompt, tokenizer
         self.keeps_last = False
         """Whether the prompt's last queries are kept, and no layer is compressed while it is read, although the policy
         does not need that (``d2obench.cache.diagnosis``)."""
@@ -110,6 +117,7 @@ class PolicyCache(SequenceCache):
         if not self.own:
             raise PolicyError("every layer of this model has a sliding window", why="there is nothing to compress")
         self.reset()
+        self.whole_lengths = None if lengths is None else torch.tensor(lengths)
 
     def reset(self) -> None:
         """Discards all contents; the next forward pass begins a new prompt."""
@@ -126,17 +134,34 @@ class PolicyCache(SequenceCache):
         self._buffers = LayerBuffers(len(self.own))
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
+        self.whole_lengths: Tensor | None = None
+        self.tokens: list[Tensor] = []
+        self.repetition: Repetition | None = None
         self.ready = False
         for layer in self.layers:
             if isinstance(layer, PolicyLayer):
                 layer.clear()
+                layer.moments = None
             else:
                 layer.reset()
+
+    def note_tokens(self, tokens: Tensor | None) -> None:
+        """Remembers the prompt; and all of the text, for a policy that must repeat it."""
+        if self.repetition is not None or tokens is None:
+            return
+        # decode steps may be replayed by a CUDA graph, without a word
+        if not self.ready or (self.policy.repeats is not None and tokens.device.type == "cpu"):
+            self.tokens = [*self.tokens, tokens]
 
     def receive(self, layer: PolicyLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's new keys and values, or passes them to the decode state; called by the layer's
         ``update``."""
         new = keys.shape[2]
+        if self.repetition is not None:
+            if layer.index == 0:
+                self.check_forward(self.seen + new)
+            self.repetition.receive(keys, values)
+            return self._handed(layer, keys), values
         if layer.index == 0:
             self.check_forward(self.seen + new)
             if self.seen and keys.shape[0] != self.layout.batch:
@@ -146,6 +171,8 @@ class PolicyCache(SequenceCache):
                 )
             if new == 1 and self.seen and not self.ready and not self._reads_prompt():
                 self.compress()
+            if new > 1 and self.seen and self.policy.block and not self.ready:
+                self.compress()  # what the block before left
             if new > 1 and self.ready:
                 self._reopen()
         if self.policy.caches_query_heads:
@@ -157,9 +184,13 @@ class PolicyCache(SequenceCache):
             self.state.write(layer.index, keys, values)
         else:
             layer.append(keys, values, short_lived=self._early)
+        return self._handed(layer, keys), values
+
+    def _handed(self, layer: PolicyLayer, keys: Tensor) -> Tensor:
+        """The keys, with the layer attached."""
         handed = keys if self.wrap is None else keys.as_subclass(self.wrap)
         handed.slot_layer = layer  # type: ignore[attr-defined]
-        return handed, values
+        return handed
 
     def keep_entries(self, layer: PolicyLayer, held: Tensor) -> Tensor:
         """A layer's keys or values ``[B, H, n, d]`` for as long as other layers read the prompt. They are copied where
@@ -172,6 +203,8 @@ class PolicyCache(SequenceCache):
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Attention over the slots for a new token, and causal attention for a prompt's block; called by a layer's
         ``attend``."""
+        if self.repetition is not None:
+            return self.repetition.attend(layer, query, scale, self.output_projection(layer))
         # 1. a decode step attends to slots
         last, new = layer.index == len(self.own) - 1, query.shape[2]
         if self.ready:
@@ -196,12 +229,15 @@ class PolicyCache(SequenceCache):
                 query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries,
                 layer.logit_bias(new),
             )  # fmt: skip
-        if needs.window > 1 and not self.whole:
-            layer.remember(query, needs.window - 1)
+        layer.scale = scale
+        if needs.queries or (needs.window > 1 and not self.whole):
+            layer.remember(query, max(needs.queries, needs.window - 1))
+        if needs.moments:
+            self._add_moments(layer, query)
         if (needs.errors or self.keeps_last) and self.first is None:
             before = LastQueries(query[:, :, :0], out[:, :0], scale) if layer.last is None else layer.last
             layer.last = before.and_then(query, out)
-        layer.stats = add(layer.stats, stats)
+        layer.stats = add(layer.stats, stats, layer.keys.shape[2])
         # 4. compress the layer now if it does not depend on other layers
         if self._early:
             self._compress_early(layer)
@@ -234,7 +270,7 @@ class PolicyCache(SequenceCache):
         if self.keeps_last or not self.whole or self.keeps_all:
             return self.whole and not self.keeps_last
         waits = self.first is None and self.policy.budgets_need_stats
-        return not waits and not self.policy.compresses_after_first_step
+        return not waits and not self.policy.compresses_after_first_step and self.policy.repeats is None
 
     def _reads_prompt(self) -> bool:
         """Whether a block of one token is the last block of a prompt that comes in chunks, and not a decode step."""
@@ -287,7 +323,7 @@ class PolicyCache(SequenceCache):
         packing = self.packing
         assert packing is not None and self.lengths is not None and self.budgets is not None
         state = packing.finish(1 if self.policy.caches_query_heads else self.group, self.rotary)
-        self.first = self.first or (self.budgets, self.lengths.tolist())
+        self.first = self.first or (self.budgets, self._text_lengths().tolist())
         merged, evicted = packing.counts
         self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
         self.evicted_prompt = [a + b for a, b in zip(self.evicted_prompt, evicted, strict=True)]
@@ -379,13 +415,17 @@ class PolicyCache(SequenceCache):
         return [held[0], *(count + new for count in held[1:])]
 
     def _budgets(self) -> Tensor:
-        assert self.lengths is not None
-        length = self.lengths.cpu()
+        length = self._text_lengths()
         if self.keeps_all:
             return length.expand(len(self.own), -1)
         assert self.budget is not None
         if self.first is not None:
             return rescale(*self.first, length.tolist(), self.budget)
+        if self.policy.repeats is not None and "repeated" not in self.own[0].stats:
+            repeat(self, self.policy.repeats)
+        if self.policy.budgets_need_stats:
+            for layer in self.own:
+                self._describe(layer)
         stats = [self._with_error(layer) if self.policy.needs.errors else layer.stats for layer in self.own]
         if self.shard is not None and self.policy.budgets_need_stats:
             stats = [self.shard.all_heads(stat) for stat in stats]
@@ -409,18 +449,45 @@ class PolicyCache(SequenceCache):
         assert layer.last is not None and self.lengths is not None
         tokens = self.lengths.tolist()
         equal = torch.tensor(tokens if self.budget is None else [self.budget.of(count) for count in tokens])
-        entries = layer.entries(len(self.own), self.lengths, self.seed, self.layout.first_head)
-        self.policy.describe(entries)
-        layer.stats = entries.stats  # so that it is not done twice
+        entries = self._describe(layer)
         with on(entries.keys.device) if self.runs else nullcontext():
             return output_error(self.policy, entries, equal, layer.last, self.output_projection(layer))
 
+    def _text_lengths(self) -> Tensor:
+        """Tokens of each sequence, including those of its prompt that have not been read yet, int64 ``[B]``."""
+        assert self.lengths is not None
+        so_far = self.lengths.cpu()
+        return so_far if self.whole_lengths is None else torch.maximum(so_far, self.whole_lengths)
+
+    def _describe(self, layer: PolicyLayer) -> Entries:
+        """The entries of a layer, with the policy's own statistics, which are kept so that it need not be done
+        twice."""
+        assert self.lengths is not None
+        entries = layer.entries(len(self.own), self.lengths, self.seed, self.layout.first_head)
+        self.policy.describe(entries)
+        layer.stats = entries.stats
+        return entries
+
     def output_projection(self, layer: PolicyLayer) -> Tensor | None:
         """W_O of a layer, ``[hidden, Hq·d_v]``; None if the model is not known."""
-        model = self._module and self._module()
+        model = self.module
         if model is None:
             return None
         return interface.output_projection(interface.decoder_layers(model)[self.layers.index(layer)])
+
+    def _add_moments(self, layer: PolicyLayer, query: Tensor) -> None:
+        """Adds the block's queries ``[B, Hq, n, d]`` to the statistics of a layer's queries."""
+        assert self.lengths is not None
+        if self.rotary is None:
+            raise PolicyError(
+                f"{self.policy.name}: this model's positions can't be undone",
+                why="its rotary angles depend on the length of the text",
+                remedy="use another policy",
+            )
+        new = query.shape[2]
+        position = (self.lengths[:, None] - new).to(query.device) + torch.arange(new, device=query.device)
+        own = QueryMoments.of(query, position, self.rotary.to(query.device))
+        layer.moments = own if layer.moments is None else layer.moments.and_then(own)
 
     def _measure(self, layer: PolicyLayer, new: int, mask: Tensor | None) -> None:
         """Counts each sequence's own tokens in a block from the padding mask, and adds them to its length.
@@ -469,6 +536,8 @@ def cache(
     mark: Callable[[str], None] | None = None,
     whole: bool = False,
     prompt: int | None = None,
+    tokenizer: Any = None,
+    lengths: Sequence[int] | None = None,
 ) -> PolicyCache:
     """A cache for ``model.generate(cache=…)``. Pass the same cache again to continue a conversation.
 
@@ -487,6 +556,10 @@ def cache(
             one reads the prompt, if the policy allows it, and a second block is taken for a second turn.
         prompt: number of tokens of a prompt, including padding, that you feed in blocks of your own and whose last
             block may be a single token. ``generate(prefill_chunk_size=…)`` needs no such hint.
+        tokenizer: the model's, for the policy ``kvzip``: without it, the model repeats its prompt without being asked
+            to.
+        lengths: tokens of each prompt, for a policy with ``block``: a budget that is a ratio is then that of the whole
+            prompt from its first block on.
 
     Raises:
         PolicyError: an unknown policy, or one that needs a budget.
@@ -515,4 +588,6 @@ def cache(
         runs_of(model, kinds),
         model,
         prompt,
+        tokenizer,
+        lengths,
     )

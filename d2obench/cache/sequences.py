@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from d2obench.policies.base import Policy
 
 LIVING = ("seen", "lengths", "state", "budgets", "first", "kept", "ready", "merged_prompt", "evicted_prompt",
-          "prompt_kv_bytes", "packing", "layout")  # fmt: skip
+          "prompt_kv_bytes", "packing", "layout", "tokens")  # fmt: skip
 """Attributes of a cache that a snapshot saves, besides its layers and slots."""
 
 
@@ -42,6 +42,8 @@ class SequenceCache(AttendingCache):
     kept: Tensor | None
     first: tuple[Tensor, list[int]] | None
     layout: Layout
+    tokens: list[Tensor]
+    whole_lengths: Tensor | None
     seen: int
     ready: bool
     keeps_all: bool
@@ -93,6 +95,8 @@ class SequenceCache(AttendingCache):
         assert self.lengths is not None
         self.lengths = self.lengths[chosen.to(self.lengths.device)]
         self.layout = replace(self.layout, batch=chosen.numel())
+        self.tokens = [block[chosen.to(block.device)] for block in self.tokens]
+        self.whole_lengths = None if self.whole_lengths is None else self.whole_lengths[chosen]
         self.budgets, self.kept = (held if held is None else held[:, chosen] for held in (self.budgets, self.kept))
         if self.first is not None:
             self.first = self.first[0][:, chosen], [self.first[1][i] for i in chosen.tolist()]

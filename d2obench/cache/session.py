@@ -146,10 +146,12 @@ class Session:
         padded = bool((mask == 0).any())
         positions = (mask.cumsum(1) - 1).clamp_min(0).to(self._device)
         self._mask = mask.to(self._device) if padded else None
-        # 2. a new cache, and one forward pass over all prompts
+        # 2. a new cache, and one forward pass over all prompts, or one for each block
         self.cache = self._new_cache(longest)
         self.mark("prefill")
-        out = self._forward(tokens.to(self._device), positions, self._mask).float()
+        for part in self._blocks(longest):
+            seen = None if self._mask is None else self._mask[:, : part.stop]
+            out = self._forward(tokens[:, part].to(self._device), positions[:, part], seen).float()
         # 3. the next token's positions; its step may be captured in a CUDA graph
         self._positions = positions[:, -1:] + 1
         self._steps = Steps()
@@ -304,13 +306,22 @@ class Session:
         """Frees the cache."""
         self.cache, self._steps = None, Steps()
 
+    def _blocks(self, longest: int) -> list[slice]:
+        """The parts of a prompt of ``longest`` tokens that are read one after the other; the first may be shorter."""
+        size = self.policy.block if self.policy is not None and not self.cache.keeps_all else 0
+        if not size:
+            return [slice(0, longest)]
+        ends = range(longest, 0, -size)
+        return [slice(max(0, end - size), end) for end in reversed(ends)]
+
     def _new_cache(self, longest: int) -> Any:
         """The cache of a prompt of ``longest`` tokens."""
         model = self.loaded.model
         assert self.policy is not None
         return policy_cache.cache(
-            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True
-        )
+            self.policy, self.budget, model=model, max_new=self.max_new, seed=self.seed, mark=self.mark, whole=True,
+            tokenizer=self.loaded.tokenizer, lengths=self._lengths if self.policy.block else None,
+        )  # fmt: skip
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self.loaded.model(

@@ -81,6 +81,9 @@ class DecodeState:
         target: row of that slot in the store's flat tensors, ``[layers, rows]``.
         stream: hash state that the random numbers of a row start from, int64 ``[layers, rows, 1]``.
         extra: tensors of a policy with a :class:`Custom` rule, by name.
+        queries: the newest queries, ``[layers, rows, G, n, d]``, the newest last; 0 for those before decoding; None if
+            the policy needs none (:attr:`Policy.decode_queries`).
+        scale: factor of the logits.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class DecodeState:
         self.usable = (position != CLOSED).sum(-1)
         self.bias: Tensor | None = None
         self.biased = False
-        """Whether slots have biases of their own, from a merge by mass; they are part of what the cache holds."""
+        """Whether slots have biases of their own, from a merge; they are part of what the cache holds."""
         self.slot = torch.zeros(layers, rows, dtype=torch.long, device=device)
         self.free = torch.zeros(layers, rows, policy.interval, dtype=torch.long, device=device)
         self.target = store.base.clone()
@@ -123,6 +126,11 @@ class DecodeState:
         head = first_head + (torch.arange(rows, device=device) % heads)[:, None]
         self.stream = stream(seed, layer, head, device)
         self.extra: dict[str, Tensor] = {}
+        self.scale, newest = 1.0, 0 if grows else policy.decode_queries
+        self.queries: Tensor | None = None
+        if newest:
+            shape = (layers, rows, group, newest, store.widths[0])
+            self.queries = torch.zeros(shape, dtype=store.dtype, device=device)
         batch, (key_width, value_width) = rows // heads, store.widths
         self._key_shape, self._value_shape = (batch, heads, 1, key_width), (batch, heads, 1, value_width)
         self._query_shape = (batch, heads * group, 1, key_width)
@@ -162,7 +170,7 @@ class DecodeState:
         slots = torch.arange(self.position.shape[-1], device=held.device)
         if self.grows:
             unused &= slots < torch.tensor(self.prompts, device=held.device)[:, None, None]
-        self.biased = scores is not None and isinstance(self.policy.merge_spec, MassSpec)
+        self.biased = scores is not None and self.policy.adds_biases
         if self.biased or not whole or (spare > 1 and not self.grows):
             kind = torch.float32 if self.biased else self.store.dtype
             self.bias = torch.zeros(self.position.shape, dtype=kind, device=held.device)
@@ -210,6 +218,10 @@ class DecodeState:
         """
         if query.shape != self._query_shape or query.dtype != self.store.dtype or query.device != self.now.device:
             raise self._unfit("query", query, self._query_shape)
+        if self.queries is not None:
+            self.scale, held = scale, self.queries[layer]
+            newest = query.reshape(*held.shape[:2], 1, -1)
+            held.copy_(torch.cat((held[:, :, 1:], newest), 2))
         return self.backend.attend(layer, query, scale)
 
     def advance(self) -> None:
@@ -251,6 +263,11 @@ class DecodeState:
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
         """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.rules.lowest`."""
         return rules.lowest(self, score, recent)
+
+    def marked(self, score: Tensor) -> Tensor:
+        """``score`` ``[layers, rows, C]``, with slots without an entry marked for :meth:`least`: an empty one comes
+        first, a closed one never."""
+        return score.masked_fill(self.position == EMPTY, -NEVER).masked_fill(self.position == CLOSED, NEVER)
 
     def oldest(self, start: Tensor | int) -> Tensor:
         """Slots of the oldest tokens from a position on; see :func:`d2obench.decode.rules.oldest`."""
@@ -384,6 +401,7 @@ class DecodeState:
         found.merged, found.evicted = self.merged.clone(), self.evicted.clone()
         found.bias, found.biased = None if self.bias is None else picked(self.bias), self.biased
         found.extra = {name: picked(held) for name, held in self.extra.items()}
+        found.queries, found.scale = None if self.queries is None else picked(self.queries), self.scale
         if self.merge is not None:
             found.merge = type(self.merge)(found, self.merge.spec)
             for new, mine in zip(found.merge.tensors()[:-1], self.merge.tensors()[:-1], strict=True):  # less work space
@@ -404,7 +422,7 @@ class DecodeState:
         """The tensors that a decode step changes, except keys and values."""
         own = [self.position, self.now, self.attention, self.score, self.square, self.factor, self.free, self.target]
         own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
-        own += [] if self.bias is None else [self.bias]
+        own += [held for held in (self.bias, self.queries) if held is not None]
         return own + ([] if self.merge is None else self.merge.tensors())
 
     def _choose(self) -> None:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.rules import Custom, DecodeRule, Merge, RowSizes
+from d2obench.policies.rotary import QueryMoments
+from d2obench.policies.rules import Custom, DecodeRule, MassSpec, Merge, Repeat, RowSizes
 from d2obench.policies.sharing import Sharing
 from d2obench.suite.grammar import Budget
 
@@ -50,6 +51,10 @@ class Needs:
         heads: keep query heads separate instead of averaging over the group ("sum" becomes ``[B, Hq, L]``).
         errors: measure what compression to equal budgets would cost each KV head (``d2obench.cache.budgets``), for
             ``layer_budgets`` only, as "error", float32 ``[B, H]``.
+        queries: keep the last ``queries`` queries as :attr:`Entries.queries`, for a policy that computes what it needs
+            from them itself; 0 for none.
+        moments: gather mean and covariance of the queries before their rotation as :attr:`Entries.moments`.
+        projection: hand over the layer's output projection as :attr:`Entries.projection`.
     """
 
     columns: bool = False
@@ -57,6 +62,9 @@ class Needs:
     window: int = 0
     heads: bool = False
     errors: bool = False
+    queries: int = 0
+    moments: bool = False
+    projection: bool = False
 
 
 HOOKS = frozenset({"observe", "victims", "absorb_step"})
@@ -76,6 +84,14 @@ class Entries:
         stats: float32 ``[B, H, N]`` by name, see :class:`Needs`.
         seed: seed for policies that draw random numbers.
         first_head: index in the model of the first KV head; not 0 if a layer's heads are divided among ranks.
+        queries: the prompt's last queries, ``[B, Hq, n, d]``, at most as many as :attr:`Needs.queries` asks for; None
+            if it asks for none. Their positions end at ``length − 1``; those before 0 are padding.
+        scale: factor of the logits.
+        moments: statistics of the queries, if :attr:`Needs.moments` asks for them.
+        rotary: rotation angle per position of each rotary pair, float32 ``[r/2]``; None if the angles depend on the
+            length.
+        projection: the layer's output projection W_O, ``[hidden, Hq·d_v]``, if :attr:`Needs.projection` asks for it
+            and the model is known.
     """
 
     layer: int
@@ -87,6 +103,11 @@ class Entries:
     stats: Stats
     seed: int = 0
     first_head: int = 0
+    queries: Tensor | None = None
+    scale: float = 1.0
+    moments: QueryMoments | None = None
+    rotary: Tensor | None = None
+    projection: Tensor | None = None
 
 
 @dataclass
@@ -170,6 +191,28 @@ class Policy:
     def merge_spec(self) -> Merge | None:
         """How an evicted entry is merged during decoding; None if it is dropped."""
         return None
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether slots have biases of their own, which attention adds to their logits."""
+        return isinstance(self.merge_spec, MassSpec)
+
+    @property
+    def block(self) -> int:
+        """Number of tokens of a prompt that are read at once, where the cache is cut to the budget between such blocks;
+        0 to read the whole prompt first."""
+        return 0
+
+    @property
+    def repeats(self) -> Repeat | None:
+        """That the model must repeat the prompt before it can be compressed, which gives every entry the statistic
+        "repeated"; None for most policies."""
+        return None
+
+    @property
+    def decode_queries(self) -> int:
+        """Number of newest queries that the decode rule needs, as ``state.queries``."""
+        return 0
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
         """How a decode step chooses what to evict. If a subclass overrides ``observe``, ``victims`` or ``absorb_step``

@@ -1,4 +1,4 @@
-"""The full cache, which is the reference of every comparison, and the full cache in 8 or 4 bits."""
+"""The full cache, which is the reference of every comparison, and the full cache in 8, 4 or 2 bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Quant(Full):
         bits: bits per stored number; 16 keeps the model's dtype.
     """
 
-    bits: Literal[4, 8, 16] = 4
+    bits: Literal[2, 4, 8, 16] = 4
     name: ClassVar[str] = "quant"
-    about: ClassVar[str] = "everything in 8 or 4 bits; goes behind other policies, too"
+    about: ClassVar[str] = "everything in 8, 4 or 2 bits; goes behind other policies, too"
     paper: ClassVar[str] = "KIVI, arXiv 2402.02750"

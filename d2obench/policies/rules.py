@@ -169,3 +169,18 @@ class MassSpec:
 
 Merge = MergeSpec | SpreadSpec | MassSpec
 """How an evicted entry is merged during decoding."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """That the model repeats the prompt before it is compressed (``d2obench.cache.repetition``).
+
+    Args:
+        chunk: number of tokens that are repeated at once.
+        sinks: number of tokens at the start to which every chunk's repetition also attends.
+        plus: whether attention is weighted by what a value adds to the output.
+    """
+
+    chunk: int
+    sinks: int
+    plus: bool

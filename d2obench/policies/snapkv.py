@@ -14,12 +14,12 @@ from d2obench.errors import PolicyError
 from d2obench.policies.allocation import water_fill
 from d2obench.policies.base import Entries, Needs, Stats, window_rank
 from d2obench.policies.mass import MassMerging
-from d2obench.policies.rules import DecodeRule, Ring, RowSizes
+from d2obench.policies.prompt_only import PromptOnly
 from d2obench.suite.grammar import Budget
 
 
 @dataclass(frozen=True)
-class SnapKV(MassMerging):
+class SnapKV(MassMerging, PromptOnly):
     """The last ``window`` tokens, and those that their queries attend to most.
 
     The attention of the last ``window`` queries to each earlier token is summed (mean over the query heads of a KV
@@ -32,43 +32,33 @@ class SnapKV(MassMerging):
         pool: ``avg`` or ``max``.
         decode: ``grow``, as published: every decoded token is appended, so more than the budget is held. ``slide``: the
             recent window slides over the decoded tokens, while the entries chosen from the prompt stay.
+        block: see :class:`d2obench.policies.prompt_only.PromptOnly`.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
     """
 
-    window: int = 32
     kernel: int = 5
     pool: Literal["avg", "max"] = "avg"
-    decode: Literal["grow", "slide"] = "grow"
     name: ClassVar[str] = "snapkv"
     about: ClassVar[str] = "what the prompt's last queries attend to; the prompt only"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
-
-    @property
-    def grows(self) -> bool:
-        return self.decode == "grow"
 
     @property
     def needs(self) -> Needs:
         return Needs(columns=self.merge == "mass", window=self.window)
 
     def check(self) -> None:
-        if self.window < 1:
-            raise PolicyError(f"{self.name}: window is {self.window}", remedy="use 1 or more")
+        super().check()
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise PolicyError(f"{self.name}: kernel is {self.kernel}", remedy="use an odd number")
 
-    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+    def importance(self, entries: Entries) -> Tensor:
         looking = entries.position >= entries.length[:, None, None] - self.window
         seen = entries.stats["window"].masked_fill(looking | (entries.position < 0), 0.0)
-        pooled = (F.avg_pool1d if self.pool == "avg" else F.max_pool1d)(
-            seen, self.kernel, stride=1, padding=self.kernel // 2
-        )
-        return window_rank(pooled, entries, 0, keep.clamp_max(self.window))
+        pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
+        return pool(seen, self.kernel, stride=1, padding=self.kernel // 2)
 
-    def decode_rule(self, sizes: RowSizes) -> DecodeRule:
-        """The rule of ``decode=slide``: the window slides, and the entries before the prompt's recent window stay."""
-        recent = sizes.budget.clamp(1, self.window)
-        return Ring((sizes.held - recent).clamp_min(0))
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        return window_rank(self.importance(entries), entries, 0, keep.clamp_max(self.window))
 
 
 @dataclass(frozen=True)

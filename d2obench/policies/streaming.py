@@ -11,6 +11,7 @@ from torch import Tensor
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Stats, window_rank
 from d2obench.policies.mass import MassMerging
+from d2obench.policies.rotary import rotate
 from d2obench.policies.rules import Custom, DecodeRule, Ring, RowSizes
 
 if TYPE_CHECKING:
@@ -99,15 +100,6 @@ class Streaming(MassMerging):
         slots = torch.arange(index.shape[-1], device=index.device)
         mine = (slots < (state.usable - 1).clamp_max(self.sinks)[..., None])[..., None]
         state.store.write_keys(index, torch.where(mine, keys, state.store.read_keys(index)))
-
-
-def rotate(keys: Tensor, angle: Tensor) -> Tensor:
-    """Keys ``[…, d]`` rotated by angles ``[…, r/2]``, in the layout of transformers' rotary embeddings (two halves);
-    only the first r channels are rotated."""
-    half = angle.shape[-1]
-    first, second, rest = torch.split(keys.float(), [half, half, keys.shape[-1] - 2 * half], -1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(keys.dtype)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Slots in 8 or 4 bits: keys per channel, values per token (KIVI, arXiv 2402.02750), asymmetric, bit-packed.
+"""Slots in 8, 4 or 2 bits: keys per channel, values per token (KIVI, arXiv 2402.02750), asymmetric, bit-packed.
 
 Design. The outliers of keys are concentrated in channels, so a key's channel shares its scale with the same channel of
 the ``GROUP`` neighbouring slots (neighbours in time, at the prompt's end); a value is scaled by itself, in parts of
-``GROUP`` channels. Numbers are stored as uint8, two per byte at 4 bits (channel i in the low half, channel i + d/2 in
-the high half, so that a slot is always whole bytes); scale and zero point are float16. A layer is dequantised right
-before its attention, into a work buffer that all layers share.
+``GROUP`` channels. Numbers are stored as uint8, two per byte at 4 bits and four at 2 bits (at 4 bits, channel i is in
+the low half and channel i + d/2 in the high half, so that a slot is always whole bytes); scale and zero point are
+float16. A layer is dequantised right before its attention, into a work buffer that all layers share.
 
 How a decoded token's key is stored. A *growing* cache does what KIVI does: the last, incomplete group is kept in the
 model's dtype and quantised when it is full; groups are aligned to the prompt's end, so that padding on the left changes
@@ -34,13 +34,14 @@ LEAST_SCALE = 1e-7
 
 
 class QuantStore(DenseStore):
-    """Keys and values in 8 or 4 bits, with the interface of :class:`DenseStore`.
+    """Keys and values in 8, 4 or 2 bits, with the interface of :class:`DenseStore`.
 
     Args:
-        bits: 8 or 4.
+        bits: 8, 4 or 2.
         grows: whether slots are filled in order and never overwritten.
 
-    The other arguments are those of :class:`DenseStore`. Head dimensions must be even.
+    The other arguments are those of :class:`DenseStore`. Head dimensions must fill whole
+    bytes: multiples of 2 at 4 bits, of 4 at 2 bits.
     """
 
     quantised: ClassVar[bool] = True
@@ -264,14 +265,15 @@ class QuantStore(DenseStore):
 
     def _pack(self, numbers: Tensor) -> Tensor:
         codes = numbers.round().clamp_(0, self.top).to(torch.uint8)
-        if self.bits == 8:
-            return codes
-        low, high = codes.chunk(2, -1)
-        return low | (high << 4)
+        packed, *rest = codes.chunk(8 // self.bits, -1)
+        for place, part in enumerate(rest, 1):
+            packed = packed | (part << place * self.bits)
+        return packed
 
     def _unpack(self, codes: Tensor) -> Tensor:
         """float32 numbers ``[…, d]``."""
-        return (codes if self.bits == 8 else torch.cat((codes & 15, codes >> 4), -1)).float()
+        parts = [(codes >> shift) & self.top for shift in range(0, 8, self.bits)]
+        return torch.cat(parts, -1).float() if len(parts) > 1 else codes.float()
 
     def _ranges(self, layer: int) -> Tensor:
         """Key ranges of a layer, ``[rows, groups, 2, d]``, a view."""

@@ -1,0 +1,317 @@
+"""Policies whose scores take more than attention sums, number by number; what their caches hold while decoding."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import rivals
+from reference.rules import Layer
+from tiny_families import plain_model, prompts, tiny_model
+
+from d2obench.cache import Session
+from d2obench.cache.policy_cache import PolicyCache
+from d2obench.errors import PolicyError
+from d2obench.policies import own_policies, parse_choice, parse_policy
+from d2obench.policies.base import Entries
+from d2obench.policies.rotary import LEADING, QueryMoments, rotate
+from d2obench.suite.grammar import parse_budget
+
+HEADS, GROUP, WIDTH = 2, 2, 16
+SCALE = WIDTH**-0.5
+ROTARY = 10_000 ** (-torch.arange(8) / 8)
+
+
+def read(policy: str, rule: Any, length: int, budget: str, layers: int = 1) -> tuple[PolicyCache, list[Layer]]:
+    """A cache that has read a prompt of random numbers in two blocks, beside float64 models of its layers. The queries
+    of a layer are alike in their own way, so that layers differ."""
+    cache = PolicyCache(parse_policy(policy), parse_budget(budget), [None] * layers, GROUP, 40, rotary=ROTARY)
+    references = [Layer(rule, cache.budget.of(length), layer, HEADS) for layer in range(layers)]
+    generator = torch.Generator().manual_seed(3)
+    given = []
+    for layer in range(layers):
+        heads = [HEADS * GROUP, HEADS, HEADS]
+        made = torch.randn(1, sum(heads), length, WIDTH, generator=generator)
+        query, keys, values = made.split(heads, 1)
+        keys = 0.7 * keys + torch.randn(1, HEADS, 1, WIDTH, generator=generator)
+        query = query * (0.3 + layer) + torch.randn(1, HEADS * GROUP, 1, WIDTH, generator=generator)
+        given.append((query, keys, values))
+        references[layer].read(*(held[0].double().numpy() for held in given[-1]), SCALE)
+    for part in (slice(0, length - 9), slice(length - 9, length)):
+        for held, (query, keys, values) in zip(cache.own, given, strict=True):
+            held.update(keys[:, :, part], values[:, :, part])
+            held.attend(query[:, :, part], SCALE, None)
+    return cache, references
+
+
+def described(cache: PolicyCache, layer: int = 0) -> Entries:
+    assert cache.lengths is not None
+    entries = cache.own[layer].entries(len(cache.own), cache.lengths, 0, 0)
+    cache.policy.describe(entries)
+    return entries
+
+
+def variant(rule: type, **fields: Any) -> type:
+    return type(rule.__name__, (rule,), fields)
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [
+        ("keydiff", rivals.KeyDiff),
+        ("knorm", rivals.Knorm),
+        ("lagkv(lag=6,sinks=3)", variant(rivals.LagKV, lag=6, sinks=3)),
+        ("expected", rivals.Expected),
+        ("expected(epsilon=0.02,future=20)", variant(rivals.Expected, epsilon=0.02, future=20)),
+        ("expected(covariance=false,value_norms=false)", variant(rivals.Expected, covariance=False, value_norms=False)),
+        ("cake(window=12)", variant(rivals.CAKE, window=12)),
+        ("criticalkv(window=12)", variant(rivals.CriticalSnap, window=12)),
+        ("criticalkv(score=expected(value_norms=false),first=0.8)", variant(rivals.CriticalExpected, first=0.8)),
+        ("rkv(window=5)", variant(rivals.RKV, window=5)),
+        ("keepkv(window=12,sinks=2)", variant(rivals.KeepKV, window=12, sinks=2)),
+    ],
+)
+def test_ranks_are_those_of_the_reference(policy: str, rule: Any) -> None:
+    """Every number by which entries outside sinks and the recent window are ranked, also from two blocks."""
+    cache, (layer,) = read(policy, rule, 53, "20")
+    rank = cache.policy.rank(described(cache), torch.tensor([20]))[0].double().numpy()
+    ranked = 0
+    for own, head in zip(rank, layer.heads, strict=True):
+        expected = head.importance()
+        free = [j for j, number in expected.items() if abs(number) < 1e8]
+        np.testing.assert_allclose(own[free], [expected[j] for j in free], rtol=2e-4, atol=1e-7)
+        ranked += len(free)
+        assert set(np.argsort(-own, kind="stable")[:20]) == set(sorted(expected, key=lambda j: (-expected[j], j))[:20])
+    assert ranked > 40
+
+
+@pytest.mark.parametrize(("tau", "budget"), [((1.0, 1.0), "24"), ((0.5, 2.0), "24"), ((1.0, 1.0), "45")])
+def test_cake_divides_a_budget_by_preference(tau: tuple[float, float], budget: str) -> None:
+    policy = f"cake(window=6,tau1={tau[0]},tau2={tau[1]})"
+    cache, layers = read(policy, variant(rivals.CAKE, window=6), 53, budget, layers=4)
+    cache.compress()
+    assert cache.budgets is not None
+    found = cache.budgets[:, 0].tolist()
+    expected = rivals.cake_budgets([rivals.cake_preference(layer.heads, *tau) for layer in layers], int(budget), 53, 6)
+    assert sum(found) == 4 * int(budget) and len(set(found)) > 1
+    assert np.abs(np.array(found) - expected).max() < 1, (found, expected)
+    assert (max(found) == 53) == (max(expected) == 53)
+
+
+def test_moments_of_blocks_are_those_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = torch.randn(2, 3, 40, WIDTH, generator=generator) + 5
+    position = torch.arange(40) - torch.tensor([[0], [13]])
+    turned = rotate(plain, position[:, None, :, None] * ROTARY)
+    blocks = [QueryMoments.of(turned[:, :, part], position[:, part], ROTARY) for part in (slice(17), slice(17, 40))]
+    found = blocks[0].and_then(blocks[1])
+    for b, first in ((0, LEADING), (1, 13 + LEADING)):
+        for h in range(3):
+            own = plain[b, h, first:].double().numpy()
+            np.testing.assert_allclose(found.mean[b, h], own.mean(0), atol=1e-4)
+            np.testing.assert_allclose(found.covariance[b, h], np.cov(own.T, bias=True), atol=1e-4)
+    assert found.select(torch.tensor([1])).count.tolist() == [40 - 13 - LEADING]
+
+
+# --- KVzip, against the attention maps of transformers' own model -----------------------------------------------------
+
+
+def note(seen: dict[int, Any], at: int, module: Any, args: Any, kwargs: Any) -> None:
+    seen[at] = kwargs["hidden_states"][0].double().numpy()
+
+
+def repeated(model: Any, text: list[int], chunk: int, sinks: int, plus: bool) -> list[np.ndarray]:
+    """Scores ``[H, n]`` of each layer: text and repetition in one pass, whose maps are scaled to what counts."""
+    length, layers = len(text), model.config.num_hidden_layers
+    heads, group = (
+        model.config.num_key_value_heads,
+        model.config.num_attention_heads // model.config.num_key_value_heads,
+    )
+    found = [np.zeros((heads, length)) for _ in range(layers)]
+    for first in range(0, length, chunk):
+        last = min(length, first + chunk)
+        seen: dict[int, Any] = {}
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(partial(note, seen, at), with_kwargs=True)
+            for at, layer in enumerate(model.model.layers)
+        ]
+        with torch.inference_mode():
+            out = model(torch.tensor([text + text[first:last]]), output_attentions=True, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        cache = out.past_key_values if "past_key_values" in out else out.cache
+        kept = [*range(min(sinks, first)), *range(first, last), *range(length, length + last - first)]
+        for at, maps in enumerate(out.attentions):
+            weights = maps[0, :, length:].double().numpy()
+            weights = weights / weights[..., kept].sum(-1, keepdims=True)
+            weights = weights[..., first:last].reshape(heads, group, last - first, last - first)
+            if plus:
+                width = maps.shape[1] and cache.layers[at].values.shape[-1]
+                projection = model.model.layers[at].self_attn.o_proj.weight.detach().double().numpy()
+                parts = projection.reshape(len(projection), heads, group, width)
+                values = cache.layers[at].values[0, :, first:last].double().numpy()
+                norms = np.linalg.norm(np.einsum("ohgd,hnd->hgno", parts, values), axis=-1)
+                read = np.linalg.norm(seen[at][length:], axis=-1)
+                weights = weights * norms[:, :, None] / read[:, None]
+            found[at][:, first:last] = weights.max((1, 2))
+        for scores in found:
+            scores[:, :sinks] = 1.0
+    return found
+
+
+@pytest.mark.parametrize(("chunk", "plus"), [(64, False), (17, False), (17, True)])
+def test_kvzip_scores_are_the_highest_attention_while_the_prompt_is_repeated(chunk: int, plus: bool) -> None:
+    texts = prompts(50, 33)
+    word = "true" if plus else "false"
+    session = Session(tiny_model("llama-gqa2"), f"kvzip(chunk={chunk},plus={word},allocate=uniform)", "0.4", max_new=4)
+    session.prefill(texts)
+    stats: list[Any] = []
+    rank = type(session.policy).rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(session.policy),
+            "rank",
+            lambda self, entries, keep: (stats.append(entries.stats["repeated"].clone()), rank(self, entries, keep))[1],
+        )
+        session.compress()
+    model = plain_model("llama-gqa2", attention="eager")
+    for sequence, text in enumerate(texts):
+        for found, expected in zip(stats, repeated(model, text, chunk, 4, plus), strict=True):
+            np.testing.assert_allclose(found[sequence, :, -len(text) :], expected, rtol=1e-3, atol=1e-6)
+    before = session.footprint()
+    assert before.kept == [[20.0, 13.0]] * 2
+    assert session.step(torch.tensor([3, 4])).isfinite().all()
+
+
+def test_kvzip_gives_layers_what_their_entries_are_worth() -> None:
+    policy = parse_policy("kvzip(allocate=layers)")
+    generator = torch.Generator().manual_seed(1)
+    stats = [{"repeated": torch.rand(1, 2, 40, generator=generator) ** power} for power in (1, 3, 9)]
+    budgets = policy.layer_budgets(stats, torch.tensor([40]), parse_budget("0.3"))[:, 0].tolist()
+    every = sorted((float(score), layer) for layer in range(3) for score in stats[layer]["repeated"].flatten())
+    counts = [sum(at == layer for _, at in every[-3 * 12 * 2 :]) / 2 for layer in range(3)]
+    assert sum(budgets) == 36
+    assert max(abs(a - max(b, 4)) for a, b in zip(budgets, counts, strict=True)) <= 3
+    assert budgets == sorted(budgets, reverse=True)
+
+
+def test_kvzip_keeps_the_highest_scores_of_all_heads() -> None:
+    generator = torch.Generator().manual_seed(1)
+    stats = [{"repeated": torch.rand(2, 3, 40, generator=generator) ** power} for power in (1, 2, 3)]
+    found = parse_policy("kvzip").layer_budgets(stats, torch.tensor([40, 29]), parse_budget("0.3"))
+    for sequence, length in enumerate((40, 29)):
+        scores = torch.stack([stat["repeated"][sequence, :, -length:] for stat in stats]).double().numpy()
+        scores[..., :4] = np.inf  # sinks
+        bound = np.sort(scores.ravel())[-round(0.3 * length) * 9]
+        assert np.array_equal(found[:, sequence].numpy(), (scores >= bound).sum(-1))
+
+
+def test_kvzip_needs_the_text() -> None:
+    model = tiny_model("llama-gqa2")
+    cache = PolicyCache(parse_policy("kvzip"), parse_budget("0.4"), [None] * 2, 2, model=model.model)
+    cache.begin_forward(model.model.base_model)
+    for layer in cache.own:
+        layer.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16))
+        layer.attend(torch.randn(1, 4, 20, 16), 0.25, None)
+    cache.end_forward()
+    with pytest.raises(Exception, match="doesn't know the text"):
+        cache.compress()
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_rkv_evicts_at_intervals() -> None:
+    session = Session(tiny_model("llama-gqa2"), "rkv(window=3,interval=5)", "20", max_new=24)
+    session.prefill(prompts(50, 41))
+    session.compress()
+    held = [session.footprint().held[0][0]]
+    for step in range(24):
+        session.step(torch.tensor([step + 2, step + 3]))
+        held.append(session.footprint().held[0][0])
+    assert held[0] == 20 and max(held) <= 25 and min(held) == 20
+    assert session.footprint().evicted_layers[0] == 2 * (50 - 20 + 41 - 20) + 2 * 2 * 5 * 4
+
+
+def test_rkv_keeps_the_newest_of_twins() -> None:
+    """Of three keys that are almost one, the oldest leaves first, and the newest counts as if it were alone."""
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(1, 1, 30, 64, generator=generator)
+    keys[..., 12, :], keys[..., 20, :] = keys[..., 5, :] * 1.01, keys[..., 5, :] * 0.99
+    entries = Entries(
+        0, 1, keys, keys, torch.arange(30).expand(1, 1, -1), torch.tensor([30]), {}, queries=torch.zeros(1, 1, 4, 64)
+    )
+    rank = parse_policy("rkv(window=4,mix=0)").rank(entries, torch.tensor([29]))[0, 0]
+    assert rank[:26].argsort().tolist().index(5) == 0
+    assert rank[12] < rank[:26].median() and rank[20] > rank[12]
+
+
+def test_keepkv_counts_every_token_once() -> None:
+    """With a threshold that all pass, the votes of what is held are all tokens."""
+    session = Session(tiny_model("llama-gqa2"), "keepkv(threshold=-1)", "12", max_new=9)
+    session.prefill(prompts(40, 25))
+    session.compress()
+    for count in range(9):
+        session.step(torch.tensor([5, 6]))
+        state = session.cache.state
+        # the slot that was freed last waits for the next token; it already has a vote
+        votes = state.bias.double().exp().sum(-1).view(2, 2, 2)
+        assert torch.allclose(votes[:, 0], torch.tensor(42.0 + count).double())
+        assert torch.allclose(votes[:, 1], torch.tensor(27.0 + count).double())
+    found = session.footprint()
+    assert found.merged == found.evicted
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("policy", [policy for policy in own_policies() if parse_choice(policy).takes_budget])
+def test_what_any_policy_keeps_can_be_quantised(policy: str, bits: int) -> None:
+    def kept(words: str) -> Any:
+        session = Session(tiny_model("llama-gqa4"), words, "0.3", max_new=3)
+        session.prefill(prompts(60, 41))
+        session.compress()
+        for step in range(3):
+            assert session.step(torch.tensor([step, step + 1])).isfinite().all()
+        return session.footprint()
+
+    if parse_policy(policy).ragged:
+        with pytest.raises(PolicyError, match="KV heads differ in length"):
+            kept(f"{policy}+quant(bits={bits})")
+        return
+    plain, packed = kept(policy), kept(f"{policy}+quant(bits={bits})")
+    assert packed.kept == plain.kept
+    if not parse_policy(policy).grows:  # a cache that grows holds its last group as it is
+        assert packed.kv_bytes < plain.kv_bytes * (0.35 if bits == 2 else 0.42)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("keydiff(window=0)", "window is 0"),
+        ("lagkv(lag=1)", "lag is 1"),
+        ("lagkv(sinks=-1)", "sinks is -1"),
+        ("expected(future=0)", "future is 0"),
+        ("expected(epsilon=-1)", "epsilon is -1"),
+        ("cake(tau1=0)", "tau1 is 0"),
+        ("cake(gamma=-1)", "gamma is -1"),
+        ("criticalkv(score=keydiff)", "they are negative"),
+        ("criticalkv(score=h2o)", "can't use the scores of 'h2o'"),
+        ("criticalkv(score=criticalkv)", "can't use the scores of 'criticalkv'"),
+        ("criticalkv(score=snapkv(merge=mass))", "can't use the scores"),
+        ("criticalkv(score=snapkv(kernel=4))", "kernel is 4"),
+        ("criticalkv(score=snap)", "unknown policy 'snap'"),
+        ("criticalkv(first=2)", "first is 2"),
+        ("keepkv(recent=0)", "recent is 0"),
+        ("keepkv(threshold=2)", "threshold is 2"),
+        ("rkv(kernel=2)", "kernel is 2"),
+        ("rkv(mix=2)", "mix is 2"),
+        ("rkv(interval=0)", "interval is 0"),
+        ("kvzip(chunk=0)", "chunk is 0"),
+        ("quant(bits=3)", "bits"),
+    ],
+)
+def test_a_parameter_out_of_its_range_is_one_line(policy: str, words: str) -> None:
+    with pytest.raises(PolicyError, match=words):
+        parse_policy(policy)
