@@ -61,3 +61,29 @@ class WorkerError(D2OBenchError):
 
 class OutOfMemory(D2OBenchError):  # noqa: N818 - a result, not a fault
     """The device's or the machine's memory ended; a cell's status, never the end of a run."""
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_BROKEN = (
+    "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure",
+    "launch timed out", "illegal instruction", "invalid program counter", "hardware stack error", "uncorrectable",
+    "GPU has fallen off",
+)  # fmt: skip
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an exception means that the memory of the device or of the machine ran out. Triton, cuBLAS and the CPU's
+    allocator raise other classes than PyTorch's CUDA allocator does."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(problem, RuntimeError) and any(phrase in str(problem) for phrase in _NO_MEMORY)
+
+
+def is_device_fault(problem: BaseException) -> bool:
+    """Whether an exception is an error of CUDA after which every further call of the process fails ("sticky")."""
+    return isinstance(problem, RuntimeError) and any(phrase in str(problem) for phrase in _BROKEN)
+
+
+def in_a_line(problem: BaseException) -> str:
+    """An exception of a library in one short line: its class, and the first line of its text."""
+    return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:120]}"

@@ -9,6 +9,8 @@ a line for every request), ``bias`` (a sampled request's time ÷ that of a full 
 it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that makes it has another GPU than the rest),
 ``stuck`` (policies whose session can't go back, so that they have no windows), ``wild`` (so many rounds of windows are
 disturbed in each process, the first ones), ``oom_held`` (policies that run out of memory beside others),
+``uncaptured`` and ``broken`` (policies whose decode steps can't be captured, or break the GPU, until the part of the
+GPU path is switched off; ``broken_always``: even then), ``exhausted`` (those during whose capture memory ends),
 ``faulty`` (policies whose prompt is refused).
 
 Three settings hold a request up until something has happened, so that no test depends on how fast it is: ``until``
@@ -28,6 +30,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from d2obench import compiler
 from d2obench.errors import OutOfMemory, UsageError
 from d2obench.run.worker import Worker, main
 
@@ -172,6 +175,14 @@ class Fake(Worker):
         if op == "measure" and args.get("round") == 1 and "die" in FAKE and not os.path.exists(FAKE["die"]):
             open(FAKE["die"], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        if policy in FAKE.get("uncaptured", ()) and not compiler.off("graph"):
+            compiler.end_process("capturing failed (simulated)")
+        spoilt = not compiler.off("kernels") and policy in FAKE.get("broken", ())
+        if spoilt or policy in FAKE.get("broken_always", ()):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if policy in FAKE.get("exhausted", ()):
+            compiler.end_process("capturing failed (simulated)")
+            raise RuntimeError("CUDA out of memory.")
         if policy in FAKE.get("oom", ()):
             raise OutOfMemory("out of memory in prefill", why="simulated")
         if policy in FAKE.get("crash", ()):

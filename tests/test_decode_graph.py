@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from d2obench import cpu
+from d2obench import compiler, cpu
 from d2obench.cache import Session
 from d2obench.cache import cuda_graph as graph
 from d2obench.decode import backend
@@ -214,24 +215,29 @@ def faked(monkeypatch: pytest.MonkeyPatch, operators: None) -> Any:
 
     @contextmanager
     def capture(held: FakeGraph, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        control.stream = stream
         session = control.session
         state = session.cache.state
         living = [*state._living(), state.store.key_rows, state.store.value_rows, session._positions]
         before = [tensor.clone() for tensor in living]
         with held.tape:
             yield
-        if control.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+        if control.fails:  # as PyTorch does where a capture can't be ended: its stream stays the current one
+            raise control.fails
+        control.stream = "main"
         for tensor, old in zip(living, before, strict=True):
             tensor.copy_(old)
         FakeGraph.captured += 1
 
-    control = SimpleNamespace(session=None, fails=False)
+    control = SimpleNamespace(session=None, fails=None, stream="main")
     monkeypatch.setattr(FakeGraph, "captured", 0)
-    monkeypatch.setattr(graph, "_warmed", set())
+    monkeypatch.setattr(graph, "_warmed", WeakKeyDictionary())
+    monkeypatch.setattr(compiler, "_ending", [])
     real = graph.obstacle
     monkeypatch.setattr(graph, "obstacle", lambda session: real(session).replace(NO_DEVICE, ""))
-    monkeypatch.setattr(graph, "_stream_of", lambda device: None)
+    monkeypatch.setattr(graph, "_stream_of", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: control.stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(control, "stream", stream))
     monkeypatch.setattr(graph.Steps, "_warm_up_step", lambda self, session, tokens: session.run(tokens[:, None]))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -309,27 +315,46 @@ def test_operators_that_are_watched_are_not_replayed(faked: Any) -> None:
 
 def test_a_failed_capture_goes_on_step_by_step(faked: Any) -> None:
     expected, plain = eagerly_without("streaming")
-    faked.fails = True
+    faked.fails = RuntimeError("operation not permitted when stream is capturing\nmore words")
     session, logits = opened("streaming")
     faked.session = session
-    real = session.run
-    runs: list[int] = []
-
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        runs.append(1)
-        if len(runs) == 3:  # the third is the capture's: nothing of it is executed there
-            raise RuntimeError("operation not permitted when stream is capturing\nmore words")
-        return real(tokens)
-
-    session.run = run  # type: ignore[method-assign]
+    fail_third(session, faked.fails)
     found = []
     for _ in range(STEPS):
         found.append(logits.argmax(-1).tolist())
         logits = session.step(logits.argmax(-1))
     assert found == expected and session.cache.state.steps == plain.cache.state.steps
     session._device = torch.device("cuda")
-    remark = session.remarks[-1]
-    assert remark.endswith("capturing failed (RuntimeError: operation not permitted when stream is capturing)")
+    words = "capturing failed (RuntimeError: operation not permitted when stream is capturing)"
+    assert session.remarks[-1].endswith(words)
+    assert faked.stream == "main", "the process stays on the stream of the capture"
+    assert compiler.ending() == words, "the allocator may go on as if it were capturing"
+
+
+def fail_third(session: Session, problem: Exception) -> None:
+    """The third run of the operators is the capture's; nothing of it is executed there."""
+    real, runs = session.run, []
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        if len(runs) == 3:
+            raise problem
+        return real(tokens)
+
+    session.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "Triton Error [CUDA]: out of memory"])
+def test_memory_that_ends_while_capturing_is_no_step_that_fits(faked: Any, words: str) -> None:
+    session, logits = opened("streaming")
+    faked.session, faked.fails = session, RuntimeError(words)
+    fail_third(session, faked.fails)
+    tokens = logits.argmax(-1)
+    for _ in range(2):
+        session.step(tokens)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.step(tokens)
+    assert faked.stream == "main" and compiler.ending()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("ptxas fatal: unknown target\nand a page of assembly")
 
     monkeypatch.setattr(kernels, "TritonKernels", broken)
-    words = "the kernels did not compile (RuntimeError: ptxas fatal: unknown target)"
+    words = "the kernels can't be used (RuntimeError: ptxas fatal: unknown target)"
     assert state_of(Case(policy="h2o")).decode_path == f"PyTorch operators: {words}"
 
 

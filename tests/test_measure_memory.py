@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import wait_for
 
+from d2obench.errors import is_out_of_memory
 from d2obench.measure.memory import (
     MemoryProbe,
     ResidentMeter,
     Sampler,
-    is_out_of_memory,
     peak_between,
     probe_for,
     settle,
@@ -124,6 +124,8 @@ def test_the_sampler_keeps_every_row_on_the_given_clock_and_counts_its_cost() ->
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("out of resource: shared memory, Required: 213000, Hardware limit: 101376"), False),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
     ],

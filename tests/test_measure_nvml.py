@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_nvml import FakeNvml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from waiting import wait_for
 
 from d2obench.errors import MeasureError
 from d2obench.measure import nvml
-from d2obench.measure.memory import MemoryProbe, Sampler
+from d2obench.measure.memory import MemoryProbe, Sampler, probe_for
 from d2obench.measure.nvml import (
     COLUMNS,
     Nvml,
@@ -201,4 +202,19 @@ def test_a_gpu_that_is_slowed_down_becomes_a_flag() -> None:
         "GPU hardware thermal slowdown 25 % of the time",
     ]
     assert gpu_flags(line, 3.0, 9.0) == []
+
+
+def test_a_moment_at_the_power_limit_is_no_disturbance_of_a_request() -> None:
+    line = rows([(float(t), None) for t in range(100)])
+    for row in line[:9]:
+        row[-1] = 0x4
+    assert gpu_flags(line, 0.0, 99.0) == []
+    line[9][-1] = 0x4
+    assert gpu_flags(line, 0.0, 99.0) == ["GPU power cap 10 % of the time"]
+
+
+def test_a_gpu_is_asked_ten_times_a_second_at_most() -> None:
+    probe = probe_for(torch.device("cpu"), interval=0.02, nvml=Nvml("gpu0", FakeNvml()))
+    assert probe.device is not None and probe.device._interval == 0.1
+    assert probe.host._interval == 0.02
     assert gpu_flags([], 0.0, 1.0) == []

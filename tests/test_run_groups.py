@@ -411,6 +411,21 @@ def test_a_cache_that_is_refused_has_its_row_and_the_others_decode_in_turn(tmp_p
     assert [found.cells[i].details["turns"] for i in (0, 2)] == ["windows", "windows"]
 
 
+def test_caches_whose_steps_cannot_be_captured_are_measured_without_graphs(tmp_path: Path) -> None:
+    """Each cell is tried once more in a new process; what has failed in two cells is not tried in the third."""
+    policies = ["full", "h2o", "d2o"]
+    found = run(tmp_path, in_turn(list(map(cell, policies))), memory=2**34, uncaptured=policies)
+    assert [one.status for one in found.cells] == ["ok", "ok", "ok"]
+    assert [one.details["turns"] for one in found.cells] == ["windows"] * 3
+
+
+def test_a_cache_that_breaks_the_gpu_even_without_kernels_fails_alone(tmp_path: Path) -> None:
+    policies = ["full", "h2o", "d2o"]
+    found = run(tmp_path, in_turn(list(map(cell, policies))), memory=2**34, broken=["d2o"], broken_always=["h2o"])
+    assert [one.status for one in found.cells] == ["ok", "failed", "ok"]
+    assert "illegal memory access" in found.cells[1].reason
+
+
 def test_no_memory_side_by_side_is_no_fault_of_a_cell(tmp_path: Path) -> None:
     """The worker runs out of memory while a cache is held, and has enough for each alone."""
     found = run(tmp_path, in_turn([cell("full"), cell("h2o")]), memory=2**34, oom_held=["h2o"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,17 @@ from runs import FAKE, cell, client
 from waiting import is_dead, wait_for
 
 from d2obench.errors import OutOfMemory, PolicyError, WorkerError
-from d2obench.run.worker_client import DeadWorkerError, WorkerClient, again, describe, revive
+from d2obench.run.worker_client import (
+    WITHOUT,
+    DeadWorkerError,
+    DeviceFaultError,
+    WorkerClient,
+    again,
+    cell_of,
+    describe,
+    revive,
+    without,
+)
 
 REQUEST = {"axes": {"policy": "full", "budget": None, "shape": "32+8"}, "batch": 2, "round": 0}
 
@@ -122,6 +133,53 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_for(lambda: is_dead(pid))
+
+
+# --- faults of a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_after_a_failed_capture_a_new_process_repeats_the_cell_without_graphs() -> None:
+    with client(uncaptured=["full"]) as worker:
+        with pytest.raises(DeviceFaultError, match=r"could not be captured: capturing failed \(simulated\)"):
+            worker.call("measure", REQUEST)
+        assert worker.pid is None, "PyTorch's allocator may be left as if it were capturing"
+        assert again(lambda: worker.call("measure", REQUEST))["trace"]["batch"] == 2
+        assert worker.generation == 2
+        assert set(parts(worker)) == {cell_of(REQUEST)}
+        assert "capturing failed (simulated)" in parts(worker)[cell_of(REQUEST)]["graph"]
+
+
+def parts(worker: WorkerClient) -> dict[str, dict[str, str]]:
+    return dict(json.loads(worker.env[WITHOUT]))
+
+
+def test_other_cells_keep_their_graphs_until_a_second_one_fails() -> None:
+    second, third = ({**REQUEST, "axes": {**REQUEST["axes"], "policy": name}} for name in ("h2o", "d2o"))
+    with client(uncaptured=["full", "h2o", "d2o"]) as worker:
+        for request in (REQUEST, second):
+            assert again(lambda request=request: worker.call("measure", request))
+        assert "graph" in without(third, worker.env[WITHOUT])
+        assert worker.call("measure", third)  # at once
+        assert worker.generation == 3
+
+
+def test_a_gpu_that_breaks_ends_the_process_and_the_cell_is_tried_without_kernels() -> None:
+    with client(broken=["full"]) as worker:
+        assert again(lambda: worker.call("measure", REQUEST))["trace"]["batch"] == 2
+        assert worker.generation == 2
+        assert list(parts(worker)[cell_of(REQUEST)]) == ["kernels"]
+        assert "illegal memory access" in without(REQUEST, worker.env[WITHOUT])["kernels"]
+        assert without({"device": "cuda:0"}, worker.env[WITHOUT]) == {}
+    with client(broken_always=["full"]) as worker, pytest.raises(DeviceFaultError, match="illegal memory access"):
+        again(lambda: worker.call("measure", REQUEST))
+
+
+def test_memory_that_ends_in_a_capture_is_out_of_memory_and_the_process_ends() -> None:
+    with client(exhausted=["full"]) as worker:
+        with pytest.raises(OutOfMemory):
+            worker.call("measure", REQUEST)
+        assert worker.pid is None
+        assert WITHOUT not in worker.env
 
 
 def test_a_huge_answer_arrives_whole() -> None:

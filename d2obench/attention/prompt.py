@@ -6,7 +6,7 @@ stay in the core's cache, are multiplied with the values, summed over the querie
 its log-sum-exp and a second pass of ``exp(q·k − lse)`` takes 1.25 times as long there, because matrix products dominate
 and there would be three instead of two.) On a GPU the flash kernel gives the output and the log-sum-exp, and a Triton
 kernel sums the columns (``d2obench.attention.triton_columns``). If that kernel can't run, a second pass over blocks of
-queries gives the same results, and the reason is kept for the record (:func:`fallback`). Memory is O(L) in both cases.
+queries gives the same results, and the reason is handed to the caller. Memory is O(L) in both cases.
 
 The sequences of a padded batch are computed one by one over their own tokens, so padding costs nothing and a batch
 gives the same results as single sequences.
@@ -15,20 +15,24 @@ gives the same results as single sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from d2obench.compiler import missing
 from d2obench.cpu.memory import lasting
 from d2obench.decode.triton import WIDEST
+from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
 from d2obench.policies.base import Needs, Stats
 from d2obench.ranges import span
 
 CPU_BLOCK, GPU_BLOCK = 64, 512
+WIDEST_FLASH = 256
+"""Largest head dimension of PyTorch's flash kernel."""
 CPU_CACHE = 2**20
 """Bytes of probabilities that a core computes at once, so that they are still in its cache when they are summed."""
 
@@ -43,6 +47,7 @@ def prompt_attention(
     zeros: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = lasting,
     earlier: Tensor | None = None,
     bias: Tensor | None = None,
+    reasons: set[str] | None = None,
 ) -> tuple[Tensor, Stats]:
     """Causal attention and the statistics asked for.
 
@@ -57,6 +62,7 @@ def prompt_attention(
         earlier: the queries right before these, ``[B, Hq, n, d]``, where the window begins in front of the block.
         bias: what is added to the logits of the first n keys, float32 ``[B, H, n]`` with n ≤ L − Q; None for nothing.
             Attention is then computed block by block on every device.
+        reasons: gets the reason why a GPU's column sums were not computed by our kernel.
 
     Returns:
         The output ``[B, Q, Hq, d_v]`` and float32 statistics ``[B, H, L]`` (``[B, Hq, L]`` with ``needs.heads``).
@@ -90,8 +96,10 @@ def prompt_attention(
         if own is not None:
             _blocks(q, k, v, scale, out[part, skip:], seen, needs, own)
         elif needs.columns or needs.squares:
-            block = _blocks if query.device.type == "cpu" else _flash_then_columns
-            block(q, k, v, scale, out[part, skip:], seen, needs)
+            if query.device.type == "cpu":
+                _blocks(q, k, v, scale, out[part, skip:], seen, needs)
+            else:
+                _flash_then_columns(q, k, v, scale, out[part, skip:], seen, needs, reasons)
         else:
             out[part, skip:] = _flash(q, k, v, scale).transpose(1, 2)
         if needs.window:
@@ -103,12 +111,43 @@ def prompt_attention(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, Hq, Q, d_v]`` by PyTorch's SDPA; the Q queries are the last positions."""
-    new, length = q.shape[2], k.shape[2]
+    """Causal attention ``[B, Hq, Q, d_v]`` by PyTorch's SDPA; the Q queries are the last positions.
+
+    On a GPU only the flash kernels take keys of fewer heads than the queries have, and none of the fast kernels takes
+    a mask as a tensor together with them: PyTorch would fall back to the whole L×L map in memory. Where flash does not
+    serve, keys and values are therefore expanded, and the mask of a later block is given by its kind.
+    """
+    new, length, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if q.device.type != "cuda":
+        if new == length:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    if not _flash_serves(q, k, v) and group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if new == length:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if _flash_serves(q, k, v):
+        return _flash_kernel(q, k, v, scale)[0]
+    by_kind: Any = causal_lower_right(new, length)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=by_kind, scale=scale)
+
+
+def _flash_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's flash kernel for CUDA takes these tensors."""
+    half = q.dtype in (torch.float16, torch.bfloat16) and k.dtype == v.dtype == q.dtype
+    width = q.shape[3]
+    fits = v.shape[3] == width and width % 8 == 0 and width <= WIDEST_FLASH
+    return q.device.type == "cuda" and half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _flash_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention ``[B, Hq, Q, d_v]`` by PyTorch's flash kernel, and the natural logarithm of each query's softmax
+    denominator, ``[B, Hq, Q]``. In this operator, unlike in SDPA, causal means that the Q queries are the last
+    positions (``torch.nn.attention.bias``)."""
+    found, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+    return found, lse
 
 
 def _blocks(
@@ -155,9 +194,14 @@ def _blocks(
                 _tally(weights.view(-1, group, size, end), part, stats, needs)
 
 
-def _flash_then_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> None:
+def _flash_then_columns(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs,
+    reasons: set[str] | None = None,
+) -> None:  # fmt: skip
     """The output by the flash kernel, then the column sums by the Triton kernel, or block by block if it can't run."""
-    if not attend_with_columns(q, k, v, scale, out, stats, needs):
+    if reason := attend_with_columns(q, k, v, scale, out, stats, needs):
+        if reasons is not None:
+            reasons.add(reason)
         out.copy_(_flash(q, k, v, scale).transpose(1, 2))
         _column_blocks(q, k, scale, stats, needs)
 
@@ -210,12 +254,8 @@ def kept_stats(stats: Stats, index: Tensor) -> dict[str, Any]:
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_refused: dict[torch.device, str] = {}
-
-
-def fallback(device: torch.device) -> str:
-    """Why a prompt's column sums on a GPU were not computed by kernels; empty if they were, or if none were needed."""
-    return _refused.get(device, "") if device.type == "cuda" else ""
+_refused: dict[Hashable, str] = {}
+"""Why kernels can't be used: those that did not compile, by what selects them."""
 
 
 def unserved(q: Tensor, k: Tensor) -> str:
@@ -230,43 +270,37 @@ def unserved(q: Tensor, k: Tensor) -> str:
     return "" if q.stride(-1) == k.stride(-1) == 1 else "channels are not side by side in memory"
 
 
-def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> bool:
-    """Writes the output ``[B, Q, Hq, d_v]`` and the column sums that ``needs`` asks for. Returns False, with nothing
-    written, if the kernels can't be used. Arguments as in :func:`d2obench.attention.prompt.prompt_attention`, without
-    padding."""
-    if q.device in _refused:
-        return False
-    reason = unserved(q, k)
-    if not reason:
-        try:
-            from d2obench.attention import triton_columns as columns
+def attend_with_columns(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, stats: Stats, needs: Needs) -> str:
+    """Writes the output ``[B, Q, Hq, d_v]`` and the column sums that ``needs`` asks for. Arguments as in
+    :func:`d2obench.attention.prompt.prompt_attention`, without padding.
 
-            found, lse = flash_with_lse(q, k, v, scale)
-            with span("scores"):
-                lse = columns.log_sum_exp(q, k, scale) if lse is None else lse
-                squares = stats["square"] if needs.squares and not needs.heads else None
-                columns.sum_columns(q, k, scale, lse, stats["sum"], squares)
-            out.copy_(found.transpose(1, 2))
-            return True
-        except torch.cuda.OutOfMemoryError:
+    Returns:
+        Why the kernels can't be used, and then nothing is written; empty if all is done.
+
+    Raises:
+        RuntimeError: the device is out of memory, or broken.
+    """
+    kind = q.device, q.dtype, q.shape[1] // k.shape[1], q.shape[3], needs.squares, needs.heads
+    if reason := unserved(q, k) or _refused.get(kind, ""):
+        return reason
+    try:
+        from d2obench.attention import triton_columns as columns
+
+        found, lse = flash_with_lse(q, k, v, scale)
+        with span("scores"):
+            lse = columns.log_sum_exp(q, k, scale) if lse is None else lse
+            squares = stats["square"] if needs.squares and not needs.heads else None
+            columns.sum_columns(q, k, scale, lse, stats["sum"], squares)
+        out.copy_(found.transpose(1, 2))
+        return ""
+    except Exception as problem:  # a compiler may raise anything; blocks give the same results
+        if is_out_of_memory(problem) or is_device_fault(problem):
             raise
-        except Exception as problem:  # a compiler may raise anything; blocks give the same results
-            first = str(problem).strip().partition("\n")[0][:120]
-            reason = f"the kernels did not compile ({type(problem).__name__}: {first})"
-    _refused[q.device] = f"column sums of the prompt without a kernel: {reason}"
-    return False
+        _refused[kind] = f"the kernels did not compile ({in_a_line(problem)})"
+        return _refused[kind]
 
 
 def flash_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Causal attention ``[B, Hq, Q, d_v]`` and, if PyTorch's flash kernel supports the sizes, the natural logarithm of
     each query's softmax denominator, ``[B, Hq, Q]``, otherwise None."""
-    new, length, width = q.shape[2], k.shape[2], q.shape[3]
-    if new != length:
-        mask = torch.ones(new, length, dtype=torch.bool, device=q.device).tril(length - new)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True), None
-    half = q.dtype in (torch.float16, torch.bfloat16) and k.dtype == v.dtype == q.dtype
-    if q.device.type == "cuda" and half and v.shape[3] == width and width % 8 == 0:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        found, lse = flash(q, k, v, 0.0, True, scale=scale)[:2]
-        return found, lse
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True), None
+    return _flash_kernel(q, k, v, scale) if _flash_serves(q, k, v) else (_flash(q, k, v, scale), None)

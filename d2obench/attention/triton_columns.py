@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2obench.compiler import interpreted
+from d2obench.compiler import interpreted, launch
 from d2obench.decode.triton.attend import product
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -140,7 +140,7 @@ def log_sum_exp(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     out = torch.empty(batch, heads, new, device=query.device)
     sizes = _sizes(query, keys, heads)
     blocks = _blocks(query)
-    _sum_rows[(triton.cdiv(new, blocks["BQ"]), batch * heads)](query, keys, out, scale, *sizes, **blocks)
+    launch(_sum_rows, (triton.cdiv(new, blocks["BQ"]), batch * heads), query, keys, out, scale, *sizes, **blocks)
     return out
 
 
@@ -161,8 +161,9 @@ def sum_columns(
     rows, group = out.shape[1], query.shape[1] // out.shape[1]
     blocks = _blocks(query)
     square = out if out_square is None else out_square
-    _sum_columns[(triton.cdiv(keys.shape[2], blocks["BK"]), out.shape[0] * rows)](
-        query, keys, lse.contiguous(), out, square, scale, *_sizes(query, keys, rows), out.stride(0), out.stride(1),
+    launch(
+        _sum_columns, (triton.cdiv(keys.shape[2], blocks["BK"]), out.shape[0] * rows), query, keys, lse.contiguous(),
+        out, square, scale, *_sizes(query, keys, rows), out.stride(0), out.stride(1),
         G=group, SQUARES=out_square is not None, **blocks,
     )  # fmt: skip
 

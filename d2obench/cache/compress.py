@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d2obench.attention.prompt import fallback, kept_stats
+from d2obench.attention.prompt import kept_stats
 from d2obench.cache.layer import PolicyLayer
 from d2obench.decode.state import DecodeState, capacities
 from d2obench.errors import PolicyError
@@ -155,7 +155,6 @@ class Packing:
             state.start()
         else:
             state.start(self.memory, self.scores)
-        state.fallback = state.fallback or fallback(self.layout.device)
         return state
 
     @property

@@ -131,6 +131,8 @@ class PolicyCache(SequenceCache):
         self.kept: Tensor | None = None
         self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
+        self.slow_prompt: set[str] = set()
+        """Why a GPU has not read the prompt by our kernels."""
         self._buffers = LayerBuffers(len(self.own))
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
@@ -227,7 +229,7 @@ class PolicyCache(SequenceCache):
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
             out, stats = prompt_attention(
                 query, layer.keys, layer.values, scale, layer.starts, needs, zeros, layer.queries,
-                layer.logit_bias(new),
+                layer.logit_bias(new), self.slow_prompt,
             )  # fmt: skip
         layer.scale = scale
         if needs.queries or (needs.window > 1 and not self.whole):

@@ -216,8 +216,12 @@ class Session:
         """Which parts of the GPU's fast path this session does not use, and why."""
         if self._device.type != "cuda":
             return []
-        state = self.cache.state if isinstance(self.cache, PolicyCache) else None
-        slow = [f"decodes by PyTorch's operators: {state.fallback}"] if state is not None and state.fallback else []
+        own = self.cache if isinstance(self.cache, PolicyCache) else None
+        slow = [
+            f"sums a prompt's columns without our kernel: {reason}" for reason in sorted(own.slow_prompt if own else ())
+        ]
+        if own is not None and own.state is not None and own.state.fallback:
+            slow.append(f"decodes by PyTorch's operators: {own.state.fallback}")
         if rotary := kernels.rotary_fallback(self._device):
             slow.append(f"rotary positions by PyTorch's operators: {rotary}")
         return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from d2obench.measure.checkup import Noise
+    from d2obench.measure.checkup import Finding, Noise
     from d2obench.study.gate import Study
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]·[/]", "bad": "[red]✗[/]"}
@@ -26,6 +27,15 @@ Seconds = Annotated[
 ]
 Device = Annotated[
     str, typer.Option(help="Look at this device: auto, cpu, cuda or cuda:1. auto is the first GPU, if there is one.")
+]
+Gpu = Annotated[
+    bool,
+    typer.Option(
+        "--gpu",
+        help="Check the GPU path in one or two minutes: compile the kernels and compare them with PyTorch's operators, "
+        "capture CUDA graphs, time a decode step against the memory bandwidth, and compare the driver's memory with "
+        "PyTorch's. Nobody has run this on a real GPU yet: please send what it prints. By default, it is left out.",
+    ),
 ]
 StudyGate = Annotated[
     bool,
@@ -96,6 +106,7 @@ Output = Annotated[
 def doctor(
     seconds: Seconds = 60.0,
     device: Device = "auto",
+    gpu: Gpu = False,
     study: StudyGate = False,
     study_repository: StudyRepository = None,
     gates: Gates = 20,
@@ -128,7 +139,12 @@ def doctor(
     from d2obench.models import pick_device
 
     place = pick_device(device)
-    _show_findings(console, place)
+    if gpu:
+        _show_gpu(console, place)
+        return
+    from d2obench.measure.checkup import checkup
+
+    _show_findings(console, checkup(place))
     if seconds > 0:
         from d2obench.measure.checkup import measure_noise
 
@@ -138,16 +154,29 @@ def doctor(
     _show_bandwidth(console, place)
 
 
-def _show_findings(console: Console, device: torch.device) -> None:
+def _show_gpu(console: Console, device: torch.device) -> None:
+    """Prints the findings about the GPU path; a machine without a GPU is refused."""
+    from d2obench.errors import UsageError
+
+    if device.type != "cuda":
+        raise UsageError(
+            "doctor --gpu needs a GPU",
+            why=f"the device is {device}",
+            remedy="where nvidia-smi lists one, install the CUDA build of torch: see pytorch.org/get-started",
+        )
+    from d2obench.measure.gpu_checkup import gpu_checkup
+
+    _show_findings(console, gpu_checkup(device))
+
+
+def _show_findings(console: Console, findings: Iterable[Finding]) -> None:
     from rich.markup import escape
     from rich.table import Table
-
-    from d2obench.measure.checkup import checkup
 
     table = Table.grid(padding=(0, 2))
     bad = 0
     with console.status("looking around"):
-        for finding in checkup(device):
+        for finding in findings:
             bad += finding.state == "bad"
             remedy = f"→ {finding.remedy}" if finding.remedy else ""
             table.add_row(MARKS[finding.state], escape(finding.topic), escape(finding.text), escape(remedy))

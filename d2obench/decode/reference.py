@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,18 @@ class Backend:
         lines = rows * (state.group + 1) * width if self.needs_buffers else 0
         self._logits = torch.zeros(lines, dtype=store.dtype, device=store.device)
         self._weights = torch.zeros(lines, dtype=torch.float32, device=store.device)
+
+    @property
+    def variants(self) -> Hashable:
+        """What selects the code of a step: if it is equal for two states on a device, then the steps of one need no
+        kernel that those of the other have not loaded. PyTorch chooses its kernels by sizes."""
+        state, store = self.state, self.state.store
+        return store.rows, state.heads, state.group, store.widths, store.dtype, tuple(store.capacities)
+
+    def probe(self) -> str:
+        """Loads every kernel that a step launches, as far as that is possible without running it. Returns why one of
+        them can't be used; empty if all can."""
+        return ""
 
     @property
     def needs_buffers(self) -> bool:

@@ -136,7 +136,7 @@ class DecodeState:
         self._query_shape = (batch, heads * group, 1, key_width)
         self.backend: Backend
         self.fallback = ""
-        """The reason why the device's fast path, for decoding or for the prompt, was not used; empty if it was."""
+        """The reason why the device's fast path is not used for decoding; empty if it is."""
 
     def start(self, memory: Sequence[dict[str, Tensor]] = (), scores: list[Stats] | None = None) -> None:
         """Prepares decoding; called once the kept entries are in their slots.
@@ -379,6 +379,12 @@ class DecodeState:
             sequences: int64 ``[B']``; sequence i of the new state continues sequence ``sequences[i]`` of this one. Its
                 entries, scores, thresholds, random numbers and pending merge are copied.
         """
+        found = self.copied(sequences)
+        found._choose()
+        return found
+
+    def copied(self, sequences: Tensor) -> DecodeState:
+        """As :meth:`select`, without a backend: the caller gives it one."""
         sequences = sequences.to(self.now.device)
         old, rows = (
             self.store.rows,
@@ -411,7 +417,6 @@ class DecodeState:
         else:
             found.slot = found.free[..., self.steps % self.policy.interval]
             torch.add(found.store.base, found.slot, out=found.target)
-        found._choose()
         return found
 
     def held(self) -> Tensor:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 PHASES = ("prefill", "compress", "decode")
+GPU_INTERVAL = 0.1
+"""Seconds between two samples of a GPU: a row takes nine queries of the driver, which itself updates its figures ten
+times a second. Energy comes from the driver's counter, so that it needs no more."""
 _STATM, _PAGE = "/proc/self/statm", mmap.PAGESIZE
 Row = tuple[float | None, ...]
 """Time and values of one reading; None where a value is unknown."""
@@ -243,7 +246,8 @@ def probe_for(
 
     Args:
         device: where the model is.
-        interval: seconds between two samples of the timeline.
+        interval: seconds between two samples of the timeline; a GPU is not sampled more often than every
+            :data:`GPU_INTERVAL`.
         now: the clock of the phase marks.
         nvml: an open :class:`d2obench.measure.nvml.Nvml` of that device, or None.
         beside: the other devices that the model is spread over.
@@ -254,7 +258,7 @@ def probe_for(
     return MemoryProbe(
         meters,
         Sampler(_resident, ("rss_bytes",), interval, now),
-        Sampler(nvml.read, nvml.columns, interval, now) if nvml else None,
+        Sampler(nvml.read, nvml.columns, max(interval, GPU_INTERVAL), now) if nvml else None,
     )
 
 
@@ -302,14 +306,6 @@ def live_bytes() -> int:
                 continue
     storages.pop(0, None)
     return sum(storages.values())
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    """Whether an exception means that the memory of the device or of the machine ran out."""
-    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
-        return True
-    phrases = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(problem, RuntimeError) and any(phrase in str(problem) for phrase in phrases)
 
 
 class GarbageCollection:

@@ -50,6 +50,9 @@ SLOWDOWNS = {
 }
 """The reasons in NVML's bit mask for which a GPU runs slower than it is set to. That it is idle, or that a user has set
 its clocks, is none of them."""
+SLOWED_SHARE = 0.1
+"""Share of the samples of a request from which a slowdown counts: GPUs reach their power limit for a moment in normal
+work."""
 BLOCK = 66 * 2**20
 """Bytes that :func:`find_own_process` allocates: PyTorch's allocator gives this size a segment of its own, and no other
 program is likely to allocate exactly as much."""
@@ -190,7 +193,7 @@ def slowdown_names(slowdown: float | None) -> list[str]:
 
 def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) -> list[str]:
     """Why the GPU was slowed down between two times, and in which part of the samples: ``GPU power cap 40 % of the
-    time``."""
+    time``; only from :data:`SLOWED_SHARE` on."""
     place = COLUMNS.index("slowdown") + 1
     inside = [row[place] for row in rows if row[0] is not None and start <= row[0] <= end]
     known = [bits for bits in inside if bits is not None]
@@ -198,7 +201,8 @@ def gpu_flags(rows: Sequence[Sequence[float | None]], start: float, end: float) 
     for bits in known:
         for word in slowdown_names(bits):
             counts[word] = counts.get(word, 0) + 1
-    return [f"GPU {word} {100 * count / len(known):.0f} % of the time" for word, count in counts.items()]
+    shares = {word: count / len(known) for word, count in counts.items()}
+    return [f"GPU {word} {100 * share:.0f} % of the time" for word, share in shares.items() if share >= SLOWED_SHARE]
 
 
 def other_processes(gpu: Nvml | None, own: frozenset[int] = frozenset()) -> list[GpuProcess]:

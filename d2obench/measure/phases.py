@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from d2obench.cpu import memory as host_memory
-from d2obench.errors import OutOfMemory
+from d2obench.errors import OutOfMemory, is_out_of_memory
 from d2obench.measure.clock import Clock
 from d2obench.measure.finite import require_finite
-from d2obench.measure.memory import PHASES, GarbageCollection, MemoryProbe, Sampler, is_out_of_memory, unique_bytes
+from d2obench.measure.memory import PHASES, GarbageCollection, MemoryProbe, Sampler, unique_bytes
 from d2obench.measure.samples import RequestTrace, integrate
 
 Mark = Callable[[str], None]

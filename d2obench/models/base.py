@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -149,6 +150,23 @@ def rotary_limit(config: Any) -> int | None:
             own = own or getattr(text, "original_max_position_embeddings", None)
             limits.append(int(own or text.max_position_embeddings))
     return min(limits, default=None)
+
+
+def waiting_rope(config: Any) -> str:
+    """The kind of a model's rotary positions if transformers reads the length of the text on the host in every forward
+    pass, which waits for a GPU; empty if it doesn't.
+
+    Dynamic NTK does; longrope did before transformers 5.24.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = rope.values() if "rope_type" not in rope else [rope]
+    waiting = {"dynamic"} if _version("transformers") >= (5, 24) else {"dynamic", "longrope"}
+    kinds = (part.get("rope_type", "default") for part in parts if isinstance(part, dict))
+    return next((kind for kind in kinds if kind in waiting), "")
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2] if part.isdecimal())
 
 
 def loaded(

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2obench import cpu
-from d2obench.compiler import missing
+from d2obench.compiler import end_process, missing, off
+from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
 
 ROWS = 16
 """Largest number of input rows for which the compiled loop is faster."""
@@ -190,7 +191,7 @@ _refused: dict[torch.device, str] = {}
 
 def rotary_fallback(device: torch.device) -> str:
     """Why rotary positions on a GPU are computed by the library's operators; empty if they are not."""
-    return _refused.get(device, "")
+    return _refused.get(device, "") or off("kernels")
 
 
 def adapt_rotary(model: Any) -> None:
@@ -265,16 +266,15 @@ def _rotate_on_cpu(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> P
 
 def _rotate_on_gpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair | None:
     """Rotary positions by the Triton kernel; None if it can't be compiled, which is tried once per device."""
-    if q.device in _refused:
+    if q.device in _refused or off("kernels"):
         return None
     try:
         from d2obench.models.rotary_triton import rotated
 
-        with torch.cuda.device(q.device):
-            return rotated(q, k, cos, sin)
-    except torch.cuda.OutOfMemoryError:
-        raise
+        return rotated(q, k, cos, sin)
     except Exception as problem:  # a compiler may raise anything; the library's function is the fallback
-        first = str(problem).strip().partition("\n")[0][:120]
-        _refused[q.device] = f"the kernel did not compile ({type(problem).__name__}: {first})"
+        if is_out_of_memory(problem) or is_device_fault(problem):
+            end_process(f"rotary positions failed ({in_a_line(problem)})")
+            raise
+        _refused[q.device] = f"the kernel did not compile ({in_a_line(problem)})"
         return None

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2obench.compiler import launch
+
 
 @triton.jit
 def _rotate_heads(
@@ -55,9 +57,9 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     out, out_key = torch.empty_like(q), torch.empty_like(k)
     batch, heads, length, width = q.shape
     power = triton.next_power_of_2
-    rotate[(batch * length,)](
-        q, k, cos, sin, out, out_key, length, cos.numel() // width, heads, k.shape[1], *q.stride()[:3],
-        *k.stride()[:3], *out.stride()[:3], *out_key.stride()[:3],
+    launch(
+        rotate, (batch * length,), q, k, cos, sin, out, out_key, length, cos.numel() // width, heads, k.shape[1],
+        *q.stride()[:3], *k.stride()[:3], *out.stride()[:3], *out_key.stride()[:3],
         HQ=power(heads), HK=power(k.shape[1]), D=width, DP=power(width // 2),
     )  # fmt: skip
     return out, out_key

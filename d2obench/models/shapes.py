@@ -77,12 +77,13 @@ class Shape:
 
     Args:
         name: a key of :data:`SHAPES`.
+        changes: of its configuration, for checks that need not all of its layers.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **changes: Any) -> None:
         if name not in SHAPES:
             raise ModelError(f"unknown shape '{name}'", remedy=f"use shape: with one of {', '.join(SHAPES)}")
-        self.name = name
+        self.name, self._settings = name, SHAPES[name] | changes
 
     def check(self) -> None:
         """Does nothing: no files are needed."""
@@ -90,7 +91,7 @@ class Shape:
     def describe(self) -> Dimensions:
         """The dimensions by arithmetic, without transformers, because a run is planned before anything large is
         imported."""
-        return _dimensions(SHAPES[self.name])
+        return _dimensions(self._settings)
 
     def load(
         self, dtype: torch.dtype, device: torch.device, progress: Progress, placement: Placement | None = None
@@ -115,7 +116,7 @@ class Shape:
         if on_many:
             model = dispatch_layers(model, placed.device_map)
         fill(model, SEED)
-        identity = json.dumps([SHAPES[self.name], SEED], sort_keys=True)
+        identity = json.dumps([self._settings, SEED], sort_keys=True)
         return loaded(
             f"shape:{self.name}",
             model,
@@ -132,7 +133,7 @@ class Shape:
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        settings = dict(SHAPES[self.name])
+        settings = dict(self._settings)
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 

@@ -172,8 +172,6 @@ class RayClient:
         self._token = answer.token
         if answer.error is None:
             return answer.ok or {}
-        if answer.error["kind"] == DeadWorkerError.__name__:
-            raise DeadWorkerError(answer.error["what"], why=answer.error["why"])
         raise revive(answer.error)
 
     def beside(self) -> RayClient:

@@ -18,7 +18,7 @@ from d2obench.measure.samples import LEAST_STEPS, REPEATED, RoundOfWindows, Wind
 from d2obench.models import Dimensions
 from d2obench.run.predict import ITEM_BYTES, memory_of
 from d2obench.run.run_folder import RunLog, Samples
-from d2obench.run.worker_client import Client, DeadWorkerError
+from d2obench.run.worker_client import Client, DeadWorkerError, DeviceFaultError
 from d2obench.suite.definition import Suite
 from d2obench.tasks.base import Cell, shape_of
 
@@ -114,7 +114,7 @@ class SpeedWindows:
             prefill kills the worker has its row already.
         """
         refused: dict[str, str] = {}
-        deaths = 0
+        deaths, faults = 0, set[str]()
         while live := [cell for cell in cells if self._log.open(cell) and cell.id not in refused]:
             self._holding = None
             try:
@@ -123,6 +123,9 @@ class SpeedWindows:
             except OutOfMemory as problem:  # the caches don't fit together: none of them has windows
                 refused |= {cell.id: f"no memory beside the others: {problem}" for cell in live}
             except WorkerError as problem:
+                if isinstance(problem, DeviceFaultError) and self._holding and self._holding.id not in faults:
+                    faults.add(self._holding.id)
+                    continue  # the cell is tried once more, without the part of the GPU path that failed
                 deaths += 1
                 if deaths == 1 and isinstance(problem, DeadWorkerError):
                     continue  # tried once more, because the machine may have killed it for other reasons

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from d2obench.errors import ModelError, WorkerError
+from d2obench import compiler
+from d2obench.errors import ModelError, WorkerError, is_device_fault
 from d2obench.models.devices import beside
-from d2obench.run.worker_client import UNKNOWN, describe
+from d2obench.run.worker_client import UNKNOWN, WITHOUT, DeviceFaultError, describe, without
 from d2obench.run.worker_machine import Args, MachineOperations, Report
 from d2obench.suite.definition import Placement, Quality
 from d2obench.tasks import read_cell
@@ -254,6 +255,10 @@ class Worker(MachineOperations):
             GarbageCollection.exempt_model()
             if self.alone and self._loaded.device.type == "cpu":
                 host_memory.retain()
+            if self.alone and self._loaded.device.type == "cuda":
+                import torch
+
+                torch.cuda.set_device(self._loaded.device)  # what asks for no device in particular means this one
         return self._loaded
 
     @staticmethod
@@ -328,13 +333,22 @@ def main(worker: Worker | None = None) -> None:
         try:
             if op not in OPS:
                 raise WorkerError(f"{UNKNOWN} '{op}'")
-            send({"id": number, "ok": getattr(worker, op)(request["args"], report)})
+            compiler.switch_off(without(request["args"], os.environ.get(WITHOUT, "")))
+            answer: Args = {"ok": getattr(worker, op)(request["args"], report)}
+            if why := compiler.ending():  # a capture that failed: the figures are those of another path
+                fault = DeviceFaultError("a decode step could not be captured", why=why)
+                fault.part = "graph"
+                answer = {"error": describe(fault)}
         except SystemExit:
-            send({"id": number, "ok": {}})
-            return
+            answer = {"ok": {}, "last": True}
         except Exception as problem:
             traceback.print_exc()
-            send({"id": number, "error": describe(problem)})
+            answer = {"error": describe(problem)} | ({"last": True} if is_device_fault(problem) else {})
+        if compiler.ending():
+            answer["last"] = True
+        send({"id": number, **answer})
+        if answer.get("last"):
+            return
         worker.release()  # not inside the except block, where the exception still holds the tensors that did not fit
 
 

@@ -1,11 +1,14 @@
 """Starts a worker process and talks to it: one JSON object a line, over two pipes.
 
 A request is ``{"id", "op", "args"}``. An answer has the same id and one of ``"ok"`` (the result), ``"error"`` (see
-:func:`describe`) or ``"progress"`` (``[done, total, words]``, any number of them before the last answer). There is one
-request at a time. What the worker prints goes to a log, so that no library can corrupt an answer. A worker ends when
-its end of the pipe closes, so it never outlives its parent.
+:func:`describe`) or ``"progress"`` (``[done, total, words]``, any number of them before the last answer). An answer
+with ``"last": true`` is the last one of its process: something happened on its GPU that no later operation can be
+trusted after. There is one request at a time. What the worker prints goes to a log, so that no library can corrupt an
+answer. A worker ends when its end of the pipe closes, so it never outlives its parent.
 
 A crash, a kill and a hang raise WorkerError; too little memory, on the device or in the machine, raises OutOfMemory.
+After a fault of the GPU (DeviceFaultError) the next process does without the part of the GPU path that failed, for the
+cell that met it: it repeats the cell without CUDA graphs, or without our kernels.
 :class:`WorkerClient` speaks the protocol; :class:`WorkerProcess` below it knows only lines of bytes.
 """
 
@@ -26,8 +29,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from d2obench import errors
-from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
-from d2obench.measure.memory import is_out_of_memory
+from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError, is_device_fault, is_out_of_memory
 from d2obench.run.openmp_wait import bounded_spin
 
 T = TypeVar("T")
@@ -42,6 +44,19 @@ LOG_TAIL = 2000
 
 class DeadWorkerError(WorkerError):
     """The process ended in the middle of an operation; the next call starts a new one."""
+
+
+class DeviceFaultError(DeadWorkerError):
+    """Something failed on a GPU, so that the process had to end; ``part`` of the GPU path
+    (:data:`d2obench.compiler.SWITCHES`) is what the cell does without from now on."""
+
+    part = "kernels"
+
+
+WITHOUT = "D2OBENCH_WITHOUT"
+"""Environment variable of a worker, JSON: cell (:func:`cell_of`) → part of the GPU path → why it does without it."""
+EVERY = "*"
+"""Stands for every cell in :data:`WITHOUT`: what has failed in two cells is not tried in others."""
 
 
 class Client(Protocol):
@@ -70,7 +85,11 @@ class Client(Protocol):
 def describe(problem: BaseException) -> dict[str, str]:
     """An error as data: class name, what, why, remedy."""
     if isinstance(problem, D2OBenchError):
-        return {"kind": type(problem).__name__, "what": problem.what, "why": problem.why, "remedy": problem.remedy}
+        part = {"part": problem.part} if isinstance(problem, DeviceFaultError) else {}
+        named = {"what": problem.what, "why": problem.why, "remedy": problem.remedy}
+        return {"kind": type(problem).__name__, **named, **part}
+    if is_device_fault(problem):
+        return {"kind": "DeviceFaultError", "what": "the GPU failed", "why": _first_line(problem), "remedy": ""}
     if is_out_of_memory(problem):
         return {"kind": "OutOfMemory", "what": "out of memory", "why": _first_line(problem), "remedy": ""}
     return {"kind": "WorkerError", "what": f"{type(problem).__name__}: {_first_line(problem)}", "why": "", "remedy": ""}
@@ -78,10 +97,28 @@ def describe(problem: BaseException) -> dict[str, str]:
 
 def revive(error: Mapping[str, str]) -> D2OBenchError:
     """The error that :func:`describe` wrote down; an unknown class becomes a WorkerError."""
-    kind = getattr(errors, error.get("kind", ""), WorkerError)
+    own: dict[str, type[D2OBenchError]] = {kind.__name__: kind for kind in (DeadWorkerError, DeviceFaultError)}
+    name = error.get("kind", "")
+    kind = own.get(name) or getattr(errors, name, WorkerError)
     if not (isinstance(kind, type) and issubclass(kind, D2OBenchError)):
         kind = WorkerError
-    return kind(error.get("what", "?"), why=error.get("why", ""), remedy=error.get("remedy", ""))
+    made = kind(error.get("what", "?"), why=error.get("why", ""), remedy=error.get("remedy", ""))
+    if isinstance(made, DeviceFaultError):
+        made.part = error.get("part", made.part)
+    return made
+
+
+def cell_of(args: Any) -> str:
+    """The cell that an operation is for, by the axes in its arguments; empty for an operation on no cell or several."""
+    cell = args.get("cell") if isinstance(args, Mapping) else None
+    axes = cell.get("axes") if isinstance(cell, Mapping) else args.get("axes") if isinstance(args, Mapping) else None
+    return msgspec.json.encode(axes, order="sorted").decode() if axes else ""
+
+
+def without(args: Any, known: str) -> dict[str, str]:
+    """The parts of the GPU path that an operation does without, and why; ``known`` is the value of :data:`WITHOUT`."""
+    parts: dict[str, dict[str, str]] = msgspec.json.decode(known or "{}")
+    return {**parts.get(EVERY, {}), **parts.get(cell_of(args), {})}
 
 
 class WorkerClient:
@@ -133,6 +170,7 @@ class WorkerClient:
 
         Raises:
             OutOfMemory: on the device, or the kernel killed the worker for memory.
+            DeviceFaultError: a GPU failed; another call for the same cell does without what failed.
             DeadWorkerError: it crashed or was killed.
             WorkerError: it can't start, hung, or met an error of its own.
             D2OBenchError: whatever clear error the operation raised, of its own class.
@@ -150,10 +188,15 @@ class WorkerClient:
                     if progress:
                         done, total, words = answer["progress"]
                         progress(int(done), int(total), str(words))
-                elif "error" in answer:
-                    raise revive(answer["error"])
-                else:
+                    continue
+                if answer.get("last"):
+                    self.close()
+                if "error" not in answer:
                     return answer["ok"]  # type: ignore[no-any-return]
+                problem = revive(answer["error"])
+                if isinstance(problem, DeviceFaultError):
+                    self._do_without(args, problem)
+                raise problem
         except KeyboardInterrupt:
             self.kill()
             raise
@@ -181,6 +224,15 @@ class WorkerClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _do_without(self, args: Any, problem: DeviceFaultError) -> None:
+        """Tells the processes to come what the cell of an operation does without."""
+        parts: dict[str, dict[str, str]] = msgspec.json.decode(self.env.get(WITHOUT, "{}"))
+        if cell := cell_of(args):
+            reason = f"{problem.what} in an earlier process ({problem.why})"
+            others = any(problem.part in of for name, of in parts.items() if name != cell)
+            parts.setdefault(EVERY if others else cell, {})[problem.part] = reason
+            self.env = {**self.env, WITHOUT: msgspec.json.encode(parts).decode()}
 
     def _running(self) -> WorkerProcess:
         if self.pid is None or self._process is None:

@@ -23,6 +23,13 @@ import triton.language as tl
 SIZES = [
     "heads", "stride", "splits", "query_b", "query_h", "key_b", "key_h", "value_b", "value_h",
 ]  # fmt: skip
+UNALIGNED = [
+    "query", "new_key", "new_value", "logits", "attention", "bias", "target", "base", "begins", "ends", "now",
+    "position", "score", "required", "similarity", "weight", "merge_target", "staged_score",
+    "inverse_norm", "target_bias",
+]  # fmt: skip
+"""Pointers that are compiled for any alignment: the model's own tensors, which may begin anywhere in a fused
+projection, and rows of one number per slot, whose length is not specialised, so that alignment would gain nothing."""
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def leave(
         tl.store(total + where, s, mask=g < G)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def attend(
     out, part, high, total, logits, attention, query, new_key, new_value, keys, values, bias, target, base, begins,
     ends, scale, heads, stride, splits, query_b, query_h, key_b, key_h, value_b, value_h,
@@ -163,7 +170,7 @@ def attend(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def join(
     out, part, high, total, logits, attention, ends, stride, splits,
     G: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr, CHUNK: tl.constexpr,

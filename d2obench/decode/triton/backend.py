@@ -1,8 +1,10 @@
 """Decode steps on a GPU by Triton kernels: which states they support, their buffers and launches, and how rows are
 split.
 
-Kernels are compiled before the first step. If that fails, PyTorch operators execute the state, and its decode path
-states the reason. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the kernels on a CPU; this
+Every variant of a kernel that the steps of a state launch is compiled and loaded before the first step
+(:meth:`TritonKernels.probe`), and what they compute is compared with PyTorch operators
+(``d2obench.decode.triton.verify``). If either fails, PyTorch operators execute the state, and its decode path states
+the reason. With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the kernels on a CPU; this
 is slow and meant for tests.
 
 A row is split over as many programs as give every multiprocessor one and a half of them, as long as each has at least
@@ -12,15 +14,19 @@ shared memory of every GPU since Ampere.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from d2obench.compiler import ALIGNMENT, end_process, launch, variant
 from d2obench.decode.mass import PendingMass
 from d2obench.decode.merge import PendingMerge
 from d2obench.decode.reference import Backend
 from d2obench.decode.triton import WIDEST
+from d2obench.decode.triton.verify import difference
+from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
 from d2obench.policies.rules import Custom, LowestScore, LowestWeightedScore, Ring
 from d2obench.ranges import span
 
@@ -33,7 +39,12 @@ CHUNK = 512
 MOST_SPLITS = 64
 
 
-_probed: dict[tuple[Any, ...], str] = {}
+_loaded: set[Hashable] = set()
+"""The variants that this process has loaded."""
+_refused: dict[Hashable, str] = {}
+"""Why variants can't be used: they did not compile, or the device can't load them."""
+_verified: dict[Hashable, str] = {}
+"""What steps with certain variants compute that PyTorch's operators don't; empty if nothing."""
 
 
 def offer(state: DecodeState) -> Backend | str:
@@ -45,19 +56,27 @@ def offer(state: DecodeState) -> Backend | str:
     try:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if onto else 4
         made = TritonKernels(state, processors, interpreted=not onto)
-        if not onto:
-            return made
-        key = (
-            device, state.store.dtype, *made.common.values(), *made.shape.values(), type(state.rule), made.biased,
-            state.grows, tuple(sorted({splits.bit_length() for splits in made.splits})), state.policy,
-        )  # fmt: skip
-        if key not in _probed:
-            _probed[key] = _problem(made)
-        return _probed[key] or made
-    except torch.cuda.OutOfMemoryError:
-        raise
+        return (made.probe() or _disproved(made) if onto else "") or made
     except Exception as problem:  # for example an installation of Triton that can't be imported
-        return _in_words(problem)
+        if is_out_of_memory(problem) or is_device_fault(problem):
+            raise
+        return f"the kernels can't be used ({in_a_line(problem)})"
+
+
+def _disproved(made: TritonKernels) -> str:
+    """Why the kernels of a state can't be trusted; empty if they compute what PyTorch operators do. Compared once for
+    the variants that the state uses."""
+    state, variants = made.state, made.variants
+    if variants not in _verified:
+        first = torch.zeros(1, dtype=torch.long)
+        try:
+            fast, plain = state.copied(first), state.copied(first)
+            fast.backend = TritonKernels(fast, made.processors, made.interpreted, made.splits)
+            _verified[variants] = difference(fast, plain)
+        except torch.cuda.OutOfMemoryError:  # no room for copies beside the cache: a later, smaller one is compared
+            return ""
+    what = _verified[variants]
+    return f"the kernels don't compute what PyTorch does: {what}" if what else ""
 
 
 def _unserved(state: DecodeState) -> str:
@@ -92,26 +111,6 @@ def _unserved_update(state: DecodeState) -> str:
     return "" if rule is None else f"no kernel has the rule {type(rule).__name__}"
 
 
-def _problem(made: TritonKernels) -> str:
-    try:
-        made.probe()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as problem:  # a compiler may raise anything; PyTorch operators are the fallback
-        return _in_words(problem)
-    return ""
-
-
-def _in_words(problem: Exception) -> str:
-    first = str(problem).strip().partition("\n")[0][:120]
-    return f"the kernels did not compile ({type(problem).__name__}: {first})"
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *given: Any, **meta: Any) -> None:
-    """Launches a kernel; every launch of this backend goes through here, so that tests can observe it."""
-    kernel[grid](*given, **meta)
-
-
 class TritonKernels(Backend):
     """Executes decode steps by Triton kernels.
 
@@ -119,12 +118,14 @@ class TritonKernels(Backend):
         state: its tensors are modified in place.
         processors: number of multiprocessors of the device.
         interpreted: whether Triton's interpreter runs the kernels.
-        splits: number of splits of every row; :meth:`splits_of` chooses it if not given.
+        splits: number of splits of every row, or of the rows of each layer; :meth:`splits_of` chooses it if not given.
     """
 
     length_on_device = True
 
-    def __init__(self, state: DecodeState, processors: int, interpreted: bool, splits: int | None = None) -> None:
+    def __init__(
+        self, state: DecodeState, processors: int, interpreted: bool, splits: int | Sequence[int] | None = None
+    ) -> None:
         super().__init__(state)
         self.processors, self.interpreted, self._why_update = processors, interpreted, _unserved_update(state)
         store, merge = state.store, state.merge
@@ -146,7 +147,9 @@ class TritonKernels(Backend):
             "WIDE": wide or interpreted,
         }
         self.biased = state.bias is not None
-        self.splits = [splits or self.splits_of(capacity) for capacity in store.capacities]
+        if splits is None:
+            splits = [self.splits_of(capacity) for capacity in store.capacities]
+        self.splits = [splits] * len(store.capacities) if isinstance(splits, int) else list(splits)
         most = max(self.splits)
         floats: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         self.part = torch.empty(self.rows * most * state.group * value_width if most > 1 else 1, **floats)
@@ -164,7 +167,8 @@ class TritonKernels(Backend):
             self.sinks = sinks.expand(len(store.capacities), self.rows).contiguous()
         self.first = rule.first.long().contiguous() if isinstance(rule, Ring) else none
         self._new: tuple[Tensor, Tensor] | None = None
-        self._dry = False
+        self._noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+        """Where launches are noted instead of made; None to make them."""
 
     @property
     def needs_buffers(self) -> bool:
@@ -274,31 +278,70 @@ class TritonKernels(Backend):
                 NORMS=bool(weighted and weighted.value_norms),
             )  # fmt: skip
 
-    def probe(self) -> None:
-        """Compiles and loads every kernel by launching it with an empty grid; raises whatever goes wrong."""
+    @property
+    def variants(self) -> Hashable:
+        own = frozenset(variant(kernel, given, meta) for kernel, given, meta in self._launches())
+        return (own, super().variants) if self._why_update else own
+
+    def probe(self) -> str:
+        """Compiles and loads every variant that a step launches and this process has not loaded yet, by launching it
+        with an empty grid.
+
+        Returns:
+            Why one of them can't be used; empty if all can.
+
+        Raises:
+            RuntimeError: the device is out of memory, or broken.
+        """
+        for kernel, given, meta in self._launches():
+            made = variant(kernel, given, meta)
+            if made in _refused:
+                return _refused[made]
+            if made in _loaded:
+                continue
+            try:
+                launch(kernel, (0, 1), *given, **meta)
+            except Exception as problem:  # a compiler may raise anything; PyTorch operators are the fallback
+                if is_out_of_memory(problem) or is_device_fault(problem):
+                    end_process(f"a kernel could not be loaded ({in_a_line(problem)})")
+                    raise
+                _refused[made] = f"the kernels did not compile ({in_a_line(problem)})"
+                return _refused[made]
+            _loaded.add(made)
+        return ""
+
+    def _launches(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """The launches of a step in layers that differ, and between steps: kernel, arguments, and constants. Nothing
+        runs."""
         state, (key_width, value_width) = self.state, self.state.store.widths
+        # 1. layers differ in their splits, and in the alignment of their keys and values where entries are of odd sizes
+        layers: Sequence[int] = range(len(self.splits))
+        if all(width * state.store.dtype.itemsize % ALIGNMENT == 0 for width in state.store.widths):
+            layers = [self.splits.index(splits) for splits in dict.fromkeys(self.splits)]
+        # 2. a step with a token of any content
         batch = self.rows // state.heads
         kind: dict[str, Any] = {"dtype": state.store.dtype, "device": self.device}
-        query = torch.zeros(batch, state.heads * state.group, 1, key_width, **kind)
-        self._dry = True
+        query = torch.empty(batch, state.heads * state.group, 1, key_width, **kind)
+        new = query[:, : state.heads], torch.empty(batch, state.heads, 1, value_width, **kind)
+        noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self._noted = noted
         try:
-            for layer in {self.splits.index(splits) for splits in self.splits}:
-                self.write(layer, query[:, : state.heads], torch.zeros(batch, state.heads, 1, value_width, **kind))
+            for layer in layers:
+                self.write(layer, *new)
                 self.attend(layer, query, 1.0)
             if not state.grows and not self._why_update:
                 self.update()
         finally:
-            self._dry, self._new = False, None
+            self._noted = self._new = None
+        return noted
 
     def tensors(self) -> list[Tensor]:
         """The work buffers."""
         return [self.part, self.high, self.total, self.logits, self.best, self.place]
 
     def _run(self, kernel: Any, grid: tuple[int, int], *given: Any, **meta: Any) -> None:
-        grid = (0, grid[1]) if self._dry else grid
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                launch(kernel, grid, *given, **meta)
+        if self._noted is not None:
+            self._noted.append((kernel, given, meta))
         else:
             launch(kernel, grid, *given, **meta)
 

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 
 from d2obench.decode import merge as reference
-from d2obench.decode.triton.attend import SIZES, absorb, bias_of, head_row, head_rows, leave, product, share_of, tile
+from d2obench.decode.triton.attend import (
+    SIZES,
+    UNALIGNED,
+    absorb,
+    bias_of,
+    head_row,
+    head_rows,
+    leave,
+    product,
+    share_of,
+    tile,
+)
 from d2obench.policies import mass, merging
 
 LEAST = tl.constexpr(mass.LEAST)
@@ -127,7 +138,7 @@ def stage_mass(
     tl.store(target_bias + line + victim, -float("inf"))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def weigh(
     logits, best, place, query, unit, new_key, keys, bias, inverse_norm, target_bias, target, base, ends, scale,
     heads, stride, splits, query_b, query_h, key_b, key_h,
@@ -174,7 +185,7 @@ def weigh(
     tl.store(place + row * splits + split, found.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def mix(
     out, part, high, total, logits, attention, best, place, required, similarity, weight, merge_target, staged_score,
     score, position, now, query, old_key, old_value, new_value, values, target, base, ends, scale,
