@@ -12,8 +12,9 @@ from reference import rivals
 from reference.rules import Layer
 from tiny_families import plain_model, prompts, tiny_model
 
+from d2obench.attention.interface import keyword
 from d2obench.cache import Session
-from d2obench.cache.policy_cache import PolicyCache
+from d2obench.cache.policy_cache import PolicyCache, PolicyLayer, cache
 from d2obench.errors import PolicyError
 from d2obench.policies import own_policies, parse_choice, parse_policy
 from d2obench.policies.base import Entries
@@ -138,16 +139,17 @@ def repeated(model: Any, text: list[int], chunk: int, sinks: int, plus: bool) ->
             layer.self_attn.register_forward_pre_hook(partial(note, seen, at), with_kwargs=True)
             for at, layer in enumerate(model.model.layers)
         ]
+        block = text[max(0, first - 8) : last]
         with torch.inference_mode():
-            out = model(torch.tensor([text + text[first:last]]), output_attentions=True, use_cache=True)
+            out = model(torch.tensor([text + block]), output_attentions=True, use_cache=True)
         for hook in hooks:
             hook.remove()
         cache = out.past_key_values if "past_key_values" in out else out.cache
-        kept = [*range(min(sinks, first)), *range(first, last), *range(length, length + last - first)]
+        kept = [*range(min(sinks, first)), *range(first, last), *range(length, length + len(block))]
         for at, maps in enumerate(out.attentions):
             weights = maps[0, :, length:].double().numpy()
             weights = weights / weights[..., kept].sum(-1, keepdims=True)
-            weights = weights[..., first:last].reshape(heads, group, last - first, last - first)
+            weights = weights[..., first:last].reshape(heads, group, len(block), last - first)
             if plus:
                 width = maps.shape[1] and cache.layers[at].values.shape[-1]
                 projection = model.model.layers[at].self_attn.o_proj.weight.detach().double().numpy()
@@ -309,9 +311,101 @@ def test_what_any_policy_keeps_can_be_quantised(policy: str, bits: int) -> None:
         ("rkv(mix=2)", "mix is 2"),
         ("rkv(interval=0)", "interval is 0"),
         ("kvzip(chunk=0)", "chunk is 0"),
+        ("kvzip(block=128)", "can't be cut between blocks"),
+        ("cake(block=128)", "can't be cut between blocks"),
+        ("criticalkv(score=cake,block=128)", "can't be cut between blocks"),
+        ("knorm(block=1)", "block is 1"),
         ("quant(bits=3)", "bits"),
     ],
 )
 def test_a_parameter_out_of_its_range_is_one_line(policy: str, words: str) -> None:
     with pytest.raises(PolicyError, match=words):
         parse_policy(policy)
+
+
+# --- prompts that are cut between blocks ------------------------------------------------------------------------------
+
+
+class BlockwiseKeyDiff(rivals.KeyDiff):
+    window = 6
+
+
+@pytest.mark.parametrize("decode", ["grow", "slide"])
+def test_a_prompt_in_blocks_is_cut_between_them(decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every layer was given, block by block, goes through a float64 model that cuts after each block."""
+    given: dict[int, list[Any]] = {}
+    fresh: dict[int, Any] = {}
+    most: list[int] = []
+    receive, attend = PolicyCache.receive, PolicyLayer.attend
+
+    def spy_receive(self: PolicyCache, layer: PolicyLayer, keys: Any, values: Any) -> Any:
+        fresh[layer.index] = keys[0].double().numpy(), values[0].double().numpy()
+        return receive(self, layer, keys, values)
+
+    def spy_attend(self: PolicyLayer, query: Any, scale: float, mask: Any) -> Any:
+        most.append(0 if self.keys is None else self.keys.shape[2])
+        out = attend(self, query, scale, mask)
+        given.setdefault(self.index, []).append((query[0].double().numpy(), *fresh[self.index], scale, out))
+        return out
+
+    monkeypatch.setattr(PolicyCache, "receive", spy_receive)
+    monkeypatch.setattr(PolicyLayer, "attend", spy_attend)
+    session = Session(tiny_model("llama-deep"), f"keydiff(block=16,window=6,decode={decode})", "0.3", max_new=9)
+    session.prefill(prompts(70))
+    session.compress()
+    kept = session.footprint()
+    for step in range(9):
+        session.step(torch.tensor([step + 2]))
+    assert [one[0].shape[1] for one in given[0][:5]] == [6, 16, 16, 16, 16]
+    assert max(most) == 21 + 16, "never more than the budget and a block"
+    assert kept.kept == [[21.0]] * 5 and kept.requested == 21
+    for index, steps in given.items():
+        layer = Layer(BlockwiseKeyDiff, 21, index, 2, decode == "grow")
+        for query, keys, values, scale, out in steps[:5]:
+            expected = layer.read(query, keys, values, scale)
+            assert np.abs(out[0].double().numpy() - expected).max() < 1e-4
+            layer.compress()
+        for count, (query, keys, values, scale, out) in enumerate(steps[5:]):
+            expected = layer.step(query[:, 0], keys[:, 0], values[:, 0], scale, 70 + count)
+            assert np.abs(out[0, 0].double().numpy() - expected).max() < 1e-4
+        where = session.cache.state.where()[index]
+        assert [sorted(int(j) for j in row if j >= 0) for row in where] == [head.held for head in layer.heads]
+
+
+@pytest.mark.parametrize(
+    "policy", ["keydiff", "knorm", "lagkv(lag=5)", "expected", "snapkv(window=4)", "cake(allocate=uniform)"]
+)
+@pytest.mark.parametrize("family", ["llama-gqa2", "falcon"])
+def test_a_batch_in_blocks_is_its_sequences(policy: str, family: str) -> None:
+    """Sequences of unlike lengths end together, so a short one has its first tokens in a later block."""
+    name, _, rest = policy.partition("(")
+    words = f"{name}(block=8,decode=slide{',' + rest if rest else ')'}"
+
+    def run(texts: list[list[int]]) -> torch.Tensor:
+        session = Session(tiny_model(family), words, "0.4", max_new=4)
+        out = [session.prefill(texts)]
+        session.compress()
+        out += [session.step(torch.tensor([text[step] for text in texts])) for step in range(4)]
+        assert session.footprint().kept == [[float(round(0.4 * len(text))) for text in texts]] * session.loaded.layers
+        return torch.stack(out, 1)
+
+    texts = prompts(40, 24)
+    together = run(texts)
+    # the same blocks, counted from the end
+    for text, row in zip(texts, together, strict=True):
+        assert (run([text])[0] - row).abs().max() < 1e-4
+
+
+def test_a_cache_for_generate_is_cut_between_chunks_too() -> None:
+    model = tiny_model("llama-gqa2")
+    text, tokens = prompts(48)[0], torch.tensor([3])
+    session = Session(model, "keydiff(block=16)", "12", max_new=4)
+    session.prefill([text])
+    session.compress()
+    held = cache("keydiff(block=16)", 12, model=model.model, max_new=4)
+    with torch.inference_mode():
+        for first in range(0, 48, 16):
+            model.model(torch.tensor([text[first : first + 16]]), **{keyword(model.model): held})
+        out = model.model(tokens[None], **{keyword(model.model): held}).logits[:, -1]
+    assert torch.equal(held.kept, session.cache.kept)
+    assert torch.allclose(out, session.step(tokens), atol=1e-5)

@@ -7,7 +7,7 @@ causally, to itself, and leaves nothing behind: its keys and values are used onc
 
 The statistic "repeated" of an entry is the highest attention from the block that repeats its chunk, where each query's
 softmax is over the chunk's entries, the sinks before the chunk, and the block itself; that of a sink is 1. Without a
-tokenizer, the request is left out.
+tokenizer, the block begins with the last tokens of the chunk before.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _watch(read: dict[int, Tensor], index: int) -> Any:
 def _request(tokenizer: Any, before: list[int]) -> list[int]:
     """The tokens that ask for a repetition; ``before`` are the last ones of the chunk before."""
     if tokenizer is None:
-        return []
+        return before
     asked = _tokens(tokenizer, LATER if before else FIRST) + before
     return asked + _tokens(tokenizer, _turn_end(tokenizer))
 

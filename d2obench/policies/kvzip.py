@@ -70,8 +70,6 @@ class KVzip(PromptOnly):
 
     def check(self) -> None:
         super().check()
-        if self.block:
-            raise PolicyError("kvzip can't be cut between blocks", why="the model must repeat the whole prompt")
         if self.chunk < 1:
             raise PolicyError(f"kvzip: chunk is {self.chunk}", remedy="use 1 or more")
         if self.sinks < 0:

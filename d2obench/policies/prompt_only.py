@@ -40,6 +40,12 @@ class PromptOnly(Policy):
             raise PolicyError(f"{self.name}: window is {self.window}", remedy="use 1 or more")
         if self.block < 0 or self.block == 1:
             raise PolicyError(f"{self.name}: block is {self.block}", remedy="use 2 tokens or more, or 0 for no blocks")
+        if self.block and self.budgets_need_stats:
+            raise PolicyError(
+                f"{self.name} can't be cut between blocks",
+                why="what it keeps depends on the whole prompt",
+                remedy="leave block out, or use allocate=uniform where the policy has it",
+            )
 
     def importance(self, entries: Entries) -> Tensor:
         """What entries are ranked by, float32 ``[B, H, N]``; the higher, the more important."""

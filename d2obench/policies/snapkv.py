@@ -22,7 +22,7 @@ from d2obench.suite.grammar import Budget
 class SnapKV(MassMerging, PromptOnly):
     """The last ``window`` tokens, and those that their queries attend to most.
 
-    The attention of the last ``window`` queries to each earlier token is summed (mean over the query heads of a KV
+    The attention of the last ``window`` queries to each earlier token is averaged (also over the query heads of a KV
     head) and pooled over neighbours; the ``budget − window`` highest are kept together with the window, per KV head. If
     the budget is smaller than the window, only the newest tokens are kept: use a smaller window for short prompts.
 
@@ -55,7 +55,7 @@ class SnapKV(MassMerging, PromptOnly):
         looking = entries.position >= entries.length[:, None, None] - self.window
         seen = entries.stats["window"].masked_fill(looking | (entries.position < 0), 0.0)
         pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
-        return pool(seen, self.kernel, stride=1, padding=self.kernel // 2)
+        return pool(seen / self.window, self.kernel, stride=1, padding=self.kernel // 2)
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         return window_rank(self.importance(entries), entries, 0, keep.clamp_max(self.window))

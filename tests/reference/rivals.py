@@ -176,7 +176,8 @@ class Snap(Watching):
 
     def scores(self) -> dict[int, float]:
         held = self.held
-        raw = dict(zip(self.old(), sum(self.attention(i, self.old()).mean(0) for i in self.asked()), strict=True))
+        total = sum(self.attention(i, self.old()).mean(0) for i in self.asked())
+        raw = dict(zip(self.old(), total / self.window, strict=True))
         half = self.kernel // 2
         near = {j: [raw.get(i, 0.0) for i in held[max(0, at - half) : at + half + 1]] for at, j in enumerate(held)}
         return {j: sum(values) / self.kernel for j, values in near.items()}
