@@ -127,6 +127,9 @@ _TABLE = (
     Metric("gold_bpb_rival", "gold bits/byte − rival's", "bits/byte", 1, 3, "lower", "sampled", "quality",
            "Bits per byte of the right answer less that of another policy with the same budget, on the same items: a "
            "negative number is better.", tolerance=0.05, base="bits/byte"),
+    Metric("queries_per_context", "queries per context", "", 1, 1, "none", "info", "quality",
+           "How many questions were asked from one compressed context, on average, where questions were unseen when "
+           "the context was compressed.", headline=True),
     Metric("length_drift", "length drift", "×", 1, 3, "none", "info", "quality",
            "Length of the generated text divided by that with the full cache."),
     Metric("kv_bytes", "KV", "MiB", MIB, 2, "lower", "exact", "memory",

@@ -11,7 +11,7 @@ it sees), ``memory`` (bytes of the device), ``unlike`` (a file: the node that ma
 disturbed in each process, the first ones), ``oom_held`` (policies that run out of memory beside others),
 ``uncaptured`` and ``broken`` (policies whose decode steps can't be captured, or break the GPU, until the part of the
 GPU path is switched off; ``broken_always``: even then), ``exhausted`` (those during whose capture memory ends),
-``faulty`` (policies whose prompt is refused).
+``faulty`` (policies whose prompt is refused), ``parts`` (batches of a quality task).
 
 Three settings hold a request up until something has happened, so that no test depends on how fast it is: ``until``
 (a count and a file: the requests after so many lines of ``log`` wait until the file is there), ``meet`` (with
@@ -33,6 +33,7 @@ from typing import Any
 from d2obench import compiler
 from d2obench.errors import OutOfMemory, UsageError
 from d2obench.run.worker import Worker, main
+from d2obench.run.worker_client import describe
 
 FAKE: dict[str, Any] = json.loads(os.environ.get("FAKE", "{}"))
 MODEL = {
@@ -145,6 +146,26 @@ class Fake(Worker):
         report(1, 1)
         items = [{"id": "a", "document": "a", "score": 1.0}]
         return {"values": {"score": {"value": 1.0}}, "items": items, "details": {}, "flags": [], "model": MODEL}
+
+    def evaluate_part(self, args: Any, report: Any) -> Any:
+        cells: dict[str, Any] = {}
+        for cell in args["cells"]:
+            try:
+                self._act("evaluate", cell["axes"]["policy"], args)
+            except OutOfMemory as problem:
+                if len(args["cells"]) == 1:
+                    raise
+                cells[cell["id"]] = {"seconds": 0.1, "error": describe(problem)}
+                continue
+            items = [{"id": str(args["part"]), "document": str(args["part"]), "score": 1.0}]
+            cells[cell["id"]] = {"seconds": 0.1, "items": items}
+        report(1, 1)
+        parts = FAKE.get("parts", 1)
+        return {"parts": parts, "items": parts, "places": [args["part"]], "cells": cells}
+
+    def conclude(self, args: Any, report: Any) -> Any:
+        score = sum(item["score"] for item in args["items"]) / len(args["items"])
+        return {"values": {"score": {"value": score}}, "details": {}, "flags": [], "model": MODEL}
 
     def release(self) -> None:
         """Nothing is held."""

@@ -185,6 +185,20 @@ def test_quality_stands_beside_the_speed_of_its_own_shape(tmp_path: Path) -> Non
     assert (alone["kl"], alone["batch"], alone["kv_bytes"]) == ("0.3000", "–", "–")
 
 
+def test_a_row_says_whether_its_questions_were_seen(tmp_path: Path) -> None:
+    folder = made.usual(tmp_path / "run", batches=(1,), tasks=("needle", "needle(query=unseen)"))
+    found = build([folder])
+    titles = [column.title for table in (*found.headline, *found.tables) for column in table.columns]
+    assert any("needle, question unseen" in title for title in titles)
+    assert any("needle(query=unseen)" in title for title in titles)
+    assert any("compressed before its question was read" in line for line in found.reading)
+    alone = build([made.usual(tmp_path / "alone", batches=(1,), tasks=("needle(query=unseen)",))])
+    first = [column.title for column in alone.headline[0].columns]
+    assert any("needle, question unseen" in title for title in first), "also where it is the only task"
+    seen = build([made.usual(tmp_path / "seen", batches=(1,), tasks=("needle",))])
+    assert "unseen" not in str(seen)
+
+
 def test_csv_has_a_row_for_each_cell_and_metric(usual: Path) -> None:
     rows = list(csv.DictReader((usual / "results.csv").open(newline="", encoding="utf-8")))
     places = {(row["cell"], row["metric"]) for row in rows}

@@ -184,7 +184,7 @@ def test_a_quality_cell_fails_alone(tmp_path: Path) -> None:
     cells = [cell("full", task="recall"), cell("d2o", "0.2", task="recall")]
     found = run(tmp_path, checked(cells), crash=["full"])
     assert [one.status for one in found.cells] == ["failed", "ok"]
-    assert read_samples(tmp_path, found.cells[1])["items"][0]["id"] == "a"
+    assert read_samples(tmp_path, found.cells[1])["items"][0]["id"] == "0"
 
 
 @pytest.mark.parametrize("mode", ["shared", "fresh"])

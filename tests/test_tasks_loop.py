@@ -165,7 +165,7 @@ def test_fidelity_sees_a_smaller_cache_and_needs_the_full_one_once(
     steps = fidelity._steps
 
     def counted(*args: Any) -> Any:
-        asked.append(args[5:] or args[1].axes.policy)
+        asked.append(args[6:] or args[1].axes.policy)
         return steps(*args)
 
     monkeypatch.setattr(fidelity, "_steps", counted)

@@ -71,15 +71,7 @@ def prompt_attention(
     out = query.new_zeros(batch, query.shape[2], query.shape[1], values.shape[-1])
     # 1. allocate the output and the requested statistics
     rows = query.shape[1] if needs.heads else heads
-    names = [
-        name
-        for name, wanted in (
-            ("sum", needs.columns or needs.squares),
-            ("square", needs.squares),
-            ("window", needs.window),
-        )
-        if wanted
-    ]
+    names = [*needs.sums, *(["window"] if needs.window else [])]
     stats = {name: zeros((batch, rows, length), torch.float32, keys.device) for name in names}
     groups = (
         [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
@@ -106,8 +98,30 @@ def prompt_attention(
             # 4. sums over the last queries only
             with span("scores"):
                 every = q if earlier is None else torch.cat((earlier[part], query[part]), 2)[:, :, start - length :]
-                seen["window"].copy_(_window(every, k, scale, needs, own))
+                seen["window"].copy_(_window(every, k, scale, needs.window, own))
     return out, stats
+
+
+def window_sums(queries: Tensor, keys: Tensor, scale: float, starts: list[int], window: int) -> Tensor:
+    """The statistic "window" of prompts that were read in one block, from their last queries.
+
+    Args:
+        queries: at least the last ``window`` queries, or all of them, ``[B, Hq, n, d]``.
+        keys: ``[B, H, L, d]``.
+        scale: factor of the logits.
+        starts: the first real position of each sequence.
+        window: number of queries to sum over.
+    """
+    batch, heads, length = keys.shape[:3]
+    found = lasting((batch, heads, length), torch.float32, keys.device)
+    # sequences with the same start are computed together, as in :func:`prompt_attention`
+    groups = (
+        [(slice(None), starts[0])] if len(set(starts)) == 1 else [(slice(b, b + 1), s) for b, s in enumerate(starts)]
+    )
+    for part, start in groups:
+        own = queries[part, :, -min(queries.shape[2], length - start) :]
+        found[part, :, start:] = _window(own, keys[part, :, start:], scale, window, None)
+    return found
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -234,10 +248,10 @@ def _tally(weights: Tensor, part: slice, stats: Stats, needs: Needs) -> None:
         stats["square"].flatten(0, 1)[part, :end].add_(weights.mean(1).square_().sum(1))
 
 
-def _window(q: Tensor, k: Tensor, scale: float, needs: Needs, bias: Tensor | None) -> Tensor:
+def _window(q: Tensor, k: Tensor, scale: float, window: int, bias: Tensor | None) -> Tensor:
     """Column sums over the last ``window`` queries, ``[B, H, L]``; ``bias`` as in :func:`prompt_attention`."""
     batch, heads, length, _ = k.shape
-    size = min(needs.window, q.shape[2])
+    size = min(window, q.shape[2])
     group = q.shape[1] // heads
     last = (q[:, :, -size:] * scale).reshape(batch, heads, group * size, -1)
     logits = (last @ k.transpose(2, 3)).float().view(batch, heads, group, size, length)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from d2obench.policies.base import Entries, Stats
+from d2obench.attention.prompt import window_sums
+from d2obench.policies.base import Entries, Needs, Stats
 from d2obench.policies.rotary import QueryMoments
 
 if TYPE_CHECKING:
@@ -113,6 +114,18 @@ class PolicyLayer(CacheLayerMixin):
         """Stores the last ``count`` queries of the prompt until the next block arrives."""
         every = query if self.queries is None else torch.cat((self.queries, query), 2)
         self.queries = every[:, :, -count:].clone()
+
+    def begin_from(self, read: PolicyLayer, needs: Needs) -> None:
+        """Takes over the entries of a layer that has read a prompt in one block, which nothing changes, and those of
+        its statistics that ``needs`` names."""
+        assert read.keys is not None
+        self.__dict__.update({name: held for name, held in vars(read).items() if name not in ("_cache", "index")})
+        self.stats = {name: read.stats[name] for name in needs.sums}
+        if needs.window:
+            assert read.queries is not None
+            self.stats["window"] = window_sums(read.queries, read.keys, read.scale, read.starts, needs.window)
+        self.queries = None if not needs.queries or read.queries is None else read.queries[:, :, -needs.queries :]
+        self.last = read.last if needs.errors else None
 
     def entries(self, layers: int, lengths: Tensor, seed: int, first_head: int) -> Entries:
         """The layer's entries as a policy sees them; arguments as in :class:`Entries`. What the policy does to their

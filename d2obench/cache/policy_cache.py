@@ -140,6 +140,9 @@ class PolicyCache(SequenceCache):
         self.tokens: list[Tensor] = []
         self.repetition: Repetition | None = None
         self.ready = False
+        self.described: list[tuple[Policy, int, list[Stats]]] = []
+        """What policies have added to the statistics of the prompt, for caches that begin from this one: policy, seed
+        and a dictionary for each layer."""
         for layer in self.layers:
             if isinstance(layer, PolicyLayer):
                 layer.clear()
@@ -224,7 +227,7 @@ class PolicyCache(SequenceCache):
         assert self.lengths is not None
         layer.place(self._block, self.lengths)
         # 3. causal attention over all entries, with the statistics by which the policy ranks them
-        needs = Needs() if self.keeps_all else self.policy.needs
+        needs = self.needs
         with span("prefill attention"), on(query.device) if self.runs else nullcontext():
             zeros = lasting if self._early or query.device.type != "cpu" else partial(self._buffers.zeros, layer.index)
             out, stats = prompt_attention(
@@ -265,6 +268,49 @@ class PolicyCache(SequenceCache):
             if not self.policy.compresses_after_first_step:
                 self._pack()
         self.mark("decode")
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that are gathered while a prompt is read."""
+        return Needs() if self.keeps_all else self.policy.needs
+
+    def begin_from(self, read: PolicyCache) -> None:
+        """Begins with prompts that another cache of the same model has read in one block (``d2obench.cache.reading``),
+        as if this one had read them. The entries are shared, because nothing writes to them; :meth:`compress` copies
+        those that it keeps."""
+        self.seen, self.lengths, self.layout, self._block = read.seen, read.lengths, read.layout, read._block
+        self.tokens = list(read.tokens)
+        for mine, theirs in zip(self.layers, read.layers, strict=True):
+            if isinstance(mine, PolicyLayer):
+                mine.begin_from(theirs, self.needs)
+            else:  # a sliding layer makes new tensors when it receives a token
+                vars(mine).update(vars(theirs))
+        self._take_descriptions(read)
+
+    def _take_descriptions(self, read: PolicyCache) -> None:
+        """Adds the policy's own statistics of the entries, which don't depend on its budget: they are computed once for
+        all caches with an equal policy that begin from ``read``."""
+        own = type(self.policy).describe is not Policy.describe or self.policy.repeats is not None
+        if self.keeps_all or not own:
+            return
+        known = next(
+            (held for policy, seed, held in read.described if policy == self.policy and seed == self.seed), None
+        )
+        if known is None:
+            names = [set(layer.stats) for layer in self.own]
+            if self.policy.repeats is not None:
+                repeat(self, self.policy.repeats)
+            for layer in self.own:
+                assert layer.keys is not None
+                with on(layer.keys.device) if self.runs else nullcontext():
+                    self._describe(layer)
+            known = [
+                {name: held for name, held in layer.stats.items() if name not in gathered}
+                for layer, gathered in zip(self.own, names, strict=True)
+            ]
+            read.described.append((self.policy, self.seed, known))
+        for layer, stats in zip(self.own, known, strict=True):
+            layer.stats |= stats
 
     @property
     def _early(self) -> bool:
@@ -421,10 +467,10 @@ class PolicyCache(SequenceCache):
         if self.keeps_all:
             return length.expand(len(self.own), -1)
         assert self.budget is not None
-        if self.first is not None:
-            return rescale(*self.first, length.tolist(), self.budget)
         if self.policy.repeats is not None and "repeated" not in self.own[0].stats:
             repeat(self, self.policy.repeats)
+        if self.first is not None:
+            return rescale(*self.first, length.tolist(), self.budget)
         if self.policy.budgets_need_stats:
             for layer in self.own:
                 self._describe(layer)

@@ -53,6 +53,14 @@ class SequenceCache(AttendingCache):
     def reset(self) -> None:
         """Discards all contents; the next forward pass begins a new prompt."""
 
+    def free(self) -> None:
+        """Frees the slots at once; the cache can't be used any more. A decode state and its backend refer to each
+        other, so they would else stay in memory until the next garbage collection."""
+        state, self.state = self.state, None
+        for part in state.parts if isinstance(state, SplitState) else [state]:
+            if part is not None:
+                vars(part).clear()
+
     @abstractmethod
     def _reopen(self) -> None:
         """Turns slots back into entries."""
@@ -102,6 +110,14 @@ class SequenceCache(AttendingCache):
             self.first = self.first[0][:, chosen], [self.first[1][i] for i in chosen.tolist()]
         if self.state is not None:
             self.state = self.state.select(chosen)
+
+    def fork(self, sequences: Tensor) -> Self:
+        """An independent cache of the same model for a selection of the sequences, int64 ``[B']``; this one stays as it
+        is."""
+        found = self._without_state({})
+        found.batch_select_indices(sequences)
+        found.state = None if self.state is None else self.state.select(sequences.detach().cpu().long())
+        return found
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replaces every sequence by ``repeats`` adjacent copies of it."""
@@ -170,6 +186,12 @@ class SequenceCache(AttendingCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """An independent copy for the same model, for a prefix that several texts share."""
+        found = self._without_state(memo)
+        found.state = None if self.state is None else self.state.select(torch.arange(self.layout.batch))
+        return found
+
+    def _without_state(self, memo: dict[int, Any]) -> Self:
+        """A copy of everything but the slots and what is known of them."""
         found = object.__new__(type(self))
         memo[id(self)] = found
         made_anew = {"layers", "own", "state", "_buffers"}
@@ -180,7 +202,7 @@ class SequenceCache(AttendingCache):
                 setattr(found, name, held if name in shared else copy.deepcopy(held, memo))
         found.layers = [self._copied(layer, found, memo) for layer in self.layers]
         found.own = [layer for layer in found.layers if isinstance(layer, PolicyLayer)]
-        found.state = None if self.state is None else self.state.select(torch.arange(self.layout.batch))
+        found.state = None
         found._buffers = LayerBuffers(len(found.own))
         return found
 

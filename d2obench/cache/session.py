@@ -7,9 +7,10 @@ caches and other engines (``d2obench.external``) have sessions derived from this
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +80,25 @@ class Footprint:
         return most > self.requested + 1
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Prompts that a session has read for other sessions, see :meth:`Session.read`.
+
+    Args:
+        cache: full keys and values, and statistics.
+        logits: float32 ``[B, V]`` of the last token of each prompt.
+        positions: of the next tokens, ``[B, 1]``.
+        mask: the padding mask; None without padding.
+        lengths: tokens of each prompt.
+    """
+
+    cache: PolicyCache
+    logits: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    lengths: list[int]
+
+
 class Session:
     """Runs a batch: :meth:`prefill`, :meth:`compress`, then :meth:`step` for each token.
 
@@ -126,16 +146,10 @@ class Session:
             UsageError: a prompt is empty, or it does not fit the model's context together with the tokens to generate.
         """
         self._lengths = [len(prompt) for prompt in prompts]
-        longest, limit = max(self._lengths, default=0), interface.longest(self.loaded.model)
+        longest = max(self._lengths, default=0)
         if not prompts or min(self._lengths) == 0:
             raise UsageError("an empty prompt can't be run", remedy="give at least one token")
-        bound = bound_of(self.loaded.model.config) if self.beyond else f"its context is {limit} tokens"
-        if longest + self.max_new > limit and bound:
-            raise UsageError(
-                f"{longest} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
-                why=bound,
-                remedy="use a smaller shape",
-            )
+        self._check_fits(longest)
         # 1. pad the prompts on the left; a mask is needed only if lengths differ
         self._check_tokens(prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -157,11 +171,83 @@ class Session:
         self._steps = Steps()
         return out
 
+    def read(self, prompts: list[list[int]]) -> Reading:
+        """Reads the prompts for other sessions of the same model; see :mod:`d2obench.cache.reading`."""
+        logits = self.prefill(prompts)
+        return Reading(self.cache, logits, self._positions, self._mask, self._lengths)
+
+    @torch.inference_mode()
+    def begin(self, reading: Reading) -> Tensor:
+        """Goes on from prompts that another session has read, in place of :meth:`prefill`, with the same result."""
+        self._lengths = list(reading.lengths)
+        self._check_fits(max(self._lengths))
+        self.cache = self._new_cache(max(self._lengths))
+        self.mark("prefill")
+        self.cache.begin_from(reading.cache)
+        self._positions, self._mask, self._steps = reading.positions.clone(), reading.mask, Steps()
+        return reading.logits
+
     @torch.inference_mode()
     def compress(self) -> None:
         """Reduces the cache to the budget."""
         self._check_begun("compress")
         self.cache.compress()
+
+    @torch.inference_mode()
+    def turn(self, texts: list[list[int]]) -> Tensor:
+        """Reads a further text of each sequence, such as a question about a context that was compressed before, and
+        compresses it together with what the cache holds. A text of a single token is a decode step.
+
+        Args:
+            texts: one for each sequence, all of the same length.
+
+        Returns:
+            Float32 logits ``[B, V]`` of the last token of each.
+
+        Raises:
+            UsageError: no prompt was read; texts are empty or differ in length; or they don't fit the model's context
+                together with the tokens to generate.
+        """
+        self._check_begun("turn")
+        count = len(texts[0]) if texts else 0
+        if len(texts) != len(self._lengths) or not count or any(len(text) != count for text in texts):
+            raise UsageError(
+                f"a turn was given texts of {', '.join(str(len(text)) for text in texts) or 'no'} tokens",
+                why=f"its prompt had {len(self._lengths)} sequences, and each needs a text of the same length",
+                remedy="give one text for each sequence, and ask questions of other lengths in a fork of the session",
+            )
+        tokens = torch.tensor(texts, device=self._device)
+        if count == 1:
+            return self.step(tokens[:, 0])
+        self._check_tokens(texts)
+        self._check_fits(max(self._lengths) + count)
+        if self.policy is not None and self.policy.compresses_after_first_step and not self.cache.ready:
+            self.step(tokens[:, 0])  # this step compresses the prompt
+            tokens = tokens[:, 1:]
+            if count == 2:
+                return self.step(tokens[:, 0])
+        out = self._read(tokens)
+        self._lengths = [length + count for length in self._lengths]
+        self._steps = Steps()
+        self.compress()
+        return out
+
+    @torch.inference_mode()
+    def fork(self, sequences: Sequence[int]) -> Self:
+        """An independent session that goes on from here with a selection of the sequences, or with copies of them.
+
+        Args:
+            sequences: the sequence that each of the new ones continues, ascending.
+        """
+        self._check_begun("fork")
+        found = copy.copy(self)
+        chosen = torch.tensor(sequences)
+        found.cache = self._forked(chosen)
+        found._lengths = [self._lengths[i] for i in sequences]
+        found._positions = self._positions[chosen.to(self._positions.device)]
+        found._mask = None if self._mask is None else self._mask[chosen.to(self._mask.device)]
+        found._steps = Steps()
+        return found
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -187,7 +273,7 @@ class Session:
         """The operators of one decode step for ``tokens`` ``[B, 1]``; returns logits ``[B, V]`` in the model's dtype. A
         CUDA graph captures this method, so tensors that outlive the step are modified in place."""
         mask = self._mask
-        if mask is not None and self.cache.slides:
+        if mask is not None and self._masks_steps:
             self._mask = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             out = self._forward(tokens, self._positions, mask)
         else:  # slots need no padding mask
@@ -254,6 +340,17 @@ class Session:
                 remedy="call prefill(prompts) first",
             )
 
+    def _check_fits(self, tokens: int) -> None:
+        """A UsageError where prompts of ``tokens`` and the tokens to generate don't fit the model's context."""
+        limit = interface.longest(self.loaded.model)
+        bound = bound_of(self.loaded.model.config) if self.beyond else f"its context is {limit} tokens"
+        if tokens + self.max_new > limit and bound:
+            raise UsageError(
+                f"{tokens} prompt and {self.max_new} generated tokens are more than {self.loaded.name} can see",
+                why=bound,
+                remedy="use a smaller shape",
+            )
+
     def _check_tokens(self, texts: list[list[int]]) -> None:
         """A UsageError for a token id that the model has no embedding for."""
         vocabulary = self.loaded.model.config.get_text_config().vocab_size
@@ -308,6 +405,8 @@ class Session:
 
     def close(self) -> None:
         """Frees the cache."""
+        if isinstance(self.cache, PolicyCache):
+            self.cache.free()
         self.cache, self._steps = None, Steps()
 
     def _blocks(self, longest: int) -> list[slice]:
@@ -317,6 +416,25 @@ class Session:
             return [slice(0, longest)]
         ends = range(longest, 0, -size)
         return [slice(max(0, end - size), end) for end in reversed(ends)]
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The forward pass of a turn: ``tokens`` ``[B, n]`` in, float32 logits ``[B, V]`` out."""
+        count = tokens.shape[1]
+        if self._mask is not None and self._masks_steps:
+            self._mask = torch.nn.functional.pad(self._mask, (0, count), value=1)
+        positions = self._positions + torch.arange(count, device=self._device)
+        out = self._forward(tokens, positions, self._mask if self._masks_steps else None).float()
+        self._positions = positions[:, -1:] + 1
+        return out
+
+    @property
+    def _masks_steps(self) -> bool:
+        """Whether what is read after the prompt needs the padding mask of the prompt; slots need none."""
+        return bool(self.cache.slides)
+
+    def _forked(self, sequences: Tensor) -> Any:
+        """The cache of a :meth:`fork`."""
+        return self.cache.fork(sequences)
 
     def _new_cache(self, longest: int) -> Any:
         """The cache of a prompt of ``longest`` tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,24 +34,28 @@ def show_plan(plan: Plan, rates: Callable[[str, str], Device] | None = None) -> 
     """
     from d2obench.run.plan import group
     from d2obench.run.predict import rates_here
+    from d2obench.run.schedule import sharing_of
     from d2obench.suite.grammar import show_duration
 
     rates = rates or rates_here
     known: dict[tuple[str, str], Device] = {}
     width = max(len(cell.id) for cell in plan.cells)
     print(f"{'cell':{width}}  {'memory':>11}  {'time':>10}", flush=True)
-    total = Total()
+    total, sharing = Total(), sharing_of(plan)
     for together in group(plan.cells):
         kind = together[0].axes.device, together[0].axes.dtype
         if kind not in known:
             known[kind] = rates(*kind)
-        _show_group(plan, together, known[kind], total, width)
+        _show_group(plan, together, known[kind], total, width, sharing)
     print(f"\n{f'{len(plan.cells)} cells':{width}}  {_size(total.memory):>11}  {show_duration(total.seconds):>10}\n")
     _explain(plan, total, known)
 
 
-def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Total, width: int) -> None:
-    """Prints the cells that are measured together and adds them to the total."""
+def _show_group(
+    plan: Plan, together: Sequence[Cell], device: Device, total: Total, width: int, sharing: Mapping[str, int]
+) -> None:
+    """Prints the cells that are measured together and adds them to the total; ``sharing`` says for each quality cell
+    how many read its prompts together."""
     from d2obench.run.predict import predict
     from d2obench.suite.grammar import show_duration
 
@@ -60,7 +64,7 @@ def _show_group(plan: Plan, together: Sequence[Cell], device: Device, total: Tot
         if cell.id in plan.too_long:
             print(f"{cell.id:{width}}  {'too long':>11}  {'skipped':>10}")
             continue
-        memory, seconds = predict(cell, plan.suite, plan.models[cell.axes.model], device)
+        memory, seconds = predict(cell, plan.suite, plan.models[cell.axes.model], device, sharing.get(cell.id, 1))
         memory = memory and memory / plan.devices
         told += seconds or 0.0
         total.memory = max(total.memory, memory or 0.0)

@@ -9,10 +9,11 @@ counted as held.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -71,18 +72,33 @@ class KvpressSession(LibrarySession):
     def step(self, tokens: Tensor) -> Tensor:
         """See :meth:`Session.step`."""
         self._check_begun("step")
-        found, start = [], 0
-        for i, (cache, positions, masks) in enumerate(self._parts):
-            end = start + positions.shape[0]
-            self.cache, self._positions = cache, positions
-            self._set_masks(masks)
-            try:
-                found.append(self.run(tokens[start:end, None]).float())
-            finally:
-                self._take_masks()
-            self._parts[i] = cache, self._positions, masks
-            start = end
-        return torch.cat(found)
+        return self._read(tokens[:, None])
+
+    @torch.inference_mode()
+    def fork(self, sequences: Sequence[int]) -> Self:
+        """See :meth:`Session.fork`.
+
+        Raises:
+            ModelError: a part of a batch, where the press masks entries per head.
+        """
+        self._check_begun("fork")
+        found, start = copy.copy(self), 0
+        found._parts, found._lengths = [], [self._lengths[i] for i in sequences]
+        for cache, positions, masks in self._parts:
+            own = [i - start for i in sequences if start <= i < start + len(positions)]
+            start += len(positions)
+            if not own:
+                continue
+            if own != [*range(len(positions))] and any(mask is not None for mask in masks):
+                raise ModelError(
+                    "a part of a batch can't be asked alone with this press",
+                    why="it masks entries of the whole batch",
+                    remedy="use --set quality.batch=1",
+                )
+            chosen, copied = torch.tensor(own, device=positions.device), copy.deepcopy(cache)
+            copied.reorder_cache(chosen)
+            found._parts.append((copied, positions[chosen], masks))
+        return found
 
     @property
     def decode_path(self) -> str:
@@ -140,6 +156,20 @@ class KvpressSession(LibrarySession):
         """Frees the caches."""
         self._parts = []
         super().close()
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        found, start = [], 0
+        for i, (cache, positions, masks) in enumerate(self._parts):
+            end = start + positions.shape[0]
+            self.cache, self._positions = cache, positions
+            self._set_masks(masks)
+            try:
+                found.append(super()._read(tokens[start:end]))
+            finally:
+                self._take_masks()
+            self._parts[i] = cache, self._positions, masks
+            start = end
+        return torch.cat(found)
 
     def _new_cache(self, longest: int) -> Any:
         return DynamicCache()

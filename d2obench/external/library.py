@@ -7,6 +7,7 @@ SDPA over the filled part of a preallocated cache; transformers' static cache at
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar
 
@@ -73,14 +74,6 @@ class LibrarySession(Session):
         self._check_begun("compress")
         self.mark("decode")
 
-    def run(self, tokens: Tensor) -> Tensor:
-        """See :meth:`Session.run`; a library's cache needs the padding mask in every step."""
-        if self._mask is not None:
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        out = self._forward(tokens, self._positions, self._mask)
-        self._positions += 1
-        return out
-
     @torch.inference_mode()
     def skip_to(self, tokens: int) -> None:
         """See :meth:`Session.skip_to`."""
@@ -125,6 +118,15 @@ class LibrarySession(Session):
         kept = [[float(length) for length in self._lengths] for _ in self.cache.layers]
         none = [0] * len(kept)
         return Footprint(size, size, 0, self._lengths, None, kept, rows, 1.0, none, none)
+
+    @property
+    def _masks_steps(self) -> bool:
+        return True
+
+    def _forked(self, sequences: Tensor) -> Any:
+        found = copy.deepcopy(self.cache)
+        found.reorder_cache(sequences.to(self._device))
+        return found
 
     def _decode_path(self) -> str:
         path = PATHS.get(self.asked.name, "the library")
@@ -229,6 +231,12 @@ class QuantisedSession(LibrarySession):
             vars(layer).clear()
             vars(layer).update(held)
         self._positions, self._mask = saved[1].clone(), saved[2]
+
+    def _forked(self, sequences: Tensor) -> Any:
+        raise ModelError(
+            "a quantised library cache can't be copied for several questions",
+            remedy="use --set quality.batch=1 with one question a context, or query=seen",
+        )
 
     def _new_cache(self, longest: int) -> Any:
         from transformers.cache_utils import QuantizedCache

@@ -161,6 +161,7 @@ class Arm:
     def evaluate(self, cell: Cell) -> dict[str, Any]:
         """Evaluates a quality cell. Returns its ``values``, ``items``, ``details`` and ``flags``."""
         quality = msgspec.to_builtins(self._suite.quality)
+        del quality["share"]  # concerns several cells, and old revisions don't know it
         return self.client.call("evaluate", {"cell": cell.sent(), "quality": quality})
 
     def restart(self) -> None:

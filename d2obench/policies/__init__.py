@@ -103,6 +103,11 @@ class PolicyChoice:
         return policy
 
     @property
+    def carries_over(self) -> bool:
+        """Whether one prompt changes the next one; only a parameter can make a policy do so."""
+        return self.yardstick is None and any(part.params for part in self.spec.parts) and self.policy.carries_over
+
+    @property
     def built(self) -> Policy | Yardstick:
         """The policy or the yardstick, whichever it is."""
         return self.policy if self.yardstick is None else self.yardstick

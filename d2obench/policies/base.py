@@ -55,6 +55,8 @@ class Needs:
             from them itself; 0 for none.
         moments: gather mean and covariance of the queries before their rotation as :attr:`Entries.moments`.
         projection: hand over the layer's output projection as :attr:`Entries.projection`.
+
+    ``a | b`` is what serves both: every statistic that either needs, and the larger of two numbers.
     """
 
     columns: bool = False
@@ -65,6 +67,14 @@ class Needs:
     queries: int = 0
     moments: bool = False
     projection: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(**{name: max(value, getattr(other, name)) for name, value in vars(self).items()})
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Names of the sums over all queries: "sum", "square"."""
+        return ("sum",) * (self.columns or self.squares) + ("square",) * self.squares
 
 
 HOOKS = frozenset({"observe", "victims", "absorb_step"})
@@ -179,6 +189,11 @@ class Policy:
     @property
     def compresses_after_first_step(self) -> bool:
         """Whether the prompt is compressed after the first decode step instead of before it."""
+        return False
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether what one prompt leaves behind changes the next one, so that prompts must come in their order."""
         return False
 
     @property

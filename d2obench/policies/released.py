@@ -76,6 +76,10 @@ class Released(Policy):
         return True
 
     @property
+    def carries_over(self) -> bool:
+        return self.carry_threshold
+
+    @property
     def compresses_after_first_step(self) -> bool:
         return True
 

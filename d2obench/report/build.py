@@ -16,7 +16,7 @@ from d2obench.report.derive import metric_of, results
 from d2obench.report.evidence import front_claims, judge, target_claims
 from d2obench.report.figures import figures, in_order
 from d2obench.report.machine import again, cards, environment, suites, unlike
-from d2obench.report.rows import Result, join
+from d2obench.report.rows import Result, join, unseen
 from d2obench.report.sentences import first_words, of_targets
 from d2obench.report.tables import UNLIKE, best_claims, first, headline, parts, ratios, targets
 from d2obench.report.view import (
@@ -245,6 +245,12 @@ def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
         meaning = next((words for begin, words in FLAGS.items() if flag.startswith(begin)), "")
         cells = f"{count} cells carry" if count > 1 else "1 cell carries"
         yield f"{cells} the flag “{flag}”" + (f": {meaning}." if meaning else ".")
+    for name, run in runs:
+        share = run.info.suite.get("quality", {}).get("share")
+        quality = [cell for cell in run.cells if cell.axes.task != SPEED and cell.status == "ok"]
+        if share is not None and len(quality) > 1:
+            at, seconds = f"{name}: " if len(runs) > 1 else "", sum(cell.seconds for cell in quality)
+            yield f"{at}{len(quality)} quality cells took {seconds:,.1f} s with quality.share = {str(share).lower()}."
     if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
         yield EMBEDDED
 
@@ -263,6 +269,11 @@ def _reading(found: Sequence[Result], tables: Sequence[Table]) -> tuple[str, ...
         lines.append(
             "± and a … b are 95 % intervals for the conditions of this run. Words such as faster need wider ones, so "
             "that all are right together."
+        )
+    if any(unseen(result.record.axes.task) for result in found):
+        lines.append(
+            "“Question unseen”: each context was compressed before its question was read. Without these words context "
+            "and question were compressed together."
         )
     if any(field.range_of < 0 for field in fields):
         lines.append("The bounds of an older record were not tested to cover 95 %, so they tell no policies apart.")

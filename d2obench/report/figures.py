@@ -16,7 +16,7 @@ from typing import Any
 from d2obench.metric import METRICS, show
 from d2obench.record import Value, read_samples
 from d2obench.report.evidence import MAX_FRONTS, doubtful, front, impossible
-from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, tasks_of, volume
+from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, short_name, tasks_of, volume
 from d2obench.report.tables import setting, varying
 from d2obench.report.view import KINDS, Figure
 from d2obench.suite.definition import SPEED
@@ -79,7 +79,7 @@ def _overview(group: Sequence[Row]) -> Figure | None:
         points.append((*where, lost, *spread, fast, *_bounds(speed, 1)))
     if len(points) < 2 or not any(point[4] is not None or point[7] not in (None, 1.0) for point in points):
         return None
-    what = f"{metric.header} on {tasks[0].partition('(')[0]}" if metric and tasks else ""
+    what = f"{metric.header} on {short_name(tasks[0])}" if metric and tasks else ""
     shown = " and ".join(filter(None, (what, "decode speed")))
     return Figure(
         "overview", "overview", f"{shown} against KV memory ({group[0].key.setting})",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from d2obench.errors import UsageError
 from d2obench.record import Axes, CellRecord, Run, Value
 from d2obench.suite.definition import SPEED
-from d2obench.suite.grammar import parse_shape
+from d2obench.suite.grammar import parse_shape, parse_spec
 
 Scalar = str | int | None
 STANDS = ("kl", "score_diff", "score", "gold_bpb_diff", "ppl", "nll")
@@ -176,6 +176,19 @@ def tasks_of(rows: Iterable[Row]) -> list[str]:
     """The quality tasks of the rows, each once, in the order in which they were run."""
     found = dict.fromkeys(result.record.axes.task for row in rows for result in row.cells)
     return [task for task in found if task != SPEED]
+
+
+def unseen(task: str) -> bool:
+    """Whether the questions of a quality task were read after the context had been compressed."""
+    try:
+        return task != SPEED and parse_spec(task, "task").parts[0].params.get("query") == "unseen"
+    except UsageError:  # a record of another version
+        return False
+
+
+def short_name(task: str) -> str:
+    """The name of a task without its parameters, and whether its questions were unseen."""
+    return task.partition("(")[0] + (", question unseen" if unseen(task) else "")
 
 
 def primary(rows: Iterable[Row], task: str) -> str:

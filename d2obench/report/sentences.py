@@ -14,7 +14,7 @@ from typing import NamedTuple
 from d2obench.metric import METRICS, show
 from d2obench.record import Run, Value
 from d2obench.report.evidence import NOT_MEASURED, Judged, busy, claim, first_place, processes, ranking, shown
-from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, tasks_of, volume
+from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, short_name, tasks_of, volume
 from d2obench.report.view import ENDINGS, bounds_in_words, signed
 from d2obench.stats import claims
 from d2obench.stats.claims import Claim, Verdict
@@ -157,9 +157,9 @@ def _against_full(ours: Row, full: Row | None, findings: Sequence[Finding], task
             told = next((one.verdict for one in findings if (one.task, one.metric) == (task, metric)), "not told apart")
             verb = {"better": "gains", "worse": "loses"}.get(told)
             if verb:
-                parts.append(f"{verb} quality on {_short(task)}: {what} {_figure(metric, value)}")
+                parts.append(f"{verb} quality on {short_name(task)}: {what} {_figure(metric, value)}")
         else:
-            parts.append(f"reaches a {what} of {_figure(metric, value)} on {_short(task)}")
+            parts.append(f"reaches a {what} of {_figure(metric, value)} on {short_name(task)}")
     if not parts:
         return ""
     return f"{_at(ours.key)}{_named(ours)} {_listed(parts)}."
@@ -183,7 +183,7 @@ def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
 
 def _beside(ours: Row, one: Finding) -> str:
     """``h2o (fidelity: KL +0.15 nats/token, 95 % interval 0.05 … 0.25)``."""
-    key, task = one.metric.partition(":")[0], "" if one.task == SPEED else f"{_short(one.task)}: "
+    key, task = one.metric.partition(":")[0], "" if one.task == SPEED else f"{short_name(one.task)}: "
     what = METRICS[key].header.replace(" − rival's", "").replace("decode ÷ rival's", "")
     text = f"{what} {signed(key, one.value.value)} {METRICS[key].unit}".strip()
     return f"{one.other} ({task}{text}, {_basis(ours, one)})"
@@ -205,7 +205,7 @@ def _untold(ours: Row, findings: Sequence[Finding], group: Sequence[Row]) -> str
     for what, metrics in SPEEDS:
         parts += _names([one for one in findings if one.metric.partition(":")[0] in metrics], what)
     for task in dict.fromkeys(one.task for one in findings if one.task != SPEED):
-        parts += _names([one for one in findings if one.task == task], f"quality on {_short(task)}")
+        parts += _names([one for one in findings if one.task == task], f"quality on {short_name(task)}")
     if wrong := list(dict.fromkeys(one.other for one in findings if one.verdict == "impossible")):
         sentences.append(
             f"The decode speed measured against {_listed(wrong)} is more than the bytes of a step allow, which is "
@@ -237,7 +237,7 @@ def _leaders(group: Sequence[Row]) -> Words:
     """Sentences about a run without D2O: which policy leads in what, or that the policies were not told apart."""
     asked = [("Fastest decode", SPEED, "decode_tok_s"), ("Shortest time to first token", SPEED, "ttft_s")]
     asked += [("Smallest KV cache", SPEED, "kv_bytes")]
-    asked += [(f"Least loss of quality on {_short(task)}", task, primary(group, task)) for task in tasks_of(group)]
+    asked += [(f"Least loss of quality on {short_name(task)}", task, primary(group, task)) for task in tasks_of(group)]
     asked = asked[: 3 + MAX_TASKS]
     # the sentences have to be right together, so every interval that one of them needs is counted
     rankings = [ranking(group, task, metric) for _, task, metric in asked if METRICS[metric].kind != "exact"]
@@ -299,11 +299,6 @@ def _figure(metric: str, value: Value) -> str:
 def _few(names: Sequence[str]) -> list[str]:
     """At most MAX_NAMES of the names; the last is ``others`` if there are more."""
     return [*names] if len(names) <= MAX_NAMES else [*names[: MAX_NAMES - 1], "others"]
-
-
-def _short(task: str) -> str:
-    """The name of a task without its parameters."""
-    return task.partition("(")[0]
 
 
 def _listed(words: Sequence[str], comma: str = ",") -> str:

@@ -14,7 +14,19 @@ import msgspec
 from d2obench.metric import METRICS, Metric, show
 from d2obench.record import CellRecord, Value
 from d2obench.report.evidence import NOT_MEASURED, Judged, Where, doubtful, front, impossible, winners
-from d2obench.report.rows import Key, Result, Row, grouped, join, largest, primary, tasks_of, volume
+from d2obench.report.rows import (
+    Key,
+    Result,
+    Row,
+    grouped,
+    join,
+    largest,
+    primary,
+    short_name,
+    tasks_of,
+    unseen,
+    volume,
+)
 from d2obench.report.view import ENDINGS, NOTHING, Column, Field, Mark, Table, axis_column, show_value, value_column
 from d2obench.stats.claims import Claim
 from d2obench.suite.definition import SPEED
@@ -77,7 +89,9 @@ def first(rows: Sequence[Row]) -> list[Table]:
     leaders, _ = winners(rows, wheres)
     columns = [Column("setting", "setting", numeric=False)] if names else []
     columns += [axis_column("policy"), axis_column("budget")]
-    columns += [_first_column(METRICS[metric], task if len(tasks) > 1 else "") for task, metric in wheres]
+    columns += [
+        _first_column(METRICS[metric], task if len(tasks) > 1 or unseen(task) else "") for task, metric in wheres
+    ]
     body, groups = [], []
     for number, row in enumerate(shown):
         if not number or row.key.group != shown[number - 1].key.group:
@@ -103,7 +117,7 @@ def _first_column(metric: Metric, task: str) -> Column:
     """The column of a metric with a short header, which names the task if several tasks have a column."""
     if metric.key == "speedup":
         return Column("speedup", "× full", "", metric.direction, metric.about)
-    column = value_column(metric, task.partition("(")[0] if metric.group == "quality" else "")
+    column = value_column(metric, short_name(task) if task and metric.group == "quality" else "")
     return msgspec.structs.replace(column, key=metric.key)
 
 
@@ -338,7 +352,9 @@ def show_axis(key: Key, name: str, star: bool = False) -> Field:
 
 def _headline(title: str, rows: Sequence[Row], wheres: Sequence[Where]) -> Table:
     shared = {metric for _, metric in wheres if sum(other == metric for _, other in wheres) > 1}
-    columns = [value_column(METRICS[metric], task if metric in shared else "") for task, metric in wheres]
+    columns = [
+        value_column(METRICS[metric], task if metric in shared or unseen(task) else "") for task, metric in wheres
+    ]
     tasks, (leaders, _) = tasks_of(rows), winners(rows, wheres)
 
     def figures(row: Row) -> list[Field]:

@@ -1,7 +1,8 @@
 """The plan of a run: the cells of a suite, the groups that are measured together, and the shards of a large sweep.
 
 Speed cells that differ only in policy and budget form a group: they are measured in turn, and their ratios are paired.
-A quality cell is a group of its own.
+A quality cell is a group of its own, which a shard or a device of a cluster may take; where one worker runs them all,
+those that differ only in policy and budget form a group, too, whose prompts are read once.
 """
 
 from __future__ import annotations
@@ -75,14 +76,26 @@ def cells(suite: Suite) -> list[Cell]:
     return list(planned.values())
 
 
-def group(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The groups of cells that are measured together, in the order of the suite."""
+def group(cells: Iterable[Cell], *, shared: bool = False) -> list[list[Cell]]:
+    """The groups of cells that are measured together, in the order of the suite.
+
+    Args:
+        cells: of a plan.
+        shared: whether quality cells that differ only in policy and budget form a group.
+    """
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
         a = cell.axes
-        key = (a.model, a.dtype, a.device, a.shape, a.batch, a.seed) if cell.timed else cell.id
+        alike = (a.model, a.dtype, a.device, a.shape, a.batch, a.seed)
+        key = alike if cell.timed else (a.task, *alike) if shared else cell.id
         groups.setdefault(key, []).append(cell)
     return list(groups.values())
+
+
+def shares(suite: Suite) -> bool:
+    """Whether the quality cells of a suite share prefills: not if each has a process of its own, nor if several ranks
+    hold the model, which would have to fail alike."""
+    return suite.quality.share and suite.worker.mode == "shared" and suite.models.tensor_parallel == 1
 
 
 def abba(cells: Sequence[Cell], round_: int) -> list[Cell]:

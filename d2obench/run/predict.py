@@ -26,6 +26,8 @@ from d2obench.tasks.base import Cell, shape_of
 
 ACTIVATIONS = 12
 """Hidden vectors of one token that are in memory at once in prefill; a rough figure."""
+WAYS = 2
+"""How often cells that share prefills read a prompt: with column sums and without them."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -109,16 +111,23 @@ def memory_of(cell: Cell, model: Dimensions, batch: int, shape: Shape | None = N
     return float(model.parameters * item + batch * max(prefill, token * held))
 
 
-def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Prediction:
+def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device, sharing: int = 1) -> Prediction:
     """Memory and time of one cell.
 
     A prefill or a decode step takes the time of its FLOPs or of its bytes at the device's rates, whichever is longer. A
     speed cell takes its rounds, and in every process the prompts that are read for windows or to warm up; the windows
     themselves last equally long everywhere and are not counted here. A quality cell takes its items, as far as their
     number is known before the data is read. Batch ``max`` is not predicted.
+
+    Args:
+        cell: what to predict.
+        suite: rounds, items and batches.
+        model: its dimensions.
+        device: its rates.
+        sharing: number of quality cells that read the same prompts together; they read them about WAYS times in all.
     """
     if cell.task is not None:
-        return _quality(cell, suite, model, device)
+        return _quality(cell, suite, model, device, sharing)
     timing, shape = suite.timing, shape_of(cell)
     if not isinstance(cell.batch, int):
         return Prediction(None, None)
@@ -130,7 +139,7 @@ def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Pred
     return Prediction(memory_of(cell, model, cell.batch), seconds)
 
 
-def _quality(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Prediction:
+def _quality(cell: Cell, suite: Suite, model: Dimensions, device: Device, sharing: int) -> Prediction:
     assert cell.task is not None
     work = cell.task.work(suite.quality, cell.shape, model.context)
     if work is None:
@@ -138,7 +147,7 @@ def _quality(cell: Cell, suite: Suite, model: Dimensions, device: Device) -> Pre
     batch = min(suite.quality.batch, work.items)
     shape = Shape(work.prompt, work.new)
     prefill, step = _pass(cell, model, device, batch, shape)
-    seconds = work.items / batch * (prefill + work.new * step)
+    seconds = work.items / batch * (prefill * min(1.0, WAYS / sharing) + work.new * step)
     return Prediction(memory_of(cell, model, batch, shape), seconds)
 
 

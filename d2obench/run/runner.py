@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import msgspec
-
-from d2obench.errors import D2OBenchError, RecordError
+from d2obench.errors import RecordError
 from d2obench.measure.environment import differences, environment_hash
-from d2obench.record import CellRecord, Run, Value, read_run
+from d2obench.record import CellRecord, Run, read_run
 from d2obench.run.isolated_workers import IsolatedWorkers
-from d2obench.run.plan import Plan, group
+from d2obench.run.plan import Plan, group, shares
 from d2obench.run.predict import memory_of
 from d2obench.run.progress import Display, Vitals
-from d2obench.run.run_folder import RunLog, Samples, describe_run, finished, locked, write_info
+from d2obench.run.quality import QualityGroup, evaluate
+from d2obench.run.run_folder import RunLog, describe_run, finished, locked, write_info
 from d2obench.run.schedule import Schedule
 from d2obench.run.speed import SpeedGroup
 from d2obench.run.speed_row import DeviceRates
@@ -116,7 +115,7 @@ class LocalEngine:
         runner = GroupRunner(plan, self.client, log, self._isolated)
         schedule = Schedule(plan, log)
         schedule.probe(self.client)
-        for together in group(plan.cells):
+        for together in group(plan.cells, shared=shares(plan.suite)):
             suite = schedule.begin(together)
             if suite is not None:
                 runner.run(together, suite)
@@ -229,11 +228,26 @@ class GroupRunner:
             if self._isolated is not None:
                 self._isolated.stop()
         if not together[0].timed:
-            evaluate(suite, together[0], self._client(together[0]), log)
+            self._run_quality(suite, [cell for cell in together if log.open(cell)])
             return
         with self._workers(together) as worker_of:
             obstacles = partial(self._window_obstacles, suite)
             SpeedGroup(suite, together, worker_of, log, self._rates, obstacles).run()
+
+    def _run_quality(self, suite: Suite, cells: Sequence[Cell]) -> None:
+        """Runs quality cells that differ in policy and budget alone, those of one worker together as far as they can
+        take turns."""
+        by_worker: dict[int, list[Cell]] = {}
+        alone = []
+        for cell in cells:
+            if cell.policy.carries_over or not (cell.task and cell.task.in_batches):
+                alone.append(cell)
+            else:
+                by_worker.setdefault(id(self._worker(cell)), []).append(cell)
+        for alike in by_worker.values():
+            QualityGroup(suite, alike, self._client(alike[0]), self._log).run()
+        for cell in alone:
+            evaluate(suite, cell, self._client(cell), self._log)
 
     def _window_obstacles(self, suite: Suite, cells: Sequence[Cell]) -> dict[str, str]:
         """Why cells of a group can't be measured in windows, by cell id."""
@@ -245,12 +259,16 @@ class GroupRunner:
             free_bytes=lambda device: int(again(lambda: self._common.call("memory", {"device": device}))["free"]),
         )
 
+    def _worker(self, cell: Cell) -> Client:
+        """The worker of a cell: an isolated one or the common one."""
+        return (self._isolated.of(cell) if self._isolated else None) or self._common
+
     def _client(self, cell: Cell) -> Client:
-        """The worker of a cell: an isolated one or the common one.
+        """The worker of a cell, ready to be called.
 
         Only one of them may have a process on a GPU, because the driver reports the memory of all processes together.
         """
-        client = (self._isolated.of(cell) if self._isolated else None) or self._common
+        client = self._worker(cell)
         if client is not self._last and cell.axes.device.startswith("cuda"):
             self._last.close()
         self._last = client
@@ -287,31 +305,3 @@ class GroupRunner:
         sizes = f"{needed / 2**30:.1f} GiB predicted, {free / 2**30:.1f} free"
         self._log.display.note(f"{len(cells)} cells share one fresh worker, side by side they may not fit: {sizes}")
         return False
-
-
-def evaluate(suite: Suite, cell: Cell, client: Client, log: RunLog) -> None:
-    """Runs a quality cell and writes its row."""
-    log.begin(cell)
-    log.display.cell(cell.id, "running")
-    request = {"cell": cell.sent(), "quality": msgspec.to_builtins(suite.quality)}
-
-    def progress(done: int, total: int, text: str) -> None:
-        log.display.phase(text or f"{cell.axes.task} {done}/{total}", done, total)
-        if not text:
-            log.display.cell(cell.id, "running", share=done / max(1, total))
-
-    try:
-        answer = again(lambda: client.call("evaluate", request, progress=progress))
-    except D2OBenchError as problem:
-        log.fail(cell, problem)
-        return
-    samples = Samples(log.folder, cell)
-    samples.save(items=answer["items"])
-    log.end(
-        cell,
-        "ok",
-        values=msgspec.convert(answer["values"], dict[str, Value]),
-        details={**answer["details"], "model": answer["model"]},
-        flags=tuple(answer["flags"]),
-        samples=samples.name,
-    )

@@ -21,7 +21,7 @@ import msgspec
 
 from d2obench.errors import D2OBenchError
 from d2obench.models import Dimensions
-from d2obench.run.plan import Plan, group
+from d2obench.run.plan import Plan, group, shares
 from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
 from d2obench.run.run_folder import RunLog
 from d2obench.run.worker_client import Client, again
@@ -75,6 +75,7 @@ class Schedule:
     def __init__(self, plan: Plan, log: RunLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._plan, self._log, self._clock = plan, log, clock
         self._units = [unit for unit in units_of(plan) if any(map(log.open, unit.cells))]
+        self._sharing = sharing_of(plan)
         self._load_s = 0.0
         self._scale = {True: 1.0, False: 1.0}
         """Measured ÷ predicted seconds of the last group: of timed cells (True) and of quality cells (False)."""
@@ -210,7 +211,8 @@ class Schedule:
         model = self._plan.models.get(cell.axes.model)
         if model is None or not self._log.open(cell):
             return 0.0
-        return predict(cell, suite, model, self._device[_kind(cell)]).seconds or 0.0
+        sharing = self._sharing.get(cell.id, 1)
+        return predict(cell, suite, model, self._device[_kind(cell)], sharing).seconds or 0.0
 
     def _expect(self) -> None:
         """Tells the display how long each cell that has no row yet will take."""
@@ -236,6 +238,12 @@ def units_of(plan: Plan) -> list[Unit]:
         key = together[0].id if together[0].timed else (a.task, a.model, a.dtype, a.device, a.shape, a.seed)
         units.setdefault(key, []).extend(together)
     return [Unit(tuple(cells), _most(plan, cells[0])) for cells in units.values()]
+
+
+def sharing_of(plan: Plan) -> dict[str, int]:
+    """For each quality cell that shares its prefills, by id, the number of cells that do."""
+    units = units_of(plan) if shares(plan.suite) else []
+    return {cell.id: len(unit.cells) for unit in units if not unit.timed for cell in unit.cells}
 
 
 def cut_timing(suite: Suite, rounds: int) -> Timing:

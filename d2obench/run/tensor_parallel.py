@@ -31,7 +31,7 @@ from d2obench.models.devices import RENDEZVOUS, TIMEOUT_S
 from d2obench.run.worker_client import WORKER, DeadWorkerError, Progress, WorkerClient, WorkerProcess
 from d2obench.suite.definition import Placement, Suite
 
-TOGETHER = ("load", "warm_up", "measure", "count", "evaluate")
+TOGETHER = ("load", "warm_up", "measure", "count", "evaluate", "evaluate_part", "conclude")
 """Operations on the model, which all ranks run together."""
 EACH = ("bandwidth", "rates")
 """Operations on a device, which every rank runs on its own device."""

@@ -32,10 +32,12 @@ from d2obench.tasks.prompts import timing_prompts
 
 if TYPE_CHECKING:
     from d2obench.measure.counters import StepCounts
+    from d2obench.tasks.base import Evaluation, TextBatch
 
 OPS = (
     "hello", "describe", "prepare", "environment", "refuse_busy", "bandwidth", "idle", "rates", "noise", "memory",
-    "load", "warm_up", "measure", "count", "hold", "decode_in_turn", "let_go", "evaluate", "exit",
+    "load", "warm_up", "measure", "count", "hold", "decode_in_turn", "let_go", "evaluate",
+    "evaluate_part", "conclude", "exit",
 )  # fmt: skip
 """The operations that a request may name: methods of :class:`Worker`."""
 WARM_TOKENS = 8
@@ -57,6 +59,8 @@ class Worker(MachineOperations):
         self._loaded: Any = None
         self._key: tuple[str, str, str] | None = None
         self._prompts: tuple[Any, list[list[int]]] = (None, [])
+        self._batches: tuple[Any, list[TextBatch]] = (None, [])
+        """What the batches of the last quality task depend on, and they themselves."""
         self._held: dict[str, Any] = {}
         """The caches that decode in turn, by cell id."""
         self._origin = 0.0
@@ -215,18 +219,62 @@ class Worker(MachineOperations):
         return {"counts": counts}
 
     def evaluate(self, args: Args, report: Report) -> Args:
-        """Runs a quality cell: the ``cell``, and the table ``quality`` of the suite."""
-        from d2obench.external import record_of
+        """Runs a whole quality cell: the ``cell``, and the table ``quality`` of the suite."""
         from d2obench.tasks import evaluate
 
         cell = read_cell(args["cell"])
         loaded = self._model(cell, report)
         result = evaluate(loaded, cell, msgspec.convert(args["quality"], Quality), report)
+        return self._evaluated(cell, result) | {"items": result.items}
+
+    def evaluate_part(self, args: Args, report: Report) -> Args:
+        """Runs a batch of a quality task under several cells that differ in policy and budget alone: ``cells``, the
+        table ``quality`` of the suite, and the number ``part`` of the batch.
+
+        Answers with the number of ``parts`` and of ``items`` in all, the ``places`` of this batch's items, and for each
+        cell, by its id, its items and ``seconds``, or an ``error``.
+        """
+        from d2obench.measure.clock import HostClock
+        from d2obench.tasks import batches
+        from d2obench.tasks.together import run
+
+        cells = [read_cell(sent) for sent in args["cells"]]
+        quality, axes = msgspec.convert(args["quality"], Quality), cells[0].axes
+        loaded = self._model(cells[0], report)
+        key = (self._key, axes.task, axes.shape, axes.seed, quality)
+        if self._batches[0] != key:
+            self._batches = key, batches(loaded, cells[0], quality)
+        every = self._batches[1]
+        batch, found, clock = every[args["part"]], {}, HostClock()
+        since = clock.now()
+        for done, (cell, items) in enumerate(run(loaded, cells, quality, batch), 1):
+            took = {"seconds": clock.now() - since}
+            if isinstance(items, Exception):
+                found[cell.id] = {**took, "error": describe(items)}
+                del items
+                self.release()
+            else:
+                found[cell.id] = {**took, "items": items}
+            since = clock.now()
+            report(done, len(cells), f"{cell.axes.policy} {cell.axes.budget or ''}".strip())
+        total = sum(len(one.places) for one in every)
+        return {"parts": len(every), "items": total, "places": list(batch.places), "cells": found}
+
+    def conclude(self, args: Args, report: Report) -> Args:
+        """The result of a quality cell from its ``items``: the ``cell``, and the table ``quality`` of the suite."""
+        from d2obench.tasks import conclude
+
+        cell = read_cell(args["cell"])
+        self._model(cell, report)
+        return self._evaluated(cell, conclude(cell, msgspec.convert(args["quality"], Quality), args["items"]))
+
+    def _evaluated(self, cell: Cell, result: Evaluation) -> Args:
+        from d2obench.external import record_of
+
         values = {key: msgspec.to_builtins(value) for key, value in result.values.items()}
-        flags = list(result.details.get("flags", ()))
-        about = self._about(loaded) | record_of(cell.policy)
-        flags += about.get("flags", ())
-        return {"values": values, "items": result.items, "details": result.details, "flags": flags, "model": about}
+        about = self._about(self._loaded) | record_of(cell.policy)
+        flags = [*result.details.get("flags", ()), *about.get("flags", ())]
+        return {"values": values, "details": result.details, "flags": flags, "model": about}
 
     def exit(self, args: Args, report: Report) -> Args:
         """Ends the process after this answer."""

@@ -145,13 +145,15 @@ class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Quality(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[quality]``: items per task (0: all), how many are decoded together, and files in place of hub data sets.
 
-    ``digests`` are the sha256 of those files as a run found them, by task; a run fills them in.
+    With ``share``, cells that differ only in policy and budget read each prompt once together; their figures are the
+    same without. ``digests`` are the sha256 of those files as a run found them, by task; a run fills them in.
     """
 
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0
     batch: Positive = 8
     data: dict[str, str] = {}
     digests: dict[str, str] = {}
+    share: bool = True
 
 
 class GateTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -1,10 +1,10 @@
 """Quality tasks: how much information a compressed cache still holds.
 
 There is one file per task. ``base`` defines what a task is, ``generate`` is the loop of tasks in which the model
-answers, ``data`` reads records, ``prompts`` and ``text`` make prompts, ``scoring`` compares answers. Tasks import the
-cache, the models and the measurements; only ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps
-names to import paths, so that looking up a task imports neither torch nor datasets. ``speed`` is no task of this
-package: ``run`` measures timed cells itself.
+answers, ``together`` lets several cells share the prompts that they read, ``data`` reads records, ``prompts`` and
+``text`` make prompts, ``scoring`` compares answers. Tasks import the cache, the models and the measurements; only
+``run``, ``bridges`` and ``cli`` import tasks. The registry below maps names to import paths, so that looking up a task
+imports neither torch nor datasets. ``speed`` is no task of this package: ``run`` measures timed cells itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,26 @@ from d2obench.policies import parse_choice
 from d2obench.record import Axes, Value
 from d2obench.suite.definition import SPEED
 from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec, show_value
-from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, parameters
+from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, TextBatch, parameters
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
-__all__ = ["LONGBENCH", "REGISTRY", "Evaluation", "Item", "Task", "evaluate", "parse_task", "read_cell", "rescore"]
+__all__ = [
+    "LONGBENCH",
+    "REGISTRY",
+    "Evaluation",
+    "Item",
+    "Task",
+    "TextBatch",
+    "batches",
+    "conclude",
+    "evaluate",
+    "parse_task",
+    "read_cell",
+    "ready",
+    "rescore",
+]
 
 LONGBENCH = (  # noqa: SIM905
     "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader gov_report qmsum multi_news "
@@ -102,6 +116,22 @@ def read_cell(sent: Mapping[str, Any]) -> Cell:
 
 def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
     """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`."""
+    return _completed(cell, ready(loaded, cell, quality).evaluate(loaded, cell, quality, report))
+
+
+def batches(loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
+    """The texts of a cell's task; see :meth:`d2obench.tasks.base.Task.batches`."""
+    return ready(loaded, cell, quality).batches(loaded, cell, quality)
+
+
+def conclude(cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
+    """The result of a cell from the items of all batches, in the order of their places."""
+    assert cell.task is not None
+    return _completed(cell, cell.task.conclude(cell, quality, items))
+
+
+def ready(loaded: LoadedModel, cell: Cell, quality: Quality) -> Task:
+    """The cell's task, if it can use the model and its data is that of the run."""
     task = cell.task
     if task is None:
         raise TypeError(f"the timed cell {cell.id} has no quality to evaluate")
@@ -112,7 +142,11 @@ def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) 
             remedy="use a model with real weights, for example --model embedded",
         )
     _check_data_unchanged(task.name, quality)
-    result = task.evaluate(loaded, cell, quality, report)
+    return task
+
+
+def _completed(cell: Cell, result: Evaluation) -> Evaluation:
+    """The result with the decode paths of its items, and the flag of a cell that keeps more than it was asked to."""
     if paths := dict.fromkeys(item["decode_path"] for item in result.items if item.get("decode_path")):
         result.details["decode_path"] = "; ".join(paths)
     if _keeps_more_than_asked(cell, result):

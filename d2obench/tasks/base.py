@@ -1,5 +1,8 @@
 """The base class of tasks: typed parameters, an evaluation in the worker, and figures that are computed from its items.
 
+A task gives its texts in batches, which do not depend on the policy, and runs one batch at a time under one policy. So
+several cells can take a batch in turn, and its prompts are read once for all of them.
+
 A new task is one file with one subclass of :class:`Task` (or of :class:`d2obench.tasks.generate.Generative`), a line in
 the registry or an entry point of the group ``d2obench.tasks``, and a test.
 """
@@ -19,6 +22,8 @@ from d2obench.record import Axes, Value
 from d2obench.suite.grammar import Budget, Shape
 
 if TYPE_CHECKING:
+    import torch
+
     from d2obench.cache import Session
     from d2obench.models import LoadedModel
 
@@ -103,6 +108,26 @@ class Work(NamedTuple):
     new: int
 
 
+class TextBatch(NamedTuple):
+    """Texts that a task runs at once; they depend on everything but policy and budget.
+
+    ``places`` are the places of their items among all items of the task.
+    """
+
+    places: Sequence[int]
+    texts: Any
+
+
+Prefill = Callable[["Session", Sequence[list[int]]], "torch.Tensor"]
+"""Reads prompts into a session and returns the logits ``[B, V]`` after them: :func:`prefill`, or
+``d2obench.cache.reading.Readings.prefill`` where several policies read the same prompts."""
+
+
+def prefill(session: Session, prompts: Sequence[list[int]]) -> torch.Tensor:
+    """Reads prompts for one session alone."""
+    return session.prefill(list(prompts))
+
+
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every task. Its fields are its parameters: ``recall(items=4)`` sets ``items``.
 
@@ -116,20 +141,55 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     name: str = ""
 
-    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
-        """Runs the task on one cell, inside the worker process.
+    def batches(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
+        """The texts of the task in batches, in the order they are run.
 
         Args:
             loaded: the model and its tokenizer; with real weights where :attr:`sense` is true.
-            cell: policy, budget, shape and seed.
+            cell: shape and seed; policy and budget must not matter.
             quality: the largest number of items, the batch, and files in place of hub data sets.
-            report: called with how many items are done.
 
         Raises:
             DataError: the data set is missing or malformed.
             UsageError: the shape does not fit the task or the model's context.
         """
-        raise TypeError(f"{type(self).__name__} has no evaluate")
+        raise TypeError(f"{type(self).__name__} has no batches")
+
+    def run(self, loaded: LoadedModel, cell: Cell, batch: TextBatch, prefill: Prefill) -> list[Item]:
+        """Runs one batch under the cell's policy and budget; returns an item for each of its places.
+
+        Args:
+            prefill: reads prompts into a session. All cells of a task read the same prompts in the same order, so that
+                they can be read once for all of them.
+        """
+        raise TypeError(f"{type(self).__name__} has no run")
+
+    def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
+        """The result of a cell from the items of all batches, in the order of their places."""
+        return Evaluation(self.rescore(items), items)
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether the task consists of batches, which several cells can take in turn; a task that has an ``evaluate``
+        of its own runs one cell after the other."""
+        return type(self).evaluate is Task.evaluate
+
+    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
+        """Runs the task on one cell, inside the worker process.
+
+        Args:
+            loaded: as for :meth:`batches`.
+            cell: policy, budget, shape and seed.
+            quality: as for :meth:`batches`.
+            report: called with how many items are done.
+        """
+        batches = self.batches(loaded, cell, quality)
+        items: dict[int, Item] = {}
+        total = sum(len(batch.places) for batch in batches)
+        for batch in batches:
+            items |= zip(batch.places, self.run(loaded, cell, batch, prefill), strict=True)
+            report(len(items), total)
+        return self.conclude(cell, quality, [items[place] for place in range(total)])
 
     def rescore(self, items: list[Item]) -> dict[str, Value]:
         """The figures of recorded items, computed again without the model."""

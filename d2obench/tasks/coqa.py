@@ -1,9 +1,10 @@
 """CoQA: questions about a story that refer to the questions before (Reddy et al. 2019, arXiv 1808.07042).
 
 The dialogue so far is given with its reference answers, and the last question of each story is asked; with
-``turns=all`` every question is asked, and intervals are clustered by story. Exact match and F1 follow the official
-script. The references of a turn are those in the record's ``references`` (one list a turn) where it has them, otherwise
-the one in ``answers.input_text``.
+``turns=all`` every question is asked, and intervals are clustered by story. With ``query=unseen`` the story alone is
+compressed, once for all of its questions, and the dialogue so far is read with the question. Exact match and F1 follow
+the official script. The references of a turn are those in the record's ``references`` (one list a turn) where it has
+them, otherwise the one in ``answers.input_text``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work
 from d2obench.tasks.data import BadField, Source, records
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import coqa_scores
 
@@ -40,7 +41,7 @@ class Story(msgspec.Struct):
     references: list[list[str]] = []
 
 
-class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Coqa(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """CoQA dialogues: official F1 (score) and exact match."""
 
     typical: ClassVar[tuple[int, int] | None] = (500, 600)
@@ -63,9 +64,10 @@ class Coqa(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 asked = zip(story.questions[:turn], answers[:turn], strict=True)
                 past = "".join(f"\n\nQ: {question}\nA: {answer}" for question, answer in asked)
                 references = story.references[turn] if story.references else [answers[turn]]
-                prompt = f"{story.story}{past}\n\nQ: {story.questions[turn]}\nA:"
+                question = f"{past}\n\nQ: {story.questions[turn]}\nA:"
                 keep = {"references": references, "turn": turn + 1}
-                examples.append(Example(f"{i}.{turn + 1}", str(i), prompt, "", (" " + answers[turn],), keep))
+                prompt, gold = story.story + question, (" " + answers[turn],)
+                examples.append(Example(f"{i}.{turn + 1}", str(i), prompt, "", gold, keep, question))
         return examples
 
     def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:

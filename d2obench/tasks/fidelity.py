@@ -22,9 +22,10 @@ from d2obench.tasks.base import (
     Count,
     Evaluation,
     Item,
+    Prefill,
     Quality,
-    Report,
     Task,
+    TextBatch,
     Work,
     at_most,
     kept_of,
@@ -57,16 +58,21 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
     split: str = "test"
     revision: str = "main"
 
-    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
-        """See :meth:`Task.evaluate`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
-        shape, texts = shape_of(cell), self.texts(loaded, cell, quality)
+    def batches(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
+        """See :meth:`Task.batches`; ``quality.data["fidelity"]`` is a text to use in place of the generated ones."""
+        texts = self.texts(loaded, cell, quality)
+        starts = range(0, len(texts), quality.batch)
+        parts = [texts[start : start + quality.batch] for start in starts]
+        return [TextBatch(range(start, start + len(part)), part) for start, part in zip(starts, parts, strict=True)]
+
+    def run(self, loaded: LoadedModel, cell: Cell, batch: TextBatch, prefill: Prefill) -> list[Item]:
+        """See :meth:`Task.run`."""
+        return _compare(loaded, cell, batch.texts, shape_of(cell).prompt, batch.places[0], prefill)
+
+    def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
+        """See :meth:`Task.conclude`."""
         source = quality.data.get(self.name) or self.hub or "generated"
-        items: list[Item] = []
-        for start in range(0, len(texts), quality.batch):
-            part = texts[start : start + quality.batch]
-            items += _compare(loaded, cell, part, shape.prompt, start)
-            report(len(items), len(texts))
-        details = {"documents": len(items), "positions": shape.gen, "text": source}
+        details = {"documents": len(items), "positions": shape_of(cell).gen, "text": source}
         return Evaluation(self.rescore(items), items, details)
 
     def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
@@ -113,15 +119,17 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return [ids[i * stride : i * stride + tokens] for i in range(fit)]
 
 
-def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int, first: int) -> list[Item]:
+def _compare(
+    loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int, first: int, prefill: Prefill
+) -> list[Item]:
     """One batch of equally long documents, with the full cache and with the cell's policy."""
     import torch
 
     kl, top1, nll = [], [], []
     kept: list[Item] = [{"kept": 1.0} for _ in texts]
-    full = _full(loaded, cell, texts, prompt)
+    full = _full(loaded, cell, texts, prompt, prefill)
     # The full cache is its own reference, so it is run once and not twice.
-    policy = _steps(loaded, cell, texts, prompt, kept) if cell.axes.policy != "full" else None
+    policy = _steps(loaded, cell, texts, prompt, kept, prefill) if cell.axes.policy != "full" else None
     for step, logprobs_full in enumerate(full):
         reference = logprobs_full.to(loaded.device)
         logprobs = next(policy) if policy else reference
@@ -140,12 +148,19 @@ def _compare(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: in
 
 
 def _steps(
-    loaded: LoadedModel, cell: Cell, texts: Sequence[Sequence[int]], prompt: int, kept: list[Item], policy: str = ""
+    loaded: LoadedModel,
+    cell: Cell,
+    texts: Sequence[Sequence[int]],
+    prompt: int,
+    kept: list[Item],
+    prefill: Prefill,
+    policy: str = "",
 ) -> Generator[torch.Tensor, None, None]:
     """Log-probabilities ``[B, V]`` in float32 after each teacher-forced step.
 
     Args:
         kept: is filled with the fields of :func:`d2obench.tasks.base.kept_of` for each prompt.
+        prefill: reads the prompts.
         policy: a policy without a budget, in place of the cell's.
     """
     import torch
@@ -158,7 +173,7 @@ def _steps(
     prompts = [list(text[:prompt]) for text in texts]
     session = open_session(loaded, *asked, max_new=gen, seed=axes.seed)
     try:
-        session.prefill(prompts)
+        prefill(session, prompts)
         session.compress()
         kept[:] = kept_of(session)
         tokens = torch.tensor([text[prompt : prompt + gen] for text in texts], device=loaded.device)
@@ -170,7 +185,9 @@ def _steps(
         session.close()
 
 
-def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) -> Generator[torch.Tensor, None, None]:
+def _full(
+    loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int, prefill: Prefill
+) -> Generator[torch.Tensor, None, None]:
     """The full cache's log-probabilities at each step: kept from an earlier run, or from a run now."""
     axes = cell.axes
     key = (loaded.name, loaded.digest, axes.dtype, axes.device, axes.seed, prompt, *map(prompt_digest, texts))
@@ -182,7 +199,7 @@ def _full(loaded: LoadedModel, cell: Cell, texts: list[list[int]], prompt: int) 
     # first.
     rows: list[torch.Tensor] = []
     steps, fits = len(texts[0]) - prompt - 1, True
-    for row in _steps(loaded, cell, texts, prompt, [], "full"):
+    for row in _steps(loaded, cell, texts, prompt, [], prefill, "full"):
         fits = row.numel() * 4 * steps <= MEMORY
         if fits:
             rows.append(row.cpu())

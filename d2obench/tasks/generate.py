@@ -1,8 +1,11 @@
 """The loop of every task in which the model answers: score given answers, then generate one.
 
-1. The session reads and compresses a batch of prompts, all but their last tokens. The last token is fed after
-   compression, so that the first token of the answer, on which a short answer often depends, already comes from the
-   compressed cache. With the full cache this changes nothing.
+1. The session reads and compresses a batch of contexts. With ``query=seen`` a context is the whole prompt but for its
+   last token, which is fed after compression, so that the first token of the answer, on which a short answer often
+   depends, already comes from the compressed cache. With the full cache this changes nothing. With ``query=unseen`` a
+   context ends where the question begins, and the question is read after compression as a new turn, which is then
+   compressed together with what was kept. Questions with the same context are asked from copies of its compressed
+   cache.
 2. The state is saved. Each candidate (the gold answer first) is fed from it, and its log-probabilities are summed.
 3. The state is restored, and the model answers greedily. Each sequence ends by itself: at an end-of-text token, at a
    stop string, or after ``max_new`` tokens.
@@ -11,14 +14,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from d2obench.record import Value
 from d2obench.suite.grammar import Shape
-from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, Work, at_most, kept_of
-from d2obench.tasks.prompts import Example, Limits, Prompt, encode, prompt_digest
+from d2obench.tasks.base import (
+    Cell,
+    Evaluation,
+    Item,
+    Prefill,
+    Quality,
+    Report,
+    Task,
+    TextBatch,
+    Work,
+    at_most,
+    kept_of,
+    prefill,
+)
+from d2obench.tasks.prompts import Example, Limits, Prompt, encode, encode_unseen, prompt_digest
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +64,24 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """How long an answer may be and where it ends."""
         return Limits()
 
-    def evaluate(self, loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
-        """See :meth:`Task.evaluate`."""
-        items = generate(loaded, cell, self.examples(loaded, cell, quality), self.limits(), quality.batch, report)
-        for item in items:
-            item |= self.scores(item)
-        return Evaluation(super().rescore(items), items, self.details(items))
+    @property
+    def unseen(self) -> bool:
+        """Whether the question is read after the context has been compressed."""
+        return False
+
+    def batches(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
+        """See :meth:`Task.batches`."""
+        examples = self.examples(loaded, cell, quality)
+        return batches_of(loaded, examples, self.limits(), quality.batch, unseen=self.unseen)
+
+    def run(self, loaded: LoadedModel, cell: Cell, batch: TextBatch, prefill: Prefill) -> list[Item]:
+        """See :meth:`Task.run`."""
+        items = answer(loaded, cell, batch.texts, self.limits(), prefill)
+        return [item | self.scores(item) for item in items]
+
+    def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
+        """See :meth:`Task.conclude`."""
+        return Evaluation(self.rescore(items), items, self.details(items))
 
     def details(self, items: Sequence[Item]) -> dict[str, Any]:
         """Details of the row, for some views."""
@@ -73,61 +101,226 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return Work(at_most(records, quality), min(prompt, context - new), new)
 
 
+class Questions(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of tasks that ask about a context; the examples name their ``question``.
+
+    ``query`` says whether the question is in the prompt when the prompt is compressed (``seen``), or is asked only
+    after the context has been compressed (``unseen``), as when many questions are asked about one document. A policy
+    that keeps what the last queries attend to can keep what answers the question only if it has seen it.
+    """
+
+    query: Literal["seen", "unseen"] = "seen"
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the question is read after the context has been compressed."""
+        return self.query == "unseen"
+
+    def details(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Details of the row, with what the question was when the context was compressed."""
+        return {**super().details(items), "query": self.query}
+
+    def rescore(self, items: list[Item]) -> dict[str, Value]:
+        """See :meth:`Task.rescore`; with ``query=unseen`` also the number of questions asked from one compression."""
+        figures = super().rescore(items)
+        contexts = {item["context_digest"] for item in items if "context_digest" in item}
+        return figures | ({"queries_per_context": Value(len(items) / len(contexts))} if contexts else {})
+
+
+class Context(NamedTuple):
+    """What is read and compressed once, and the places, among the examples, of the questions that are asked then."""
+
+    ids: list[int]
+    places: list[int]
+
+
+class Asked(NamedTuple):
+    """A batch of contexts, and the example and the prompt of each place."""
+
+    contexts: list[Context]
+    examples: dict[int, Example]
+    prompts: dict[int, Prompt]
+
+
 def generate(
-    loaded: LoadedModel, cell: Cell, examples: Sequence[Example], limits: Limits, batch: int, report: Report
+    loaded: LoadedModel,
+    cell: Cell,
+    examples: Sequence[Example],
+    limits: Limits,
+    batch: int,
+    report: Report,
+    *,
+    unseen: bool = False,
 ) -> list[Item]:
     """Answers every example and returns one item for each, in the order of the examples.
 
     Raises:
         UsageError: the model's context is too short for a prompt.
     """
-    import torch
-
-    prompts = [encode(loaded, example, limits) for example in examples]
-    # Batch prompts of similar length, to pad little. The longest come first, so that a lack of memory shows at once.
-    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i].ids))
     items: dict[int, Item] = {}
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        with torch.inference_mode():
-            answers = _answer(loaded, cell, [prompts[i] for i in part], limits)
-        for i, answer in zip(part, answers, strict=True):
-            items[i] = {
-                "id": examples[i].id,
-                "document": examples[i].document,
-                "prompt_digest": prompt_digest(prompts[i].ids),
-                "prompt_tokens": len(prompts[i].ids),
-                "truncated": prompts[i].truncated,
-                **examples[i].keep,
-                **answer,
-            }
+    for part in batches_of(loaded, examples, limits, batch, unseen=unseen):
+        items |= zip(part.places, answer(loaded, cell, part.texts, limits, prefill), strict=True)
         report(len(items), len(examples))
     return [items[i] for i in range(len(examples))]
 
 
-def _answer(loaded: LoadedModel, cell: Cell, prompts: Sequence[Prompt], limits: Limits) -> list[Item]:
-    """Runs one batch: the log-probabilities of the candidates, then the answers (see the module's docstring)."""
-    tokenizer, asked = loaded.tokenizer, (cell.policy.built, cell.budget)
-    longest = max([limits.max_new, *(len(c) for prompt in prompts for c in prompt.candidates)])
-    ids = [prompt.ids for prompt in prompts]
-    with compressed(loaded, *asked, ids, max_new=longest, seed=cell.axes.seed) as (session, first, known):
-        scores: list[list[float]] = [[] for _ in prompts]
-        rounds = max(len(prompt.candidates) for prompt in prompts)
-        state = session.snapshot() if rounds else None
-        for i in range(rounds):
-            column = [prompt.candidates[i] if i < len(prompt.candidates) else [] for prompt in prompts]
-            for row, (value, _), tokens in zip(scores, forced(session, first, column), column, strict=True):
-                row += [value] if tokens else []
-            session.restore(state)
-        answers = greedy(session, first, limits, tokenizer, end_tokens(loaded))
-    for prompt, row, kept, item in zip(prompts, scores, known, answers, strict=True):
-        item |= kept
+def batches_of(
+    loaded: LoadedModel, examples: Sequence[Example], limits: Limits, batch: int, *, unseen: bool
+) -> list[TextBatch]:
+    """The contexts of the examples, ``batch`` at a time, with the questions that are asked about each."""
+    prompts = encode_all(loaded, examples, limits, unseen=unseen)
+    contexts = contexts_of(prompts, shared=unseen)
+    found = []
+    for start in range(0, len(contexts), batch):
+        part = contexts[start : start + batch]
+        places = [i for context in part for i in context.places]
+        asked = Asked(part, {i: examples[i] for i in places}, {i: prompts[i] for i in places})
+        found.append(TextBatch(places, asked))
+    return found
+
+
+def encode_all(loaded: LoadedModel, examples: Sequence[Example], limits: Limits, *, unseen: bool) -> list[Prompt]:
+    """The tokens of all examples; with ``unseen``, examples with the same context get the same tokens for it."""
+    if not unseen:
+        return [encode(loaded, example, limits) for example in examples]
+    alike: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        alike.setdefault(example.context, []).append(i)
+    found: dict[int, Prompt] = {}
+    for places in alike.values():
+        found |= zip(places, encode_unseen(loaded, [examples[i] for i in places], limits), strict=True)
+    return [found[i] for i in range(len(examples))]
+
+
+def contexts_of(prompts: Sequence[Prompt], *, shared: bool) -> list[Context]:
+    """What has to be compressed: a context for each prompt, or for all prompts that begin with it.
+
+    Contexts of similar length stand together, so that a batch of them is padded little. The longest come first, so that
+    a lack of memory shows at once.
+    """
+    found: dict[Any, Context] = {}
+    for i, prompt in enumerate(prompts):
+        key = tuple(prompt.context) if shared else i
+        found.setdefault(key, Context(prompt.context or prompt.ids, [])).places.append(i)
+    return sorted(found.values(), key=lambda context: -len(context.ids))
+
+
+def rounds_of(contexts: Sequence[Context], prompts: Mapping[int, Prompt]) -> list[list[tuple[int, int]]]:
+    """In which order a batch of contexts is asked: lists of pairs of a row of the batch and the place of a question.
+
+    Questions of one round are equally long, because a turn of a batch can't be padded between a context and its
+    question. A round has at most as many questions as there are contexts.
+    """
+    alike: dict[int, list[tuple[int, int]]] = {}
+    for row, context in enumerate(contexts):
+        for i in context.places:
+            alike.setdefault(prompts[i].asked, []).append((row, i))
+    most = len(contexts)
+    return [pairs[start : start + most] for pairs in alike.values() for start in range(0, len(pairs), most)]
+
+
+def answer(loaded: LoadedModel, cell: Cell, asked: Asked, limits: Limits, prefill: Prefill) -> list[Item]:
+    """Runs one batch of contexts: compresses them, asks the questions of each (see the module's docstring), and returns
+    the items of all questions in the order of the contexts."""
+    import torch
+
+    contexts, examples, prompts = asked
+    places = [i for context in contexts for i in context.places]
+    longest = max([limits.max_new, *(len(given) for i in places for given in prompts[i].candidates)])
+    rounds = rounds_of(contexts, prompts)
+    ids = [context.ids for context in contexts]
+    if any(prompts[i].asked == 0 for i in places):  # nothing is asked after a prompt of a single token
+        rounds, ids = [[*enumerate(places)]], [prompts[i].ids for i in places]
+    items: dict[int, Item] = {}
+    policy, seed = cell.policy.built, cell.axes.seed
+    with (
+        torch.inference_mode(),
+        compressed_contexts(loaded, policy, cell.budget, ids, max_new=longest, seed=seed, prefill=prefill) as opened,
+    ):
+        session, first, known = opened
+        for pairs in rounds:
+            rows = [row for row, _ in pairs]
+            whole = len(rounds) == 1 and rows == [*range(len(ids))]
+            asking = session if whole else session.fork(rows)
+            try:
+                chosen = [prompts[i] for _, i in pairs]
+                if all(len(prompt.ids) > len(ids[row]) for row, prompt in zip(rows, chosen, strict=True)):
+                    first = asking.turn([prompt.question for prompt in chosen])
+                answers = _after(loaded, asking, first, chosen, limits)
+            finally:
+                if not whole:
+                    asking.close()
+            for (row, i), found in zip(pairs, answers, strict=True):
+                items[i] = {**_about(examples[i], prompts[i]), **found, **known[row]}
+    return [items[i] for i in places]
+
+
+def _about(example: Example, prompt: Prompt) -> Item:
+    """What an item says of its prompt."""
+    unseen = {"context_digest": prompt_digest(prompt.context)} if prompt.asked > 1 else {}
+    return {
+        "id": example.id,
+        "document": example.document,
+        "prompt_digest": prompt_digest(prompt.ids),
+        "prompt_tokens": len(prompt.ids),
+        "truncated": prompt.truncated,
+        **unseen,
+        **example.keep,
+    }
+
+
+def _after(
+    loaded: LoadedModel, session: Session, first: torch.Tensor, prompts: Sequence[Prompt], limits: Limits
+) -> list[Item]:
+    """The log-probabilities of the candidates, then the answers, of a session that has read these prompts; ``first``
+    are the logits ``[B, V]`` of the next tokens."""
+    from d2obench.measure.finite import require_finite
+
+    require_finite(first, "after the prompt", session, [prompt.ids for prompt in prompts])
+    scores: list[list[float]] = [[] for _ in prompts]
+    rounds = max(len(prompt.candidates) for prompt in prompts)
+    state = session.snapshot() if rounds else None
+    for i in range(rounds):
+        column = [prompt.candidates[i] if i < len(prompt.candidates) else [] for prompt in prompts]
+        for row, (value, _), tokens in zip(scores, forced(session, first, column), column, strict=True):
+            row += [value] if tokens else []
+        session.restore(state)
+    answers = greedy(session, first, limits, loaded.tokenizer, end_tokens(loaded))
+    for prompt, row, item in zip(prompts, scores, answers, strict=True):
         if row:
-            size = len(tokenizer.decode(prompt.candidates[0]).encode())
+            size = len(loaded.tokenizer.decode(prompt.candidates[0]).encode())
             item |= {"gold_logprob": row[0], "gold_bytes": size, "gold_bpb": -row[0] / (math.log(2) * max(1, size))}
         if len(row) > 1:
             item["candidate_logprobs"] = row
     return answers
+
+
+@contextmanager
+def compressed_contexts(
+    loaded: LoadedModel,
+    policy: Policy | Yardstick | str,
+    budget: Budget | str | None,
+    contexts: Sequence[list[int]],
+    *,
+    max_new: int,
+    seed: int,
+    prefill: Prefill = prefill,
+) -> Iterator[tuple[Session, torch.Tensor, list[Item]]]:
+    """A session that has read and compressed the contexts, all of their tokens; ``prefill`` reads them.
+
+    Yields:
+        The session, the logits ``[B, V]`` after the contexts in float32, and for each context the fields of
+        :func:`d2obench.tasks.base.kept_of`.
+    """
+    from d2obench.external import open_session
+
+    session = open_session(loaded, policy, budget, max_new=max_new, seed=seed)
+    try:
+        first = prefill(session, contexts)
+        session.compress()
+        yield session, first, kept_of(session)
+    finally:
+        session.close()
 
 
 @contextmanager
@@ -148,23 +341,15 @@ def compressed(
         The session, the logits ``[B, V]`` of the next tokens in float32, and for each prompt the fields of
         :func:`d2obench.tasks.base.kept_of`.
     """
-    import torch
-
-    from d2obench.external import open_session
     from d2obench.measure.finite import require_finite
 
     longer_than_one = min(map(len, prompts)) > 1
-    session = open_session(loaded, policy, budget, max_new=max_new, seed=seed)
-    try:
-        first = session.prefill([ids[:-1] for ids in prompts] if longer_than_one else list(prompts))
-        session.compress()
-        known = kept_of(session)
+    read = [ids[:-1] for ids in prompts] if longer_than_one else list(prompts)
+    with compressed_contexts(loaded, policy, budget, read, max_new=max_new, seed=seed) as (session, first, known):
         if longer_than_one:
-            first = session.step(torch.tensor([ids[-1] for ids in prompts], device=loaded.device))
+            first = session.turn([ids[-1:] for ids in prompts])
         require_finite(first, "after the prompt", session, prompts)
         yield session, first, known
-    finally:
-        session.close()
 
 
 def forced(session: Session, first: torch.Tensor, column: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:

@@ -1,21 +1,29 @@
 """LAMBADA: the last word of a passage, which the last sentence alone does not tell (Paperno et al. 2016,
-arXiv 1606.06031)."""
+arXiv 1606.06031).
+
+With ``query=unseen`` the sentences before the last are compressed, and then the last sentence is read; passages of a
+single sentence are left out.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from d2obench.errors import DataError
 from d2obench.tasks.base import Cell, Item, Quality
 from d2obench.tasks.data import BadField, Source, records
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import begins_with
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
+_LAST_SENTENCE = re.compile(r"""(?s:.*)[.!?]['"’”`]*(?=\s)""")
+"""Everything before a passage's last sentence."""
 SOURCE = Source("EleutherAI/lambada_openai", "900124bf3b8235c6daf21033af9948b3f07346c4", "test", "default")
 
 
@@ -25,7 +33,7 @@ class Passage(msgspec.Struct):
     text: str
 
 
-class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Lambada(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """LAMBADA, the last word of a passage: accuracy and bits per byte of that word."""
 
     typical: ClassVar[tuple[int, int] | None] = (5153, 90)
@@ -41,7 +49,14 @@ class Lambada(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True)
         examples = []
         for i, passage in enumerate(passages):
             context, _, word = passage.text.strip().rpartition(" ")
-            examples.append(Example(str(i), str(i), context, candidates=(" " + word,), keep={"gold": word}))
+            before = _LAST_SENTENCE.match(context)
+            question = context[before.end() :] if before else ""
+            if self.unseen and not question.strip():
+                continue
+            gold = (" " + word,)
+            examples.append(Example(str(i), str(i), context, candidates=gold, keep={"gold": word}, question=question))
+        if not examples:
+            raise DataError("no passage has two sentences", why="query=unseen compresses all but the last sentence")
         return examples
 
     def scores(self, item: Item) -> dict[str, float]:

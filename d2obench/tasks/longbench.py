@@ -17,7 +17,7 @@ import msgspec
 from d2obench.errors import UsageError
 from d2obench.tasks.base import Cell, Item, Quality
 from d2obench.tasks.data import BadField, Source, records
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import accuracy_package, normalized, rouge_l, token_f1
 
@@ -55,16 +55,26 @@ class Sample(msgspec.Struct):
     key: str = msgspec.field(name="_id", default="")
 
 
-class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class LongBench(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A LongBench set, with its official metric.
 
     ``max_prompt`` is the largest number of tokens of a prompt (0: what the model's context leaves). Longer prompts lose
-    their middle, as in the benchmark.
+    their middle, as in the benchmark. ``query=unseen`` is for the sets whose records hold a question beside the
+    context.
     """
 
     typical: ClassVar[tuple[int, int] | None] = (200, 10_000)
 
     max_prompt: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.unseen and "{input}" not in self.set.template:
+            asking = ", ".join(name for name, chosen in SETS.items() if "{input}" in chosen.template)
+            raise UsageError(
+                f"{self.name} has no question that could be unseen",
+                why="its records are a context and nothing else",
+                remedy=f"leave out query=unseen, or use one of {asking}",
+            )
 
     @property
     def set(self) -> LongBenchSet:
@@ -92,16 +102,21 @@ class LongBench(Generative, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             return unscorable(sample, chosen)
 
         samples = records(self.name, source, path, Sample, check=check, limit=quality.limit)
-        return [
-            Example(
-                str(i),
-                sample.key or str(i),
-                self.set.template.format(context=sample.context, input=sample.input),
-                candidates=(" " + next(filter(str.strip, sample.answers)),),
-                keep={"references": sample.answers, "classes": sample.all_classes or []},
+        before, after = chosen.template.split("{context}")
+        examples = []
+        for i, sample in enumerate(samples):
+            question = after.format(input=sample.input)
+            examples.append(
+                Example(
+                    str(i),
+                    sample.key or str(i),
+                    before + sample.context + question,
+                    candidates=(" " + next(filter(str.strip, sample.answers)),),
+                    keep={"references": sample.answers, "classes": sample.all_classes or []},
+                    question=question if "{input}" in after else "",
+                )
             )
-            for i, sample in enumerate(samples)
-        ]
+        return examples
 
     def scores(self, item: Item) -> dict[str, float]:
         """The best score over the references."""

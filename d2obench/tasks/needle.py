@@ -1,7 +1,8 @@
 """Needle in a haystack: sentences put into a generated text at a chosen depth and asked for at its end.
 
 The grid of context lengths and depths is Kamradt's (2023). With ``needles`` above 1, that many are spread evenly from
-the depth to the end of the text, and all are asked for. There are three kinds of needle: a seven-digit ``number``, a
+the depth to the end of the text, and all are asked for: together in one question, or with ``ask=each`` in a question
+for each. There are three kinds of needle: a seven-digit ``number``, a
 ``word``, or a ``sentence``, whose score is the share of its words in the answer. Contexts that are longer than the
 model's positions are not run; the details name them.
 """
@@ -20,7 +21,7 @@ from d2obench.errors import UsageError
 from d2obench.suite.grammar import Shape
 from d2obench.tasks import lexicon
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
 from d2obench.tasks.scoring import normalized
 from d2obench.tasks.text import document
@@ -32,7 +33,8 @@ Depth = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Contexts = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
 Depths = Annotated[tuple[Depth, ...], msgspec.Meta(min_length=1)]
 
-ASK = "Read the following text and answer the question at its end.\n\n{text}\n\nQuestion: {question}\nAnswer:"
+TEXT = "Read the following text and answer the question at its end.\n\n{text}"
+QUESTION = "\n\nQuestion: {question}\nAnswer:"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 DEEDS = ("read", "paint", "repair", "bury", "photograph", "polish", "sketch", "weigh")
 _BOUNDARY = re.compile(r'(?<=[.!?"]) ')
@@ -46,7 +48,7 @@ class NeedleFact(NamedTuple):
     gold: str
 
 
-class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Needle(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Needles in a generated haystack, over context × depth: the share that is found."""
 
     contexts: Contexts = (512, 1024, 2048, 4096)
@@ -54,17 +56,20 @@ class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
     needles: Annotated[int, msgspec.Meta(ge=1, le=32)] = 1
     kind: Literal["number", "word", "sentence"] = "number"
     items: Count = 1
+    ask: Literal["together", "each"] = "together"
 
     def limits(self) -> Limits:
-        """One line, long enough for every needle."""
-        return Limits(max_new=(32 if self.kind == "sentence" else 16) * self.needles, stop=("\n",))
+        """One line, long enough for every needle that a question asks for."""
+        asked = self.needles if self.ask == "together" else 1
+        return Limits(max_new=(32 if self.kind == "sentence" else 16) * asked, stop=("\n",))
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The grid, shortest contexts first; ``quality.limit`` counts grid points."""
         fit = self._contexts_that_fit(loaded)
         grid = [(context, depth, item) for context in fit for depth in self.depths for item in range(self.items)]
         seed = cell.axes.seed
-        return [self._example(loaded, *point, seed) for point in (grid[: quality.limit] if quality.limit else grid)]
+        points = grid[: quality.limit] if quality.limit else grid
+        return [example for point in points for example in self._examples(loaded, *point, seed)]
 
     def _contexts_that_fit(self, loaded: LoadedModel) -> list[int]:
         longest = loaded.context - self.limits().max_new
@@ -77,33 +82,43 @@ class Needle(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         return fit
 
-    def _example(self, loaded: LoadedModel, context: int, depth: float, item: int, seed: int) -> Example:
+    def _examples(self, loaded: LoadedModel, context: int, depth: float, item: int, seed: int) -> list[Example]:
+        """The questions of one point of the grid, which share a text: one, or one for each needle."""
         draw = random.Random(f"d2obench/needle/{seed}/{context}/{depth}/{item}")
         facts = _facts(draw, self.kind, self.needles)
-        what = {"number": "secret number", "word": "secret word", "sentence": "best thing to do"}[self.kind]
-        places = " and ".join(fact.town for fact in facts)
-        question = f"What is the {what} {'in' if self.kind == 'sentence' else 'of'} {places}?"
-        stub = f" {facts[0].stub}" if len(facts) == 1 else ""
-        gold = f" {facts[0].gold}" if len(facts) == 1 else "".join(f" {fact.stub} {fact.gold}." for fact in facts)
-        keep = {"context": context, "depth": depth, "gold": [fact.gold for fact in facts], "kind": self.kind}
+        sentences = [f"{fact.stub} {fact.gold}." for fact in facts]
+        place, draw_seed = f"{context}@{depth:g}#{item}", draw.randrange(2**31)
+        rounds = [facts] if self.ask == "together" else [[fact] for fact in facts]
+        longest = max(range(len(rounds)), key=lambda number: len(self._question(rounds[number])))
+
+        def asking(text: str, number: int) -> Example:
+            asked = rounds[number]
+            question = QUESTION.format(question=self._question(asked))
+            stub = f" {asked[0].stub}" if len(asked) == 1 else ""
+            gold = f" {asked[0].gold}" if len(asked) == 1 else "".join(f" {fact.stub} {fact.gold}." for fact in asked)
+            keep = {"context": context, "depth": depth, "gold": [fact.gold for fact in asked], "kind": self.kind}
+            name = place if len(rounds) == 1 else f"{place}.{number + 1}"
+            return Example(name, place, TEXT.format(text=text) + question, stub, (gold,), keep, question)
 
         def build(tokens: int) -> Example | None:
             body = document(draw_seed, tokens, token_counter(loaded), "needle").text
-            if not body:
-                return None
-            text = _planted(body, depth, [f"{fact.stub} {fact.gold}." for fact in facts])
-            return Example(f"{context}@{depth:g}#{item}", f"{context}@{depth:g}#{item}",
-                           ASK.format(text=text, question=question), stub, (gold,), keep)  # fmt: skip
+            return asking(_planted(body, depth, sentences), longest) if body else None
 
-        draw_seed = draw.randrange(2**31)
-        return fitted(loaded, self.limits(), context, build)
+        text = fitted(loaded, self.limits(), context, build).context.removeprefix(TEXT.format(text=""))
+        return [asking(text, number) for number in range(len(rounds))]
+
+    def _question(self, asked: Sequence[NeedleFact]) -> str:
+        what = {"number": "secret number", "word": "secret word", "sentence": "best thing to do"}[self.kind]
+        places = " and ".join(fact.town for fact in asked)
+        return f"What is the {what} {'in' if self.kind == 'sentence' else 'of'} {places}?"
 
     def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
         """See :meth:`Task.work`; the gold answer is scored beside the generated one."""
         new = self.limits().max_new
         fit = [length for length in self.contexts if length + new <= context]
-        points = len(fit) * len(self.depths) * self.items
-        return Work(at_most(points, quality), round(fmean(fit)), 2 * new) if fit else None
+        points = at_most(len(fit) * len(self.depths) * self.items, quality)
+        asked = self.needles if self.ask == "each" else 1
+        return Work(points * asked, round(fmean(fit)), 2 * new) if fit else None
 
     def scores(self, item: Item) -> dict[str, float]:
         """The share of the needles in the answer; of a sentence, the share of its words."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from d2obench.errors import UsageError
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most, shape_of
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
 from d2obench.tasks.scoring import begins_with
 from d2obench.tasks.text import document, document_seed
@@ -21,10 +21,11 @@ from d2obench.tasks.text import document, document_seed
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel
 
-ASK = "Read the following chronicle and answer the question at its end.\n\n{text}\n\nQuestion: {question}\nAnswer:"
+TEXT = "Read the following chronicle and answer the question at its end.\n\n{text}"
+QUESTION = "\n\nQuestion: {question}\nAnswer:"
 
 
-class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Recall(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A fact asked for at the end of a long document: exact match and the gold answer's bits per byte."""
 
     shaped: ClassVar[bool] = True
@@ -55,13 +56,15 @@ class Recall(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
             # One of the two facts nearest to the depth, drawn, so that neither its kind nor its place is fixed.
             near = sorted(written.facts, key=lambda fact: abs(fact.at / len(written.text) - depth))[:2]
             fact = random.Random(f"d2obench/recall/{seed}/{index}").choice(near)
+            question = QUESTION.format(question=fact.question)
             return Example(
                 str(index),
                 str(index),
-                ASK.format(text=written.text, question=fact.question),
+                TEXT.format(text=written.text) + question,
                 " " + fact.stub,
                 (" " + fact.answer,),
                 {"depth": round(fact.at / len(written.text), 4), "gold": fact.answer, "question": fact.question},
+                question,
             )
 
         return fitted(loaded, self.limits(), prompt, build)
