@@ -246,3 +246,38 @@ def test_exit_codes_of_the_command(repo, monkeypatch):
     assert code("--strict") == 3
     repo.work(torch="2.1")
     assert code() == 2
+
+
+def test_budgets_bound_the_heads_own_figures(repo):
+    budget = '[gate.budget]\ntpot_s = "≤ 9 ms"\nkv_bytes = "≤ 4 KiB"\nttft_s = "≤ 0.2 s"\nkl = "≤ 0.3"\n'
+    repo.suite(SUITE + budget)
+    found = run(repo, repo.commit())
+    rows = {row.metric: row for row in found.rows if row.kind == "budget" and ("h2o" in row.cell or row.cell == "*")}
+    assert rows["tpot_s"].verdict is Verdict.REGRESSED
+    assert rows["kv_bytes"].verdict is Verdict.OK
+    assert rows["ttft_s"].verdict is Verdict.OK
+    assert rows["kl"].verdict is Verdict.INCOMPARABLE and "no cell" in rows["kl"].reason
+    assert rows["tpot_s"].base == "≤ 9 ms" and rows["tpot_s"].head == pytest.approx(0.01, abs=0.001)
+    assert {row.verdict for row in found.rows if row.kind != "budget"} == {Verdict.OK}
+    found = run(repo, kinds=("exact",))
+    assert {row.metric for row in found.rows if row.kind == "budget"} == {"kv_bytes"}
+
+
+def test_a_noisy_machine_is_said_before_anything_is_timed(repo):
+    repo.work(noise={"8": 0.4})
+    said: list[str] = []
+    found = gate("fake", {}, Side(None), Side(None), folder=repo.root, watch=said.append)
+    assert any(note.startswith("a noisy machine: a slowdown of 47%") for note in found.notes)
+    first = next(i for i, words in enumerate(said) if "told from noise" in words)
+    assert first < next(i for i, words in enumerate(said) if words.startswith("rounds"))
+    assert "noisy" in said[first + 1]
+
+
+def test_a_gate_that_can_not_compare_leaves_its_reason_where_people_read(repo, monkeypatch, tmp_path):
+    monkeypatch.chdir(repo.root)
+    words = ["gate", "--suite", "fake", "--base", "nowhere", "--output", str(tmp_path / "out"), "--format", "junit"]
+    assert isinstance(CliRunner().invoke(app, words).exception, UsageError)
+    comment = (tmp_path / "out/comment.md").read_text()
+    assert comment.startswith("<!-- d2obench out -->\n# gate: INCOMPARABLE")
+    assert "there is no revision 'nowhere'" in comment
+    assert 'errors="1"' in (tmp_path / "out/junit.xml").read_text()

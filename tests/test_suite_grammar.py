@@ -15,6 +15,7 @@ from d2obench.suite.grammar import (
     Part,
     Shape,
     Spec,
+    parse_bound,
     parse_budget,
     parse_duration,
     parse_memory,
@@ -163,3 +164,25 @@ def test_durations(text: str, expected: float) -> None:
 def test_a_broken_or_short_duration_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="the time"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "recorded", "shown", "bound"),
+    [
+        ("≤ 60 ms", "s", "ms", (None, 0.06)),
+        ("<= 0.06", "s", "ms", (None, 0.06)),
+        (">=2 GiB", "bytes", "MiB", (2 * 2**30, None)),
+        ("≥ 90 %", "", "%", (0.9, None)),
+        ("≤ 0.3", "nats", "nats/token", (None, 0.3)),
+        ("≤ 0.3 nats/token", "nats", "nats/token", (None, 0.3)),
+        ("≥ 1e2 tok/s", "tok/s", "tok/s", (100.0, None)),
+    ],
+)
+def test_bounds(text: str, recorded: str, shown: str, bound: tuple[float | None, float | None]) -> None:
+    assert parse_bound(text, recorded, shown) == pytest.approx(bound)
+
+
+@pytest.mark.parametrize("text", ["60 ms", "< 60 ms", "≤ 60 km", "≤ -1", "≤", "", "≤ 60 ms, or so"])
+def test_bounds_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="can't read the bound"):
+        parse_bound(text, "s", "ms")

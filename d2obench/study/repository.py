@@ -36,11 +36,12 @@ MOST_FALSE = 1 / 200
 
 class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a gate has to say of a change: ``verdict`` is OK, REGRESSED, or ``error`` for one that must stop; ``metric``
-    is the figure that has to be REGRESSED."""
+    is the figure that has to be REGRESSED, and ``only`` whether no other one may be."""
 
     about: str
     verdict: Literal["OK", "REGRESSED", "error"]
     metric: str = ""
+    only: bool = False
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -89,14 +90,14 @@ def judge(change: Change, found: Verdicts | D2OBenchError) -> Word:
     regressed = {row.metric for row in found.of(Verdict.REGRESSED)}
     if change.verdict == "OK":
         return "wrong" if regressed else "right"
-    if change.verdict == "error":
+    if change.verdict == "error" or (change.only and regressed - {change.metric}):
         return "wrong"
     if change.metric in regressed:
         return "right"
     metric = METRICS.get(change.metric)
     open_ = {row.metric for row in found.of(Verdict.INCONCLUSIVE)}
     noisy = metric is not None and metric.kind in ("timed", "ratio", "sampled")
-    return "undecided" if noisy and change.metric in open_ and not regressed else "wrong"
+    return "undecided" if noisy and change.metric in open_ else "wrong"
 
 
 def study(

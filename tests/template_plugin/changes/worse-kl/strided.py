@@ -16,7 +16,12 @@ class Strided(Policy):
     about: ClassVar[str] = "every n-th token and a recent window"
 
     def rank(self, entries, keep):
-        return window_rank(-entries.position.float(), entries, sinks=1, recent=keep // 8)
+        score = (entries.position % self.stride == 0).float()
+        return window_rank(score, entries, sinks=1, recent=keep // 2)
+
+    def absorb(self, entries, kept, keep):
+        kept.values = kept.values * 0.5
+        return {}
 
     def decode_rule(self, sizes):
         return Ring(first=sizes.budget // 2)
