@@ -1,13 +1,9 @@
 """Triton kernels of a decode step, in Triton's interpreter: what the conformance suite's random numbers don't meet,
-what is not served, and that the kernels compile for GPUs that are not here."""
+and what is not served."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +202,12 @@ def test_a_wide_head_is_not_served() -> None:
     assert "288" in state_of(Case(widths=(288, 288), capacities=(9,), policy="h2o")).decode_path
 
 
+def test_many_query_heads_on_one_kv_head_are_not_served() -> None:
+    """Falcon-7B has 71: its products would take more registers and shared memory than GPUs have."""
+    path = state_of(Case(heads=1, group=71, capacities=(9,), policy="h2o")).decode_path
+    assert path == "PyTorch operators: 71 query heads share a KV head, more than 31"
+
+
 def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("ptxas fatal: unknown target\nand a page of assembly")
@@ -226,16 +228,3 @@ def test_a_probe_launches_nothing() -> None:
 def test_a_device_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert compiler.missing(torch.device("mps")) == "there are no kernels for mps"
-
-
-def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    """Every kernel that a step of each rule launches, to machine code: tensor cores, no spills, and shared memory that
-    the smallest supported GPUs have."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    words = [sys.executable, str(Path(__file__).parent / "compile_decode.py")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    built = {line.split()[0] for line in done.stdout.splitlines()}
-    assert built == {"attend", "join", "weigh", "mix", "update", "rotate"}
-    assert "rotate rotary" in done.stdout

@@ -3,12 +3,14 @@ before the first step, and the numbers are those of the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_nvml import FakeNvml
 from pretended_gpu import Pretence, Pretended, inner, model_on_gpu, pretended
 from tiny_families import CONFIGS, prompts, tiny_model
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,7 +18,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from d2obench import compiler
 from d2obench.attention import prompt
 from d2obench.cache import Session, cuda_graph
+from d2obench.cli import main
 from d2obench.decode.triton import backend
+from d2obench.measure import gpu_checkup
+from d2obench.measure.checkup import Finding
+from d2obench.measure.clock import HostClock
+from d2obench.measure.nvml import Nvml
+from d2obench.measure.roofline import Bandwidth
 from d2obench.models import LoadedModel
 
 pytestmark = [
@@ -287,3 +295,95 @@ def test_no_prompt_needs_the_whole_map(
         assert [one[:2] for one in asked][:1] == [(4, False)]
     else:
         assert [one[:2] for one in asked] == ([(2, True)] if new == 24 else [])
+
+
+# --- kernels that compute something else -----------------------------------------------------------------------------
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[Any], None]) -> None:
+    """Changes what a kernel has written, as a wrong compiler would."""
+    real = backend.launch
+
+    def launch(made: Any, grid: Any, *given: Any, **meta: Any) -> None:
+        real(made, grid, *given, **meta)
+        if made.fn.__name__ == kernel and 0 not in grid:
+            with _disable_current_modes():
+                change(list(map(inner, given)))
+
+    monkeypatch.setattr(backend, "launch", launch)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kernel", "change", "what"),
+    [
+        ("full", "attend", lambda given: given[0].mul_(1.2), "attention differs"),
+        ("h2o", "update", lambda given: given[2].copy_((given[2] + 1) % 4), "what is evicted or merged differs"),
+    ],
+)
+def test_kernels_that_are_wrong_are_not_used(
+    gpu: Pretence, policy: str, kernel: str, change: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, kernel, change)
+    session = check(gpu, "llama-gqa2", policy, 1)
+    assert session.decode_path == f"PyTorch operators: the kernels don't compute what PyTorch does: {what}"
+
+
+def test_kernels_are_compared_once_for_each_of_their_variants(gpu: Pretence, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(backend, "difference", lambda fast, plain: compared.append(plain.store.rows) or "")
+    gpu.runs = False
+    loaded = model_on_gpu("llama-gqa2")
+    for budget, batch in (("0.2", 2), ("0.2", 3), ("0.6", 2)):
+        session = Session(loaded, "h2o", budget, max_new=8)
+        session.prefill(prompts(*[60] * batch))
+        session.compress()
+    assert compared == [2, 2], "one sequence of two heads, for two blocks of the kernel between steps"
+
+
+# --- d2obench doctor --gpu --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkup(gpu: Pretence, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Finding]]:
+    """The findings about the pretended GPU, by topic, on a tiny model."""
+    used = [10 * 2**30]
+    nvml = FakeNvml({"MemoryInfo": lambda n: SimpleNamespace(total=80 * 2**30, used=used[0] + n * 2**20)})
+    monkeypatch.setattr(gpu_checkup, "open_gpu", lambda device: Nvml("gpu0", nvml))
+    monkeypatch.setattr(gpu_checkup, "BLOCK", 2**20)
+    monkeypatch.setattr(gpu_checkup, "copy_bandwidth", lambda device, seconds: Bandwidth(1e12, 1e12, 5))
+    monkeypatch.setattr(gpu_checkup, "clock_for", lambda device: HostClock())
+    monkeypatch.setattr(gpu_checkup, "_model", lambda device, dtype, **changes: model_on_gpu("llama-gqa2"))
+    few = {"POLICIES": {"float32": ("h2o",)}, "GRAPHS": (("h2o", "0.2"),), "TIMED": (("h2o", "0.2"),)}
+    small = {"STEPS": 2, "BATCH": 1, "PROMPT": 20, "SPEED_BATCH": 1, "SPEED_PROMPT": 20, "SPEED_STEPS": 1}
+    for name, value in {**few, **small}.items():
+        monkeypatch.setattr(gpu_checkup, name, value)
+    return lambda: {one.topic: one for one in gpu_checkup.gpu_checkup(torch.device("cuda:0"))}
+
+
+def test_doctor_finds_nothing_wrong_with_a_gpu_that_is_right(checkup: Any) -> None:
+    found = checkup()
+    assert found["NVML"].state == found["kernels float32 h2o"].state == "ok"
+    assert found["bandwidth"].text == "1,000 GB/s, read and written"
+    assert "of what the bandwidth allows; Triton kernels" in found["step h2o@0.2"].text
+    assert found["graph h2o@0.2"].text == "not captured: D2OBENCH_GRAPH is 0"
+    assert all(one.remedy for one in found.values() if one.state != "ok")
+
+
+def test_doctor_says_which_kernels_are_wrong_and_what_to_do(checkup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, "attend", lambda given: given[0].mul_(1.2))
+    monkeypatch.setattr(gpu_checkup, "_graphs", lambda device, gpu: iter(()))
+    monkeypatch.setattr(gpu_checkup, "_speed", lambda device, gpu: 1 / 0)
+    found = checkup()
+    assert found["kernels float32 h2o"].state == "bad"
+    assert "don't compute what PyTorch does: attention differs" in found["kernels float32 h2o"].text
+    assert all("report it" in one.remedy for one in found.values() if one.state == "bad")
+    assert any("ZeroDivisionError" in one.text for one in found.values())
+
+
+def test_doctor_on_a_machine_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--gpu", "--device", "cpu"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("d2obench: doctor --gpu needs a GPU: the device is cpu; ") and "CUDA build of torch" in said

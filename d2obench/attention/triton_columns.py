@@ -174,7 +174,8 @@ def _sizes(query: Tensor, keys: Tensor, rows: int) -> tuple[int, ...]:
 
 
 def _blocks(query: Tensor) -> dict[str, int | bool]:
-    """Block sizes for which keys and queries fit registers and shared memory of every generation since Ampere."""
+    """Block sizes, stages and warps for which keys and queries fit registers and shared memory of every generation
+    since Ampere."""
     width = query.shape[3]
     padded = max(16, triton.next_power_of_2(width))
     wide = query.dtype == torch.float32
@@ -186,4 +187,5 @@ def _blocks(query: Tensor) -> dict[str, int | bool]:
         "BK": side,
         "WIDE": wide or interpreted(),
         "num_stages": 2 if wide else 3,
+        "num_warps": 8 if wide else 4,  # float32 products are made in registers
     }

@@ -32,6 +32,10 @@ POLICIES = {
 """The policies whose kernels are checked, by dtype."""
 NEAR = {"bfloat16": 0.1, "float16": 0.05, "float32": 1e-3}
 """Largest difference of a logit between kernels and PyTorch operators, relative to the largest logit."""
+GRAPHS = (("h2o", "0.2"), ("full", None), ("h2o", "0.6"), ("d2o", "0.2"))
+"""Policies and budgets whose steps are captured, one after the other."""
+TIMED = (("full", None), ("d2o", "0.2"))
+"""Policies and budgets whose steps are timed."""
 STEPS, BATCH, PROMPT = 8, 4, 300
 SPEED_LAYERS, SPEED_BATCH, SPEED_PROMPT, SPEED_STEPS = 4, 32, 1024, 32
 GOOD_MBU = 0.5
@@ -128,7 +132,7 @@ def _kernels(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
 def _graphs(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
     """Two shapes are captured, then a third one that needs other kernels, and each again."""
     model = _model(device, "bfloat16", num_hidden_layers=2, vocab_size=512)
-    for policy, budget in (("h2o", "0.2"), ("full", None), ("h2o", "0.6"), ("d2o", "0.2")):
+    for policy, budget in GRAPHS:
         name = f"graph {policy}{'@' + budget if budget else ''}"
         plain, other = _logits(model, policy, {"graph": "compared"}, budget)
         other.close()
@@ -152,7 +156,7 @@ def _speed(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:
     bandwidth = copy_bandwidth(device, seconds=0.5).best
     yield Finding("bandwidth", "ok", f"{bandwidth / 1e9:,.0f} GB/s, read and written")
     weights, clock = read_weights_bytes(model.model), clock_for(device)
-    for policy, budget in (("full", None), ("d2o", "0.2")):
+    for policy, budget in TIMED:
         session = _opened(model, policy, budget, SPEED_STEPS + 8, SPEED_BATCH, SPEED_PROMPT)
         tokens = torch.zeros(SPEED_BATCH, dtype=torch.long, device=device)
         with torch.inference_mode():
@@ -186,9 +190,9 @@ def _model(device: torch.device, dtype: str, **changes: Any) -> LoadedModel:
 def _opened(model: LoadedModel, policy: str, budget: str | None, steps: int, batch: int, prompt: int) -> Session:
     """A session that has read and compressed random prompts, of different lengths where there are few."""
     session = Session(model, policy, budget, max_new=steps)
-    generator = torch.Generator().manual_seed(0)
+    generator, vocabulary = torch.Generator().manual_seed(0), model.model.config.vocab_size
     lengths = [prompt - 7 * row if batch <= BATCH else prompt for row in range(batch)]
-    session.prefill([torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths])
+    session.prefill([torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths])
     session.compress()
     session.prepare()
     return session
@@ -205,7 +209,7 @@ def _logits(
     try:
         session = _opened(model, policy, None if policy == "full" else budget, STEPS, BATCH, PROMPT)
         generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, 512, (STEPS, BATCH), generator=generator).to(model.device)
+        tokens = torch.randint(0, model.model.config.vocab_size, (STEPS, BATCH), generator=generator).to(model.device)
         return torch.stack([session.step(one) for one in tokens]).float(), session
     finally:
         compiler.switch_off({})

@@ -4,3 +4,6 @@ Triton nor a kernel."""
 
 WIDEST = 256
 """Largest supported head dimension: a block of keys must fit shared memory."""
+MOST_QUERIES = 31
+"""Largest number of query heads that share a KV head: with D2O's evictee they are the rows of one product, whose sums
+must fit a program's registers."""

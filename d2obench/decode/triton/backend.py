@@ -24,7 +24,7 @@ from d2obench.compiler import ALIGNMENT, end_process, launch, variant
 from d2obench.decode.mass import PendingMass
 from d2obench.decode.merge import PendingMerge
 from d2obench.decode.reference import Backend
-from d2obench.decode.triton import WIDEST
+from d2obench.decode.triton import MOST_QUERIES, WIDEST
 from d2obench.decode.triton.verify import difference
 from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
 from d2obench.policies.rules import Custom, LowestScore, LowestWeightedScore, Ring
@@ -88,6 +88,8 @@ def _unserved(state: DecodeState) -> str:
         return f"there are no kernels for {str(store.dtype).removeprefix('torch.')}"
     if max(store.widths) > WIDEST:
         return f"heads have {max(store.widths)} channels, more than {WIDEST}"
+    if state.group > MOST_QUERIES:
+        return f"{state.group} query heads share a KV head, more than {MOST_QUERIES}"
     if isinstance(state.merge, PendingMerge) and state.merge.spec.per_layer:
         return "a threshold per layer needs all its KV heads at once"
     return ""
