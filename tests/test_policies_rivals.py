@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -409,3 +410,88 @@ def test_a_cache_for_generate_is_cut_between_chunks_too() -> None:
         out = model.model(tokens[None], **{keyword(model.model): held}).logits[:, -1]
     assert torch.equal(held.kept, session.cache.kept)
     assert torch.allclose(out, session.step(tokens), atol=1e-5)
+
+
+# --- DuoAttention -----------------------------------------------------------------------------------------------------
+
+
+def reach(head: rivals.PromptOnly) -> float:
+    """How far a head reaches, one distance after the other."""
+    key = np.mean([rivals.rotated(held, -j) for j, held in head.keys.items()], 0)
+    members = len(head.queries[0])
+    found = []
+    for g in range(members):
+        query = np.mean([rivals.rotated(one[g], -j) for j, one in head.queries.items() if j >= 4], 0)
+        weights = np.exp([rivals.rotated(query, apart) @ key * SCALE for apart in range(499, -1, -1)])
+        found.append(np.mean(np.cumsum(weights / weights.sum())))
+    return float(np.mean(found))
+
+
+class Full(rivals.PromptOnly):
+    pass
+
+
+def test_duo_gives_the_heads_of_the_furthest_reach_everything() -> None:
+    """Two layers of two heads, at 20 of 53 tokens: one head is full, three have 9 tokens each."""
+    cache, layers = read("duo(sinks=2,recent=4)", Full, 53, "20", layers=2)
+    heads = [head for layer in layers for head in layer.heads]
+    far = [reach(head) for head in heads]
+    entries = [described(cache, layer) for layer in (0, 1)]
+    found = [float(one.stats["reach"][0, h, 0]) for one in entries for h in (0, 1)]
+    np.testing.assert_allclose(found, far, rtol=1e-4)
+    cache.compress()
+    # 80 entries: a window of 6 for each head leaves 56, of which a full head takes 47
+    budgets = cache.budgets[:, 0].flatten().tolist()
+    assert [at for at, one in enumerate(budgets) if one < 0] == [int(np.argmax(far))]
+    assert sorted(budgets) == [-1, 9, 9, 9]
+    held = [{int(j) for j in row if j >= 0} for layer in cache.state.where() for row in layer]
+    for own, budget in zip(held, budgets, strict=True):  # two sinks and the last seven
+        assert own == (set(range(53)) if budget < 0 else {0, 1, *range(46, 53)})
+    assert cache.kept.mean() == 20
+
+
+def test_duo_streams_beside_full_heads() -> None:
+    """Decoding against float64 models: full heads append, streaming heads hold sinks and a ring."""
+    cache, layers = read("duo(sinks=2,recent=4)", Full, 53, "20", layers=2)
+    cache.compress()
+    generator = torch.Generator().manual_seed(8)
+    budgets = cache.budgets[:, 0]
+    for layer, own in zip(layers, budgets.tolist(), strict=True):
+        for head, budget in zip(layer.heads, own, strict=True):
+            sinks = round(budget * 2 / 6) if budget > 0 else 53
+            for j in list(head.held):
+                if budget > 0 and min(sinks, 2) <= j < 53 - (budget - min(sinks, 2)):
+                    head.drop(j)
+    for step in range(20):
+        for index, (held, layer) in enumerate(zip(cache.own, layers, strict=True)):
+            made = torch.randn(1, 8, 1, WIDTH, generator=generator)
+            query, keys, values = made.split([4, 2, 2], 1)
+            held.update(keys, values)
+            out = held.attend(query, SCALE, None)[0, 0].double().numpy()
+            for h, head in enumerate(layer.heads):
+                q, k, v = (one[0, :, 0].double().numpy() for one in (query, keys, values))
+                expected = head.attend(q[2 * h : 2 * h + 2], k[h], v[h], SCALE, 53 + step)
+                assert np.abs(out[2 * h : 2 * h + 2] - expected).max() < 1e-4
+                if budgets[index, h] > 0:
+                    head.drop(min(j for j in head.held if j >= 2))
+    assert {len(head.held) for layer in layers for head in layer.heads} == {73, 9}
+
+
+def test_duo_reads_a_file_of_heads(tmp_path: Path) -> None:
+    file = tmp_path / "full_attention_heads.tsv"
+    file.write_text("0.1\t0.9\n0.2\t0.3\n")
+    session = Session(tiny_model("llama-gqa2"), f"duo(heads={file},sinks=2,recent=4)", "20", max_new=4)
+    session.prefill(prompts(53, 44))
+    session.compress()
+    assert (session.cache.budgets < 0).nonzero()[:, [0, 2]].tolist() == [[0, 1], [0, 1]]
+    for text, words in {"0.1\t0.9\n0.2\n": "line 2", "a\tb\n": "not a list of numbers", "": "is empty"}.items():
+        file.write_text(text)
+        with pytest.raises(PolicyError, match=words):
+            parse_policy(f"duo(heads={file})")
+    file.write_text("0.1\t0.9\n")
+    session = Session(tiny_model("llama-gqa2"), f"duo(heads={file})", "20", max_new=4)
+    session.prefill(prompts(53))
+    with pytest.raises(PolicyError, match="has 1 lines"):
+        session.compress()
+    with pytest.raises(PolicyError, match="can't read the file of heads"):
+        parse_policy("duo(heads=/nowhere.tsv)")

@@ -256,7 +256,8 @@ def to_the_right(kept: Kept) -> Kept:
 
 
 def bounded(budgets: Tensor, lengths: Tensor, max_new: int | None, name: str) -> Tensor:
-    """Budgets ``[layers, B]`` in which −1 (keep everything, and grow) is replaced by the number of slots needed.
+    """Budgets ``[layers, B]`` or ``[layers, B, H]`` in which −1 (keep everything, and grow) is replaced by the number
+    of slots needed.
 
     Raises:
         PolicyError: there are such layers and ``max_new`` is not known.
@@ -265,4 +266,5 @@ def bounded(budgets: Tensor, lengths: Tensor, max_new: int | None, name: str) ->
         return budgets
     if max_new is None:
         raise PolicyError(f"policy '{name}' has layers that grow", remedy="give max_new, the tokens to generate")
-    return torch.where(budgets < 0, lengths.cpu() + max_new, budgets)
+    needed = (lengths.cpu() + max_new).view(-1, *[1] * (budgets.dim() - 2))
+    return torch.where(budgets < 0, needed, budgets)

@@ -41,6 +41,7 @@ REGISTRY = Registry(
         "cam": "d2obench.policies.cam:CaM",
         "cake": "d2obench.policies.cake:CAKE",
         "criticalkv": "d2obench.policies.criticalkv:CriticalKV",
+        "duo": "d2obench.policies.duo:Duo",
         "expected": "d2obench.policies.expected:ExpectedAttention",
         "keepkv": "d2obench.policies.keepkv:KeepKV",
         "keydiff": "d2obench.policies.keydiff:KeyDiff",
