@@ -65,6 +65,10 @@ class CriticalKV(PromptOnly):
         return replace(self.scoring.needs, projection=True)
 
     @property
+    def protected(self) -> int:
+        return self.scoring.protected
+
+    @property
     def budgets_need_stats(self) -> bool:
         return self.scoring.budgets_need_stats
 

@@ -50,6 +50,10 @@ class ExpectedAttention(PromptOnly):
     def needs(self) -> Needs:
         return Needs(moments=True)
 
+    @property
+    def protected(self) -> int:
+        return self.sinks
+
     def check(self) -> None:
         super().check()
         for word, least in (("future", 1), ("sinks", 0), ("epsilon", 0)):

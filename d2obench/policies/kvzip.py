@@ -68,6 +68,10 @@ class KVzip(PromptOnly):
     def judges_heads_together(self) -> bool:
         return self.allocate == "heads" or super().judges_heads_together
 
+    @property
+    def protected(self) -> int:
+        return self.sinks
+
     def check(self) -> None:
         super().check()
         if self.chunk < 1:

@@ -40,6 +40,10 @@ class LagKV(PromptOnly):
     about: ClassVar[str] = "what stands out against the next chunk; the prompt only"
     paper: ClassVar[str] = "LagKV, arXiv 2504.04704"
 
+    @property
+    def protected(self) -> int:
+        return self.sinks
+
     def check(self) -> None:
         super().check()
         if self.lag < 2:

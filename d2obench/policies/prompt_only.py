@@ -20,7 +20,8 @@ class PromptOnly(Policy):
     Args:
         window: with ``decode=slide``, the number of newest entries that the sliding window holds.
         decode: ``grow``, as published: every decoded token is appended, so more than the budget is held. ``slide``:
-            each decoded token replaces the oldest of the newest ``window`` entries, while all older entries stay.
+            each decoded token replaces the oldest of the newest ``window`` entries, while all older entries and the
+            policy's sinks stay.
         block: read the prompt in blocks of so many tokens and cut the cache to the budget after each of them, so that
             it never holds more than the budget and a block; 0 to read the whole prompt first. This changes the result:
             a block's tokens attend only to what was kept of the blocks before, scores come from what is left and from
@@ -34,6 +35,11 @@ class PromptOnly(Policy):
     @property
     def grows(self) -> bool:
         return self.decode == "grow"
+
+    @property
+    def protected(self) -> int:
+        """Number of tokens at the start that decoding never evicts, the policy's sinks."""
+        return 0
 
     def check(self) -> None:
         if self.window < 1:
@@ -57,4 +63,5 @@ class PromptOnly(Policy):
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
         """The rule of ``decode=slide``."""
         recent = sizes.budget.clamp(1, self.window)
-        return Ring((sizes.held - recent).clamp_min(0))
+        sinks = sizes.leading(sizes.budget.clamp_max(self.protected))
+        return Ring(torch.maximum(sizes.held - recent, sinks))

@@ -29,7 +29,7 @@ def rotated(vector: Array, position: float) -> Array:
 class PromptOnly(Head):
     """``decode=slide``: a decoded token replaces the oldest of the newest ``window`` entries of the prompt."""
 
-    window = 32
+    window, sinks = 32, 0
 
     def __init__(self, budget: int, layer: int, head: int) -> None:
         super().__init__(budget, layer, head)
@@ -53,7 +53,7 @@ class PromptOnly(Head):
         if self.ring[0] != self.length:  # the first eviction after a block
             before = [j for j in self.held if j < self.length]
             at = max(0, len(before) - min(self.window, self.budget))
-            self.ring = self.length, before[at]
+            self.ring = self.length, max(before[at], min(self.sinks, self.budget))
         return {j: float(j) for j in self.held if j >= self.ring[1]}
 
 
