@@ -40,6 +40,7 @@ from d2obench.decode.state import DecodeState
 from d2obench.errors import ModelError, PolicyError
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Entries, Needs, Policy, Stats
+from d2obench.policies.protect import generated
 from d2obench.policies.rotary import QueryMoments
 from d2obench.ranges import span
 from d2obench.suite.grammar import Budget, parse_budget
@@ -98,6 +99,8 @@ class PolicyCache(SequenceCache):
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
         policy.check_bits()
         self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
+        self.generated = 0
+        """Generated tokens that a layer may hold, for a policy that keeps the whole prompt."""
         self.mark = mark or (lambda phase: None)
         self.wrap, self.seed, self.rotary, self.whole, self.shard = wrap, seed, rotary, whole, shard
         self.prompt, self.tokenizer = prompt, tokenizer
@@ -107,6 +110,8 @@ class PolicyCache(SequenceCache):
         self.runs = list(runs) if len(runs) > 1 else []
         self.keeps_all = not policy.takes_budget or (budget is not None and budget.ratio == 1.0)
         self.grows = policy.grows or self.keeps_all
+        if policy.protects_prompt and budget is not None and not self.keeps_all:
+            self.generated = generated(budget, max_new, policy.name)
         compressed = iter(range(len(kinds)))
         layers: list[Any] = [
             PolicyLayer(self, next(compressed)) if window is None else DynamicSlidingWindowLayer(window)
@@ -128,6 +133,8 @@ class PolicyCache(SequenceCache):
         self.state: DecodeState | SplitState | None = None
         self.budgets: Tensor | None = None
         self.first: tuple[Tensor, list[int]] | None = None
+        self._gone: Tensor | int = 0
+        """Tokens that are no longer held when a turn begins, int64 ``[layers, B]``."""
         self.kept: Tensor | None = None
         self.packing: Packing | SplitPacking | None = None
         self.prompt_kv_bytes = 0
@@ -453,6 +460,7 @@ class PolicyCache(SequenceCache):
             layer.__dict__.update(vars(turn))
         self.merged_prompt, self.evicted_prompt = self.counts()
         self.lengths = state.now.view(batch, heads)[:, 0].long() + 1
+        self._gone = (self.lengths - self.held()).round().long().cpu()
         self.state, self.ready, self.budgets = None, False, None
         self.mark("prefill")
 
@@ -467,6 +475,9 @@ class PolicyCache(SequenceCache):
         if self.keeps_all:
             return length.expand(len(self.own), -1)
         assert self.budget is not None
+        if self.first is not None and self.generated:
+            budgets, before = self.first
+            return budgets - torch.tensor(before) + length - self._gone
         if self.policy.repeats is not None and "repeated" not in self.own[0].stats:
             repeat(self, self.policy.repeats)
         if self.first is not None:
@@ -479,7 +490,16 @@ class PolicyCache(SequenceCache):
             stats = [self.shard.all_heads(stat) for stat in stats]
         if self.runs:
             stats = [{name: held.cpu() for name, held in stat.items()} for stat in stats]
+        if self.generated:
+            return length + self.policy.layer_budgets(stats, length, Budget(tokens=self.generated))
         return self.policy.layer_budgets(stats, length, self.budget)
+
+    def allowed(self, prompt: int) -> int | None:
+        """Entries that the budget allows a layer on average for a prompt of ``prompt`` tokens; None without a
+        budget."""
+        if self.budget is None or not self.policy.takes_budget:
+            return None
+        return prompt + self.generated if self.generated else self.budget.of(prompt)
 
     def plan(self) -> Tensor:
         """The number of entries that each layer would keep if the prompt were compressed now, ``[layers, B]``."""
@@ -496,7 +516,9 @@ class PolicyCache(SequenceCache):
         ``[B, H]``."""
         assert layer.last is not None and self.lengths is not None
         tokens = self.lengths.tolist()
-        equal = torch.tensor(tokens if self.budget is None else [self.budget.of(count) for count in tokens])
+        equal = torch.tensor(
+            tokens if self.budget is None else [self.generated or self.budget.of(count) for count in tokens]
+        )
         entries = self._describe(layer)
         with on(entries.keys.device) if self.runs else nullcontext():
             return output_error(self.policy, entries, equal, layer.last, self.output_projection(layer))

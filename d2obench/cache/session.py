@@ -367,9 +367,8 @@ class Session:
 
     def _footprint(self) -> Footprint:
         cache, held = self.cache, self.cache.held()
-        requested = None
-        if cache.budget is not None and cache.policy.takes_budget:
-            requested = sum(cache.budget.of(length) for length in self._lengths) / len(self._lengths)
+        allowed = [cache.allowed(length) for length in self._lengths]
+        requested = None if None in allowed else sum(allowed) / len(allowed)
         kept = (held if cache.kept is None else cache.kept).tolist()
         merged, evicted = cache.counts()
         return Footprint(

@@ -60,7 +60,7 @@ class LowestScoreSteps(Steps):
 
     def begin(self, state: DecodeState, rule: LowestScore, scores: list[Stats]) -> None:
         fill(state.score, scores, "sum")
-        state.score.masked_fill_((state.position >= 0) & (state.position < column(rule.sinks)), NEVER)
+        spare_sinks(state.score, state, rule.sinks)
 
     def observe(self, state: DecodeState, rule: LowestScore) -> None:
         state.score += state.attention
@@ -104,7 +104,7 @@ class LowestWeightedScoreSteps(Steps):
         score = state.score * state.factor
         if rule.normalised:
             score /= state.now[None, :, None] - state.position + 1
-        score.masked_fill_((state.position >= 0) & (state.position < column(rule.sinks)), NEVER)
+        spare_sinks(score, state, rule.sinks)
         return lowest(state, score, rule.recent[..., None])
 
     def known(self, state: DecodeState, rule: LowestWeightedScore) -> Stats:
@@ -120,7 +120,10 @@ class RingSteps(Steps):
 
 
 class LatestAttentionSteps(Steps):
-    """``state.score`` is infinite for empty and closed slots."""
+    """``state.score`` is infinite for sinks, empty and closed slots."""
+
+    def begin(self, state: DecodeState, rule: LatestAttention, scores: list[Stats]) -> None:
+        spare_sinks(state.score, state, rule.sinks)
 
     def victims(self, state: DecodeState, rule: LatestAttention) -> Tensor:
         layers, rows, width = state.attention.shape
@@ -162,10 +165,10 @@ class MeanOfLowDeviationSteps(Steps):
 
 
 class LowestDrawSteps(Steps):
-    """``state.score`` is the number that an entry drew."""
+    """``state.score`` is the number that an entry drew; that of sinks is NEVER."""
 
     def begin(self, state: DecodeState, rule: LowestDraw, scores: list[Stats]) -> None:
-        state.score = drawn(state.stream, state.position)
+        state.score = spare_sinks(drawn(state.stream, state.position), state, rule.sinks)
 
     def observe(self, state: DecodeState, rule: LowestDraw) -> None:
         at = state.slot[..., None]
@@ -262,6 +265,11 @@ def fill(field: Tensor, scores: list[Stats], name: str) -> None:
         if name in stats:
             kept = stats[name].flatten(0, 1)
             field[layer, :, : kept.shape[1]] = kept
+
+
+def spare_sinks(score: Tensor, state: DecodeState, sinks: Tensor | int) -> Tensor:
+    """Sets the scores of the entries at positions below ``sinks`` to NEVER, in place; returns them."""
+    return score.masked_fill_((state.position >= 0) & (state.position < column(sinks)), NEVER)
 
 
 def column(bound: Tensor | int) -> Tensor | int:

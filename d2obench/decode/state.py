@@ -23,6 +23,7 @@ from d2obench.decode.mass import PendingMass
 from d2obench.decode.merge import PendingMerge, StagedEntries
 from d2obench.errors import ModelError
 from d2obench.policies.base import Stats
+from d2obench.policies.protect import decode_rule
 from d2obench.policies.random import stream
 from d2obench.policies.rules import (
     Custom,
@@ -156,7 +157,7 @@ class DecodeState:
             if self.policy.sharing is not None:  # windows and sinks are those of the average budget
                 budget = budget.view(len(budget), -1, self.heads).sum(-1) // self.heads
                 budget = budget.repeat_interleave(self.heads, -1)
-            self.rule = self.policy.decode_rule(RowSizes(budget, self.position, self.now.long() + 1))
+            self.rule = decode_rule(self.policy, RowSizes(budget, self.position, self.now.long() + 1))
             rules.begin(self, self.rule, scores or [])
         if scores is not None:
             self.policy.begin(self, list(memory), scores)

@@ -87,6 +87,12 @@ class PolicyChoice:
         """Whether the policy is run once for each budget of a suite."""
         return any(_takes_budget(part) for part in self.spec.parts)
 
+    @property
+    def protects_prompt(self) -> bool:
+        """Whether the whole prompt stays and the budget is over generated tokens
+        (:mod:`d2obench.policies.protect`)."""
+        return any(part.params.get("protect") == "prompt" for part in self.spec.parts)
+
     @cached_property
     def policy(self) -> Policy:
         """Our policy with its parameters set and checked.

@@ -52,6 +52,8 @@ class AdaKV(Policy):
             unfit = "it gives every KV head a budget of its own already"
         elif inner.judges_heads_together:
             unfit = "it judges the KV heads of a layer together"
+        elif inner.protects_prompt:
+            unfit = "heads share out what they keep of the prompt, and with protect=prompt they keep all of it"
         elif inner.bits not in (None, 16):
             unfit = "heads of unequal length can't be quantised"
         if unfit:

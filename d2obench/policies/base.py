@@ -197,6 +197,12 @@ class Policy:
         return False
 
     @property
+    def protects_prompt(self) -> bool:
+        """Whether the whole prompt stays and the budget is over generated tokens
+        (``d2obench.policies.protect``)."""
+        return False
+
+    @property
     def budgets_need_stats(self) -> bool:
         """Whether ``layer_budgets`` needs the statistics, so that no layer can be compressed before all layers have
         read the prompt. A policy whose own budgets depend only on lengths returns False here."""

@@ -62,6 +62,7 @@ class D2O(HeavyHitters):
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
         inherit: whether the score of an evicted entry is added to that of its merge target.
         interval: evict and merge this many tokens at once, once in as many steps.
+        protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
         carry_threshold: for ``released`` only: thresholds are kept from one prompt to the next, see
             :mod:`d2obench.policies.released`.
     """
@@ -135,6 +136,10 @@ class D2O(HeavyHitters):
             raise PolicyError("d2o: carry_threshold is for preset=released", why="the paper resets it with each prompt")
         if self.interval < 1:
             raise PolicyError(f"d2o: interval is {self.interval}", remedy="use 1 or more steps")
+        if self.exempt:
+            self.refuse_protection("exempt", "every layer keeps the whole prompt")
+        if self.heads:
+            self.refuse_protection("heads=true", "heads share out what they keep of the prompt")
         if self.alpha < 1:
             raise PolicyError(f"d2o: alpha is {self.alpha}", remedy="use 1 or more")
         if self.heads and self.allocate != "error":

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Needs, Policy, window_rank
+from d2obench.policies.base import Entries, Needs, window_rank
 from d2obench.policies.mass import MassMerging, mean_attention
+from d2obench.policies.protect import Protecting
 from d2obench.policies.rules import DecodeRule, LowestScore, LowestWeightedScore, MassSpec, RowSizes
 
 
 @dataclass(frozen=True)
-class HeavyHitters(Policy):
+class HeavyHitters(Protecting):
     """Keeps sinks, heavy hitters by accumulated attention, and a recent window, per KV head: what H2O and D2O share.
 
     Args:
@@ -71,6 +72,7 @@ class H2O(MassMerging, HeavyHitters):
         normalised: divide a score by the number of queries that could attend to the token. This option is not in the
             paper; it removes the advantage of early tokens.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 
     name: ClassVar[str] = "h2o"

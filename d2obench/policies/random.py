@@ -12,18 +12,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from d2obench.policies.base import Entries, Policy
+from d2obench.policies.base import Entries
+from d2obench.policies.protect import Protecting
 from d2obench.policies.rules import DecodeRule, LowestDraw, RowSizes
 
 MASK, FACTOR = 0xFFFFFFFF, 0x9E3779B1
 
 
 @dataclass(frozen=True)
-class Random(Policy):
+class Random(Protecting):
     """A uniform random sample of all tokens so far, drawn per layer and KV head.
 
     Every token draws one number, from the seed, layer, head and position; the ``budget`` highest are held at any time,
     which is a uniform sample without replacement of all tokens read. No token is protected, not even the newest.
+
+    Args:
+        protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`) and samples generated tokens.
     """
 
     name: ClassVar[str] = "random"

@@ -94,9 +94,15 @@ class Ring(DecodeRule):
     first: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatestAttention(DecodeRule):
-    """Evicts the entry that the newest query attends to least, by the mean over all heads of a layer."""
+    """Evicts the entry that the newest query attends to least, by the mean over all heads of a layer.
+
+    Args:
+        sinks: positions below this (a number or ``[layers, rows]``) are never evicted; not with a merge by mass.
+    """
+
+    sinks: Tensor | int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +118,16 @@ class MeanOfLowDeviation(DecodeRule):
     newest: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowestDraw(DecodeRule):
     """Evicts the entry with the lowest random number; each entry draws one number once
-    (``d2obench.policies.random``)."""
+    (``d2obench.policies.random``).
+
+    Args:
+        sinks: positions below this (a number or ``[layers, rows]``) are never evicted.
+    """
+
+    sinks: Tensor | int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Entries, Needs, Stats, window_rank
 from d2obench.policies.mass import MassMerging
+from d2obench.policies.protect import Protecting
 from d2obench.policies.rotary import rotate
 from d2obench.policies.rules import Custom, DecodeRule, Ring, RowSizes
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Streaming(MassMerging):
+class Streaming(MassMerging, Protecting):
     """The first ``sinks`` tokens and the last ``budget − sinks``.
 
     With re-indexed positions, a token's position is its place in the cache, so that no distance exceeds the budget.
@@ -32,6 +33,7 @@ class Streaming(MassMerging):
         sinks: tokens at the start that are never evicted.
         positions: ``true``, the original positions; ``cache``, positions within the cache, as in the authors' code.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 
     sinks: int = 4
@@ -43,6 +45,8 @@ class Streaming(MassMerging):
     def check(self) -> None:
         if self.sinks < 0:
             raise PolicyError(f"{self.name}: sinks is {self.sinks}", remedy="use 0 or more")
+        if self.positions == "cache":
+            self.refuse_protection("positions=cache", "only sinks are moved closer, not a whole prompt")
         if self.merge == "mass" and self.positions == "cache":
             raise PolicyError(
                 f"{self.name}: merge=mass needs true positions",

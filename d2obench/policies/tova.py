@@ -9,11 +9,12 @@ from torch import Tensor
 
 from d2obench.policies.base import Entries, Needs
 from d2obench.policies.mass import MassMerging
+from d2obench.policies.protect import Protecting
 from d2obench.policies.rules import DecodeRule, LatestAttention, RowSizes
 
 
 @dataclass(frozen=True)
-class TOVA(MassMerging):
+class TOVA(MassMerging, Protecting):
     """Keeps the ``budget`` tokens that the last query attends to most, on the mean over all heads of the layer.
 
     The prompt's last query decides at the prompt's end, and each new query during decoding. No scores are kept and no
@@ -21,12 +22,17 @@ class TOVA(MassMerging):
 
     Args:
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 
     name: ClassVar[str] = "tova"
     about: ClassVar[str] = "what the newest query attends to, one choice per layer"
     paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
     needs_attention: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.merge == "mass":
+            self.refuse_protection("merge=mass", "this rule has no scores of protected entries to merge by")
 
     @property
     def judges_heads_together(self) -> bool:

@@ -105,10 +105,9 @@ def memory_of(cell: Cell, model: Dimensions, batch: int, shape: Shape | None = N
         shape: in place of the cell's own.
     """
     shape, item = shape or shape_of(cell), ITEM_BYTES[cell.axes.dtype]
-    held = cell.budget.of(shape.prompt) if cell.budget else shape.prompt + shape.gen
     token = 2 * model.layers * model.kv_heads * model.head_dim * item
     prefill = shape.prompt * (token + ACTIVATIONS * model.hidden * item)
-    return float(model.parameters * item + batch * max(prefill, token * held))
+    return float(model.parameters * item + batch * max(prefill, token * cell.entries(shape)))
 
 
 def predict(cell: Cell, suite: Suite, model: Dimensions, device: Device, sharing: int = 1) -> Prediction:
@@ -157,7 +156,7 @@ def _pass(cell: Cell, model: Dimensions, device: Device, batch: int, shape: Shap
     weights, linear = model.parameters * item, 2 * model.parameters * batch
     attention = 2 * model.layers * model.heads * model.head_dim * batch * shape.prompt**2
     prefill = max((linear * shape.prompt + attention) / device.flops, weights / device.bandwidth)
-    held = cell.budget.of(shape.prompt) if cell.budget else shape.prompt + shape.gen / 2
+    held = cell.entries(shape) if cell.budget else shape.prompt + shape.gen / 2
     token = 2 * model.layers * model.kv_heads * model.head_dim * item
     return prefill, max((weights + token * batch * held) / device.bandwidth, linear / device.flops)
 

@@ -271,9 +271,8 @@ class SpeedWindows:
 def _held_bytes(cell: Cell, model: Dimensions) -> float:
     """Keys and values of a cell's cache at the end of its generation."""
     shape = shape_of(cell)
-    held = cell.budget.of(shape.prompt) if cell.budget else shape.prompt + shape.gen
     token = 2 * model.layers * model.kv_heads * model.head_dim * ITEM_BYTES[cell.axes.dtype]
-    return float(token * held * int(cell.batch or 1))
+    return float(token * cell.entries(shape) * int(cell.batch or 1))
 
 
 def _prefill_bytes(cell: Cell, model: Dimensions) -> float:

@@ -168,6 +168,8 @@ def _keeps_more_than_asked(cell: Cell, result: Evaluation) -> bool:
     """Whether a policy holds more than its budget: its cache grows while decoding, or it keeps more of the prompts."""
     if cell.budget is None or cell.budget.ratio == 1.0:
         return False
+    if cell.policy.protects_prompt:  # the budget says nothing about the prompt
+        return False
     kept = result.values.get("budget_effective")
     if cell.policy.yardstick is not None or cell.policy.policy.grows:
         return True

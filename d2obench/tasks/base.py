@@ -69,6 +69,14 @@ class Cell:
         """Whether its figures are times and bytes of requests; otherwise a task scores its quality."""
         return self.task is None
 
+    def entries(self, shape: Shape) -> int:
+        """Entries that a layer of its cache may hold when a request of ``shape`` ends."""
+        if self.budget is None:
+            return shape.prompt + shape.gen
+        if self.policy.protects_prompt:
+            return shape.prompt + min(shape.gen, self.budget.of(shape.gen))
+        return self.budget.of(shape.prompt)
+
     def sent(self) -> dict[str, Any]:
         """The cell as text, for a worker; :func:`d2obench.tasks.read_cell` reads it there."""
         return {"id": self.id, "hash": self.hash, "axes": msgspec.to_builtins(self.axes)}
