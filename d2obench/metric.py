@@ -71,6 +71,20 @@ _TABLE = (
     Metric("top1", "top-1 agreement", "%", 100, 1, "higher", "sampled", "quality",
            "At how many positions the policy and the full cache have the same most likely next token, on the same "
            "text.", tolerance=0.02, headline=True),
+    Metric("kl_p99", "KL p99", "nats/token", 1, 4, "lower", "info", "quality",
+           "The KL to full that 99 % of the positions stay below, of all documents together; the range is that of "
+           "single documents.", headline=True, base="nats"),
+    Metric("kl_p999", "KL p99.9", "nats/token", 1, 4, "lower", "info", "quality",
+           "The KL to full that 99.9 % of the positions stay below; left out where there are fewer than 1,000.",
+           headline=True, base="nats"),
+    Metric("kl_max", "KL max", "nats/token", 1, 4, "lower", "info", "quality",
+           "The KL to full of the worst position; the range is that of single documents.", headline=True, base="nats"),
+    Metric("top5", "top-5 agreement", "%", 100, 1, "higher", "sampled", "quality",
+           "The share of the full cache's five most likely next tokens that are among the policy's five, on the same "
+           "text.", tolerance=0.02, headline=True),
+    Metric("dp_rms", "RMS Δp", "% points", 100, 2, "lower", "info", "quality",
+           "How far the probability of the text's own next token moves away from that under the full cache: the root "
+           "of the mean square over positions.", headline=True),
     Metric("ppl", "perplexity", "", 1, 3, "lower", "sampled", "quality",
            "Perplexity of the text after the prompt: exp of the mean negative log-likelihood of its tokens.",
            tolerance=0.05, headline=True),

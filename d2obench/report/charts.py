@@ -190,10 +190,12 @@ def _throughput(figure: Figure) -> Any:
 
 
 def _position(figure: Figure) -> Any:
+    """A line for each policy over positions of the generation; the last column is its height."""
     base, pick, fade = _base(figure)
-    y = alt.Y("tpot:Q", title=figure.options["y"], scale=alt.Scale(zero=False))
+    height = f"{figure.columns[-1]}:Q"
+    y = alt.Y(height, title=figure.options["y"], scale=alt.Scale(zero=False))
     shown = base.encode(x=alt.X("position:Q", title=figure.options["x"]), y=y, color=_policies(figure))
-    tips = ["label:N", "position:Q", "tpot:Q"]
+    tips = ["label:N", "position:Q", height]
     lines = shown.mark_line(clip=True).encode(strokeDash=_dashes(figure), detail="label:N", opacity=fade, tooltip=tips)
     return lines.add_params(pick).properties(data=_data(figure), width=480, height=280)
 
@@ -390,6 +392,7 @@ _CHARTS: dict[str, Callable[[Figure], Any]] = {
     "speedup": _speedup,
     "throughput": _throughput,
     "position": _position,
+    "drift": _position,
     "timeline": _timeline,
     "peak": _peak,
     "layers": _layers,

@@ -42,7 +42,7 @@ def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
         _throughput(rows),
         _positions(timed),
     ]
-    made += [_peak(main), _timeline(timed), *_layers(found), _diagnosis(found), *_needles(found)]
+    made += [_drift(found), _peak(main), _timeline(timed), *_layers(found), _diagnosis(found), *_needles(found)]
     return in_order(figure for figure in made if figure is not None)
 
 
@@ -188,6 +188,37 @@ def _positions(timed: Sequence[tuple[Row, Samples]]) -> Figure | None:
         ("policy", "label", "budget", "position", "tpot"), tuple(points),
         {"x": "decode step", "y": _axis_title("tpot_s")},
     )  # fmt: skip
+
+
+def _drift(found: Sequence[Result]) -> Figure | None:
+    """KL to full against the position in the generation, of each policy and budget at its longest shape."""
+    points: list[Point] = []
+    best: dict[str, Result] = {}
+    for result in found:
+        if result.record.status == "ok" and result.key.policy != "full" and _drifts(result):
+            label = result.key.label
+            if label not in best or volume(result.key) > volume(best[label].key):
+                best[label] = result
+    for label, result in list(best.items())[:MAX_LINES]:
+        for place, kl in _drifts(result):
+            points.append((result.key.policy, label, result.key.budget or "all", place, round(kl, 6)))
+    if len({point[3] for point in points}) < 4:
+        return None
+    return Figure(
+        "drift", "drift", "KL to full against the position in the generation",
+        "Mean over documents in each part of the generation; a line that climbs shows a loss that grows as it goes on.",
+        ("policy", "label", "budget", "position", "kl"), tuple(points),
+        {"x": "generated token", "y": _axis_title("kl")},
+    )  # fmt: skip
+
+
+def _drifts(result: Result) -> list[tuple[int, float]]:
+    """(position, KL) of each part of the generation, from the cell's details."""
+    parts = result.record.details.get("drift")
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return []
+    pairs = [(part.get("position"), part.get("kl")) for part in parts]
+    return [(place, float(kl)) for place, kl in pairs if isinstance(place, int) and isinstance(kl, int | float)]
 
 
 def _lean(rows: Sequence[Row], most: int) -> tuple[Sequence[Row], str]:

@@ -23,6 +23,7 @@ Kind = Literal[
     "speedup",
     "throughput",
     "position",
+    "drift",
     "timeline",
     "peak",
     "layers",

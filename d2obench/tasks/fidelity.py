@@ -3,7 +3,8 @@
 The first ``prompt`` tokens of a document are the prompt. After compression, the document's next ``gen`` tokens are fed
 one by one, whatever the model would have written (teacher forcing), and each of these steps gives a distribution to
 compare. The distribution after the prompt's last token is not counted, because it comes before compression. The figures
-are KL(full‖policy) in nats, agreement of the most likely token, and the text's negative log-likelihood.
+are KL(full‖policy) in nats, agreement of the likeliest token and of the five likeliest ones, and the text's negative
+log-likelihood. :mod:`d2obench.tasks.tails` adds the tails, and how KL drifts over the generation.
 
 Every policy is compared with the full cache's log-probabilities. They are kept in this process for the next policy, up
 to ``MEMORY`` bytes. Where those of a text don't fit, the full cache runs again beside each policy, one step ahead.
@@ -16,6 +17,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.errors import DataError, UsageError
+from d2obench.record import Value
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import (
     Cell,
@@ -32,6 +34,7 @@ from d2obench.tasks.base import (
     shape_of,
 )
 from d2obench.tasks.prompts import prompt_digest
+from d2obench.tasks.tails import drift, tails
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +43,13 @@ if TYPE_CHECKING:
 
 MEMORY = 2**30
 """Bytes of log-probabilities that are kept."""
+TOP = 5
+"""Number of likeliest tokens whose agreement is counted, beside that of the single likeliest."""
 _FULL: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
 
 
 class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """KL, top-1 agreement and perplexity against the full cache, teacher-forced on the same text.
+    """KL with its tails, top-1 and top-5 agreement and perplexity against the full cache, on the same text.
 
     The text is generated, or a file of the user (``--data fidelity=FILE``), or the ``text`` fields of a data set of the
     hub: ``fidelity(hub=Salesforce/wikitext,config=wikitext-2-raw-v1)``.
@@ -72,8 +77,12 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
         """See :meth:`Task.conclude`."""
         source = quality.data.get(self.name) or self.hub or "generated"
-        details = {"documents": len(items), "positions": shape_of(cell).gen, "text": source}
+        details = {"documents": len(items), "positions": shape_of(cell).gen, "text": source, "drift": drift(items)}
         return Evaluation(self.rescore(items), items, details)
+
+    def rescore(self, items: list[Item]) -> dict[str, Value]:
+        """See :meth:`Task.rescore`; tails are computed from the positions of all items together."""
+        return super().rescore(items) | tails(items)
 
     def work(self, quality: Quality, shape: Shape | None, context: int) -> Work | None:
         """See :meth:`Task.work`; the full cache is run once for all policies and not counted here."""
@@ -125,7 +134,7 @@ def _compare(
     """One batch of equally long documents, with the full cache and with the cell's policy."""
     import torch
 
-    kl, top1, nll = [], [], []
+    kl, top1, top5, nll, dp = [], [], [], [], []
     kept: list[Item] = [{"kept": 1.0} for _ in texts]
     full = _full(loaded, cell, texts, prompt, prefill)
     # The full cache is its own reference, so it is run once and not twice.
@@ -136,15 +145,25 @@ def _compare(
         target = torch.tensor([text[prompt + step + 1] for text in texts], device=logprobs.device)
         kl.append((reference.exp() * (reference - logprobs)).sum(-1).clamp_min(0).cpu())
         top1.append((reference.argmax(-1) == logprobs.argmax(-1)).cpu())
-        nll.append(-logprobs.gather(-1, target[:, None])[:, 0].cpu())
+        top5.append(_shared(reference, logprobs, TOP).cpu())
+        own, full_own = (row.gather(-1, target[:, None])[:, 0] for row in (logprobs, reference))
+        nll.append(-own.cpu())
+        dp.append((own.exp() - full_own.exp()).cpu())
     if policy:
         policy.close()
-    columns = [torch.stack(kl, 1).tolist(), torch.stack(top1, 1).int().tolist(), torch.stack(nll, 1).tolist()]
+    columns = [torch.stack(rows, 1).tolist() for rows in (kl, [row.int() for row in top1], top5, nll, dp)]
     return [
         {"id": f"{first + i}", "document": f"{first + i}", "prompt_digest": prompt_digest(texts[i]),
-         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "nll": row[2], **kept[i]}
+         "prompt_tokens": prompt, "kl": row[0], "top1": row[1], "top5": row[2], "nll": row[3], "dp": row[4],
+         **kept[i]}
         for i, row in enumerate(zip(*columns, strict=True))
     ]  # fmt: skip
+
+
+def _shared(one: torch.Tensor, other: torch.Tensor, count: int) -> torch.Tensor:
+    """The share of the ``count`` most likely tokens that two distributions ``[B, V]`` have in common, ``[B]``."""
+    first, second = (row.topk(min(count, row.shape[-1]), -1).indices for row in (one, other))
+    return (first[:, :, None] == second[:, None]).any(-1).float().mean(-1)
 
 
 def _steps(
