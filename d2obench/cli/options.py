@@ -130,6 +130,16 @@ Data = Annotated[
         "task fidelity: --data essay.txt. The option can be repeated. By default, each task fetches its data set.",
     ),
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=REPEATS,
+        help="Use a benchmark's own prompts in place of this project's words, so that scores can be compared with "
+        "published ones: LongBench's --prompts dataset2prompt.json, and --prompts dataset2maxlen.json for the lengths "
+        "of answers. By default, prompts are worded anew.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -338,6 +348,7 @@ def overrides(
     settings: Mapping[str, object] | None = None,
     more: Iterable[str] = (),
     data: Iterable[str] = (),
+    prompts: Iterable[str] = (),
 ) -> dict[str, str]:
     """The keys of a suite that were set on the command line: dotted key → text.
 
@@ -346,6 +357,7 @@ def overrides(
         settings: dotted key → value; None if the option was not given.
         more: ``TABLE.KEY=VALUE``, as ``--set`` takes it.
         data: ``TASK=PATH`` or the path of a text, as ``--data`` takes it.
+        prompts: paths, as ``--prompts`` takes them.
 
     Raises:
         UsageError: one of ``more`` or ``data`` can't be read.
@@ -368,4 +380,7 @@ def overrides(
                 f"can't read --data '{given}'", remedy="write it as TASK=PATH, or PATH of a text for fidelity"
             )
         found[f"quality.data.{task}"] = str(Path(path).expanduser().resolve())
+    for number, path in enumerate(prompts, 1):
+        name = "prompts" if number == 1 else f"prompts-{number}"
+        found[f"quality.data.{name}"] = str(Path(path).expanduser().resolve())
     return found

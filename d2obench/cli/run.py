@@ -40,6 +40,7 @@ def run(
     memory_limit: options.MemoryLimit = None,
     limit: options.Limit = None,
     data: options.Data = None,
+    prompts: options.Prompts = None,
     threads: options.Threads = None,
     set_: options.Set = None,
     device_map: options.DeviceMap = None,
@@ -87,7 +88,7 @@ def run(
         "models.device_map": device_map, "models.tensor_parallel": tensor_parallel,
         "models.kernels": kernels,
     }  # fmt: skip
-    given = options.overrides(axes, settings, set_ or (), data or ())
+    given = options.overrides(axes, settings, set_ or (), data or (), prompts or ())
     chosen, earlier = choose(suite, given, resume, starts_anew=bool(out or shard))
     if engine == "slurm":
         slurm_array(suite, chosen, given, out, shards, sbatch or [], submit=submit, allow_busy=allow_busy)

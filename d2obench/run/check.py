@@ -24,7 +24,7 @@ from d2obench.run.isolated_workers import IsolatedWorkers
 from d2obench.run.plan import Plan, cells
 from d2obench.run.predict import count_gpus
 from d2obench.run.worker_client import Client, again
-from d2obench.suite.definition import SPEED, Quality, Suite
+from d2obench.suite.definition import SPEED, Quality, Suite, is_prompts
 from d2obench.suite.grammar import parse_memory
 from d2obench.tasks import parse_task
 from d2obench.tasks.base import Cell
@@ -116,7 +116,14 @@ def check_suite(suite: Suite) -> None:
     tasks = {text: parse_task(text) for text in quality}
     names = {task.name for task in tasks.values()}
     for name, path in suite.quality.data.items():
-        if name not in names:
+        if is_prompts(name):
+            if not any(task.prompted for task in tasks.values()):
+                raise UsageError(
+                    f"prompts are given in {path}",
+                    why="no task of the suite uses them",
+                    remedy="add --task longbench/…",
+                )
+        elif name not in names:
             raise UsageError(
                 f"data is given for '{name}'", why="the suite does not run it", remedy=f"add --task {name}"
             )

@@ -19,7 +19,7 @@ from d2obench.errors import SuiteError, UsageError
 from d2obench.models import Dimensions
 from d2obench.policies import PolicyChoice, parse_choice
 from d2obench.record import Axes, dump
-from d2obench.suite.definition import SPEED, Placement, Quality, Suite
+from d2obench.suite.definition import SPEED, Placement, Quality, Suite, is_prompts
 from d2obench.suite.grammar import Budget, Shape
 from d2obench.tasks import parse_task
 from d2obench.tasks.base import Batch, Cell, Task
@@ -167,9 +167,11 @@ def _cell(
 
 
 def _settings(task: str, quality: Quality) -> list[Any]:
-    """Settings that a quality cell's figures depend on; of its data file that is the digest, where it is known."""
+    """Settings that a quality cell's figures depend on; of files that is the digest, where it is known."""
     name = task.partition("(")[0]
-    return [quality.limit, quality.batch, quality.digests.get(name, quality.data.get(name))]
+    prompts = {key: quality.digests.get(key, path) for key, path in quality.data.items() if is_prompts(key)}
+    data = quality.digests.get(name, quality.data.get(name))
+    return [quality.limit, quality.batch, data, *([prompts] if prompts else [])]
 
 
 def _text(value: Budget | Shape | None) -> str | None:

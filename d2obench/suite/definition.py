@@ -145,8 +145,9 @@ class WorkerTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Quality(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """``[quality]``: items per task (0: all), how many are decoded together, and files in place of hub data sets.
 
-    With ``share``, cells that differ only in policy and budget read each prompt once together; their figures are the
-    same without. ``digests`` are the sha256 of those files as a run found them, by task; a run fills them in.
+    ``data`` also names files of prompts, under ``prompts``, ``prompts-2`` and so on (``--prompts``). With ``share``,
+    cells that differ only in policy and budget read each prompt once together; their figures are the same without.
+    ``digests`` are the sha256 of all these files as a run found them; a run fills them in.
     """
 
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -296,6 +297,11 @@ class Suite(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def digest(self) -> str:
         """sha256 of the resolved suite."""
         return hashlib.sha256(dump(self)).hexdigest()
+
+
+def is_prompts(name: str) -> bool:
+    """Whether a name in ``quality.data`` is that of a file of prompts, and not that of a task."""
+    return name == "prompts" or name.startswith("prompts-")
 
 
 def shipped() -> list[str]:

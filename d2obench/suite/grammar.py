@@ -14,7 +14,7 @@ layer when it is a whole number (``512``). A shape is ``prompt+gen``; each side 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -224,6 +224,11 @@ def _pair(item: str, text: str, what: str) -> tuple[str, Any]:
     if not equals or not key.strip().isidentifier():
         raise UsageError(f"can't read '{item}' in the {what} '{text}'", remedy="write parameters as key=value")
     return key.strip(), _value(value.strip())
+
+
+def parse_pairs(items: Iterable[str], what: str) -> dict[str, Any]:
+    """``key=value`` each, as in the brackets of a policy; ``what`` they belong to is named in the error."""
+    return dict(_pair(item, what, "list") for item in items)
 
 
 def _value(text: str) -> Any:

@@ -18,7 +18,7 @@ from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.plugin import Registry
 from d2obench.policies import parse_choice
 from d2obench.record import Axes, Value
-from d2obench.suite.definition import SPEED
+from d2obench.suite.definition import SPEED, is_prompts
 from d2obench.suite.grammar import parse_budget, parse_shape, parse_spec, show_value
 from d2obench.tasks.base import Cell, Evaluation, Item, Quality, Report, Task, TextBatch, parameters
 
@@ -46,6 +46,12 @@ LONGBENCH = (  # noqa: SIM905
     "vcsum trec triviaqa samsum lsht passage_count passage_retrieval_en passage_retrieval_zh lcc repobench-p"
 ).split()
 
+LONGBENCH_E = (  # noqa: SIM905
+    "qasper_e multifieldqa_en_e hotpotqa_e 2wikimqa_e gov_report_e multi_news_e trec_e triviaqa_e samsum_e "
+    "passage_count_e passage_retrieval_en_e lcc_e repobench-p_e"
+).split()
+"""The sets of LongBench-E, whose contexts have evenly spread lengths."""
+
 REGISTRY = Registry(
     "task",
     "d2obench.tasks",
@@ -59,7 +65,8 @@ REGISTRY = Registry(
         "lambada": "d2obench.tasks.lambada:Lambada",
         "kernels": "d2obench.tasks.kernels:Kernels",
         "diagnosis": "d2obench.tasks.diagnosis:Diagnosis",
-        **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in LONGBENCH},
+        **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in (*LONGBENCH, *LONGBENCH_E)},
+        "longbench-v2": "d2obench.tasks.longbench_v2:LongBenchV2",
     },
     UsageError,
 )
@@ -159,9 +166,10 @@ def _check_data_unchanged(name: str, quality: Quality) -> None:
     content."""
     from d2obench.tasks.data import digest_of
 
-    path, known = quality.data.get(name), quality.digests.get(name)
-    if path and known and digest_of(path) != known:
-        raise DataError(f"the data for '{name}' changed during the run", why=path, remedy="start a new run")
+    for key, path in quality.data.items():
+        known = quality.digests.get(key) if key == name or is_prompts(key) else None
+        if known and digest_of(path) != known:
+            raise DataError(f"the data for '{key}' changed during the run", why=path, remedy="start a new run")
 
 
 def _keeps_more_than_asked(cell: Cell, result: Evaluation) -> bool:

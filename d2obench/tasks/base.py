@@ -146,6 +146,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Whether the task is run once for each shape (``prompt+gen``) of the suite."""
     sense: ClassVar[bool] = True
     """Whether the task scores text, so that it needs a model with real weights and a tokenizer."""
+    prompted: ClassVar[bool] = False
+    """Whether the task uses the prompts in files that the user names with ``--prompts``."""
 
     name: str = ""
 

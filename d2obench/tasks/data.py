@@ -12,7 +12,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -165,8 +165,19 @@ def _local(path: str) -> Iterator[tuple[str, Any]]:
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
         raise DataError(f"can't tell the format of {path}", remedy=f"name it *{', *'.join(_READERS)}")
-    try:
+    with reading(path):
         yield from _READERS[suffix](path)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns what goes wrong while a local file is read into one line that names the file.
+
+    Raises:
+        DataError: the file can't be read or is not what its name says.
+    """
+    try:
+        yield
     except json.JSONDecodeError as problem:
         raise DataError(f"{path} line {problem.lineno} is not valid JSON", why=problem.msg) from None
     except (OSError, UnicodeDecodeError, csv.Error, RecursionError) as problem:

@@ -34,6 +34,7 @@ from d2obench.tasks.base import (
     kept_of,
     prefill,
 )
+from d2obench.tasks.chat_template import switched
 from d2obench.tasks.prompts import Example, Limits, Prompt, encode, encode_unseen, prompt_digest
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     typical: ClassVar[tuple[int, int] | None] = None
     """Number of records of the data set and tokens of a prompt, in round figures, for :meth:`work`."""
+
+    template: tuple[str, ...] = ()
+    """Switches of the chat template (:mod:`d2obench.tasks.chat_template`)."""
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The prompts of this cell."""
@@ -71,13 +75,14 @@ class Generative(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def batches(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
         """See :meth:`Task.batches`."""
+        limits = self.limits()
+        loaded = switched(loaded, self.name, self.template, chat=limits.chat)
         examples = self.examples(loaded, cell, quality)
-        return batches_of(loaded, examples, self.limits(), quality.batch, unseen=self.unseen)
+        return batches_of(loaded, examples, limits, quality.batch, unseen=self.unseen)
 
     def run(self, loaded: LoadedModel, cell: Cell, batch: TextBatch, prefill: Prefill) -> list[Item]:
         """See :meth:`Task.run`."""
-        items = answer(loaded, cell, batch.texts, self.limits(), prefill)
-        return [item | self.scores(item) for item in items]
+        return [item | self.scores(item) for item in answer(loaded, cell, batch.texts, prefill)]
 
     def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
         """See :meth:`Task.conclude`."""
@@ -135,11 +140,12 @@ class Context(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A batch of contexts, and the example and the prompt of each place."""
+    """A batch of contexts, the example and the prompt of each place, and where all their answers end."""
 
     contexts: list[Context]
     examples: dict[int, Example]
     prompts: dict[int, Prompt]
+    limits: Limits
 
 
 def generate(
@@ -159,7 +165,7 @@ def generate(
     """
     items: dict[int, Item] = {}
     for part in batches_of(loaded, examples, limits, batch, unseen=unseen):
-        items |= zip(part.places, answer(loaded, cell, part.texts, limits, prefill), strict=True)
+        items |= zip(part.places, answer(loaded, cell, part.texts, prefill), strict=True)
         report(len(items), len(examples))
     return [items[i] for i in range(len(examples))]
 
@@ -174,7 +180,7 @@ def batches_of(
     for start in range(0, len(contexts), batch):
         part = contexts[start : start + batch]
         places = [i for context in part for i in context.places]
-        asked = Asked(part, {i: examples[i] for i in places}, {i: prompts[i] for i in places})
+        asked = Asked(part, {i: examples[i] for i in places}, {i: prompts[i] for i in places}, limits)
         found.append(TextBatch(places, asked))
     return found
 
@@ -219,12 +225,12 @@ def rounds_of(contexts: Sequence[Context], prompts: Mapping[int, Prompt]) -> lis
     return [pairs[start : start + most] for pairs in alike.values() for start in range(0, len(pairs), most)]
 
 
-def answer(loaded: LoadedModel, cell: Cell, asked: Asked, limits: Limits, prefill: Prefill) -> list[Item]:
+def answer(loaded: LoadedModel, cell: Cell, asked: Asked, prefill: Prefill) -> list[Item]:
     """Runs one batch of contexts: compresses them, asks the questions of each (see the module's docstring), and returns
     the items of all questions in the order of the contexts."""
     import torch
 
-    contexts, examples, prompts = asked
+    contexts, examples, prompts, limits = asked
     places = [i for context in contexts for i in context.places]
     longest = max([limits.max_new, *(len(given) for i in places for given in prompts[i].candidates)])
     rounds = rounds_of(contexts, prompts)
@@ -246,16 +252,16 @@ def answer(loaded: LoadedModel, cell: Cell, asked: Asked, limits: Limits, prefil
                 chosen = [prompts[i] for _, i in pairs]
                 if all(len(prompt.ids) > len(ids[row]) for row, prompt in zip(rows, chosen, strict=True)):
                     first = asking.turn([prompt.question for prompt in chosen])
-                answers = _after(loaded, asking, first, chosen, limits)
+                answers = after_prompt(loaded, asking, first, chosen, limits)
             finally:
                 if not whole:
                     asking.close()
             for (row, i), found in zip(pairs, answers, strict=True):
-                items[i] = {**_about(examples[i], prompts[i]), **found, **known[row]}
+                items[i] = {**about(examples[i], prompts[i]), **found, **known[row]}
     return [items[i] for i in places]
 
 
-def _about(example: Example, prompt: Prompt) -> Item:
+def about(example: Example, prompt: Prompt) -> Item:
     """What an item says of its prompt."""
     unseen = {"context_digest": prompt_digest(prompt.context)} if prompt.asked > 1 else {}
     return {
@@ -269,7 +275,7 @@ def _about(example: Example, prompt: Prompt) -> Item:
     }
 
 
-def _after(
+def after_prompt(
     loaded: LoadedModel, session: Session, first: torch.Tensor, prompts: Sequence[Prompt], limits: Limits
 ) -> list[Item]:
     """The log-probabilities of the candidates, then the answers, of a session that has read these prompts; ``first``

@@ -1,7 +1,12 @@
 """LongBench: 21 sets of long-context questions, summaries, few-shot tasks, counting and code.
 
 Bai et al. 2023 (arXiv 2308.14508). Answer lengths, truncation and scoring rules are the benchmark's (official
-``metrics.py``); the prompts are worded anew for this project.
+``metrics.py``). The prompts are worded anew for this project, so that scores compare policies with each other. With the
+benchmark's own prompts (``--prompts dataset2prompt.json``) and the ``max_length`` of a published result, they compare
+with that result (:mod:`d2obench.tasks.longbench_prompts`).
+
+LongBench-E (``longbench/qasper_e``) has 13 of the sets with contexts of evenly spread lengths; details of a row give
+the score by length.
 """
 
 from __future__ import annotations
@@ -10,14 +15,16 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 
 from d2obench.errors import UsageError
-from d2obench.tasks.base import Cell, Item, Quality
+from d2obench.tasks.base import Cell, Item, Quality, TextBatch
 from d2obench.tasks.data import BadField, Source, records
 from d2obench.tasks.generate import Questions
+from d2obench.tasks.longbench_prompts import cut_middle, official_prompt
 from d2obench.tasks.prompts import Example, Limits
 from d2obench.tasks.scoring import accuracy_package, normalized, rouge_l, token_f1
 
@@ -51,6 +58,7 @@ class Sample(msgspec.Struct):
     input: str
     context: str
     answers: Annotated[list[str], msgspec.Meta(min_length=1)]
+    length: int = 0
     all_classes: list[str] | None = None
     key: str = msgspec.field(name="_id", default="")
 
@@ -59,13 +67,17 @@ class LongBench(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True
     """A LongBench set, with its official metric.
 
     ``max_prompt`` is the largest number of tokens of a prompt (0: what the model's context leaves). Longer prompts lose
-    their middle, as in the benchmark. ``query=unseen`` is for the sets whose records hold a question beside the
-    context.
+    their middle. ``max_length`` is the benchmark's own setting of that name: a prompt that is longer, before it is put
+    into the chat template, is cut to its first and last ``max_length // 2`` tokens. ``max_new`` is the longest answer
+    (0: the benchmark's). ``query=unseen`` is for the sets whose records hold a question beside the context.
     """
 
     typical: ClassVar[tuple[int, int] | None] = (200, 10_000)
+    prompted: ClassVar[bool] = True
 
     max_prompt: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_length: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_new: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if self.unseen and "{input}" not in self.set.template:
@@ -79,16 +91,27 @@ class LongBench(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def set(self) -> LongBenchSet:
         """The set the name ``longbench/…`` stands for."""
-        name = self.name.rpartition("/")[2]
+        name = self._official
         if name not in SETS:
             raise UsageError(f"unknown LongBench set '{name}'", remedy=f"the known ones are {', '.join(SETS)}")
         return SETS[name]
+
+    @property
+    def _official(self) -> str:
+        """The benchmark's name of the set; LongBench-E has the prompts and rules of the sets it is taken from."""
+        return self.name.rpartition("/")[2].removesuffix("_e")
 
     def limits(self) -> Limits:
         """The benchmark's answer lengths."""
         chosen = self.set
         stop = ("\n",) if chosen.line else ()
-        return Limits(chosen.max_new, stop, chat=not chosen.plain, max_prompt=self.max_prompt or None)
+        return Limits(self.max_new or chosen.max_new, stop, chat=not chosen.plain, max_prompt=self.max_prompt or None)
+
+    def batches(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[TextBatch]:
+        """See :meth:`Task.batches`; answers are as long as a file of the user says."""
+        given = official_prompt(self._official, quality.data).max_new
+        task = msgspec.structs.replace(self, max_new=self.max_new or given or 0)
+        return super(LongBench, task).batches(loaded, cell, quality)
 
     def examples(self, loaded: LoadedModel, cell: Cell, quality: Quality) -> list[Example]:
         """The set's samples in order, at most ``quality.limit``."""
@@ -96,27 +119,36 @@ class LongBench(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True
             accuracy_package(PACKAGES[self.set.rule])
         member = f"data/{self.name.rpartition('/')[2]}.jsonl"
         source = Source(HUB, REVISION, "test", archive="data.zip", member=member)
-        path, chosen = quality.data.get(self.name), self.set
+        path, own = quality.data.get(self.name), official_prompt(self._official, quality.data).template
+        chosen = self.set if own is None else self.set._replace(template=own)
 
         def check(sample: Sample) -> BadField | None:
             return unscorable(sample, chosen)
 
         samples = records(self.name, source, path, Sample, check=check, limit=quality.limit)
-        before, after = chosen.template.split("{context}")
         examples = []
         for i, sample in enumerate(samples):
-            question = after.format(input=sample.input)
-            examples.append(
-                Example(
-                    str(i),
-                    sample.key or str(i),
-                    before + sample.context + question,
-                    candidates=(" " + next(filter(str.strip, sample.answers)),),
-                    keep={"references": sample.answers, "classes": sample.all_classes or []},
-                    question=question if "{input}" in after else "",
-                )
-            )
+            prompt, question = filled(chosen.template, sample)
+            keep = {"references": sample.answers, "classes": sample.all_classes or [], "length": sample.length}
+            if self.max_length:
+                prompt, cut = cut_middle(loaded.tokenizer, prompt, self.max_length)
+                keep |= {"truncated": True} if cut else {}
+                question = question if prompt.endswith(question) else ""
+            gold = next(filter(str.strip, sample.answers))
+            candidates = (" " + gold,)
+            examples.append(Example(str(i), sample.key or str(i), prompt, "", candidates, keep, question))
         return examples
+
+    def details(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Details of the row; for LongBench-E also the score by length, in the benchmark's three classes."""
+        found = super().details(items)
+        if not self.name.endswith("_e"):
+            return found
+        classes: dict[str, list[float]] = {"0-4k": [], "4-8k": [], "8k+": []}
+        for item in items:
+            name = "0-4k" if item["length"] < 4000 else "4-8k" if item["length"] < 8000 else "8k+"
+            classes[name].append(item["score"])
+        return {**found, "by_length": {name: fmean(scores) for name, scores in classes.items() if scores}}
 
     def scores(self, item: Item) -> dict[str, float]:
         """The best score over the references."""
@@ -125,6 +157,14 @@ class LongBench(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True
             text = text.lstrip("\n").split("\n")[0]
         rule = RULES[self.set.rule]
         return {"score": max(rule(text, reference, item["classes"]) for reference in item["references"])}
+
+
+def filled(template: str, sample: Sample) -> tuple[str, str]:
+    """The prompt, and the part of it after the context, if that asks the record's question."""
+    before, after = template.split("{context}", 1)
+    texts = {"context": sample.context, "input": sample.input}
+    question = after.format(**texts)
+    return before.format(**texts) + sample.context + question, question if "{input}" in after else ""
 
 
 def unscorable(sample: Sample, chosen: LongBenchSet) -> BadField | None:
