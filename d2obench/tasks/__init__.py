@@ -52,6 +52,11 @@ LONGBENCH_E = (  # noqa: SIM905
 ).split()
 """The sets of LongBench-E, whose contexts have evenly spread lengths."""
 
+RULER = (  # noqa: SIM905
+    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
+    "niah_multiquery vt cwe fwe qa_1 qa_2"
+).split()
+
 REGISTRY = Registry(
     "task",
     "d2obench.tasks",
@@ -66,6 +71,7 @@ REGISTRY = Registry(
         "kernels": "d2obench.tasks.kernels:Kernels",
         "diagnosis": "d2obench.tasks.diagnosis:Diagnosis",
         **{f"longbench/{name}": "d2obench.tasks.longbench:LongBench" for name in (*LONGBENCH, *LONGBENCH_E)},
+        **{f"ruler/{name}": "d2obench.tasks.ruler:Ruler" for name in RULER},
         "longbench-v2": "d2obench.tasks.longbench_v2:LongBenchV2",
     },
     UsageError,

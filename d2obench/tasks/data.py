@@ -99,6 +99,18 @@ def records(
     return checked[: limit or None]
 
 
+def first_record(path: str) -> Any:
+    """The first record of a local file, from which its form can be told; the rest is neither read nor checked.
+
+    Raises:
+        DataError: the file is missing, can't be read, or has no record.
+    """
+    path = str(Path(path).expanduser())
+    for _, row in _local(path):
+        return row
+    raise DataError(f"{path} has no records")
+
+
 def read_text(path: str) -> str:
     """A user's own text: a plain file as it is, or the ``text`` fields of a json, jsonl, csv or parquet one."""
     path = str(Path(path).expanduser())

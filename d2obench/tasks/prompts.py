@@ -246,6 +246,11 @@ def fitted(loaded: LoadedModel, limits: Limits, tokens: int, build: Callable[[in
     raise UsageError(f"a prompt of {tokens} tokens is too short for this task", remedy="use at least 256 tokens")
 
 
+def prompt_tokens(loaded: LoadedModel, example: Example, limits: Limits) -> int:
+    """How many tokens an example's whole prompt has, with the template around it."""
+    return len(_rendered(loaded.tokenizer, example.prompt, example.stub, limits.chat)[1])
+
+
 def token_counter(loaded: LoadedModel) -> Callable[[str], int]:
     """A function from a text to its number of tokens, without special ones."""
 
