@@ -21,7 +21,7 @@ from d2obench.policies import LIBRARY_CACHES
 from d2obench.record import CellRecord, Run, Value, append_cell, read_run, read_samples
 from d2obench.report.rows import Result, yardstick
 from d2obench.stats.claims import least
-from d2obench.stats.intervals import paired_difference
+from d2obench.stats.intervals import mean, paired_difference
 from d2obench.stats.ratios import FULL, STREAMING, ratio
 
 OURS, RIVAL = "d2o", "_rival"
@@ -120,6 +120,7 @@ def _differences(cell: CellRecord, good: Sequence[CellRecord], samples: Mapping[
     full = next((other for other in good if other.axes.policy == FULL), None)
     if full is not None and full is not cell:
         found |= _items(samples[cell.id], samples[full.id], ("score", "gold_bpb"), "_diff")
+        found |= _length_drift(samples[cell.id], samples[full.id])
     for rival in _rivals(cell, good):
         values = _items(samples[cell.id], samples[rival.id], ("kl", "score", "gold_bpb"), RIVAL)
         found |= {f"{key}:{rival.axes.policy}": value for key, value in values.items()}
@@ -144,6 +145,23 @@ def _items(mine: Samples, theirs: Samples, metrics: Sequence[str], suffix: str) 
             bounded = METRICS[metric].unit == "%"
             found[metric + suffix] = paired_difference(before, after, clusters, bounded=bounded)
     return found
+
+
+def _length_drift(mine: Samples, theirs: Samples) -> dict[str, Value]:
+    """Tokens of long answers ÷ those with the full cache. With R the ratio of the two sums, the interval is that of
+    the mean of ``R + (m − R·t) ÷ mean(t)`` over the pairs (m, t) of lengths."""
+    base = {item.get("id"): item for item in _dicts(theirs.get("items"))}
+    pairs = [
+        (float(item["generated"]), float(other["generated"]))
+        for item in _dicts(mine.get("items"))
+        if "repeated" in item and (other := base.get(item.get("id"))) and "generated" in other
+    ]
+    whole = sum(length for _, length in pairs)
+    if not whole:
+        return {}
+    ratio = sum(length for length, _ in pairs) / whole
+    parts = [ratio + (own - ratio * length) * len(pairs) / whole for own, length in pairs]
+    return {"length_drift": mean(parts, ends=(0.0, math.inf))}
 
 
 def _dicts(parts: Any) -> list[dict[str, Any]]:

@@ -67,6 +67,8 @@ REGISTRY = Registry(
         "gsm8k": "d2obench.tasks.gsm8k:Gsm8k",
         "coqa": "d2obench.tasks.coqa:Coqa",
         "truthfulqa": "d2obench.tasks.truthfulqa:TruthfulQA",
+        "math500": "d2obench.tasks.competition:Math500",
+        "aime": "d2obench.tasks.competition:Aime",
         "lambada": "d2obench.tasks.lambada:Lambada",
         "kernels": "d2obench.tasks.kernels:Kernels",
         "diagnosis": "d2obench.tasks.diagnosis:Diagnosis",
