@@ -54,8 +54,12 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("policy", RULES)
+OFTEN = ["h2o(protect=prompt)", "streaming(protect=prompt)", "tova(protect=prompt)", "random(protect=prompt)"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "compiled"), [*((policy, True) for policy in RULES), *((policy, False) for policy in OFTEN)]
+)
 def test_protection_is_its_reference(policy: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output of 40 steps, and what is held after them, against the rule in float64 over generated tokens."""
     if not compiled:

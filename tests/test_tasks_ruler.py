@@ -24,6 +24,7 @@ from d2obench.tasks.ruler import most_units, string_match
 from d2obench.tasks.ruler_sets import NOISE, NOUNS, SETS, Sample, joined_words
 from d2obench.tasks.text import Sentence
 
+SUITE = Path(__file__).parent.parent / "suites" / "ruler.toml"
 NEEDLE = re.compile(r"One of the special (\w+)s of (\S+) is (\S+)\.")
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -369,4 +370,4 @@ def test_the_whole_task_runs_and_its_suite_names_known_tasks(model: LoadedModel)
     found = evaluate(small, cell("ruler/vt(length=2200,items=2)", "streaming", "0.25"), Quality(batch=2), quiet)
     assert found.values["score"].value == 0 and len(found.items) == 2
     assert found.values["gold_bpb"].value is not None
-    assert all(parse_task(task).name.startswith("ruler/") for task in load_suite("ruler").axes.task)
+    assert all(parse_task(task).name.startswith("ruler/") for task in load_suite(str(SUITE)).axes.task)

@@ -232,9 +232,10 @@ def at_most(items: int, quality: Quality) -> int:
 
 
 def parameters(cls: type[Task]) -> Mapping[str, Any]:
-    """Names and defaults of a task's parameters."""
-    fields = msgspec.structs.fields(cls)
-    return {item.name: item.default for item in fields if item.name != "name"}
+    """Names and defaults of a task's parameters, its own before those of its base classes."""
+    defaults = {item.name: item.default for item in msgspec.structs.fields(cls) if item.name != "name"}
+    order = dict.fromkeys(name for base in cls.__mro__ for name in vars(base).get("__annotations__", ()))
+    return {name: defaults[name] for name in order if name in defaults}
 
 
 def values_of(items: Sequence[Item]) -> dict[str, Value]:

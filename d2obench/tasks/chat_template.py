@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def switched(loaded: LoadedModel, task: str, template: Sequence[str], *, chat: b
         raise UsageError(f"{task} can't use template={list(switches)}", why=why, remedy="leave template out")
     text = str(loaded.tokenizer.chat_template)
     for name in switches:
-        if name not in text:
+        if not re.search(rf"(?<!\w){name}(?!\w)", text):
             raise UsageError(
                 f"the chat template of {loaded.name} has no switch '{name}'",
                 why="the name does not occur in it, so it would change nothing",

@@ -21,10 +21,10 @@ Fits = Callable[[str, Sample], BadField | None]
 NOWHERE = Source("", "", "")
 Answers = Annotated[list[str], msgspec.Meta(min_length=1)]
 QUESTIONS = (
-    "\nWhat is the special magic", "\nWhat are all the special magic", "\nQuestion:",
-    "\n\nAnswer the question based on the given documents.",
+    "\n\nAnswer the question based on the given documents.", "\nWhat is the special magic",
+    "\nWhat are all the special magic", "\nQuestion:",
 )  # fmt: skip
-"""Where the question begins in prompts of the benchmark; its last occurrence counts."""
+"""Where the question begins in prompts of the benchmark: at the last occurrence of the first of these that occurs."""
 PREFIXES = (" The special magic", " Answer:")
 """Where the beginning of the answer stands after the question, in files that have no field for it."""
 
@@ -38,7 +38,7 @@ class Written(msgspec.Struct):
 
     def sample(self) -> Sample:
         """The prompt in its parts; joined, they are ``input`` and ``answer_prefix``."""
-        start = max(self.input.rfind(mark) for mark in QUESTIONS)
+        start = next((at for mark in QUESTIONS if (at := self.input.rfind(mark)) > 0), 0)
         context, rest = (self.input[:start], self.input[start:]) if start > 0 else (self.input, "")
         prefix = self.answer_prefix
         if not prefix and (begins := [at for mark in PREFIXES if (at := rest.rfind(mark)) > 0]):

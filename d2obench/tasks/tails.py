@@ -14,10 +14,8 @@ import math
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from d2obench.record import Value
-from d2obench.stats.intervals import highest, mean
 from d2obench.tasks.base import Item
 
 QUANTILES = {"kl_p99": 0.99, "kl_p999": 0.999}
@@ -31,6 +29,8 @@ def tails(items: Sequence[Item]) -> dict[str, Value]:
     Args:
         items: one for each document, with a list of numbers under each of the two names; a name may be missing.
     """
+    from d2obench.stats.intervals import highest, mean
+
     found: dict[str, Value] = {}
     documents = [item["kl"] for item in items if item.get("kl")]
     every = [kl for document in documents for kl in document]
@@ -48,6 +48,8 @@ def tails(items: Sequence[Item]) -> dict[str, Value]:
 def drift(items: Sequence[Item]) -> list[dict[str, float]]:
     """KL against the position in the generation: for each of at most :data:`BINS` parts of it the last ``position``,
     counted from 1, the mean ``kl`` over documents, and the largest, ``kl_max``."""
+    import numpy as np
+
     rows = np.array([item["kl"] for item in items], dtype=np.float64)
     parts = np.array_split(np.arange(rows.shape[1]), min(BINS, rows.shape[1]))
     return [
@@ -57,6 +59,8 @@ def drift(items: Sequence[Item]) -> list[dict[str, float]]:
 
 
 def _quantile(documents: Sequence[Sequence[float]], q: float) -> Value:
+    import numpy as np
+
     value = float(np.quantile(np.concatenate([np.asarray(document) for document in documents]), q))
     single = [float(np.quantile(document, q)) for document in documents]
     lo, hi = min(value, *single), max(value, *single)
