@@ -41,7 +41,7 @@ def test_every_task_is_documented_and_has_defaults(name: str) -> None:
     ("text", "words"),
     [
         ("recal", "did you mean 'recall'"),
-        ("recall(length=3)", "no parameter 'length'; its parameters are query, items"),
+        ("recall(length=3)", "no parameter 'length'; its parameters are items, query, template"),
         (
             "recall(items=few)",
             "can't use this value of items: Expected `int`, got `str`; its default is recall(items=8)",

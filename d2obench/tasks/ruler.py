@@ -17,7 +17,7 @@ from d2obench.errors import DataError, UsageError
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most
 from d2obench.tasks.data import BadField
-from d2obench.tasks.generate import Generative
+from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits, prompt_tokens
 from d2obench.tasks.ruler_data import Asked, Library, read
 from d2obench.tasks.ruler_sets import SETS, RulerSet, Sample, among_documents
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
-class Ruler(Generative, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Ruler(Questions, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A set of RULER at one length: the share of the expected strings in the answer.
 
     ``length`` is the number of tokens of a prompt and the longest answer together; ``items`` is the number of prompts
