@@ -67,6 +67,7 @@ REGISTRY = Registry(
         "gsm8k": "d2obench.tasks.gsm8k:Gsm8k",
         "coqa": "d2obench.tasks.coqa:Coqa",
         "truthfulqa": "d2obench.tasks.truthfulqa:TruthfulQA",
+        "long-recall": "d2obench.tasks.long_recall:LongRecall",
         "math500": "d2obench.tasks.competition:Math500",
         "aime": "d2obench.tasks.competition:Aime",
         "lambada": "d2obench.tasks.lambada:Lambada",
