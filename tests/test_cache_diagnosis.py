@@ -71,7 +71,7 @@ def _figures(maps: Any, keys: Any, values: Any, weight: Any, kept: Any, merges: 
         gain, value = np.zeros(length), values[h].copy()
         target = {e: max(kept[h], key=lambda c: unit[e] @ unit[c]) for e in gone} if merges else {}
         for e, c in target.items():
-            ratio = min(1.0, seen[e] / seen[c])
+            ratio = 0.5 * min(1.0, seen[e] / seen[c])
             gain[c] += ratio
             value[c] += ratio * values[h][e]
         value /= 1 + gain[:, None]

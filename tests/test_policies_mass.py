@@ -168,7 +168,7 @@ def test_shares_of_errors() -> None:
 
 
 def test_the_preset_stands_for_its_parts() -> None:
-    parts = "allocate=error,merge=mass,recent=0.2,normalised=true,value_norms=true,diversity=true"
+    parts = "allocate=error,merge=mass,recent=0.2,normalised=true,value_norms=true,diversity=true,mass_share=0.5"
     tokens, found = torch.tensor([3, 5]), []
     for policy in (MASS, f"d2o({parts})"):
         session = opened(policy, 60, 41)

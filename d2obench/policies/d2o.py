@@ -57,6 +57,8 @@ class D2O(HeavyHitters):
         exempt: layers that keep the whole prompt; the others share the rest, so that the total stays as requested.
         merge: what is merged: keys and values, values only, mass instead of keys, or nothing. ``beta``, ``threshold``,
             ``hosts`` and ``inherit`` do not apply to ``mass``.
+        mass_share: for ``merge=mass``: how much of its attention an evicted entry of the prompt hands on to its merge
+            target.
         beta: weight of the newest similarity in the threshold's moving average.
         threshold: one per KV head, or one per layer.
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
@@ -77,6 +79,7 @@ class D2O(HeavyHitters):
     alpha: float = 2.0
     exempt: tuple[int, ...] = ()
     merge: Literal["kv", "values", "mass", "none"] = "kv"
+    mass_share: float = 1.0
     beta: float = 0.7
     threshold: Literal["head", "layer"] = "head"
     hosts: Literal["all", "important"] = "all"
@@ -86,7 +89,7 @@ class D2O(HeavyHitters):
     presets: ClassVar = {
         "mass": {
             "allocate": "error", "merge": "mass", "recent": 0.2, "normalised": True, "value_norms": True,
-            "diversity": True,
+            "diversity": True, "mass_share": 0.5,
         },
         "tuned": {"allocate": "uniform", "merge": "none", "recent": 0.5},
     }  # fmt: skip
@@ -148,6 +151,8 @@ class D2O(HeavyHitters):
                 why="no other rule tells the KV heads of a layer apart",
                 remedy="write d2o(preset=mass,heads=true), or leave heads out",
             )
+        if not 0 < self.mass_share <= 1:
+            raise PolicyError(f"d2o: mass_share is {self.mass_share}", remedy="use a share in (0, 1]")
         if self.merge == "mass" and (self.threshold != "head" or self.hosts != "all" or self.inherit):
             raise PolicyError(
                 "d2o: merge=mass has no threshold, hosts or inherit",
@@ -203,7 +208,7 @@ class D2O(HeavyHitters):
 
     def absorb(self, entries: Entries, kept: Kept, keep: Tensor) -> dict[str, Tensor]:
         if self.merge == "mass":
-            return mass.absorb(entries, kept)
+            return mass.absorb(entries, kept, self.mass_share)
         batch, heads, slots = kept.index.shape
         threshold = torch.full((batch * heads,), -math.inf, device=kept.index.device)
         spec = self.merge_spec

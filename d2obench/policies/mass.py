@@ -12,7 +12,9 @@ received that mass from the start. Keys are not changed: averages of keys that w
 short and point elsewhere, and a merge with normalised weights leaves an entry only the attention of a single one.
 KeepKV (arXiv 2504.09936) adds votes to logits for the same reason.
 
-:func:`absorb` merges the evicted entries of a prompt. ``d2obench.decode.mass`` does the same during decoding.
+:func:`absorb` merges the evicted entries of a prompt. There, r may be multiplied with a constant ``share``: what an
+entry received from the prompt overstates what it would receive from the tokens to come. ``d2obench.decode.mass`` merges
+during decoding, with r itself.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def mass_ratio(evicted: Tensor, kept: Tensor) -> Tensor:
     return (evicted / kept.clamp_min(LEAST)).clamp_max(1.0)
 
 
-def absorb(entries: Entries, kept: Kept) -> dict[str, Tensor]:
+def absorb(entries: Entries, kept: Kept, share: float = 1.0) -> dict[str, Tensor]:
     """Merges the evicted entries of a layer into ``kept.values``; the statistics "bias", "sum" and "square" of the kept
     entries change with them. Returns how many were merged, float32 ``[B, H]``."""
     batch, heads, slots = kept.index.shape
@@ -75,7 +77,7 @@ def absorb(entries: Entries, kept: Kept) -> dict[str, Tensor]:
     # 2. its mass, relative to that of its target
     score = mean_attention(entries)
     ratio = mass_ratio(score.gather(2, gone), score.gather(2, at).gather(2, target))
-    ratio = torch.where(kept.leaving, ratio, 0.0)
+    ratio = torch.where(kept.leaving, share * ratio, 0.0)
     kept.target = torch.where(ratio > 0, target, -1)
     # 3. mix the values
     leaving = pick(entries.values, kept.evicted).flatten(0, 1)

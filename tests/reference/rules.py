@@ -331,9 +331,10 @@ class Random(Head):
 
 class ByMass(Merging):
     """Merging by mass, before any other rule among the bases. A token that absorbs others is as if every attention that
-    it has received had been as much larger; ``restarts``: what was received before a block is forgotten."""
+    it has received had been as much larger; ``restarts``: what was received before a block is forgotten. At a block's
+    end, evicted tokens hand on ``handed_on`` of their mass."""
 
-    inherit, restarts = True, False
+    inherit, restarts, handed_on = True, False, 1.0
 
     def begin(self) -> None:
         super().begin()
@@ -349,7 +350,8 @@ class ByMass(Merging):
     def absorb(self) -> None:
         for target in {one.target for one in self.found}:
             own = self.mean(target)
-            mine = [(one, min(1.0, one.score / own)) for one in self.found if one.target == target]
+            factor = self.handed_on if self.clock < self.length else 1.0
+            mine = [(one, factor * min(1.0, one.score / own)) for one in self.found if one.target == target]
             total = sum(r for _, r in mine)
             self.values[target] = (self.values[target] + sum(r * one.value for one, r in mine)) / (1 + total)
             self.bias[target] = self.bias.get(target, 0.0) + math.log(1 + total)
@@ -400,6 +402,8 @@ class WeightedH2O(H2O):
 
 class MassD2O(ByMass, WeightedH2O):
     """``d2o(preset=mass)`` with uniform layers."""
+
+    handed_on = 0.5
 
 
 class MassHeads(MassD2O):
