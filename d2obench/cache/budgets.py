@@ -97,7 +97,7 @@ def compress_on_trial(policy: Policy, entries: Entries, keep: Tensor, last: Last
     hidden = (entries.position.gather(2, at)[:, :, None] > asked[:, None, :, None]) | ~kept.filled[:, :, None]
     bias = stats["bias"].gather(2, at) if "bias" in stats else None
     weights = attention(last, kept.keys, hidden, bias)
-    found = weights @ kept.values.float()[:, :, None]
+    found = (weights.flatten(2, 3) @ kept.values.float()).view(*weights.shape[:-1], -1)
     # 3. what that changes
     return Trial(kept, weights, found - by_head(last.outputs.transpose(1, 2), heads), asked)
 
@@ -111,10 +111,11 @@ def attention(last: LastQueries, keys: Tensor, hidden: Tensor, bias: Tensor | No
         hidden: which entries a query does not see, bool ``[B, H, n, C]``.
         bias: added to the logits of an entry, ``[B, H, C]``.
     """
-    logits = by_head(last.queries, keys.shape[1]) * last.scale @ keys.float().transpose(2, 3)[:, :, None]
+    queries = by_head(last.queries, keys.shape[1]) * last.scale
+    logits = (queries.flatten(2, 3) @ keys.float().transpose(2, 3)).view(*queries.shape[:-1], -1)
     if bias is not None:
         logits += bias[:, :, None, None]
-    return torch.softmax(logits.masked_fill(hidden[:, :, None], -torch.inf), -1).nan_to_num(0.0)
+    return torch.softmax(logits.masked_fill_(hidden[:, :, None], -torch.inf), -1).nan_to_num_(0.0)
 
 
 def projected(held: Tensor, projection: Tensor | None) -> Tensor:
@@ -126,7 +127,10 @@ def projected(held: Tensor, projection: Tensor | None) -> Tensor:
     joined, heads = held.transpose(2, 3).flatten(3), held.shape[1]
     if projection is None:
         return joined
-    return joined @ projection.float().view(projection.shape[0], heads, -1).permute(1, 2, 0)
+    # one product for each KV head, of all sequences together: its part of W_O need not be copied for each of them
+    weight = projection.float().view(projection.shape[0], heads, -1).permute(1, 2, 0)
+    found = torch.bmm(joined.transpose(0, 1).flatten(1, 2), weight)
+    return found.view(heads, held.shape[0], -1, projection.shape[0]).transpose(0, 1)
 
 
 def output_error(

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,18 +70,18 @@ def water_fill(share: Sequence[float], total: int, floor: int, cap: int) -> list
     floor = min(floor, total // count, cap)
     total = max(count * floor, min(count * cap, total))
     low, high = 0.0, 1.0
-    ideal = [max(float(s), 1e-300) * total for s in share]
-    while sum(min(cap, max(floor, high * part)) for part in ideal) < total - 1e-9 and high < 1e300:
+    ideal = np.maximum(np.array(share, float), 1e-300) * total
+    while np.clip(high * ideal, floor, cap).sum() < total - 1e-9 and high < 1e300:
         high *= 2
     for _ in range(2000):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        if sum(min(cap, max(floor, middle * part)) for part in ideal) < total:
+        if np.clip(middle * ideal, floor, cap).sum() < total:
             low = middle
         else:
             high = middle
-    exact = [min(cap, max(floor, high * part)) for part in ideal]
+    exact = np.clip(high * ideal, floor, cap).tolist()
     budgets = [int(part + 1e-9) for part in exact]
     order = sorted(range(count), key=lambda i: (budgets[i] - exact[i], i))
     missing = total - sum(budgets)

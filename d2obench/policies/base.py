@@ -348,9 +348,8 @@ def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Te
     """Ranks from ``score``: the first ``sinks`` positions rank highest, then the last ``recent`` tokens (newest first;
     ``[B]`` or ``[B, H]``), then the rest by score; padding ranks lowest."""
     position, length = entries.position, entries.length[:, None, None]
-    rank = score.clone()
     newest = position >= length - per_row(recent, position.device)
-    rank[newest] = RECENT + 1e14 * position[newest].float()
+    rank = torch.where(newest, RECENT + 1e14 * position.float(), score)
     rank.masked_fill_((position >= 0) & (position < sinks), torch.inf)
     return rank.masked_fill_(position < 0, -torch.inf)
 

@@ -49,9 +49,9 @@ def _by_loop(held: Tensor) -> Tensor:
 
     rows, count, width = held.shape
     slots = -(-count // COLUMNS) * COLUMNS
-    turned, half = torch.zeros(rows, width, slots), torch.zeros(rows, slots)
-    turned[..., :count] = held.transpose(1, 2)
-    half[:, :count] = held.square().sum(-1) * -0.5
+    turned, half = torch.empty(rows, width, slots), torch.zeros(rows, slots)
+    turned[..., :count], turned[..., count:] = held.transpose(1, 2), 0.0
+    torch.linalg.vector_norm(held, dim=-1, out=half[:, :count]).square_().mul_(-0.5)
     found = torch.empty(rows, count)
     given = DistanceArguments(items=rows * -(-count // BLOCK), count=count, slots=slots, width=width)
     given.point(keys=held, turned=turned, half=half, found=found)
