@@ -10,11 +10,13 @@ from d2obench.decode.state import DecodeState
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
 from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
+from d2obench.slots.ragged import RaggedStore
 
 
 @dataclass(frozen=True)
 class Case:
-    """A state of random entries that fill all slots of each layer but the one for the next token."""
+    """A state of random entries that fill all slots of each layer but the one for the next token. Each row has fewer
+    slots than its layer by as many as are ``missing``, if that is given."""
 
     heads: int = 2
     batch: int = 1
@@ -23,6 +25,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     capacities: tuple[int, ...] = (21, 38)
     policy: str | Policy = "d2o"
+    missing: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -43,6 +46,8 @@ def state_of(case: Case, seed: int = 0) -> DecodeState:
         store.fill(layer, keys, torch.randn(rows, count, case.widths[1], generator=generator).to(case.dtype))
         position[layer, :, :count] = torch.arange(count)
         position[layer, :, count:capacity] = EMPTY
+    if case.missing:
+        store = shortened(store, position, case.missing, policy.grows)
     now = torch.full((rows,), width - 2, dtype=torch.int32)
     state = DecodeState(store, position, now, policy, case.heads, case.group, filled, policy.grows)
     if policy.grows:
@@ -52,6 +57,22 @@ def state_of(case: Case, seed: int = 0) -> DecodeState:
         remembered = [{"threshold": torch.full((case.batch, case.heads), 0.3)} for _ in case.capacities]
         state.start(remembered, [{"sum": sum_, "square": sum_ * sum_} for sum_ in sums])
     return state
+
+
+def shortened(store: DenseStore, position: torch.Tensor, missing: tuple[int, ...], grows: bool) -> RaggedStore:
+    """A store with the same contents, but for what is missing in each row: the first slots in a cache that grows, the
+    last ones in another. Positions are changed in place."""
+    for layer, capacity in enumerate(store.capacities):
+        for row, gone in enumerate(missing):
+            if grows:
+                position[layer, row, :gone] = CLOSED
+            else:
+                position[layer, row, capacity - gone : capacity] = CLOSED
+                position[layer, row, capacity - gone - 1] = EMPTY
+    found = RaggedStore.of_positions(position, store.widths, store.dtype, ([], []))
+    for layer in range(len(store.capacities)):
+        found.fill(layer, store.keys(layer), store.values(layer))
+    return found
 
 
 def fresh(case: Case, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

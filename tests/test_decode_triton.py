@@ -67,6 +67,24 @@ def test_splits_give_what_one_program_gives() -> None:
         torch.testing.assert_close(one.threshold, many.threshold)
 
 
+@pytest.mark.parametrize(("policy", "splits"), [("full", 1), ("full", 3), ("h2o", 3), ("d2o(preset=mass)", 2)])
+def test_rows_of_unequal_length(policy: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(group=2, capacities=(170, 201), missing=(0, 130), policy=policy)
+    state = split(case, splits)
+    monkeypatch.setattr(backend, "OFFERS", ())
+    plain, generator = state_of(case), torch.Generator().manual_seed(1)
+    assert state.store.slots == plain.store.slots == 2 * (170 + 201 - 130)
+    for _ in range(2):
+        for layer in range(2):
+            new = fresh(case, generator)
+            torch.testing.assert_close(step(state, layer, new), step(plain, layer, new), rtol=1e-4, atol=1e-5)
+        state.advance(), plain.advance()
+        assert torch.equal(state.position, plain.position) and torch.equal(state.target, plain.target)
+        torch.testing.assert_close(state.score, plain.score)
+    torch.testing.assert_close(state.store.key_rows, plain.store.key_rows)
+    torch.testing.assert_close(state.store.value_rows, plain.store.value_rows)
+
+
 def test_a_merge_target_that_leaves_takes_the_merge_along() -> None:
     """The victim of a step is the merge target of the same step: what is staged is the merged entry."""
     case = Case(heads=1, group=2, capacities=(20,))

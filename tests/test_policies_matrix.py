@@ -25,7 +25,7 @@ VARIANTS = [
     "snapkv(window=4)", "snapkv(window=4,decode=slide,pool=max)", "pyramidkv(window=3)",
     "pyramidkv(window=3,decode=slide)", "streaming(sinks=2)", "streaming(positions=cache)",
     "d2o(preset=released)", "d2o(interval=3)", "d2o(preset=mass)", "d2o(preset=mass,interval=3)",
-    "d2o(preset=mass,heads=true)", "d2o(allocate=error,heads=true)", "d2o(preset=mass,heads=true,interval=3)",
+    "d2o(preset=mass,heads=true)", "d2o(preset=mass,heads=true,interval=3)",
     "adakv(score=snapkv(window=4))", "adakv(score=snapkv(window=4,decode=slide,merge=mass),form=forced)",
     "adakv(score=h2o)", "adakv(score=d2o)", "d2o(preset=mass)+quant(bits=8)", "h2o(merge=mass)",
     "snapkv(window=4,merge=mass)", "tova(merge=mass)",
