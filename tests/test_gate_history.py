@@ -190,8 +190,8 @@ def test_the_page_has_a_figure_for_each_figure_of_each_cell_and_names_the_commit
     assert page.warnings[0] == "a warning"
     change = page.headline[0].rows[0][-1]
     assert (change.text, change.mark) == (f"+25.0% at {entry(3).commit[:12]}, 2030-01-03", "bad")
-    written = write_report(page, tmp_path, ["md", "html"])
-    assert {path.name for path in written} == {"history.md", "history.html", "history-1.svg", "history-2.svg"}
+    written = write_report(page, tmp_path, ["md"])
+    assert {path.name for path in written} == {"history.md", "history-1.svg", "history-2.svg"}
     assert "http://www.w3.org/2000/svg" in (tmp_path / "figures/history-1.svg").read_text()
 
 

@@ -165,6 +165,7 @@ def test_what_a_side_needs_is_read_from_its_wheel_and_its_list(tmp_path):
     assert not _satisfied("--index-url https://example.org") and not _satisfied("numpy @ file:///x")
 
 
+@pytest.mark.slow
 def test_a_pinned_dependency_gets_a_layer_of_its_own_that_is_made_once(tmp_path, monkeypatch):
     """A package that is installed here in version 1 and wanted in version 2 by one side: a local wheel, no network."""
     monkeypatch.setenv("D2OBENCH_CACHE", str(tmp_path / "cache"))
@@ -196,6 +197,51 @@ def test_a_pinned_dependency_gets_a_layer_of_its_own_that_is_made_once(tmp_path,
             assert out.stdout.split()[0] == "2", out.stderr
             assert Path(out.stdout.split()[1]).resolve().is_relative_to(found["head"].code)
     assert said.count("installing 1 requirements of the head") == 1
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_an_environment_of_ones_own_is_made_by_uv_from_the_lock_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2OBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(environments.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(environments, "requires", lambda name: ["torch>=2", "pytest; extra == 'test'"])
+    asked: list[list[str]] = []
+
+    def scripted(command: list[str], problem: str, cwd: Path | None = None) -> str:
+        asked.append([*command])
+        if command[1:3] == ["-m", "venv"]:
+            Path(command[-1]).mkdir(parents=True)
+        return "# made by uv\npinned==2\n    # via plugin\nd2obench==0.1\n"
+
+    monkeypatch.setattr(environments, "_run", scripted)
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "uv.lock").write_text("")
+    with places({"head": tmp_path}, {"head": sys.executable}, "own", str) as found:
+        python = Path(found["head"].python)
+    wheel, export, venv, install = asked
+    assert wheel[:4] == ["/bin/uv", "pip", "install", "--python"] and wheel[-1] == str(tmp_path)
+    assert {"--no-deps", "--target"} <= set(wheel)
+    assert export[:3] == ["uv", "export", "--frozen"]
+    assert venv[-1] == str(python.parents[1])
+    assert install[3:5] == ["--python", str(python)]
+    assert (python.parents[1] / "requirements.txt").read_text() == "pinned==2\ntorch>=2\n"
+    assert not (python.parents[1] / "below.pth").exists()
+    with places({"head": tmp_path}, {"head": sys.executable}, "own", str) as again:
+        assert again["head"].python == str(python)
+    assert len(asked) == 6  # the wheel and the lock file once more, the environment not
+
+
+def test_an_environment_that_can_not_be_made_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("D2OBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setattr(environments.shutil, "which", lambda name: None)
+    (tmp_path / "requirements.txt").write_text("no-such-package-here==1\n")
+    with (
+        pytest.raises(WorkerError, match="the requirements of the head can't be installed: ERROR"),
+        places({"head": tmp_path}, {"head": sys.executable}, "shared", str),
+    ):
+        pass
+    assert [path.suffix for path in (tmp_path / "cache/environments/gate").iterdir()] == [".lock"]
     assert not list((tmp_path / "scratch").iterdir())
 
 

@@ -135,9 +135,9 @@ def gate(
 ) -> None:
     """Fail if something became slower, larger or worse, compared with a committed baseline or another revision.
 
-    It works in any git repository: of a policy, a task or a model as a package, of pinned libraries, or, with
-    --command, of anything that can be measured. Each side is built as a wheel and runs in an environment with its own
-    dependencies; see the table [gate] of the suite. d2obench gate init writes a suite and a CI workflow.
+    It works in any git repository: of a policy, a task or a model as a package, of pinned libraries, or of anything
+    that a command can measure (see --command). Each side is built as a wheel and runs in an environment with its own
+    dependencies, as the table gate of the suite says. d2obench gate init writes a suite and a CI workflow.
 
     The exit code is 0 without a regression, 1 with one, 2 if no comparison was possible, and 3 for --strict.
 

@@ -76,11 +76,13 @@ def init(
     policies = split_list(policy) if policy else policies_of(folder) or ["d2o"]
     typer.echo(f"measuring the noise of this machine for {seconds:g} s", err=True)
     size = size_for(measure_noise(pick_device(device), seconds).detectable)
-    for line in write_files(folder, {SUITE: suite_text(size, policies, model, device), **workflow}):
+    said = write_files(folder, {SUITE: suite_text(size, policies, model, device), **workflow})
+    for line in said:
         typer.echo(line)
     took = _time_of(size.looks, 2 + len(policies), model or "shape:tiny", device)
     what = "the ratio to full" if size.noisy else "TPOT"
-    typer.echo(f"on this machine: +{size.detects:.0%} in {what} with {size.looks[-1]} rounds, about {took:.0f} s")
+    whose = "a suite for this machine would detect" if "left alone" in said[0] else "on this machine"
+    typer.echo(f"{whose}: +{size.detects:.0%} in {what} with {size.looks[-1]} rounds, about {took:.0f} s")
     if size.noisy:
         typer.echo(
             "this machine is too noisy to tell 10 % in times of its own: the suite judges ratios to a policy that is "

@@ -141,7 +141,7 @@ def write_files(folder: Path, files: Mapping[Path, str]) -> list[str]:
         if old == made:
             said.append(f"{name}: as it should be")
         elif old is not None and not untouched(old):
-            said.append(f"{name}: left alone, because it was changed; delete it to have it written anew")
+            said.append(f"{name}: left alone, because it is not as it was written here; delete it to have it written")
         else:
             write_atomic(path, made.encode())
             said.append(f"{name}: written")
