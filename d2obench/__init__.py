@@ -9,7 +9,7 @@ A map of the code. A room imports only rooms below it; a lint rule holds that::
     cli/            the commands and their options
     study/          studies of the project's own statistics: coverage, many gates, many runs of quick
     report/         a report as plain data, made of the records once and rendered in every format
-    gate/           regression gates: base and head in turns, rules, verdicts, baselines
+    gate/           regression gates: base and head in turns, rules, verdicts, baselines, history
     bridges/        models for other tools: lm-evaluation-harness
     run/            planning, worker processes, rounds, engines (local, Ray, Slurm), resume
     tasks/          one file a quality task; the generator of documents

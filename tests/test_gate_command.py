@@ -98,6 +98,7 @@ def test_equal_figures_are_ok_and_the_sides_take_turns(repo):
     assert repo.log == ["base", "head", "head", "base"] * 2
     assert "own_word" in found.notes[0]
     assert found.about["suite"] == COMMAND
+    assert found.about["machine"].startswith(("cpu-", "nvidia"))
 
 
 def test_a_slower_head_is_regressed_after_a_second_sitting(repo):

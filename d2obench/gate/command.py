@@ -28,6 +28,7 @@ import msgspec
 
 from d2obench import __version__
 from d2obench.errors import UsageError, WorkerError
+from d2obench.gate.baseline import device_class
 from d2obench.gate.compare import items_of
 from d2obench.gate.environments import Place, mode_of, places
 from d2obench.gate.exclusive import exclusive
@@ -203,7 +204,9 @@ def gate_command(
         arms = {name: CommandArm(name, words, roots[name], where[name], scratch) for name in ("base", "head")}
         stack.enter_context(exclusive(cache_folder() / "gate.lock", "another gate measures on this machine", watch))
         rows, notes = compare_commands(arms, table, watch)
-    facts = {key: str(value) for key in ("cpu", "python") if (value := fingerprint().get(key)) is not None}
+    found = fingerprint()
+    facts = {key: str(found[key]) for key in ("cpu", "python") if found.get(key) is not None}
+    facts["machine"] = device_class(found)
     changed = "" if head.revision or not repository.dirty else "+dirty"
     commit = repository.commit(head.revision or "HEAD") + changed
     about = {"when": now(), "suite": command, "commit": commit, "d2obench": __version__, **facts}
