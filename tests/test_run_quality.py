@@ -14,7 +14,7 @@ from runs import Silent, cell, checked, client, run
 from test_tasks_loop import Bytes
 from test_tasks_loop import cell as quality_cell
 
-from d2obench import record
+from d2obench import record, tasks
 from d2obench.cache import Session
 from d2obench.errors import OutOfMemory
 from d2obench.models import LoadedModel
@@ -35,7 +35,7 @@ ASKED = [
     ("snapkv(window=4)", "0.3"),
 ]
 TASKS = [("fidelity(documents=5)", "96+6"), ("recall(items=3,query=unseen)", "400+8"),
-         ("needle(contexts=[500],depths=[0,0.5,1],needles=2,ask=each,query=unseen)", None)]  # fmt: skip
+         ("needle(contexts=[400],depths=[0,0.5,1],needles=2,kind=word,ask=each,query=unseen)", None)]  # fmt: skip
 
 
 class Direct:
@@ -114,16 +114,18 @@ def test_rows_are_those_of_each_cell_alone_killed_or_not(
     batches = 2 + task.startswith("fidelity")
     assert len(read) == 2 * batches, "with column sums and without"
     # 1. each cell by itself
-    alone: dict[str, Any] = {}
     for one in cells:
-        alone |= evaluate(tmp_path / one.hash, [one], Direct(model), quality)
-    assert together == alone
+        alone = tasks.evaluate(model, one, quality, lambda done, total: None)
+        status, values, details, flags, items = together[one.id]
+        assert (status, values, flags) == ("ok", alone.values, tuple(alone.details.get("flags", ())))
+        assert items == json.loads(record.dump(alone.items))
+        assert {**details, **json.loads(record.dump(alone.details))} == details
     # 2. killed in the second batch, and gone on with
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, cells, Direct(model, die_at=2), quality)
     going_on = Direct(model)
-    assert evaluate(folder, cells, going_on, quality) == alone
+    assert evaluate(folder, cells, going_on, quality) == together
     assert going_on.calls == batches - 1, "the first batch was not run again"
 
 
@@ -194,3 +196,12 @@ def test_the_workers_operations_are_those_of_the_protocol(tmp_path: Path) -> Non
         sent = [cell("h2o", task="fidelity").sent()]
         answer = worker.call("evaluate_part", {"cells": sent, "quality": {}, "part": 1})
         assert (answer["parts"], answer["places"]) == (2, [1])
+
+
+def test_a_gpu_that_breaks_costs_the_other_cells_nothing(tmp_path: Path) -> None:
+    """The cells are run apart then, and the faulty one without what failed."""
+    work = checked([cell(policy, task="fidelity") for policy in ("full", "d2o", "h2o")])
+    found = run(tmp_path / "run", work, broken=["d2o"], broken_always=["h2o"], parts=2)
+    assert {one.axes.policy: one.status for one in found.cells} == {"full": "ok", "d2o": "ok", "h2o": "failed"}
+    items = {one.axes.policy: record.read_samples(tmp_path / "run", one).get("items") for one in found.cells}
+    assert [item["id"] for item in items["d2o"]] == ["0", "1"] == [item["id"] for item in items["full"]]
