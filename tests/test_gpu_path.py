@@ -30,6 +30,8 @@ from d2obench.models import LoadedModel
 pytestmark = [
     pytest.mark.needs("triton"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="here is a real one: pytest -m cuda"),
+    # rows that pad a group to 16 and lanes that are masked compute with −inf; nothing of them is kept
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 POLICIES = [
     "full", "streaming", "local", "h2o", "h2o(normalised=true)", "d2o", "d2o(merge=values)", "d2o(inherit=true)",
@@ -37,7 +39,7 @@ POLICIES = [
     "snapkv(window=4,decode=slide)", "pyramidkv(window=4)", "streaming(positions=cache)",
     "adakv", "d2o(preset=mass,heads=true)",
 ]  # fmt: skip
-QUICK = ["full", "streaming", "h2o", "d2o", "d2o(preset=mass)", "snapkv(window=4)"]
+QUICK = ["full", "h2o", "d2o", "d2o(preset=mass)"]
 BRIDGED = {"falcon", "falcon-new"}
 """Families whose keys are a tensor class of ours, which can't be pretended as well."""
 
@@ -116,9 +118,9 @@ def test_a_conversation_on_a_gpu(gpu: Pretence, policy: str) -> None:
     assert session.remarks == ["decode steps are not captured: D2OBENCH_GRAPH is 0"]
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt-neox", "gemma3"])
-def test_other_families_on_a_gpu(gpu: Pretence, family: str) -> None:
-    check(gpu, family, "d2o", 2)
+def test_another_family_on_a_gpu(gpu: Pretence) -> None:
+    """Phi-3's queries, keys and values are parts of one tensor."""
+    check(gpu, "phi3", "streaming", 2)
 
 
 @pytest.mark.slow

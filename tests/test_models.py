@@ -117,7 +117,7 @@ def test_wrong_names_are_one_line(name: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "device", "says"),
     [
-        ("int8", "cpu", "unknown dtype 'int8'; use one of float32"),
+        ("int8", "cpu", "unknown dtype 'int8'; use one of auto, float32"),
         ("float32", "tpu", "unknown device 'tpu'; use auto, cpu"),
         ("float32", "cuda:99", "no device 'cuda:99' here"),
     ],

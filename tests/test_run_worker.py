@@ -126,6 +126,22 @@ def test_a_worker_killed_while_the_suite_is_checked_is_forgiven_once() -> None:
     assert client.asked == ["describe", "describe", "refuse_busy", "refuse_busy"]
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cuda:0", "bfloat16"), ("cpu", "float32")])
+def test_the_type_of_weights_follows_the_device(device: str, dtype: str) -> None:
+    """A GPU runs models in the type in which they are published."""
+
+    class Client:
+        def call(self, op: str, args: dict[str, Any]) -> Any:
+            return {"devices": {"auto": device}, "models": {"shape:tiny": DIMENSIONS}} if op == "describe" else {}
+
+    words = {"axes.model": "shape:tiny", "axes.task": "speed", "axes.dtype": "auto"}
+    plan = check(load_suite("quick", words), Client())  # type: ignore[arg-type]
+    assert plan.suite.axes.dtype == (dtype,)
+    assert {cell.axes.dtype for cell in plan.cells} == {dtype}
+    named = check(load_suite("quick", words | {"axes.dtype": "float16"}), Client())  # type: ignore[arg-type]
+    assert named.suite.axes.dtype == ("float16",)
+
+
 def test_counts_do_not_depend_on_the_machine(worker: Worker) -> None:
     one, two = worker.count(request(), silent), worker.count(request(), silent)
     assert one == two

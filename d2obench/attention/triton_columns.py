@@ -160,6 +160,8 @@ def sum_columns(
     """
     rows, group = out.shape[1], query.shape[1] // out.shape[1]
     blocks = _blocks(query)
+    if out_square is not None:  # two sums a thread
+        blocks["num_warps"] = 8
     square = out if out_square is None else out_square
     launch(
         _sum_columns, (triton.cdiv(keys.shape[2], blocks["BK"]), out.shape[0] * rows), query, keys, lse.contiguous(),

@@ -50,7 +50,11 @@ Model = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, _axis("Hold weights and cache in this type, float32, bfloat16 or float16: --dtype bfloat16.")
+    str | None,
+    _axis(
+        "Hold weights and cache in this type, float32, bfloat16 or float16: --dtype bfloat16. auto is bfloat16 on a "
+        "GPU and float32 on a CPU."
+    ),
 ]
 Device = Annotated[
     str | None,

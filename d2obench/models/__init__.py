@@ -37,6 +37,7 @@ __all__ = [
     "Progress",
     "check",
     "config_of",
+    "dtype_for",
     "known",
     "load",
     "pick_device",
@@ -61,12 +62,12 @@ REGISTRY = Registry(
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 KERNELS = ("d2obench", "library")
 """Whose kernels compute a model's own layers."""
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(
     name: str,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
     placement: Placement | None = None,
@@ -78,7 +79,7 @@ def load(
 
     Args:
         name: a model name of one of the forms listed in the module's docstring.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (see :func:`dtype_for`).
         device: ``cpu``, ``cuda``, ``cuda:1``, … or ``auto`` (the first GPU, else the CPU).
         progress: called as ``progress(what, done, total)`` while something is fetched or converted.
         placement: how the model is distributed if it is not on ``device`` alone.
@@ -96,7 +97,8 @@ def load(
 
     # 1. What is asked for, and whether it can be had here.
     source = source_of(name)
-    kind, place = _dtype(dtype), pick_device(device)
+    place = pick_device(device)
+    kind = _dtype(dtype_for(dtype, place.type))
     kernels = kernels or (placement or Placement()).kernels
     if kernels not in KERNELS:
         raise UsageError(f"unknown kernels '{kernels}'", remedy=f"use one of {', '.join(KERNELS)}")
@@ -182,6 +184,14 @@ def pick_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"no device '{text}' here", why=f"torch sees {torch.cuda.device_count()} GPU(s)")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def dtype_for(text: str, *devices: str) -> str:
+    """Converts ``auto`` to the type in which models are run on these devices: ``bfloat16``, in which they are
+    published, on GPUs, and ``float32``, in which they are fastest, elsewhere. Other names stay as they are."""
+    if text != "auto":
+        return text
+    return "bfloat16" if all(device.startswith("cuda") for device in devices) else "float32"
 
 
 def _dtype(text: str) -> torch.dtype:

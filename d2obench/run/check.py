@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from d2obench.errors import DataError, ModelError, SuiteError, UsageError
-from d2obench.models import Dimensions, config_of, pick_device
+from d2obench.models import Dimensions, config_of, dtype_for, pick_device
 from d2obench.models import check as check_model
 from d2obench.models.saved import check_gguf
 from d2obench.policies import PolicyChoice, parse_choice
@@ -80,9 +80,9 @@ def plan_here(suite: Suite, python: Path | None = None) -> Plan:
 def _plan(suite: Suite, facts: Mapping[str, Any], models: dict[str, Dimensions]) -> Plan:
     check_placement(suite, facts, models)
     devices = tuple(dict.fromkeys(facts["devices"][name] for name in suite.axes.device))
-    suite = msgspec.structs.replace(
-        suite, axes=msgspec.structs.replace(suite.axes, device=devices), quality=_digested(suite.quality)
-    )
+    dtypes: Any = tuple(dict.fromkeys(dtype_for(name, *devices) for name in suite.axes.dtype))
+    axes = msgspec.structs.replace(suite.axes, device=devices, dtype=dtypes)
+    suite = msgspec.structs.replace(suite, axes=axes, quality=_digested(suite.quality))
     planned = cells(suite)
     return Plan(suite, tuple(planned), models, _too_long(planned, models), sharing(suite, facts))
 

@@ -48,7 +48,7 @@ class AxesTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     model: tuple[str, ...] = ("embedded",)
     shape: tuple[str, ...] = ()
     batch: tuple[int | str, ...] = (1,)
-    dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
+    dtype: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = ("auto",)
     device: tuple[str, ...] = ("auto",)
     seed: tuple[int, ...] = (0,)
 
