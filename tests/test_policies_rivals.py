@@ -495,3 +495,24 @@ def test_duo_reads_a_file_of_heads(tmp_path: Path) -> None:
         session.compress()
     with pytest.raises(PolicyError, match="can't read the file of heads"):
         parse_policy("duo(heads=/nowhere.tsv)")
+
+
+@pytest.mark.parametrize("family", ["llama-gqa2", "gemma3"])
+@pytest.mark.parametrize(
+    "policy", ["kvzip(decode=slide)", "kvzip(plus=true,allocate=layers,decode=slide)", "duo(recent=3)"]
+)
+def test_a_conversation_goes_on(policy: str, family: str) -> None:
+    """Three turns with tokens decoded between them, each of which is compressed together with what was held."""
+    model = tiny_model(family)
+    held = cache(policy, 0.4, model=model.model, max_new=40)
+    for turn, length in enumerate((30, 7, 12)):
+        with torch.inference_mode():
+            (text,) = prompts(length, seed=turn)
+            model.model(torch.tensor([text]), **{keyword(model.model): held})
+            held.compress()
+            if "duo" not in policy:  # whose full heads keep everything
+                assert abs(float(held.kept.mean()) - 0.4 * held.seen) <= 0.5
+            for token in range(3, 8):
+                out = model.model(torch.tensor([[token]]), **{keyword(model.model): held}).logits
+                assert out.isfinite().all()
+    assert held.seen == 64
