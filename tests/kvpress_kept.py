@@ -32,6 +32,10 @@ PRESSES: dict[str, Callable[[Any], Any]] = {
     "criticalkv(score=expected(value_norms=false))": lambda kvpress: kvpress.CriticalKVPress(
         kvpress.ExpectedAttentionPress(use_vnorm=False)
     ),
+    "adakv(score=snapkv(window=64),form=forced)": lambda kvpress: kvpress.AdaKVPress(kvpress.SnapKVPress()),
+    "adakv(score=expected(epsilon=0.02),form=forced,safeguard=0.5)": lambda kvpress: kvpress.AdaKVPress(
+        kvpress.ExpectedAttentionPress(epsilon=0.02), alpha_safeguard=0.5
+    ),
     "kvzip(sinks=0)": lambda kvpress: kvpress.KVzipPress(n_sink=0),
     "kvzip(sinks=0,chunk=200)": lambda kvpress: kvpress.KVzipPress(n_sink=0, chunk_size=200),
     "kvzip(sinks=0,plus=true)": lambda kvpress: kvpress.KVzipPress(n_sink=0, kvzip_plus_normalization=True),

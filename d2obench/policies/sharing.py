@@ -11,6 +11,9 @@ the authors round each head by itself.
 
 ``forced``, the code of kvpress. The ⌊α·B⌋ highest entries of each head are kept, then the highest of the layer until it
 holds H·B. So α takes nothing from a head that has more than this share anyway.
+
+``capacity`` is the default, because the paper's results are those of its authors' code; ``forced`` keeps the very
+entries that kvpress keeps.
 """
 
 from __future__ import annotations
