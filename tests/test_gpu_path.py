@@ -124,8 +124,13 @@ def test_another_family_on_a_gpu(gpu: Pretence) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - BRIDGED))
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        *(("llama-gqa2", policy) for policy in POLICIES),
+        *((family, "d2o") for family in sorted(CONFIGS.keys() - BRIDGED)),
+    ],
+)
 def test_every_policy_and_family_on_a_gpu(gpu: Pretence, family: str, policy: str) -> None:
     check(gpu, family, policy, 10)
 
