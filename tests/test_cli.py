@@ -127,7 +127,7 @@ BAD = {
     "no suite": (["run"], "which suite?; name a .toml or one of"),
     "unknown suite": (["run", "quik"], "unknown suite 'quik'"),
     "no such file": (["run", "none.toml"], "can't read the suite none.toml"),
-    "unknown policy": (["run", "quick", "--policy", "d3o"], "unknown policy 'd3o'; did you mean 'd2o'?"),
+    "unknown policy": (["run", "quick", "--policy", "d2oo"], "unknown policy 'd2oo'; did you mean 'd2o'?"),
     "unknown parameter": (["run", "quick", "--policy", "d2o(merg=kv)"], "no parameter 'merg'"),
     "broken policy": (["run", "quick", "--policy", "d2o("], "d2o("),
     "budget of 0": (["run", "quick", "--budget", "0"], "budget 0 is out of range"),

@@ -25,15 +25,12 @@ from d2obench.run.plan import Plan, group, shares
 from d2obench.run.predict import ITEM_BYTES, Device, predict, rates_here
 from d2obench.run.run_folder import RunLog
 from d2obench.run.worker_client import Client, again
-from d2obench.stats.intervals import WINDOWS
 from d2obench.suite.definition import Suite, Timing
 from d2obench.suite.grammar import Shape
 from d2obench.tasks.base import Cell
 
 REPORT_S = 12.0
 """Seconds reserved for writing and rendering the report: about what it takes on a busy machine."""
-LEAST_WINDOWS = WINDOWS
-"""Windows that a process measures at least, however few rounds are left to it: fewer give no interval."""
 LEAST_ITEMS = 2
 """A quality task gets at least so many items or is dropped: one item gives no interval."""
 PROBE = Shape(256, 9)
@@ -247,11 +244,14 @@ def sharing_of(plan: Plan) -> dict[str, int]:
 
 
 def cut_timing(suite: Suite, rounds: int) -> Timing:
-    """The table ``timing`` with at most ``rounds`` rounds, and with windows and processes in proportion."""
+    """The table ``timing`` with at most ``rounds`` rounds, and with windows and processes in proportion; there are
+    enough windows for an interval."""
+    from d2obench.stats.intervals import WINDOWS
+
     timing = suite.timing
     if rounds >= timing.rounds:
         return timing
-    windows = max(LEAST_WINDOWS, math.ceil(timing.windows * rounds / timing.rounds)) if timing.windows else 0
+    windows = max(WINDOWS, math.ceil(timing.windows * rounds / timing.rounds)) if timing.windows else 0
     processes = min(timing.processes, rounds)
     return msgspec.structs.replace(timing, rounds=rounds, max_rounds=rounds, windows=windows, processes=processes)
 
