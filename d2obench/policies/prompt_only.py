@@ -55,7 +55,7 @@ class PromptOnly(Policy):
 
     def importance(self, entries: Entries) -> Tensor:
         """What entries are ranked by, float32 ``[B, H, N]``; the higher, the more important."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no importance")
 
     def rank(self, entries: Entries, keep: Tensor) -> Tensor:
         return window_rank(self.importance(entries), entries, 0, torch.zeros_like(keep))
