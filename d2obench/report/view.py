@@ -288,3 +288,8 @@ def printable(text: str, keep: str = "") -> str:
     Every renderer passes what it shows through this function, and then through the escaping of its own format.
     """
     return "".join(char if char.isprintable() or char in keep else "�" for char in text)
+
+
+def axis_title(metric: str) -> str:
+    """``TPOT, ms``: an axis title from the metric table."""
+    return f"{METRICS[metric].header}, {METRICS[metric].unit}" if METRICS[metric].unit else METRICS[metric].header
