@@ -26,8 +26,6 @@ from d2obench.attention import triton_columns as columns
 from d2obench.decode.triton import backend
 from d2obench.models import rotary_triton
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB of shared memory that a program may have, by compute capability."""
 KINDS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
     torch.bool: "*i1",

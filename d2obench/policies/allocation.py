@@ -64,13 +64,14 @@ def water_fill(share: Sequence[float], total: int, floor: int, cap: int) -> list
 
     What clipping adds or removes is taken from or given to the other layers in proportion to their shares; fractions
     are rounded by largest remainder, ties to the lower layer. A ``total`` outside ``[n·floor, n·cap]`` is moved to the
-    nearer end, except that ``floor`` is lowered if ``total`` is too small for it.
+    nearer end, except that ``floor`` is lowered if ``total`` is too small for it. A share that is not a number counts
+    as 0: a broken model is told by its logits.
     """
     count = len(share)
     floor = min(floor, total // count, cap)
     total = max(count * floor, min(count * cap, total))
     low, high = 0.0, 1.0
-    ideal = np.maximum(np.array(share, float), 1e-300) * total
+    ideal = np.fmax(np.array(share, float), 1e-300) * total
     while np.clip(high * ideal, floor, cap).sum() < total - 1e-9 and high < 1e300:
         high *= 2
     for _ in range(2000):
