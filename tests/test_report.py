@@ -631,6 +631,22 @@ def test_a_diagnosis_shows_every_layer_beside_the_two_rules_of_budgets(tmp_path:
     assert shown["exp(−variance)", "share of budget ÷ mean"] == pytest.approx([even, even * math.exp(-1)], abs=1e-4)
 
 
+def test_the_first_table_of_many_budgets_shows_all_policies_at_the_smallest(tmp_path: Path) -> None:
+    """And so does the sentence above it."""
+    policies = [f"d2o(beta=0.{i})" for i in range(9)] + ["d2o"]
+    draw = random.Random(1)
+    cells = [
+        made.quality_cell(tmp_path / "run", made.axes("fidelity", policy, budget, shape="512+24"), draw)
+        for policy in policies for budget in ("0.1", "0.2", "0.4")
+    ]  # fmt: skip
+    report = build([made.write_run(tmp_path / "run", "many", cells)])
+    table = report.headline[0]
+    at = {column.key: place for place, column in enumerate(table.columns)}
+    assert [row[at["policy"]].text for row in table.rows] == policies
+    assert {row[at["budget"]].text for row in table.rows} == {"0.1"} and "budget 0.1" in report.verdict[0]
+    assert table.notes[0].startswith("20 rows of other budgets")
+
+
 def test_policies_of_one_figure_have_colours_of_their_own() -> None:
     names = ["full", "d2o", *(f"d2o(beta=0.{i})" for i in range(len(charts.SPARE)))]
     found = charts.palette(names)

@@ -25,7 +25,8 @@ def details(found: Sequence[Result]) -> Iterator[Figure]:
 
 
 def _drift(found: Sequence[Result]) -> Figure | None:
-    """KL to full against the position in the generation, of each policy and budget at its longest shape."""
+    """KL to full against the position in the generation, of each policy and budget at its longest shape. If there are
+    too many lines, those of the smallest budget are drawn."""
     points: list[Point] = []
     best: dict[str, Result] = {}
     for result in found:
@@ -33,6 +34,9 @@ def _drift(found: Sequence[Result]) -> Figure | None:
             label = result.key.label
             if label not in best or volume(result.key) > volume(best[label].key):
                 best[label] = result
+    if len(best) > MAX_LINES:
+        least = min(float(one.key.budget or math.inf) for one in best.values())
+        best = {label: one for label, one in best.items() if float(one.key.budget or math.inf) == least}
     for label, result in list(best.items())[:MAX_LINES]:
         for place, kl in _drifts(result):
             points.append((result.key.policy, label, result.key.budget or "all", place, round(kl, 6)))

@@ -103,7 +103,9 @@ def first(rows: Sequence[Row]) -> list[Table]:
     fixed = _fixed(rows[0].key, [*names, "policy", "budget"])
     title = _title(wheres)
     left_out = len(rows) - len(shown)
-    notes = (f"{left_out} rows of smaller settings stand in the tables below and in results.csv.",) if left_out else ()
+    same = {row.key.group for row in shown} & {row.key.group for row in rows if row not in shown}
+    others = "other budgets" if same else "smaller settings"
+    notes = (f"{left_out} rows of {others} stand in the tables below and in results.csv.",) if left_out else ()
     return [Table(f"{title}: {fixed}" if fixed else title, tuple(columns), tuple(body), tuple(groups), notes)]
 
 
@@ -133,7 +135,7 @@ def setting(key: Key, names: Sequence[str]) -> str:
 def _largest_settings(rows: Sequence[Row], most: int) -> list[Row]:
     """Rows of as many whole settings as fit into ``most`` rows: settings with figures of speed first, then the largest.
 
-    If the first setting alone does not fit, its first rows are returned.
+    If the first setting alone does not fit, its rows at the smallest budget, which the sentences are about, come.
     """
     kept: list[Row] = []
 
@@ -143,6 +145,10 @@ def _largest_settings(rows: Sequence[Row], most: int) -> list[Row]:
     for group in sorted(grouped(rows), key=order):
         if kept and len(kept) + len(group) > most:
             break
+        if len(group) > most:
+            asked = [float(row.key.budget) for row in group if row.key.budget]
+            least = min(asked, default=0.0)
+            group = [row for row in group if not row.key.budget or float(row.key.budget) == least]
         kept += group[:most]
     return kept
 
