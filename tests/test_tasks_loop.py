@@ -199,7 +199,7 @@ def test_fidelity_reads_the_users_text(model: LoadedModel, tmp_path: Any) -> Non
     quality = Quality(data={"fidelity": str(path)})
     found = evaluate(model, cell("fidelity", shape="64+4"), quality, quiet)
     assert len(found.items) == 4
-    assert found.details["text"] == str(path)
+    assert found.details["text"] == "own.txt"
     path.write_text("short")
     with pytest.raises(DataError, match=r"too short for this shape: it has 5 tokens and one document takes 69"):
         evaluate(model, cell("fidelity", shape="64+4"), quality, quiet)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from d2obench.errors import DataError, UsageError
@@ -76,7 +77,8 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def conclude(self, cell: Cell, quality: Quality, items: list[Item]) -> Evaluation:
         """See :meth:`Task.conclude`."""
-        source = quality.data.get(self.name) or self.hub or "generated"
+        path = quality.data.get(self.name)
+        source = Path(path).name if path else self.hub or "generated"
         details = {"documents": len(items), "positions": shape_of(cell).gen, "text": source, "drift": drift(items)}
         return Evaluation(self.rescore(items), items, details)
 
