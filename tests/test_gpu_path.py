@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretence]:
 
 
 def talk(loaded: LoadedModel, policy: str, steps: int, noted: Pretence | None = None) -> tuple[torch.Tensor, Session]:
-    """A prompt, decode steps, a second turn and decode steps; all logits."""
+    """A prompt, decode steps, a second turn and two more steps; all logits."""
     budget = None if policy in ("full", "quant(bits=8)") else "0.4"
     session = Session(loaded, policy, budget, max_new=2 * steps + 8, seed=3)
     found = []
@@ -68,9 +68,9 @@ def talk(loaded: LoadedModel, policy: str, steps: int, noted: Pretence | None = 
         if noted is not None:
             noted.phase = name
 
-    def decode() -> None:
+    def decode(count: int) -> None:
         phase("decode")
-        for _ in range(steps):
+        for _ in range(count):
             tokens = inner(found[-1]).argmax(-1)
             found.append(session.step(to(tokens)))
 
@@ -81,7 +81,7 @@ def talk(loaded: LoadedModel, policy: str, steps: int, noted: Pretence | None = 
     found.append(session.prefill(prompts(26, 17)))
     phase("compress")
     session.compress()
-    decode()
+    decode(steps)
     phase("turn")
     tokens = torch.tensor(prompts(5, 5, seed=1))
     positions = session._positions + to(torch.arange(5))
@@ -89,7 +89,7 @@ def talk(loaded: LoadedModel, policy: str, steps: int, noted: Pretence | None = 
     session._positions = positions[:, -1:] + to(torch.ones(1, dtype=torch.long))
     found.append(out.float())
     session.compress()
-    decode()
+    decode(2)
     with _disable_current_modes():
         return torch.stack([inner(one).clone() for one in found]), session
 
