@@ -71,6 +71,13 @@ class _Published(msgspec.Struct):
     figures: tuple[Figure, ...] = ()
 
 
+READ = {
+    True: "where the task allows it, policies shared the reading of prompts",
+    False: "each read its prompts itself",
+}
+"""``quality.share`` of a suite → what it means for the reader."""
+
+
 def build(folders: Sequence[Path]) -> Report:
     """The report of one run, or of several side by side.
 
@@ -250,7 +257,7 @@ def _notes(runs: Sequence[tuple[str, Run]]) -> Iterator[str]:
         quality = [cell for cell in run.cells if cell.axes.task != SPEED and cell.status == "ok"]
         if share is not None and len(quality) > 1:
             at, seconds = f"{name}: " if len(runs) > 1 else "", sum(cell.seconds for cell in quality)
-            yield f"{at}{len(quality)} quality cells took {seconds:,.1f} s with quality.share = {str(share).lower()}."
+            yield f"{at}{len(quality)} quality cells took {seconds:,.1f} s; {READ[share]}."
     if any(cell.axes.model == "embedded" for _, run in runs for cell in run.cells):
         yield EMBEDDED
 
