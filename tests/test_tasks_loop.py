@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import tiny_model
 
 from d2obench.errors import DataError, ModelError, UsageError
 from d2obench.models import LoadedModel
@@ -289,3 +290,15 @@ def test_the_real_model_answers_as_generate_does(embedded: LoadedModel) -> None:
 def test_keeping_more_than_asked_is_flagged(model: LoadedModel, policy: str, budget: str, more: bool) -> None:
     found = evaluate(model, cell("fidelity(documents=2)", policy, budget, "64+8"), Quality(), quiet)
     assert ("keeps more than asked" in found.details.get("flags", ())) is more
+
+
+def test_a_policy_that_carries_thresholds_begins_each_cell_without_any() -> None:
+    """The second cell of a process is the first one; the documents of one cell differ by what they carry."""
+    model = dataclasses.replace(tiny_model("llama-deep"), tokenizer=Bytes(), has_sense=True, context=4096)
+    found = [
+        evaluate(model, cell("fidelity(documents=3)", policy, "0.3", "96+8"), Quality(batch=1), quiet)
+        for policy in ("d2o(preset=released)", *2 * ["d2o(preset=released,carry_threshold=true)"])
+    ]
+    alone, first, second = ([item["kl"] for item in evaluation.items] for evaluation in found)
+    assert first == second
+    assert first[0] == alone[0] and first[1:] != alone[1:]

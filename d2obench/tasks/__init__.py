@@ -9,6 +9,7 @@ imports neither torch nor datasets. ``speed`` is no task of this package: ``run`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,12 @@ def read_cell(sent: Mapping[str, Any]) -> Cell:
 
 
 def evaluate(loaded: LoadedModel, cell: Cell, quality: Quality, report: Report) -> Evaluation:
-    """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`."""
+    """Runs a cell's quality task in this process; see :meth:`d2obench.tasks.base.Task.evaluate`.
+
+    A policy that carries something from one prompt to the next begins each cell without it.
+    """
+    if cell.policy.carries_over:
+        cell = dataclasses.replace(cell, policy=dataclasses.replace(cell.policy))  # which builds its policy anew
     return _completed(cell, ready(loaded, cell, quality).evaluate(loaded, cell, quality, report))
 
 
