@@ -1,1 +1,5 @@
-"""What is asked for: the TOML of a suite, the grammar of its axes, its targets. Imports no torch."""
+"""What is asked for, as the user writes it.
+
+``definition`` reads a suite from TOML, with its targets, and ``grammar`` parses the text of one axis: a shape, a budget,
+a policy with parameters. Imported by every package above; imports ``metric``, ``record`` and ``errors``, and no torch.
+"""
