@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from repository import TEMPLATE
 
 from d2obench.errors import D2OBenchError, UsageError, WorkerError
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.study import repository
-from d2obench.study.repository import Change, judge, read_changes, study, write_study
+from d2obench.study.repository import Change, judge, read_changes, read_study, study, write_study
 
 CHANGES = read_changes(TEMPLATE)
 OK, BAD, OPEN, NONE = Verdict.OK, Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.INCOMPARABLE
@@ -26,7 +27,8 @@ def verdicts(**found: Verdict) -> Verdicts:
     ("change", "found", "word"),
     [
         ("clean", verdicts(tpot_s=OK, kl=OK), "right"),
-        ("clean", verdicts(tpot_s=OPEN), "right"),  # it does not know, and does not fail
+        ("clean", verdicts(tpot_s=OPEN, kl=OK), "undecided"),  # it does not know, and does not fail
+        ("clean", verdicts(tpot_s=OPEN, kl=BAD), "wrong"),
         ("clean", verdicts(tpot_s=BAD), "wrong"),
         ("clean", verdicts(tpot_s=NONE), "wrong"),
         ("slower", verdicts(tpot_s=BAD), "right"),
@@ -83,6 +85,30 @@ def test_changes_take_turns_and_each_begins_from_the_base(tmp_path: Path, monkey
     assert "| slower: a decode step takes 10 % longer | REGRESSED in tpot_s | 3 | 3 | 0 | 0 |" in text
     assert "broken" not in text
     assert len(json.loads((tmp_path / "study.json").read_text())["trials"]) == 6
+    # it goes on where it was stopped, also within a turn
+    part = msgspec.structs.replace(found, trials=found.trials[:5])
+    write_study(tmp_path, part)
+    seen.clear()
+    again = study(TEMPLATE, gates=4, only=["clean", "slower"], known=read_study(tmp_path), watch=said.append)
+    assert [trial.change for trial in again.trials] == ["clean", "slower"] * 4
+    assert len(seen) == 3
+
+
+def test_a_study_is_not_continued_with_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = {"cpu": "a"}
+    monkeypatch.setattr(repository, "_gate", lambda root: msgspec.structs.replace(verdicts(tpot_s=OK), about=machine))
+    assert read_study(tmp_path) is None
+    write_study(tmp_path, study(TEMPLATE, gates=1, only=["clean"], watch=str))
+    known = read_study(tmp_path)
+    assert known is not None and known.environment == machine
+    with pytest.raises(UsageError, match=r"another study.*load"):
+        study(TEMPLATE, gates=2, burn=True, known=known, watch=str)
+    machine["cpu"] = "b"
+    with pytest.raises(UsageError, match=r"another study.*machine"):
+        study(TEMPLATE, gates=2, only=["clean"], known=known, watch=str)
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(UsageError, match="another study"):
+        read_study(tmp_path)
 
 
 @pytest.mark.parametrize(

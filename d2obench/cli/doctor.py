@@ -98,7 +98,8 @@ Output = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="With a study or --coverage, write the results to this folder. By default, they are only printed.",
+        help="With a study or --coverage, write the results to this folder; --study-repository and --study-quick go on "
+        "with what it holds. By default, results are only printed.",
     ),
 ]
 
@@ -241,13 +242,18 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
 
 def _show_study_repository(console: Console, folder: Path, gates: int, output: Path | None, *, load: bool) -> None:
     """Gates the known changes of a repository and prints how often that was right."""
-    from d2obench.study.repository import as_markdown, study, write_study
+    from d2obench.study.repository import as_markdown, read_study, study, write_study
 
     def watch(words: str) -> None:
         console.print(words, style="dim", markup=False)
 
     found = study(
-        folder, gates=gates, burn=load, watch=watch, keep=lambda part: write_study(output, part) if output else None
+        folder,
+        gates=gates,
+        burn=load,
+        known=read_study(output) if output else None,
+        watch=watch,
+        keep=lambda part: write_study(output, part) if output else None,
     )
     console.print(as_markdown(found), markup=False)
 

@@ -23,6 +23,8 @@ import msgspec
 from d2obench.errors import D2OBenchError, UsageError
 from d2obench.gate.gate import Side, gate
 from d2obench.gate.verdict import Verdict, Verdicts
+from d2obench.gate.worktree import terminable
+from d2obench.measure.environment import fingerprint
 from d2obench.metric import METRICS
 from d2obench.record import write_atomic
 from d2obench.stats.intervals import proportion
@@ -30,8 +32,7 @@ from d2obench.study.gate import burning
 
 Word = Literal["right", "undecided", "wrong"]
 SUITE = "gate.toml"
-MOST_FALSE = 1 / 200
-"""The share of gates of equal code that may find a regression."""
+RECORD = "study.json"
 
 
 class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,12 +46,14 @@ class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One gate: the change, what it found, in words, whether that is right, and how many seconds it took."""
+    """One gate: the change, what it found, in words, whether that is right, how many seconds it took, and the commit of
+    d2obench."""
 
     change: str
     word: Word
     found: str
     seconds: float
+    commit: str
 
 
 class Study(msgspec.Struct, frozen=True):
@@ -87,15 +90,14 @@ def judge(change: Change, found: Verdicts | D2OBenchError) -> Word:
     """Whether a gate's result is right for a change."""
     if isinstance(found, D2OBenchError) or found.of(Verdict.INCOMPARABLE):
         return "right" if change.verdict == "error" else "wrong"
-    regressed = {row.metric for row in found.of(Verdict.REGRESSED)}
+    regressed, open_ = ({row.metric for row in found.of(one)} for one in (Verdict.REGRESSED, Verdict.INCONCLUSIVE))
     if change.verdict == "OK":
-        return "wrong" if regressed else "right"
+        return "wrong" if regressed else "undecided" if open_ else "right"
     if change.verdict == "error" or (change.only and regressed - {change.metric}):
         return "wrong"
     if change.metric in regressed:
         return "right"
     metric = METRICS.get(change.metric)
-    open_ = {row.metric for row in found.of(Verdict.INCONCLUSIVE)}
     noisy = metric is not None and metric.kind in ("timed", "ratio", "sampled")
     return "undecided" if noisy and change.metric in open_ else "wrong"
 
@@ -106,6 +108,7 @@ def study(
     gates: int = 20,
     burn: bool = False,
     only: Iterable[str] = (),
+    known: Study | None = None,
     watch: Callable[[str], None] = print,
     keep: Callable[[Study], None] = lambda found: None,
 ) -> Study:
@@ -116,31 +119,55 @@ def study(
         gates: of each change.
         burn: whether another process keeps one core busy meanwhile.
         only: names of changes; all by default.
+        known: a part of this study that was made before, whose gates count.
         watch: receives a line after each gate.
         keep: receives what has been found after each gate.
+
+    Raises:
+        UsageError: the folder has nothing to study, or ``known`` is of other changes, of another load, or of another
+            machine.
     """
     changes = read_changes(folder)
     chosen = [name for name in changes if not set(only) or name in set(only)]
-    trials: list[Trial] = []
-    facts: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="d2obench-study-") as scratch, burning(burn):
+    if known is not None and (known.changes, known.load) != (changes, burn):
+        raise _another("its changes or its load are others")
+    trials: list[Trial] = [*known.trials] if known else []
+    facts: dict[str, str] = {**known.environment} if known else {}
+    before = Counter(trial.change for trial in trials)
+    commit = _own_commit()
+    with terminable(), tempfile.TemporaryDirectory(prefix="d2obench-study-") as scratch, burning(burn):
         root = Path(scratch) / "repository"
         _commit(folder / "repository", root)
         for number in range(gates):  # the changes take turns, so that the hour does not favour one
             for name in chosen:
+                if number < before[name]:
+                    continue
                 _git(root, "reset", "-q", "--hard")
                 _git(root, "clean", "-q", "-f", "-d", "-x")
                 shutil.copytree(folder / "changes" / name, root, dirs_exist_ok=True)
                 since = time.monotonic()
                 found = _gate(root)
                 if isinstance(found, Verdicts):
-                    facts |= {key: value for key, value in found.about.items() if key not in ("when", "commit")}
+                    mine = {key: value for key, value in found.about.items() if key not in ("when", "commit")}
+                    if known is not None and facts and mine != facts:
+                        raise _another("it was made with another machine, suite or library")
+                    facts = mine
                 word = judge(changes[name], found)
                 said = found.summary if isinstance(found, Verdicts) else str(found)
-                trials.append(Trial(name, word, said, round(time.monotonic() - since, 1)))
+                trials.append(Trial(name, word, said, round(time.monotonic() - since, 1), commit))
                 watch(f"{name}, gate {number + 1} of {gates}: {word}: {said}")
                 keep(Study(changes, burn, facts, tuple(trials)))
     return Study(changes, burn, facts, tuple(trials))
+
+
+def _another(why: str) -> UsageError:
+    return UsageError("the folder of --output holds another study", why=why, remedy="choose another folder")
+
+
+def _own_commit() -> str:
+    """The commit of this d2obench; ``unknown`` where it is in no checkout."""
+    own = fingerprint()
+    return str(own["commit"] or "unknown")[:12] + ("+dirty" if own["dirty"] else "")
 
 
 def _gate(root: Path) -> Verdicts | D2OBenchError:
@@ -164,8 +191,22 @@ def _git(root: Path, *words: str) -> None:
 def write_study(folder: Path, found: Study) -> None:
     """Writes ``study.json`` and ``README.md``."""
     text = json.dumps(msgspec.to_builtins(found), sort_keys=True, indent=1, ensure_ascii=False)
-    write_atomic(folder / "study.json", text.encode() + b"\n")
+    write_atomic(folder / RECORD, text.encode() + b"\n")
     write_atomic(folder / "README.md", as_markdown(found).encode())
+
+
+def read_study(folder: Path) -> Study | None:
+    """The study that a folder holds, whole or in part; None if it holds none.
+
+    Raises:
+        UsageError: its record can't be read.
+    """
+    try:
+        return msgspec.json.decode((folder / RECORD).read_bytes(), type=Study)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as problem:
+        raise _another(str(problem)) from None
 
 
 def as_markdown(found: Study) -> str:
@@ -173,15 +214,18 @@ def as_markdown(found: Study) -> str:
     facts: Mapping[str, str] = found.environment
     others = "another process kept one core busy" if found.load else "nothing else was started"
     seconds = [trial.seconds for trial in found.trials]
+    commits = ", ".join(dict.fromkeys(trial.commit for trial in found.trials))
     lines = [
         "# Whole gates of a repository, tried\n",
-        f"{facts.get('cpu', 'unknown processor')}, torch {facts.get('torch', '?')}; {others}. {len(seconds)} gates took"
-        f" {sum(seconds):.0f} s. Undecided: the gate says that it does not know. Wrong: a false OK, a false REGRESSED,"
-        " or an error.\n",
+        f"{facts.get('cpu', 'unknown processor')}, torch {facts.get('torch', '?')}, commit {commits}; {others}."
+        f" {len(seconds)} gates took {sum(seconds):.0f} s. Undecided: the gate says of the figure, or of any"
+        " figure where nothing is changed, that it does not know. Wrong: a false OK, a false REGRESSED, or an"
+        " error.\n",
         "| change | must be | gates | right | undecided | wrong | share wrong (95 %) |\n"
         "|---|---|--:|--:|--:|--:|--:|\n" + "".join(_row(found, name) for name in found.changes),
-        f"`study.json` holds every gate. Made by `d2obench doctor --study-repository FOLDER"
-        f"{' --load' if found.load else ''}`.\n",
+        "The shares have exact binomial intervals. `study.json` holds every gate. Made by `d2obench doctor"
+        f" --study-repository FOLDER{' --load' if found.load else ''} --output FOLDER`; the same command goes on where"
+        " it was stopped.\n",
     ]
     return "\n".join(lines)
 
