@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from d2obench import compiler
 from d2obench.attention import prompt
 from d2obench.decode.triton import backend
-from d2obench.models import LoadedModel
+from d2obench.models import LoadedModel, joined
 from d2obench.models import base as models
 from d2obench.models.kernels import adapt
 
@@ -38,7 +39,7 @@ WHOLE = {"scaled_dot_product_attention", "rms_norm", "linear", "dropout", "embed
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "numpy")
 KERNELS = (
     "d2obench.decode.triton.attend", "d2obench.decode.triton.merge", "d2obench.decode.triton.update",
-    "d2obench.attention.triton_columns", "d2obench.models.rotary_triton",
+    "d2obench.attention.triton_columns", "d2obench.models.gated_triton", "d2obench.models.rotary_triton",
 )  # fmt: skip
 
 
@@ -52,6 +53,7 @@ class Pretence:
         variants: of the kernels that were launched, by phase; with an empty grid, in the phase ``loaded``.
         current: index of the current device.
         runs: whether kernels run; otherwise they are only noted.
+        launches: of kernels of ours and of operators that are not views, by phase and name.
     """
 
     phase: str = "setup"
@@ -59,6 +61,7 @@ class Pretence:
     variants: dict[str, set[Any]] = field(default_factory=dict)
     current: int = 0
     runs: bool = True
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)
     before_launch: Callable[[Any, bool], None] = lambda variant, empty: None
 
     def note(self, kind: str, what: Any) -> None:
@@ -201,6 +204,8 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         NOW.note("mixed", func)
     if pretended and (name in WAITS or (name in ("index", "index_put", "index_put_") and _by_mask(args[1]))):
         NOW.note("wait", func)
+    if pretended and not func.is_view:
+        NOW.launches[NOW.phase, name] += 1
     # 3. compute
     known = {id(tensor.inner): tensor for tensor in pretended}
     given, named = tree_map(inner, args), tree_map(inner, kwargs)
@@ -268,6 +273,7 @@ def _interpret(real: Any) -> Callable[..., None]:
         empty = 0 in grid
         NOW.before_launch(made, empty)
         NOW.variants.setdefault("loaded" if empty else NOW.phase, set()).add(made)
+        NOW.launches[NOW.phase, self.fn.__name__] += not empty
         if empty or not NOW.runs:
             return
         os.environ["TRITON_INTERPRET"] = "1"
@@ -311,6 +317,7 @@ def pretended(patch: pytest.MonkeyPatch, devices: int = 1) -> Iterator[Pretence]
     patch.setattr(backend, "_loaded", set())
     patch.setattr(backend, "_refused", {})
     patch.setattr(backend, "_verified", {})
+    patch.setattr(joined, "_refused", {})
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with interpreted_kernels(), torch.inference_mode(), MODE:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.needs("triton")
-EVERY = {"attend", "join", "weigh", "mix", "update", "rotate", "_sum_columns", "_sum_rows"}
+EVERY = {"attend", "join", "weigh", "mix", "update", "rotate", "gate", "_sum_columns", "_sum_rows"}
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have, by compute capability."""
 SMALLEST = min(SHARED.values())

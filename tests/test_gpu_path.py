@@ -25,7 +25,7 @@ from d2obench.measure.checkup import Finding
 from d2obench.measure.clock import HostClock
 from d2obench.measure.nvml import Nvml
 from d2obench.measure.roofline import Bandwidth
-from d2obench.models import LoadedModel
+from d2obench.models import LoadedModel, joined
 
 pytestmark = [
     pytest.mark.needs("triton"),
@@ -118,6 +118,22 @@ def test_a_conversation_on_a_gpu(gpu: Pretence, policy: str) -> None:
     assert session.remarks == ["decode steps are not captured: D2OBENCH_GRAPH is 0"]
 
 
+def test_a_step_launches_fewer_products_than_the_model_has(gpu: Pretence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values in one product, gate and up in one, and what is between those and the last in one."""
+    counts = []
+    for change in (lambda: None, lambda: monkeypatch.setattr(joined, "join", lambda model: None)):
+        change()
+        loaded = model_on_gpu("llama-gqa2")
+        gpu.launches.clear()
+        talk(loaded, "streaming", 1, gpu)
+        counts.append({name: count / 3 for (phase, name), count in gpu.launches.items() if phase == "decode"})
+    ours, theirs = counts
+    layers = 2
+    assert theirs["linear"] - ours["linear"] == 3 * layers
+    assert ours["gate"] == theirs["silu"] == layers and "gate" not in theirs and "silu" not in ours
+    assert sum(theirs.values()) - sum(ours.values()) == 4 * layers
+
+
 def test_another_family_on_a_gpu(gpu: Pretence) -> None:
     """Phi-3's queries, keys and values are parts of one tensor."""
     check(gpu, "phi3", "streaming", 2)
@@ -143,6 +159,7 @@ def test_without_kernels_the_path_is_pytorch_and_says_so(gpu: Pretence, monkeypa
         "sums a prompt's columns without our kernel: D2OBENCH_KERNELS is 0",
         "decodes by PyTorch's operators: D2OBENCH_KERNELS is 0",
         "rotary positions by PyTorch's operators: D2OBENCH_KERNELS is 0",
+        "gated layers by PyTorch's operators: D2OBENCH_KERNELS is 0",
         "decode steps are not captured: D2OBENCH_GRAPH is 0",
     ]
     assert gpu.variants == {}

@@ -23,7 +23,7 @@ from d2obench.cache.devices import shard_of
 from d2obench.cache.policy_cache import PolicyCache
 from d2obench.decode.cpu.backend import compile_loops
 from d2obench.errors import ModelError, UsageError
-from d2obench.models import LoadedModel, kernels
+from d2obench.models import LoadedModel, joined, kernels
 from d2obench.models.base import bound_of
 from d2obench.policies import parse_policy
 from d2obench.policies.base import Policy
@@ -310,6 +310,8 @@ class Session:
             slow.append(f"decodes by PyTorch's operators: {own.state.fallback}")
         if rotary := kernels.rotary_fallback(self._device):
             slow.append(f"rotary positions by PyTorch's operators: {rotary}")
+        if self.loaded.kernels == "d2obench":
+            slow += joined.remarks(self.loaded.model)
         return slow + ([f"decode steps are not captured: {self._steps.reason}"] if self._steps.reason else [])
 
     @torch.inference_mode()

@@ -3,8 +3,9 @@
 On a CPU, a product of 8 rows with a weight matrix should cost no more than reading the weights once. MKL reads them at
 a fifth to two thirds of the memory bandwidth; :class:`ThinLinear` and :class:`QuickNorm` use compiled loops
 (``d2obench.cpu``), which reach 80 % and more. The feed-forward layers make four tensors of ``[tokens, 1536]`` for a
-prompt. Computed in pieces of tokens they are small, which lowers peak memory at the same speed. On a GPU only norms are
-replaced (:class:`FusedNorm`).
+prompt. Computed in pieces of tokens they are small, which lowers peak memory at the same speed. On a GPU norms are one
+launch (:class:`FusedNorm`), products with the same input are one product, and ``activation(gate)·up`` is one kernel
+(``d2obench.models.joined``).
 
 Rotary positions of queries and keys are one kernel instead of fourteen operators. In a decode step these work on a few
 vectors of the hidden size, and every operator costs a launch: in a step of Llama-3-8B at batch 32 on a GPU they are a
@@ -14,9 +15,9 @@ model code is copied, and nothing changes for other users of the library. The re
 function, with one rounding instead of four for 16-bit types. Inputs that the kernels don't support are passed to the
 library's function.
 
-Weights stay unchanged and in place. All caches measured on a model use these kernels, including the library's own
-caches. If PyTorch's threads can't be used, or for other dtypes, everything runs as PyTorch operators. ``--kernels
-library`` turns all of these kernels off.
+Weights stay unchanged, and none is held twice. All caches measured on a model use these kernels, including the
+library's own caches. If PyTorch's threads can't be used, or for other dtypes, everything runs as PyTorch operators.
+``--kernels library`` turns all of these kernels off.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from d2obench import cpu
 from d2obench.compiler import end_process, missing, off
 from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
+from d2obench.models import joined
 
 ROWS = 16
 """Largest number of input rows for which the compiled loop is faster."""
@@ -122,28 +124,30 @@ class QuickNorm(nn.Module):
         return out
 
 
-PIECE = 1024
-"""Number of a prompt's tokens that a feed-forward layer processes at once."""
+PIECE, GPU_PIECE = 1024, 8192
+"""Number of a prompt's tokens that a feed-forward layer processes at once; on a GPU, whose products are slow if they
+are small."""
 
 
-def piecewise(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def piecewise(module: nn.Module, on_gpu: bool = False) -> Callable[[Tensor], Tensor]:
     """A ``forward`` for a feed-forward layer that processes ``[B, L, hidden]`` in pieces; possible because it computes
     each token independently.
 
     It is a bound method of the module, so that a copy of the model uses its own weights.
     """
     plain = type(module).forward
+    own = joined.feed_forward(plain) if on_gpu and joined.serves(module) else plain
 
     @functools.wraps(plain)
     def in_pieces(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        forward: Callable[[Tensor], Tensor] = functools.partial(plain, self)
-        tokens = hidden_states.numel() // hidden_states.shape[-1]
-        if tokens <= PIECE:
+        forward: Callable[[Tensor], Tensor] = functools.partial(own, self)
+        tokens, piece = hidden_states.numel() // hidden_states.shape[-1], GPU_PIECE if on_gpu else PIECE
+        if tokens <= piece:
             return forward(hidden_states)
         flat = hidden_states.reshape(1, tokens, -1)
         out = torch.empty_like(flat)
-        for first in range(0, tokens, PIECE):
-            out[:, first : first + PIECE] = forward(flat[:, first : first + PIECE])
+        for first in range(0, tokens, piece):
+            out[:, first : first + piece] = forward(flat[:, first : first + piece])
         return out.view(hidden_states.shape)
 
     return MethodType(in_pieces, module)
@@ -156,16 +160,20 @@ def adapt(model: Any) -> None:
 
 
 def adapt_layers(model: Any) -> None:
-    """Replaces layers: on a CPU the linear layers and norms of a float32 model, and its feed-forward layers unless they
-    use more than one tensor or route tokens to experts; on other devices the norms only."""
+    """Replaces layers: on a CPU the linear layers and norms of a float32 model; on a GPU norms and products with the
+    same input; on both the feed-forward layers, unless they use more than one tensor or route tokens to experts; on
+    other devices norms only."""
     if (getattr(model, "tp_size", 1) or 1) > 1:
         return
-    compiled = cpu.suits(model.dtype, model.device)
+    compiled, on_gpu = cpu.suits(model.dtype, model.device), model.device.type == "cuda"
     if model.device.type != "cpu":
         for module in model.modules():
             if type(module).__name__ in NORMS and "forward" not in vars(module):
                 module.__class__ = FusedNorm
-        return
+        if not on_gpu:
+            return
+        joined.join(model)
+        joined.verify(model)
     for module in list(model.modules()):
         plain = compiled and getattr(module, "weight", None) is not None and module.weight.is_contiguous()
         if plain and type(module) is nn.Linear and module.in_features % 8 == 0:
@@ -177,7 +185,7 @@ def adapt_layers(model: Any) -> None:
         if not isinstance(mlp, nn.Module) or "forward" in vars(mlp) or hasattr(mlp, "experts"):
             continue
         if len(signature(mlp.forward).parameters) == 1:
-            mlp.forward = piecewise(mlp)
+            mlp.forward = piecewise(mlp, on_gpu)
 
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
