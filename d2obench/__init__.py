@@ -12,7 +12,7 @@ A map of the code. A room imports only rooms below it; a lint rule holds that::
     gate/           regression gates: base and head in turns, rules, verdicts, baselines, history
     bridges/        models for other tools: lm-evaluation-harness
     run/            planning, worker processes, rounds, engines (local, Ray, Slurm), resume
-    tasks/          one file a quality task; the generator of documents
+    tasks/          one file a quality task
     measure/        phases, clocks, memory, NVML, disturbance, roofline, environment, profiler
     external/       caches and engines that are not ours: transformers' own, kvpress, llama.cpp
     cache/          the policy cache, compression of a prompt, sessions, CUDA graphs
@@ -22,6 +22,7 @@ A map of the code. A room imports only rooms below it; a lint rule holds that::
     policies/       one file a policy; layer budgets; the rule of merging
     models/         loading: embedded, hub, local folder, GGUF, shapes with random weights
     cpu/            what compiled loops are written in; they run on PyTorch's own threads
+    texts/          generated prose
     stats/          intervals, claims that need them, ratios, Pareto front
     suite/          strict TOML and the grammar of the axes
     compiler.py     whether Triton's kernels can be used on a device

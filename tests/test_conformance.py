@@ -95,11 +95,12 @@ RULES: dict[str, type[rules.Head]] = {
         rivals.KeepKV, threshold=-1.0, share=0.25, sinks=2, window=5
     ),
     "rkv(interval=1,window=3)": rivals.RKV,
+    f"triattention(interval=1,stats={rivals.QUERIES})": rivals.TriAttention,
     "adakv(score=expected(decode=slide,window=6))": variant(rivals.Expected, window=6, safeguard=0.2),
 }
 FOLLOWS_ROUNDING = (rules.WeightedH2O, rivals.KeepKV)
 """Rules by which rounded numbers lead to other decisions, which a reference can't follow."""
-BETWEEN = ("cache", "threshold", "keepkv", "rkv")
+BETWEEN = ("cache", "threshold", "keepkv", "rkv", "triattention")
 COMPILED = [policy for policy in RULES if not any(word in policy for word in BETWEEN)]
 """What a CPU's loops execute whole; of the others, PyTorch operators do the work between steps."""
 

@@ -19,7 +19,7 @@ from d2obench.policies.allocation import density, shares, water_fill
 from d2obench.policies.d2o import D2O
 from d2obench.policies.merging import mean_over, merge_into, nearest
 from d2obench.suite.grammar import parse_budget
-from d2obench.tasks.text import token_ids
+from d2obench.texts.writer import token_ids
 
 KEPT_KEYS = [(2.0, 0.0), (0.0, 1.0)]
 KEPT_VALUES = [(1.0, 0.0), (0.0, 1.0)]

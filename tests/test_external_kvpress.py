@@ -142,7 +142,7 @@ def test_the_words_of_a_policy() -> None:
             parse_choice(text)
     with pytest.raises(PolicyError, match="no policy cache"):
         parse_policy("kvpress:SnapKVPress")
-    assert record_of(parse_choice("d2o")) == {}
+    assert record_of(parse_choice("d2o"), tiny_model("llama-gqa2")) == {}
 
 
 def test_without_it_is_one_line_with_both_ways(

@@ -33,6 +33,7 @@ VARIANTS = [
     "keydiff(decode=slide,window=4)", "lagkv(lag=4,sinks=2,decode=slide)", "expected(decode=slide)",
     "cake(window=4)", "criticalkv(window=4,decode=slide)", "criticalkv(score=expected(value_norms=false))",
     "duo(sinks=1,recent=3)", "rkv(window=3,interval=3)", "keepkv(threshold=0.2)", "adakv(score=keydiff)",
+    "triattention(interval=3)", "triattention(interval=1)+quant", "adakv(score=triattention)",
     "kvzip(chunk=9,plus=true,allocate=layers)", "quant(bits=2)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
 ]  # fmt: skip

@@ -73,6 +73,7 @@ def variant(rule: type, **fields: Any) -> type:
         ("criticalkv(window=12)", variant(rivals.CriticalSnap, window=12)),
         ("criticalkv(score=expected(value_norms=false),first=0.8)", variant(rivals.CriticalExpected, first=0.8)),
         ("rkv(window=5)", variant(rivals.RKV, window=5)),
+        (f"triattention(stats={rivals.QUERIES})", rivals.TriAttention),
         ("keepkv(window=12,sinks=2)", variant(rivals.KeepKV, window=12, sinks=2)),
     ],
 )

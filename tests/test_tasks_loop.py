@@ -148,7 +148,7 @@ def test_fidelity_of_the_full_cache_is_perfect_and_its_nll_the_models(model: Loa
     assert found.values["kl"].value == 0
     assert found.values["top1"].value == 1
     assert [len(item["nll"]) for item in found.items] == [8, 8]
-    from d2obench.tasks.text import token_ids
+    from d2obench.texts.writer import token_ids
 
     ids = token_ids(0, 105, lambda text: [*text.encode()], "fidelity")
     with torch.no_grad():

@@ -22,7 +22,7 @@ from d2obench.suite.definition import Quality, load_suite
 from d2obench.tasks import RULER, evaluate, parse_task
 from d2obench.tasks.ruler import most_units, string_match
 from d2obench.tasks.ruler_sets import NOISE, NOUNS, SETS, Sample, joined_words
-from d2obench.tasks.text import Sentence
+from d2obench.texts.writer import Sentence
 
 SUITE = Path(__file__).parent.parent / "suites" / "ruler.toml"
 NEEDLE = re.compile(r"One of the special (\w+)s of (\S+) is (\S+)\.")

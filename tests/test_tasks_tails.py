@@ -15,7 +15,7 @@ from d2obench.models import LoadedModel
 from d2obench.suite.definition import Quality
 from d2obench.tasks import evaluate
 from d2obench.tasks.tails import drift, tails
-from d2obench.tasks.text import token_ids
+from d2obench.texts.writer import token_ids
 
 
 def documents(count: int, positions: int) -> list[dict[str, object]]:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2obench.tasks import lexicon
-from d2obench.tasks.text import Writer, document, token_ids
+from d2obench.texts import lexicon
+from d2obench.texts.writer import Writer, document, token_ids
 
 
 def count_words(text: str) -> int:

@@ -626,8 +626,8 @@ def cache(
             one reads the prompt, if the policy allows it, and a second block is taken for a second turn.
         prompt: number of tokens of a prompt, including padding, that you feed in blocks of your own and whose last
             block may be a single token. ``generate(prefill_chunk_size=…)`` needs no such hint.
-        tokenizer: the model's, for the policy ``kvzip``: without it, the model repeats its prompt without being asked
-            to.
+        tokenizer: the model's, for ``kvzip``: without it, the model repeats its prompt without being asked to; and for
+            ``triattention`` without a file: without it, statistics are measured on random tokens.
         lengths: tokens of each prompt, for a policy with ``block``: a budget that is a ratio is then that of the whole
             prompt from its first block on.
 
@@ -643,6 +643,10 @@ def cache(
     kinds, rotary = interface.layer_kinds(model), interface.rotary(model)
     if shard := shard_of(model):
         check_shardable(built)
+    if built.calibration:
+        from d2obench.cache.calibration import calibrated  # it reads texts by such a cache
+
+        built = calibrated(built, model, tokenizer)
     return PolicyCache(
         built,
         given,

@@ -129,6 +129,10 @@ class Session:
         self.mark: Mark = mark or (lambda phase: None)
         self.budget = parse_budget(budget) if isinstance(budget, str) else budget
         self.policy = parse_policy(policy) if isinstance(policy, str) else policy
+        if self.policy is not None and self.policy.calibration:
+            from d2obench.cache.calibration import calibrated  # it reads texts by a cache of this package
+
+            self.policy = calibrated(self.policy, loaded.model, loaded.tokenizer, loaded)
         self._device = loaded.device
         if cpu.suits(loaded.dtype, loaded.device):
             compile_loops()

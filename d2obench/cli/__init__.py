@@ -46,6 +46,7 @@ COMMANDS = {
     "history": Entry("history:app", GUARD, "Keep figures over time, and see when a level changed."),
     "baseline": Entry("baseline:app", GUARD, "Rewrite a committed baseline on purpose."),
     "doctor": Entry("doctor:doctor", PREPARE, "Tell whether this machine is fit to measure."),
+    "calibrate": Entry("calibrate:calibrate", PREPARE, "Measure statistics of a model's queries, for triattention."),
     "models": Entry("fetch:models", PREPARE, "Fetch models ahead of a run."),
     "bridges": Entry("fetch:bridges", PREPARE, "Make environments for libraries that can't share this one."),
 }

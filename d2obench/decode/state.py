@@ -57,8 +57,8 @@ class DecodeState:
         seed: seed for policies that draw random numbers.
         rotary: float32 ``[r/2]``, rotation angle per position of each rotary pair; None if the angles depend on the
             length.
-        first_layer: index in the model of the first of these layers, for policies that draw random numbers.
-        first_head: index in the model of the first KV head, likewise.
+        first_layer: index among all compressed layers of the first of these.
+        first_head: index in the model of the first KV head.
 
     Attributes:
         rule: how a step chooses what to evict, as the policy declares it; None in a growing cache.
@@ -104,6 +104,7 @@ class DecodeState:
     ) -> None:
         self.store, self.position, self.now, self.policy = store, position, now, policy
         self.heads, self.group, self.grows, self.seed = heads, group, grows, seed
+        self.first_layer, self.first_head = first_layer, first_head
         self.prompts, self.added, self.rotary, self.steps = list(prompts), 0, rotary, 0
         layers, rows, width = position.shape
         device = position.device
@@ -400,7 +401,7 @@ class DecodeState:
 
         found = DecodeState(
             self.store.selected(rows), self.position[:, rows], self.now[rows], self.policy, self.heads, self.group,
-            self.prompts, self.grows, self.seed, self.rotary,
+            self.prompts, self.grows, self.seed, self.rotary, self.first_layer, self.first_head,
         )  # fmt: skip
         found.added, found.steps, found.rule = self.added, self.steps, _picked_rule(self.rule, picked)
         for name in ("attention", "score", "square", "factor", "fresh", "threshold", "usable", "stream", "free"):

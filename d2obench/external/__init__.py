@@ -66,10 +66,15 @@ def check_installed(policies: Sequence[str]) -> dict[str, str | None]:
     return versions
 
 
-def record_of(choice: PolicyChoice) -> dict[str, Any]:
-    """``versions`` and ``flags`` that the record of a cell must contain; empty for our own policies."""
+def record_of(choice: PolicyChoice, loaded: LoadedModel) -> dict[str, Any]:
+    """What the record of a cell must contain beside the model: ``versions`` and ``flags`` of another library,
+    ``calibration`` of a policy of ours that uses statistics of the model; empty for most policies."""
     asked = choice.yardstick
-    if asked is None or not asked.packages:
+    if asked is None:
+        from d2obench.cache import calibration
+
+        return calibration.record_of(choice.policy, loaded)
+    if not asked.packages:
         return {}
     versions = _versions(asked)
     return {"versions": versions, "flags": asked.flags(versions)}

@@ -49,6 +49,7 @@ REGISTRY = Registry(
         "kvzip": "d2obench.policies.kvzip:KVzip",
         "lagkv": "d2obench.policies.lagkv:LagKV",
         "rkv": "d2obench.policies.rkv:RKV",
+        "triattention": "d2obench.policies.triattention:TriAttention",
         "random": "d2obench.policies.random:Random",
         "quant": "d2obench.policies.full:Quant",
         "hf-dynamic": "d2obench.policies.yardsticks:HfDynamic",
@@ -113,6 +114,12 @@ class PolicyChoice:
     def carries_over(self) -> bool:
         """Whether one prompt changes the next one; only a parameter can make a policy do so."""
         return self.yardstick is None and any(part.params for part in self.spec.parts) and self.policy.carries_over
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that its parameters name, whose content the results depend on."""
+        ours = self.yardstick is None and any(part.params for part in self.spec.parts)
+        return self.policy.files if ours else ()
 
     @property
     def built(self) -> Policy | Yardstick:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
+from d2obench.policies.calibration import QueryStatistics
 from d2obench.policies.rotary import QueryMoments
 from d2obench.policies.rules import Custom, DecodeRule, MassSpec, Merge, Repeat, RowSizes
 from d2obench.policies.sharing import Sharing
@@ -169,11 +170,24 @@ class Policy:
     """Bits per stored number, set by ``+quant(bits=…)``; None or 16 for the model's dtype."""
     sharing: Sharing | None = field(default=None, kw_only=True)
     """How a layer's entries are shared out over its KV heads, set by ``adakv(score=…)``; None for equal parts."""
+    statistics: QueryStatistics | None = field(default=None, kw_only=True)
+    """Those of the model's queries, for a policy with a :attr:`calibration`; set when it meets the model."""
 
     @property
     def needs(self) -> Needs:
         """The statistics of the prompt's attention map that this policy needs."""
         return Needs()
+
+    @property
+    def calibration(self) -> str:
+        """Where :attr:`statistics` come from, if the policy needs them: a file, or ``generated`` for a measurement on
+        generated texts (:mod:`d2obench.cache.calibration`); empty for most policies."""
+        return ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that parameters name, whose content the results depend on."""
+        return ()
 
     @property
     def interval(self) -> int:

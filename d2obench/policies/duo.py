@@ -52,6 +52,10 @@ class Duo(Policy):
         return Needs(moments=self.heads == "prompt")
 
     @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.heads == "prompt" else (self.heads,)
+
+    @property
     def budgets_need_stats(self) -> bool:
         return True
 

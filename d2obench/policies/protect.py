@@ -15,6 +15,7 @@ How it composes with the rest of a policy:
 * ``streaming``, ``local``: the prompt takes the place of the sinks, before a window of generated tokens.
 * ``tova``: the newest query decides among generated tokens.
 * ``random``: a uniform sample of generated tokens.
+* ``triattention``: scores of generated tokens, standardised among them.
 
 Other policies do not have the parameter: those that append every generated token, and ``roco``, whose rule compares the
 deviations of all entries. A policy of another package has it if it derives from :class:`Protecting` and its rule is one
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 from d2obench.errors import PolicyError
 from d2obench.policies.base import Policy
 from d2obench.policies.rules import (
+    Custom,
     DecodeRule,
     LatestAttention,
     LowestDraw,
@@ -79,10 +81,12 @@ def decode_rule(policy: Policy, sizes: RowSizes) -> DecodeRule:
             return replace(rule, sinks=before)
         case Ring():
             return replace(rule, first=sizes.held)  # the prompt has the first slots
+        case Custom() if rule.sinks is not None:
+            return replace(rule, sinks=before)
     raise PolicyError(
         f"{policy.name}: protect=prompt is not possible",
         why=f"its rule {type(rule).__name__} can't be restricted to generated tokens",
-        remedy="leave it out, or use h2o, d2o, streaming, tova or random",
+        remedy="leave it out, or use h2o, d2o, streaming, tova, random or triattention",
     )
 
 

@@ -138,10 +138,13 @@ class Custom(DecodeRule):
     Args:
         inherited: the rule used for those of the three methods that the policy does not override.
         why: the reason that a record's decode path gives for running PyTorch operators.
+        sinks: positions below this (a number or ``[layers, rows]``) are never evicted; None if the rule heeds no such
+            bound.
     """
 
     inherited: DecodeRule | None = None
     why: str = "the policy's rule is code of its own"
+    sinks: Tensor | int | None = None
 
 
 @dataclass(frozen=True)

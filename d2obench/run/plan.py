@@ -23,6 +23,7 @@ from d2obench.suite.definition import SPEED, Placement, Quality, Suite, is_promp
 from d2obench.suite.grammar import Budget, Shape
 from d2obench.tasks import parse_task
 from d2obench.tasks.base import Batch, Cell, Task
+from d2obench.tasks.data import digest_of
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def _cell(
     settings: Any = suite.timing if task is None else _settings(point.task, suite.quality)
     placed = [] if suite.models == Placement() else [suite.models]
     within = [suite.within] if suite.within else []  # the number of rounds or items depends on it
-    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within])).hexdigest()[:16]
+    files = [digest_of(path) for path in policy.files]
+    content = hashlib.sha256(dump([point, settings, suite.worker.threads, *placed, *within, *files])).hexdigest()[:16]
     return Cell("/".join([*parts, f"s{point.seed}"]), content, point, policy, budget, shape, batch, task)
 
 

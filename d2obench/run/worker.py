@@ -106,7 +106,7 @@ class Worker(MachineOperations):
         trace.flags += between(before, shared_load(load(), loaded.model)).flags()
         if trace.device_timeline:
             trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
-        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | record_of(cell.policy)}
+        return {"trace": msgspec.to_builtins(trace), "model": self._about(loaded) | record_of(cell.policy, loaded)}
 
     def warm_up(self, args: Args, report: Report) -> Args:
         """One request of a speed cell, decoded until its steps settle: ``axes``, ``batch``, ``within``."""
@@ -180,7 +180,7 @@ class Worker(MachineOperations):
                 )
         except ModelError as problem:  # a session that can't go back to an earlier step
             return {"why": str(problem)}
-        return {"model": self._about(loaded) | record_of(cell.policy), "warm_up": warm._asdict()}
+        return {"model": self._about(loaded) | record_of(cell.policy, loaded), "warm_up": warm._asdict()}
 
     def decode_in_turn(self, args: Args, report: Report) -> Args:
         """Measures windows of the caches that :meth:`hold` has kept: ``rounds`` of windows, each ``[sweep, depth,
@@ -242,6 +242,8 @@ class Worker(MachineOperations):
         quality, axes = msgspec.convert(args["quality"], Quality), cells[0].axes
         loaded = self._model(cells[0], report)
         key = (self._key, axes.task, axes.shape, axes.seed, quality)
+        for cell in cells:
+            self._prepare(cell, report)
         if self._batches[0] != key:
             self._batches = key, batches(loaded, cells[0], quality)
         every = self._batches[1]
@@ -272,7 +274,7 @@ class Worker(MachineOperations):
         from d2obench.external import record_of
 
         values = {key: msgspec.to_builtins(value) for key, value in result.values.items()}
-        about = self._about(self._loaded) | record_of(cell.policy)
+        about = self._about(self._loaded) | record_of(cell.policy, self._loaded)
         flags = [*result.details.get("flags", ()), *about.get("flags", ())]
         return {"values": values, "details": result.details, "flags": flags, "model": about}
 
@@ -307,7 +309,15 @@ class Worker(MachineOperations):
                 import torch
 
                 torch.cuda.set_device(self._loaded.device)  # what asks for no device in particular means this one
+        self._prepare(cell, report)
         return self._loaded
+
+    def _prepare(self, cell: Cell, report: Report) -> None:
+        """Measures what the cell's policy needs to know of the model, before anything is timed."""
+        if cell.policy.yardstick is None and cell.policy.policy.calibration:
+            from d2obench.cache.calibration import prepare
+
+            prepare(cell.policy.policy, self._loaded, lambda what, done, total: report(done, total, what))
 
     @staticmethod
     def _limit_memory(device: Any, limit: int | None) -> None:

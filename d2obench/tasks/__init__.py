@@ -1,8 +1,8 @@
 """Quality tasks: how much information a compressed cache still holds.
 
 There is one file per task. ``base`` defines what a task is, ``generate`` is the loop of tasks in which the model
-answers, ``together`` lets several cells share the prompts that they read, ``data`` reads records, ``prompts`` and
-``text`` make prompts, ``scoring`` compares answers. Tasks import the cache, the models and the measurements; only
+answers, ``together`` lets several cells share the prompts that they read, ``data`` reads records, ``prompts``
+makes prompts, ``scoring`` compares answers. Tasks import the cache, the models and the measurements; only
 ``run``, ``bridges`` and ``cli`` import tasks. The registry below maps names to import paths, so that looking up a task
 imports neither torch nor datasets. ``speed`` is no task of this package: ``run`` measures timed cells itself.
 """

@@ -97,7 +97,7 @@ class Fidelity(Task, frozen=True, forbid_unknown_fields=True, kw_only=True):
             DataError: the text is missing or too short.
             UsageError: the shape does not fit the model's context.
         """
-        from d2obench.tasks.text import document_seed, token_ids
+        from d2obench.texts.writer import document_seed, token_ids
 
         shape, tokenizer, seed = shape_of(cell), loaded.tokenizer, cell.axes.seed
         if shape.prompt + shape.gen > loaded.context:

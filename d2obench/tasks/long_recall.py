@@ -17,7 +17,7 @@ from d2obench.tasks.base import Cell, Count, Item, Prefill, Quality, TextBatch, 
 from d2obench.tasks.generate import Generative, about, after_prompt, compressed_contexts
 from d2obench.tasks.prompts import Example, Limits, Prompt, encode, prompt_tokens, token_counter
 from d2obench.tasks.scoring import begins_with
-from d2obench.tasks.text import document, document_seed
+from d2obench.texts.writer import document, document_seed
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

@@ -19,12 +19,12 @@ import msgspec
 
 from d2obench.errors import UsageError
 from d2obench.suite.grammar import Shape
-from d2obench.tasks import lexicon
 from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most
 from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
 from d2obench.tasks.scoring import normalized
-from d2obench.tasks.text import document
+from d2obench.texts import lexicon
+from d2obench.texts.writer import document
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

@@ -278,7 +278,7 @@ def timing_prompts(loaded: LoadedModel, prompt: int, batch: int, seed: int) -> l
     if loaded.tokenizer is None:
         vocab = loaded.model.config.get_text_config().vocab_size
         return [random.Random(f"{seed}/{i}").choices(range(vocab), k=prompt) for i in range(batch)]
-    from d2obench.tasks.text import token_ids
+    from d2obench.texts.writer import token_ids
 
     start = loaded.tokenizer("")["input_ids"][:1]  # the token that begins a text, where the model has one
 

@@ -16,7 +16,7 @@ from d2obench.tasks.base import Cell, Count, Item, Quality, Work, at_most, shape
 from d2obench.tasks.generate import Questions
 from d2obench.tasks.prompts import Example, Limits, fitted, token_counter
 from d2obench.tasks.scoring import begins_with
-from d2obench.tasks.text import document, document_seed
+from d2obench.texts.writer import document, document_seed
 
 if TYPE_CHECKING:
     from d2obench.models import LoadedModel

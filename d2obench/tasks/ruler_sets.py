@@ -29,8 +29,8 @@ from itertools import islice, pairwise
 from math import pi
 from typing import Literal, NamedTuple
 
-from d2obench.tasks import lexicon
-from d2obench.tasks.text import Writer
+from d2obench.texts import lexicon
+from d2obench.texts.writer import Writer
 
 Kind = Literal["number", "word", "code"]
 NOISE = "The kettle is warm. The lamp is lit. The door is shut. We come in. We go out again."

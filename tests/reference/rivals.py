@@ -7,12 +7,17 @@ From the papers, as summed up in each policy's docstring; shares no code with th
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.numpy import load_file
 
 from reference.d2o import Array, cosine, softmax
 from reference.rules import Head, best
 
+QUERIES = Path(__file__).parent.parent / "golden" / "queries.safetensors"
+"""Random statistics of queries of two layers, ``mean`` ``[layers, H, G, 16]`` and ``size`` ``[layers, H, G, 8]``."""
 PAIRS = 8
 """Rotary pairs of the queries and keys, whose base is 10,000; the head dimension is twice as large."""
 
@@ -244,6 +249,38 @@ class RKV(Watching):
     def candidates(self) -> dict[int, float]:
         newest = max(self.held)
         return self.scored(self.decoded, [j for j in self.held if j <= newest - self.window])
+
+
+class TriAttention(PromptOnly):
+    """With ``interval=1``: one entry leaves in every step."""
+
+    omega = (10_000 ** (-torch.arange(8) / 8)).double().numpy()
+    """As a model has it, in float32: far ahead, its last digit counts."""
+
+    def __init__(self, budget: int, layer: int, head: int) -> None:
+        super().__init__(budget, layer, head)
+        every = load_file(QUERIES)
+        self.mean, self.size = (every[name][layer, head].astype(float) for name in ("mean", "size"))
+
+    def scored(self, now: int, held: list[int]) -> dict[int, float]:
+        heads = []
+        for mean, size in zip(self.mean, self.size, strict=True):
+            q, found = mean[:PAIRS] + 1j * mean[PAIRS:], []
+            for j in held:
+                key = rotated(self.keys[j], -j)
+                k = key[:PAIRS] + 1j * key[PAIRS:]
+                amplitude, phase = abs(q) * abs(k), np.angle(q * k.conj())
+                far = [now - j + 2**i for i in range(17)]
+                waves = [np.sum(amplitude * np.cos(self.omega * apart + phase)) for apart in far]
+                found.append(np.mean(waves) + np.sum((size - abs(q)) * abs(k)))
+            heads.append((np.array(found) - np.mean(found)) / max(np.std(found), 1e-6))
+        return dict(zip(held, np.max(heads, 0).tolist(), strict=True))
+
+    def importance(self) -> dict[int, float]:
+        return self.scored(self.length, self.held)
+
+    def candidates(self) -> dict[int, float]:
+        return self.scored(max(self.held) + 1, self.held)
 
 
 class KeepKV(Head):

@@ -1,5 +1,5 @@
 # ruff: noqa: E501, SIM905 - one pattern a line, one list of names a text
-"""The names, things and sentence patterns of :mod:`d2obench.tasks.text`, all written for this project.
+"""The names, things and sentence patterns of :mod:`d2obench.texts.writer`, all written for this project.
 
 A pattern is plain text with two kinds of marks. ``[a|b|c]`` stands for one of its alternatives, which may contain marks
 themselves. ``{slot}`` is filled in by the writer:

@@ -4,7 +4,7 @@ Fidelity, recall and needle need long readable documents and no network. A :clas
 small country. Everyone has a town, a trade and a year of birth. These facts are repeated when the person returns after
 a long absence, so predicting the text needs the far past. Everyone also has one fact (a pet's name, a house number, a
 debt) that is stated once and never again: the recall task asks for it. Sentences are made from the patterns of
-:mod:`d2obench.tasks.lexicon`; a pattern is not used again before many others were.
+:mod:`d2obench.texts.lexicon`; a pattern is not used again before many others were.
 
 The same seed gives the same text on every platform: Python specifies ``random.Random`` seeded by a string.
 """
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from d2obench.tasks import lexicon
+from d2obench.texts import lexicon
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
