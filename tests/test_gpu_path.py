@@ -3,6 +3,7 @@ before the first step, and the numbers are those of the CPU."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -40,6 +41,8 @@ POLICIES = [
     "adakv", "d2o(preset=mass,heads=true)",
 ]  # fmt: skip
 QUICK = ["full", "h2o", "d2o", "d2o(preset=mass)"]
+UNEVEN = {"adakv", "d2o(preset=mass,heads=true)"}
+"""Policies whose KV heads hold different numbers of entries, which the host asks for in every layer."""
 BRIDGED = {"falcon", "falcon-new"}
 """Families whose keys are a tensor class of ours, which can't be pretended as well."""
 
@@ -132,6 +135,31 @@ def test_a_step_launches_fewer_products_than_the_model_has(gpu: Pretence, monkey
     assert theirs["linear"] - ours["linear"] == 3 * layers
     assert ours["gate"] == theirs["silu"] == layers and "gate" not in theirs and "silu" not in ours
     assert sum(theirs.values()) - sum(ours.values()) == 4 * layers
+
+
+def waits_of(policy: str, layers: int, noted: Pretence) -> Counter[tuple[str, str, str]]:
+    """Where the host waits while a prompt is read and compressed: copies, and what is read."""
+    loaded = model_on_gpu("llama-gqa2", num_hidden_layers=layers)
+    session = Session(loaded, policy, None if policy == "full" else "0.4", max_new=8)
+    noted.events.clear()
+    session.prefill(prompts(26, 17))
+    session.compress()
+    return Counter(event[1:] for event in noted.events)
+
+
+@pytest.mark.parametrize("policy", ["d2o", "d2o(preset=mass)", "snapkv(window=4)"])
+def test_no_layer_of_a_prompt_waits_for_the_host(gpu: Pretence, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "offer", lambda state: "this is about the prompt")
+    assert waits_of(policy, 2, gpu) == waits_of(policy, 3, gpu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [one for one in POLICIES if one not in UNEVEN])
+def test_no_layer_of_a_prompt_waits_under_any_policy(
+    gpu: Pretence, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "offer", lambda state: "this is about the prompt")
+    assert waits_of(policy, 2, gpu) == waits_of(policy, 3, gpu)
 
 
 def test_another_family_on_a_gpu(gpu: Pretence) -> None:

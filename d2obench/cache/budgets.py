@@ -78,19 +78,22 @@ class Trial:
         return mean
 
 
-def compress_on_trial(policy: Policy, entries: Entries, keep: Tensor, last: LastQueries) -> Trial:
+def compress_on_trial(
+    policy: Policy, entries: Entries, keep: Tensor, last: LastQueries, there: Tensor | None = None
+) -> Trial:
     """Compresses a layer to ``keep`` entries and lets the last queries attend to what was kept.
 
     Args:
         policy: what selects and merges.
         entries: the layer's entries; they stay as they are.
-        keep: int64 ``[B]``.
+        keep: int64 ``[B]``, on the CPU.
         last: the queries to measure with.
+        there: ``keep`` on the device of the entries, if it is there already.
     """
     heads, total = entries.position.shape[1:]
     # 1. compress on trial
     stats = dict(entries.stats)
-    kept, _, _ = compress(policy, replace(entries, stats=stats), keep)
+    kept, _, _ = compress(policy, replace(entries, stats=stats), keep, there)
     at = kept.index.clamp_max(total - 1)
     # 2. attention of the last queries over what was kept, if it is not after them
     asked = last.positions(entries.length)
@@ -134,11 +137,12 @@ def projected(held: Tensor, projection: Tensor | None) -> Tensor:
 
 
 def output_error(
-    policy: Policy, entries: Entries, keep: Tensor, last: LastQueries, projection: Tensor | None
-) -> Tensor:
+    policy: Policy, entries: Entries, keep: Tensor, last: LastQueries, projection: Tensor | None,
+    there: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The error that compression to ``keep`` entries causes for each KV head, float32 ``[B, H]``; arguments as in
     :func:`compress_on_trial` and :func:`projected`."""
-    trial = compress_on_trial(policy, entries, keep, last)
+    trial = compress_on_trial(policy, entries, keep, last, there)
     return trial.mean(projected(trial.difference, projection).square().sum(-1))
 
 

@@ -11,6 +11,10 @@ that a layer keeps are copied to tensors of their own size, and its full ones ar
 allocated once no full layer is left: first those of the keys, then those of the values, and each copy is freed as it is
 moved to its slots. For a budget of ρ the peak is therefore ``max(1, 1.5·ρ)`` times the prompt's keys and values, plus
 the kept entries of one layer. Slots of KV heads with unequal numbers of entries are always allocated at the end.
+
+A GPU is not waited for in any layer: budgets are known on both sides, and sizes follow from the host's. Only policies
+whose KV heads share out a layer's entries by their ranks (``adakv``), or hold unequal numbers of them, read sizes from
+the GPU, and a layer whose budget holds the whole prompt asks once for padding.
 """
 
 from __future__ import annotations
@@ -89,6 +93,7 @@ class Packing:
         self.everything, self.grows, self.seed = everything, grows, seed
         self.first, self.layers = first, layers or len(counts)
         self.ragged = policy.ragged and not everything
+        self._there = budgets.to(layout.device)
         self.sizes: list[int] = []
         """Number of slots of a KV head in each layer; the largest number if they differ."""
         if not self.ragged:
@@ -110,14 +115,14 @@ class Packing:
         # 1. the layer's entries, and how many of them may stay
         position = layer.positions()
         at = layer.index - self.first
-        total, keep = position.shape[2], self.budgets[at]
+        total, keep = position.shape[2], self._there[at]
         if self.everything:
             index = torch.arange(total, device=position.device).expand_as(position)
             self._hold(at, layer.keys, layer.values, position >= 0)
         else:
             # 2. the policy selects and merges; ``remembered`` is what it hands over to decoding
             entries = layer.entries(self.layers, self.lengths, self.seed, self.layout.first_head)
-            kept, remembered, keep = compress(self.policy, entries, keep)
+            kept, remembered, keep = compress(self.policy, entries, self.budgets[at], keep)
             stats = entries.stats
             del entries
             if self.grows:
@@ -161,7 +166,7 @@ class Packing:
     def counts(self) -> tuple[list[int], list[int]]:
         """Entries merged and entries evicted in each layer, over its sequences and KV heads."""
         none = [0] * len(self.budgets)
-        return list(map(int, self._merged)) or none, list(map(int, self._evicted)) or none
+        return _read(self._merged) or none, _read(self._evicted) or none
 
     @property
     def bytes(self) -> int:
@@ -193,34 +198,49 @@ class Packing:
         return store
 
 
-def compress(policy: Policy, entries: Entries, keep: Tensor) -> tuple[Kept, dict[str, Tensor], Tensor]:
+def _read(counts: Sequence[Tensor | int]) -> list[int]:
+    """Counts of all layers, read from their device at once."""
+    tensors = [count for count in counts if isinstance(count, Tensor)]
+    found = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [int(next(found)) if isinstance(count, Tensor) else count for count in counts]
+
+
+def compress(
+    policy: Policy, entries: Entries, keep: Tensor, there: Tensor | None = None
+) -> tuple[Kept, dict[str, Tensor], Tensor]:
     """Selects the entries that a layer keeps and lets the policy merge the others into them.
 
     Args:
         policy: the policy.
         entries: the layer's entries.
-        keep: number of entries to keep of each sequence, int64 ``[B]``, or of each KV head, ``[B, H]``.
+        keep: number of entries to keep of each sequence, int64 ``[B]``, or of each KV head, ``[B, H]``; on the CPU.
+        there: the same on the device of the entries, if it is there already.
 
     Returns:
-        The kept entries after merging; what ``policy.absorb`` returned (empty if nothing was evicted); and ``keep``, or
-        if the policy shares the entries out over the heads, what it gives to each, ``[B, H]``.
+        The kept entries after merging; what ``policy.absorb`` returned (empty if nothing was evicted); and ``there``,
+        or if the policy shares the entries out over the heads, what it gives to each, ``[B, H]``.
     """
     # 1. if everything fits, nothing is ranked or copied
     policy.describe(entries)
     position = entries.position
-    total = position.shape[2]
-    if int(keep.min()) >= total and not bool((position < 0).any()):
+    total, fewest = position.shape[2], int(keep.min())
+    there = keep.to(position.device) if there is None else there
+    if fewest >= total and not bool((position < 0).any()):
         everything = torch.arange(total, device=position.device).expand_as(position)
-        return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}, keep
+        return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}, there
     # 2. choose the kept and the evicted entries by the policy's ranks
     with span("evict"):
-        rank = policy.rank(entries, keep)
-        given = keep if policy.sharing is None else policy.sharing.budgets(rank, rank >= RECENT, keep)
-        index, evicted = select(rank, given, min(int(given.max()), total))
+        rank = policy.rank(entries, there)
+        if policy.sharing is None:
+            given = there
+            index, evicted = select(rank, given, min(int(keep.max()), total), fewest)
+        else:
+            given = policy.sharing.budgets(rank, rank >= RECENT, there)
+            index, evicted = select(rank, given, min(int(given.max()), total))
     # 3. copy the kept entries, and merge the evicted ones into the copy
     kept = Kept(index, evicted, total, pick(entries.keys, index), pick(entries.values, index))
     with span("merge"):
-        return kept, policy.absorb(entries, kept, keep), given
+        return kept, policy.absorb(entries, kept, there), given
 
 
 def record_positions(own: Tensor, index: Tensor, position: Tensor, usable: Tensor | None) -> None:
@@ -248,7 +268,7 @@ def to_the_right(kept: Kept) -> Kept:
     appended."""
     count = kept.index.shape[2]
     empty = count - kept.filled.sum(-1, keepdim=True)
-    if not bool(empty.any()):
+    if empty.device.type == "cpu" and not bool(empty.any()):  # a GPU would have to be waited for
         return kept
     order = (torch.arange(count, device=kept.index.device) - empty) % count
     keys, values = (held.gather(2, order[..., None].expand_as(held)) for held in (kept.keys, kept.values))

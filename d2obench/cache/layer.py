@@ -155,7 +155,7 @@ class PolicyLayer(CacheLayerMixin):
             return self.position
         assert self.keys is not None
         batch, heads, total = self.keys.shape[:3]
-        starts = torch.tensor(self.starts, device=self.keys.device)
+        starts = self.cache.on_device(self.starts, self.keys.device)
         return torch.arange(total, device=self.keys.device).expand(batch, heads, -1) - starts[:, None, None]
 
     @property

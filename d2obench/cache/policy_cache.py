@@ -144,6 +144,8 @@ class PolicyCache(SequenceCache):
         self.merged_prompt = [0] * len(self.own)
         self.evicted_prompt = [0] * len(self.own)
         self.whole_lengths: Tensor | None = None
+        self._sent: dict[tuple[Any, ...], Tensor] = {}
+        self._counted: tuple[Tensor, list[int]] | None = None
         self.tokens: list[Tensor] = []
         self.repetition: Repetition | None = None
         self.ready = False
@@ -514,14 +516,29 @@ class PolicyCache(SequenceCache):
     def cost(self, layer: PolicyLayer) -> Tensor:
         """What compression to equal budgets would cost each KV head of a layer (``d2obench.cache.budgets``), float32
         ``[B, H]``."""
-        assert layer.last is not None and self.lengths is not None
-        tokens = self.lengths.tolist()
-        equal = torch.tensor(
-            tokens if self.budget is None else [self.generated or self.budget.of(count) for count in tokens]
-        )
-        entries = self._describe(layer)
-        with on(entries.keys.device) if self.runs else nullcontext():
-            return output_error(self.policy, entries, equal, layer.last, self.output_projection(layer))
+        assert layer.last is not None
+        tokens = self._tokens()
+        equal = tokens if self.budget is None else [self.generated or self.budget.of(count) for count in tokens]
+        entries, projection = self._describe(layer), self.output_projection(layer)
+        device = entries.keys.device
+        with on(device) if self.runs else nullcontext():
+            return output_error(
+                self.policy, entries, torch.tensor(equal), layer.last, projection, self.on_device(equal, device)
+            )
+
+    def on_device(self, numbers: list[int], device: torch.device) -> Tensor:
+        """Numbers that layer after layer needs, int64 on a device; copied there once, because a copy waits for it."""
+        key = (*numbers, device)
+        if key not in self._sent:
+            self._sent[key] = torch.tensor(numbers, device=device)
+        return self._sent[key]
+
+    def _tokens(self) -> list[int]:
+        """Tokens of each sequence so far, read from the device once for all layers."""
+        assert self.lengths is not None
+        if self._counted is None or self._counted[0] is not self.lengths:
+            self._counted = self.lengths, self.lengths.tolist()
+        return self._counted[1]
 
     def _text_lengths(self) -> Tensor:
         """Tokens of each sequence, including those of its prompt that have not been read yet, int64 ``[B]``."""

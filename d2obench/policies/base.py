@@ -368,17 +368,18 @@ def window_rank(score: Tensor, entries: Entries, sinks: Tensor | int, recent: Te
     return rank.masked_fill_(position < 0, -torch.inf)
 
 
-def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def select(rank: Tensor, keep: Tensor, most: int, fewest: int | None = None) -> tuple[Tensor, Tensor]:
     """Splits the entries of a layer by rank; ties go to the earlier entry.
 
     Args:
         rank: ``[B, H, N]``, −inf for padding.
         keep: entries to keep of each sequence, int64 ``[B]``, or of each KV head, ``[B, H]``.
         most: number of slots, at most N.
+        fewest: the smallest of ``keep``; with it, nothing is read from a GPU.
 
     Returns:
         Kept ``[B, H, most]`` and evicted ``[B, H, E]`` indices, each ascending; N stands for "none". E is the largest
-        number of entries that a row loses.
+        number of entries that a row loses; on a GPU, with ``fewest``, what a row without padding would lose.
     """
     entries = rank.shape[2]
     order = rank.argsort(dim=-1, descending=True, stable=True)
@@ -387,7 +388,10 @@ def select(rank: Tensor, keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
     within = place < per_row(keep, rank.device)
     kept = torch.where(within & real, order, entries)[..., :most].sort(-1).values
     evicted = torch.where(~within & real, order, entries).sort(-1).values
-    span = int((evicted < entries).sum(-1).max()) if evicted.numel() else 0
+    if fewest is not None and rank.device.type != "cpu":
+        span = max(0, entries - fewest)
+    else:
+        span = int((evicted < entries).sum(-1).max()) if evicted.numel() else 0
     return kept, evicted[..., :span]
 
 

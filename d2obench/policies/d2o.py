@@ -164,7 +164,7 @@ class D2O(HeavyHitters):
         if self.allocate == "uniform" and not self.exempt:
             return super().layer_budgets(stats, length, budget)
         # 1. what every layer, or every KV head of it, costs: [layers, B, 1 or H]
-        cost = torch.stack([self._cost(stat, length).cpu() for stat in stats])
+        cost = torch.stack([self._cost(stat, length) for stat in stats]).cpu()
         layers, _, heads = cost.shape
         exempt = {layer % layers for layer in self.exempt if -layers <= layer < layers}
         others = [layer for layer in range(layers) if layer not in exempt]

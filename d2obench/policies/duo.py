@@ -88,7 +88,7 @@ class Duo(Policy):
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         if self.heads == "prompt":
-            reach = torch.stack([stat["reach"][..., -1].cpu() for stat in stats])
+            reach = torch.stack([stat["reach"][..., -1] for stat in stats]).cpu()
         else:
             rows = pattern(self.heads)
             if len(rows) != len(stats):

@@ -85,7 +85,7 @@ class Released(Policy):
 
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         layers = len(stats)
-        skew = torch.stack([_skew(stat["sum"], length).cpu() for stat in stats])
+        skew = torch.stack([_skew(stat["sum"], length) for stat in stats]).cpu()
         ratio = torch.tensor([budget.ratio or budget.of(n) / n for n in length.tolist()])
         shares = (torch.softmax(-skew, 0) * layers * ratio).clamp(FLOOR, 1.0)
         # at least one heavy token and one recent one: with none, the authors' code raises an error
