@@ -157,6 +157,10 @@ _TABLE = (
            headline=True, base="bytes"),
     Metric("kv_prompt_bytes", "KV after compress", "MiB", MIB, 2, "lower", "exact", "memory",
            "Storage of keys and values right after the prompt has been compressed.", base="bytes"),
+    Metric("kv_step_bytes", "KV read a step", "MiB", MIB, 2, "lower", "info", "memory",
+           "Bytes of keys and values that a decode step reads, and of what it reads to choose among them. A policy may "
+           "read less than it holds; most read what they hold, on average over the generation.",
+           base="bytes"),
     Metric("state_bytes", "policy state", "MiB", MIB, 2, "lower", "exact", "memory",
            "Storage that a policy needs beside keys and values: scores, positions, thresholds, buffers.", base="bytes"),
     Metric("weights_bytes", "weights", "MiB", MIB, 1, "lower", "exact", "memory",

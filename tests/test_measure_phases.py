@@ -33,6 +33,7 @@ from d2obench.measure.phases import (
 FOOTPRINT = {
     "kv_bytes": 10, "prompt_kv_bytes": 8, "state_bytes": 1, "requested": None, "effective": 0.5, "kept": [[1.0]],
     "held": [[2.0]], "over": False, "merged": 0, "evicted": 0, "merged_layers": [], "evicted_layers": [],
+    "read_bytes": None,
 }  # fmt: skip
 
 

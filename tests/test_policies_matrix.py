@@ -34,6 +34,7 @@ VARIANTS = [
     "cake(window=4)", "criticalkv(window=4,decode=slide)", "criticalkv(score=expected(value_norms=false))",
     "duo(sinks=1,recent=3)", "rkv(window=3,interval=3)", "keepkv(threshold=0.2)", "adakv(score=keydiff)",
     "triattention(interval=3)", "triattention(interval=1)+quant", "adakv(score=triattention)",
+    "quest(pages=4)", "quest(pages=3,recent=2,dense=1)", "quest(pages=4)+quant",
     "kvzip(chunk=9,plus=true,allocate=layers)", "quant(bits=2)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
 ]  # fmt: skip
@@ -79,7 +80,9 @@ def test_a_batch_is_its_sequences_and_a_budget_is_kept(policy: str, family: str)
     for text, row in zip(texts[:2], together, strict=False):
         assert (drive(model, policy, "0.4", [text])[0][0] - row).abs().max() < rounding(policy)
     rule = parse_policy(policy)
-    if rule.takes_budget and not rule.compresses_after_first_step and "exempt" not in policy:
+    if rule.reads is not None:
+        assert footprint.over and footprint.read_bytes < footprint.kv_bytes
+    elif rule.takes_budget and not rule.compresses_after_first_step and "exempt" not in policy:
         assert footprint.requested is not None
         asked = [round(0.4 * len(text)) for text in texts]
         for sequence, most in enumerate(asked):

@@ -269,6 +269,46 @@ def test_keepkv_counts_every_token_once() -> None:
     assert found.merged == found.evicted
 
 
+@pytest.mark.parametrize(("size", "recent", "budget"), [(4, 1, "20"), (5, 2, "14"), (16, 1, "9")])
+def test_quest_reads_the_pages_of_the_highest_bounds(size: int, recent: int, budget: str) -> None:
+    """Decoding against float64 models, over the ends of pages; what a step reads is counted from them."""
+    rule = variant(rivals.Quest, size=size, recent=recent)
+    cache, layers = read(f"quest(pages={size},recent={recent})", rule, 53, budget, layers=2)
+    cache.compress()
+    for layer in layers:
+        layer.grows = True
+    generator = torch.Generator().manual_seed(8)
+    for step in range(20):
+        for held, layer in zip(cache.own, layers, strict=True):
+            made = torch.randn(1, 8, 1, WIDTH, generator=generator)
+            query, keys, values = made.split([4, 2, 2], 1)
+            held.update(keys, values)
+            out = held.attend(query, SCALE, None)[0, 0].double().numpy()
+            q, k, v = (one[0, :, 0].double().numpy() for one in (query, keys, values))
+            assert np.abs(out - layer.step(q, k, v, SCALE, 53 + step, [])).max() < 1e-4
+        tokens = sum(len(head.chosen) for layer in layers for head in layer.heads)
+        bounds = 4 * -(-(54 + step) // size)
+        assert cache.read_bytes == tokens * 2 * WIDTH * 4 + bounds * 2 * WIDTH * 4
+    assert cache.held().tolist() == [[73.0], [73.0]]
+    assert cache.kv_bytes >= 4 * 73 * 2 * WIDTH * 4 + bounds * 2 * WIDTH * 4
+
+
+def test_quest_reads_everything_in_dense_layers() -> None:
+    def decoded(policy: str, budget: str | None) -> list[torch.Tensor]:
+        session = Session(tiny_model("llama-gqa2"), policy, budget, max_new=9)
+        session.prefill(prompts(40, 23))
+        session.compress()
+        return [session.step(torch.tensor([step + 2, step + 3])) for step in range(9)]
+
+    full = torch.stack(decoded("full", None))
+    assert (torch.stack(decoded("quest(pages=4,dense=2)", "8")) - full).abs().max() < 1e-5
+    assert (torch.stack(decoded("quest(pages=4,dense=1)", "8")) - full).abs().max() > 1e-4
+    with pytest.raises(PolicyError, match="it has no scores"):
+        parse_policy("adakv(score=quest)")
+    with pytest.raises(PolicyError, match="recent is 0"):
+        parse_policy("quest(recent=0)")
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("policy", [policy for policy in own_policies() if parse_choice(policy).takes_budget])
 def test_what_any_policy_keeps_can_be_quantised(policy: str, bits: int) -> None:

@@ -134,6 +134,18 @@ class SplitState:
         for part in self.parts:
             part.skip(tokens)
 
+    def read_pages(self, most: Tensor) -> None:
+        """See :meth:`DecodeState.read_pages`."""
+        for part in self.parts:
+            with on(part.now.device):
+                part.read_pages(most)
+
+    @property
+    def read_bytes(self) -> int | None:
+        """See :attr:`DecodeState.read_bytes`."""
+        found = [part.read_bytes for part in self.parts]
+        return None if None in found else sum(one or 0 for one in found)
+
     def extend(self, tokens: int) -> None:
         """See :meth:`DecodeState.extend`."""
         for part in self.parts:

@@ -380,6 +380,9 @@ class PolicyCache(SequenceCache):
         packing = self.packing
         assert packing is not None and self.lengths is not None and self.budgets is not None
         state = packing.finish(1 if self.policy.caches_query_heads else self.group, self.rotary)
+        if self.policy.reads is not None and not self.keeps_all:
+            assert self.budget is not None
+            state.read_pages(torch.tensor([self.budget.of(tokens) for tokens in self._text_lengths().tolist()]))
         self.first = self.first or (self.budgets, self._text_lengths().tolist())
         merged, evicted = packing.counts
         self.merged_prompt = [a + b for a, b in zip(self.merged_prompt, merged, strict=True)]
@@ -445,10 +448,18 @@ class PolicyCache(SequenceCache):
         return held
 
     @property
+    def read_bytes(self) -> int | None:
+        """Bytes of keys and values that the last decode step has read; None if that is all that was held."""
+        found = None if self.state is None else self.state.read_bytes
+        sliding = [layer for layer in self.layers if not isinstance(layer, PolicyLayer)]
+        tensors = [held for layer in sliding for held in (layer.keys, layer.values) if held is not None]
+        return None if found is None else found + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of scores, positions, thresholds and work buffers."""
         tensors = self.state.tensors() if self.state else [stat for layer in self.own for stat in layer.stats.values()]
-        biases = self.state.kv_bytes - self.state.store.bytes if self.state else 0  # they count as keys and values
+        biases = self.state.kv_bytes - self.state.store.bytes if self.state else 0  # counted as keys and values
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors) - biases
 
     def _reopen(self) -> None:
@@ -474,7 +485,7 @@ class PolicyCache(SequenceCache):
 
     def _budgets(self) -> Tensor:
         length = self._text_lengths()
-        if self.keeps_all:
+        if self.keeps_all or self.policy.reads is not None:
             return length.expand(len(self.own), -1)
         assert self.budget is not None
         if self.first is not None and self.generated:

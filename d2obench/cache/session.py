@@ -48,6 +48,7 @@ class Footprint:
         merged_layers: for each layer, evicted entries that were merged, from the prompt and during decoding, summed
             over sequences and KV heads.
         evicted_layers: the same for all evicted entries.
+        read_bytes: bytes of keys and values that the last decode step has read; None if that is all that was held.
     """
 
     kv_bytes: int
@@ -60,6 +61,7 @@ class Footprint:
     effective: float
     merged_layers: list[int]
     evicted_layers: list[int]
+    read_bytes: int | None = None
 
     @property
     def merged(self) -> int:
@@ -388,6 +390,7 @@ class Session:
             effective=sum(map(sum, kept)) / (len(kept) * sum(self._lengths)),
             merged_layers=merged,
             evicted_layers=evicted,
+            read_bytes=getattr(cache, "read_bytes", None),
         )
 
     @torch.inference_mode()

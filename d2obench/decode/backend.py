@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from d2obench.compiler import interpreted, missing
+from d2obench.decode.pages import ReadsPages
 from d2obench.decode.reference import Backend
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ OFFERS: tuple[Callable[[DecodeState], Backend | str], ...] = (triton, compiled_c
 
 def choose(state: DecodeState) -> Backend:
     """The first backend that can execute ``state``; PyTorch operators if none of the compiled ones can."""
+    if state.pages is not None:
+        return ReadsPages(state)
     reasons = []
     for offer in OFFERS:
         made = offer(state)

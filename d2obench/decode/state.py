@@ -21,6 +21,7 @@ from torch import Tensor
 from d2obench.decode import backend, rules
 from d2obench.decode.mass import PendingMass
 from d2obench.decode.merge import PendingMerge, StagedEntries
+from d2obench.decode.pages import Pages
 from d2obench.errors import ModelError
 from d2obench.policies.base import Stats
 from d2obench.policies.protect import decode_rule
@@ -85,6 +86,7 @@ class DecodeState:
         queries: the newest queries, ``[layers, rows, G, n, d]``, the newest last; 0 for those before decoding; None if
             the policy needs none (:attr:`Policy.decode_queries`).
         scale: factor of the logits.
+        pages: which parts of a growing cache steps read; None if they read all of it.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class DecodeState:
         if newest:
             shape = (layers, rows, group, newest, store.widths[0])
             self.queries = torch.zeros(shape, dtype=store.dtype, device=device)
+        self.pages: Pages | None = None
         batch, (key_width, value_width) = rows // heads, store.widths
         self._key_shape, self._value_shape = (batch, heads, 1, key_width), (batch, heads, 1, value_width)
         self._query_shape = (batch, heads * group, 1, key_width)
@@ -188,6 +191,12 @@ class DecodeState:
             if self.merge is not None:
                 self.merge.stage(self.slot)
             self.reserve()
+        self._choose()
+
+    def read_pages(self, most: Tensor) -> None:
+        """From now on, steps read pages of ``most`` tokens together, int64 ``[B]``, as the policy says."""
+        assert self.policy.reads is not None
+        self.pages = Pages(self, self.policy.reads, most.to(self.now.device).repeat_interleave(self.heads))
         self._choose()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -259,8 +268,14 @@ class DecodeState:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values, and of the biases that belong to them."""
-        return self.store.bytes + (self.store.slots * torch.float32.itemsize if self.biased else 0)
+        """Bytes of keys and values, and of the biases or the bounds of pages that belong to them."""
+        biases = self.store.slots * torch.float32.itemsize if self.biased else 0
+        return self.store.bytes + biases + (0 if self.pages is None else self.pages.bytes)
+
+    @property
+    def read_bytes(self) -> int | None:
+        """Bytes of them that the last step has read; None if that is all that was held."""
+        return None if self.pages is None else self.pages.read_bytes
 
     def least(self, score: Tensor, recent: Tensor | int) -> Tensor:
         """Slots of the lowest scores outside a recent window; see :func:`d2obench.decode.rules.lowest`."""
@@ -324,6 +339,8 @@ class DecodeState:
         self.store.repeat([prompt + self.added for prompt in self.prompts], tokens)
         self.added += tokens
         self._append()
+        if self.pages is not None:
+            self.pages.refresh()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor except keys and values, for snapshots and for counting bytes."""
@@ -364,6 +381,8 @@ class DecodeState:
         self.position = position
         if self.bias is not None:
             self.bias = torch.nn.functional.pad(self.bias, (0, tokens))
+        if self.pages is not None:
+            self.pages.refresh()
         self._append()
         self._choose()
 
@@ -414,6 +433,7 @@ class DecodeState:
             found.merge = type(self.merge)(found, self.merge.spec)
             for new, mine in zip(found.merge.tensors()[:-1], self.merge.tensors()[:-1], strict=True):  # less work space
                 new.copy_(picked(mine))
+        found.pages = None if self.pages is None else self.pages.selected(found, rows)
         if self.grows:
             found._append()
         else:
@@ -430,6 +450,7 @@ class DecodeState:
         own = [self.position, self.now, self.attention, self.score, self.square, self.factor, self.free, self.target]
         own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
         own += [held for held in (self.bias, self.queries) if held is not None]
+        own += [] if self.pages is None else self.pages.tensors()
         return own + ([] if self.merge is None else self.merge.tensors())
 
     def _choose(self) -> None:

@@ -254,7 +254,7 @@ class _DelaySession:
     def footprint(self) -> Any:
         return SimpleNamespace(
             kv_bytes=0, prompt_kv_bytes=0, state_bytes=0, requested=None, effective=1.0, kept=[], held=[], over=False,
-            merged=0, evicted=0, merged_layers=[], evicted_layers=[],
+            merged=0, evicted=0, merged_layers=[], evicted_layers=[], read_bytes=None,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -238,6 +238,7 @@ def _run(
         evicted=end.evicted,
         merged_layers=end.merged_layers,
         evicted_layers=end.evicted_layers,
+        kv_read_bytes=end.read_bytes,
         tokens_digest=hashlib.sha256(produced.numpy().astype("<i8").tobytes()).hexdigest(),
         flags=[],
         remarks=getattr(session, "remarks", []),

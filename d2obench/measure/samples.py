@@ -67,6 +67,7 @@ class RequestTrace(msgspec.Struct):
         merged, evicted: number of entries, over all layers.
         tokens_digest: identifies the generated tokens.
         merged_layers, evicted_layers: number of entries of each layer.
+        kv_read_bytes: bytes of keys and values that the last decode step has read; None where it reads all of them.
         step_at: the index of each step in ``step_s``; empty where all steps were measured.
         uss_bytes: memory that belongs to this process alone, after the request.
         flags: what disturbed or spoiled the request; set by the runner and by the measurement.
@@ -105,6 +106,7 @@ class RequestTrace(msgspec.Struct):
     tokens_digest: str
     merged_layers: list[int] = []
     evicted_layers: list[int] = []
+    kv_read_bytes: int | None = None
     step_at: list[int] = []
     uss_bytes: int | None = None
     flags: list[str] = []

@@ -199,10 +199,12 @@ def _memory(rounds: Sequence[RequestTrace], machine: Machine) -> dict[str, Value
 def _against_machine(rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded | None) -> dict[str, Value]:
     figures: dict[str, Value] = {}
     last = rounds[-1]
+    kept, held = (sum(map(sum, rows)) for rows in (last.kept, last.held))
+    kv = step_bytes(0, last.kv_bytes, kept, held) if last.kv_read_bytes is None else last.kv_read_bytes
+    figures["kv_step_bytes"] = Value(kv)
     # 1. Bytes that a step must read, and how near its time comes to reading them at the copy bandwidth.
     if machine.read_bytes is not None:
-        kept, held = (sum(map(sum, rows)) for rows in (last.kept, last.held))
-        moved = step_bytes(machine.read_bytes, last.kv_bytes, kept, held)
+        moved = machine.read_bytes + kv
         figures["step_bytes"] = Value(moved)
         step = tpot(rounds, windows)
         if machine.bandwidth and step.value:

@@ -48,6 +48,7 @@ REGISTRY = Registry(
         "knorm": "d2obench.policies.knorm:Knorm",
         "kvzip": "d2obench.policies.kvzip:KVzip",
         "lagkv": "d2obench.policies.lagkv:LagKV",
+        "quest": "d2obench.policies.quest:Quest",
         "rkv": "d2obench.policies.rkv:RKV",
         "triattention": "d2obench.policies.triattention:TriAttention",
         "random": "d2obench.policies.random:Random",

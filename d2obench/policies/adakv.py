@@ -9,7 +9,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import Policy
 from d2obench.policies.sharing import Sharing
 
-BY_POSITION = ("full", "quant", "streaming", "local", "cam")
+BY_POSITION = ("full", "quant", "quest", "streaming", "local", "cam")
 """Policies that choose by position, or not at all: their heads have nothing to compete with."""
 
 

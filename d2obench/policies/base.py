@@ -26,7 +26,7 @@ from torch import Tensor
 from d2obench.errors import PolicyError
 from d2obench.policies.calibration import QueryStatistics
 from d2obench.policies.rotary import QueryMoments
-from d2obench.policies.rules import Custom, DecodeRule, MassSpec, Merge, Repeat, RowSizes
+from d2obench.policies.rules import Custom, DecodeRule, MassSpec, Merge, PagedReads, Repeat, RowSizes
 from d2obench.policies.sharing import Sharing
 from d2obench.suite.grammar import Budget
 
@@ -242,6 +242,11 @@ class Policy:
     def repeats(self) -> Repeat | None:
         """That the model must repeat the prompt before it can be compressed, which gives every entry the statistic
         "repeated"; None for most policies."""
+        return None
+
+    @property
+    def reads(self) -> PagedReads | None:
+        """That everything is held, and the budget is what a decode step reads of it; None for most policies."""
         return None
 
     @property

@@ -187,6 +187,21 @@ Merge = MergeSpec | SpreadSpec | MassSpec
 
 
 @dataclass(frozen=True)
+class PagedReads:
+    """That everything is held and a decode step reads some pages of it (``d2obench.decode.pages``).
+
+    Args:
+        size: tokens of a page.
+        recent: newest pages that are always read.
+        dense: number of first layers that read everything.
+    """
+
+    size: int
+    recent: int
+    dense: int
+
+
+@dataclass(frozen=True)
 class Repeat:
     """That the model repeats the prompt before it is compressed (``d2obench.cache.repetition``).
 

@@ -17,6 +17,7 @@ from d2obench.suite.definition import SPEED
 ROOFLINE = (
     "weights_bytes",
     "kv_bytes",
+    "kv_step_bytes",
     "step_bytes",
     "decode_tok_s",
     "ceiling_tok_s",

@@ -283,6 +283,27 @@ class TriAttention(PromptOnly):
         return self.scored(max(self.held) + 1, self.held)
 
 
+class Quest(Head):
+    """Everything is held; a decoded token's query reads some pages."""
+
+    size, recent = 4, 1
+
+    def attend(self, queries: Array, key: Array, value: Array, scale: float, position: int) -> Array:
+        if self.reading:
+            return super().attend(queries, key, value, scale, position)
+        self.keys[position], self.values[position] = key, value
+        pages = [range(first, min(first + self.size, position + 1)) for first in range(0, position + 1, self.size)]
+        bound = {}
+        for at, page in enumerate(pages):
+            low, high = (by([self.keys[j] for j in page], 0) for by in (np.min, np.max))
+            bound[at] = float(np.mean([np.sum(np.maximum(q * low, q * high)) for q in queries]))
+        count = max(1, self.budget // self.size)
+        bound |= dict.fromkeys(range(len(pages) - min(self.recent, count), len(pages)), np.inf)
+        self.chosen = [j for at in sorted(best(bound, count)) for j in pages[at]]
+        weights = softmax(queries @ np.stack([self.keys[j] for j in self.chosen], 1) * scale)
+        return weights @ np.stack([self.values[j] for j in self.chosen])
+
+
 class KeepKV(Head):
     share, sinks, window, threshold = 0.5, 4, 32, 0.8
 
