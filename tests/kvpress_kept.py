@@ -66,8 +66,9 @@ def kept(press: Callable[[Any], Any], model: Any, text: list[int], keep: int) ->
 
     kvzip.AutoTokenizer = NoWords
     made = press(kvpress)
-    # kvpress rounds down the number of entries that it keeps, or of all heads' entries that it evicts
-    off = -0.05 if isinstance(made, kvpress.KVzipPress) else 0.5
+    # kvpress rounds down the number of entries that a head keeps, or that all heads together evict
+    together = model.config.num_hidden_layers * model.config.num_key_value_heads
+    off = -0.5 / together if isinstance(made, kvpress.KVzipPress) else 0.5
     made.compression_ratio = 1 - (keep + off) / len(text)
     ids = torch.tensor([text])
     full, cut = DynamicCache(), DynamicCache()

@@ -7,7 +7,10 @@ differ, it is by rule:
   earlier one, kvpress any of them.
 * ``knorm``: two norms that are equal up to rounding.
 * ``kvzip``: the sinks of the first chunk are always kept here. kvpress scores them like the rest where nothing, such as
-  a chat template, stands before the text; so the comparison is without sinks.
+  a chat template, stands before the text; so the comparison is without sinks. It evicts a whole number of all heads'
+  entries, rounded down from its ratio: a ratio that is 0.05 entries of a head too high makes it keep 13,496 of
+  SmolLM2-135M's 45,000 entries in place of 13,500. The 4 that only we keep are those of the next highest scores of
+  both; scores differ by 4e-6 at most. With the ratio of the right number, the same entries are kept.
 """
 
 from __future__ import annotations
