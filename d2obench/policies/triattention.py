@@ -18,8 +18,8 @@ from d2obench.policies.rules import Custom, DecodeRule, RowSizes
 if TYPE_CHECKING:
     from d2obench.decode.state import DecodeState
 
-OFFSETS = [2**i for i in range(17)]
-"""How far ahead of the present queries are assumed, in tokens: 1, 2, 4, …, 65,536."""
+OFFSETS = 17
+"""Number of positions ahead at which queries are assumed: 1, 2, 4, …, 65,536 tokens from the present one."""
 LEAST = 1e-6
 """The smallest standard deviation of scores that is divided by."""
 
@@ -143,7 +143,7 @@ def head_scores(keys: Tensor, now: Tensor, mean: Tensor, size: Tensor, rotary: T
     # 1. the mean query, turned to the positions ahead and averaged; its product with a rotated key is the sum of
     #    cosines. Angles of far positions need more digits than float32 has.
     half, keys = len(rotary), keys.float()
-    ahead = now[:, None] + torch.tensor(OFFSETS, device=now.device)
+    ahead = now[:, None] + 2 ** torch.arange(OFFSETS, device=now.device)
     angles = ahead[..., None].double() * rotary.double()
     cos, sin = (held.mean(1)[:, None].float() for held in (angles.cos(), angles.sin()))
     scores = turned(mean, cos, sin) @ keys.transpose(1, 2)
