@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from fake_checkout import Checkout
 from machine import rounds
 
+from d2obench.errors import UsageError
 from d2obench.gate.rules import tolerance
 from d2obench.gate.verdict import Verdict
 from d2obench.study import gate as study
-from d2obench.study.gate import Outcome, Pairs, Rule, Study, Trial, as_markdown, replay, write_study
+from d2obench.study.gate import Outcome, Pairs, Rule, Study, Trial, as_markdown, read_study, replay, write_study
 from d2obench.suite.definition import load_suite
 
 SUITE = load_suite("ci", study.SUITE)
@@ -76,6 +78,19 @@ def test_live_gates_start_their_own_processes_and_are_kept_one_by_one(tmp_path: 
     assert repo.workers_alive() == []
     assert said[0].startswith("+0%, gate 1 of 2: OK")
     assert [len(one.trials) for one in kept] == [1, 2, 2]
+    # it goes on where it was stopped: only what is missing is measured, and gates are replayed anew
+    write_study(tmp_path / "out", kept[0])
+    known = read_study(tmp_path / "out", Study)
+    assert known == kept[0]
+    again = study.study(gates={0.0: 2}, replays=5, burn=True, known=known, watch=said.append)
+    assert again.trials[0] == found.trials[0]
+    assert [one.total for one in again.outcomes] == [2, 5, 5, 5]
+    assert len((repo.scratch / "pids").read_text().split()) == 3 * 2 * 3
+    with pytest.raises(UsageError, match=r"another study.*load"):
+        study.study(gates={0.0: 2}, known=known)
+    other = msgspec.structs.replace(known, environment={"cpu": "another"})
+    with pytest.raises(UsageError, match=r"another study.*machine"):
+        study.study(gates={0.0: 2}, burn=True, known=other)
 
 
 def test_the_files_say_how_often_and_how_sure(tmp_path: Path):

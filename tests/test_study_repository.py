@@ -13,7 +13,8 @@ from repository import TEMPLATE
 from d2obench.errors import D2OBenchError, UsageError, WorkerError
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.study import repository
-from d2obench.study.repository import Change, judge, read_changes, read_study, study, write_study
+from d2obench.study.gate import read_study
+from d2obench.study.repository import Change, Study, judge, read_changes, study, write_study
 
 CHANGES = read_changes(TEMPLATE)
 OK, BAD, OPEN, NONE = Verdict.OK, Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.INCOMPARABLE
@@ -89,7 +90,7 @@ def test_changes_take_turns_and_each_begins_from_the_base(tmp_path: Path, monkey
     part = msgspec.structs.replace(found, trials=found.trials[:5])
     write_study(tmp_path, part)
     seen.clear()
-    again = study(TEMPLATE, gates=4, only=["clean", "slower"], known=read_study(tmp_path), watch=said.append)
+    again = study(TEMPLATE, gates=4, only=["clean", "slower"], known=read_study(tmp_path, Study), watch=said.append)
     assert [trial.change for trial in again.trials] == ["clean", "slower"] * 4
     assert len(seen) == 3
 
@@ -97,9 +98,9 @@ def test_changes_take_turns_and_each_begins_from_the_base(tmp_path: Path, monkey
 def test_a_study_is_not_continued_with_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = {"cpu": "a"}
     monkeypatch.setattr(repository, "_gate", lambda root: msgspec.structs.replace(verdicts(tpot_s=OK), about=machine))
-    assert read_study(tmp_path) is None
+    assert read_study(tmp_path, Study) is None
     write_study(tmp_path, study(TEMPLATE, gates=1, only=["clean"], watch=str))
-    known = read_study(tmp_path)
+    known = read_study(tmp_path, Study)
     assert known is not None and known.environment == machine
     with pytest.raises(UsageError, match=r"another study.*load"):
         study(TEMPLATE, gates=2, burn=True, known=known, watch=str)
@@ -108,7 +109,7 @@ def test_a_study_is_not_continued_with_something_else(tmp_path: Path, monkeypatc
         study(TEMPLATE, gates=2, only=["clean"], known=known, watch=str)
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UsageError, match="another study"):
-        read_study(tmp_path)
+        read_study(tmp_path, Study)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ Output = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="With a study or --coverage, write the results to this folder; --study-repository and --study-quick go on "
-        "with what it holds. By default, results are only printed.",
+        help="With a study or --coverage, write the results to this folder; a study goes on with what it holds. By "
+        "default, they are only printed.",
     ),
 ]
 
@@ -224,7 +224,7 @@ def _show_noise(console: Console, noise: Noise) -> None:
 
 def _show_study(console: Console, gates: int, output: Path | None, *, load: bool) -> None:
     """Runs the study of the gate and prints its outcomes; the files in ``output`` are updated after every gate."""
-    from d2obench.study.gate import CHANGES, study, write_study
+    from d2obench.study.gate import CHANGES, Study, read_study, study, write_study
 
     def keep(found: Study) -> None:
         if output is not None:
@@ -233,7 +233,8 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
     def watch(words: str) -> None:
         console.print(words, style="dim", markup=False)
 
-    found = study(gates=dict.fromkeys(CHANGES, gates), burn=load, watch=watch, keep=keep)
+    known = read_study(output, Study) if output else None
+    found = study(gates=dict.fromkeys(CHANGES, gates), burn=load, known=known, watch=watch, keep=keep)
     for outcome in found.outcomes:
         console.print(str(outcome), markup=False)
     if output is not None:
@@ -242,7 +243,8 @@ def _show_study(console: Console, gates: int, output: Path | None, *, load: bool
 
 def _show_study_repository(console: Console, folder: Path, gates: int, output: Path | None, *, load: bool) -> None:
     """Gates the known changes of a repository and prints how often that was right."""
-    from d2obench.study.repository import as_markdown, read_study, study, write_study
+    from d2obench.study.gate import read_study
+    from d2obench.study.repository import Study, as_markdown, study, write_study
 
     def watch(words: str) -> None:
         console.print(words, style="dim", markup=False)
@@ -251,7 +253,7 @@ def _show_study_repository(console: Console, folder: Path, gates: int, output: P
         folder,
         gates=gates,
         burn=load,
-        known=read_study(output) if output else None,
+        known=read_study(output, Study) if output else None,
         watch=watch,
         keep=lambda part: write_study(output, part) if output else None,
     )

@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from d2obench import errors
-from d2obench.errors import WorkerError
+from d2obench.errors import UsageError, WorkerError
 from d2obench.gate.arm import Arm, both
 from d2obench.gate.rounds import Rounds, measure_group
 from d2obench.gate.rules import confirm, judge_timed, tolerance
@@ -42,7 +42,11 @@ from d2obench.tasks.base import Cell
 SUITE = {"axes.model": "shape:tiny", "axes.policy": "d2o", "axes.task": "speed", "gate.metrics": '["tpot_s"]'}
 METRIC = "tpot_s"
 CHANGES = (0.0, 0.1, 0.2)
+RECORD = "study.json"
+REPLAYS = 20_000
+"""Gates replayed for each change: enough to tell a share of 1 in 200 from one of 1 in 2,000."""
 _HEAD = "| head | gates | n | REGRESSED | INCONCLUSIVE | OK | share REGRESSED (95 %) |\n|---|---|--:|--:|--:|--:|--:|\n"
+T = TypeVar("T")
 FACTS = ("cpu", "cores", "logical_cores", "threads", "torch", "transformers", "python", "commit", "dirty")
 
 
@@ -141,8 +145,9 @@ class Study(msgspec.Struct, frozen=True):
 def study(
     *,
     gates: Mapping[float, int] | None = None,
-    replays: int = 200,
+    replays: int = REPLAYS,
     burn: bool = False,
+    known: Study | None = None,
     watch: Callable[[str], None] = print,
     keep: Callable[[Study], None] = lambda found: None,
 ) -> Study:
@@ -152,8 +157,12 @@ def study(
         gates: number of live gates by change of the head; 20 for each change by default.
         replays: number of gates replayed for each change.
         burn: whether another process keeps one core busy meanwhile.
+        known: a part of this study that was made before, whose live gates count.
         watch: receives a line after each gate.
         keep: receives what has been found after each gate, so that nothing is lost if the study is stopped.
+
+    Raises:
+        UsageError: ``known`` is of another rule, another load, another machine or another commit.
     """
     suite = load_suite("ci", SUITE)
     (cell,) = cells(suite)
@@ -163,13 +172,19 @@ def study(
         "cell": cell.id, "metric": METRIC, "limit": rule.limit, "looks": list(suite.gate.looks),
         "level": suite.gate.level,
     }  # fmt: skip
-    trials: list[Trial] = []
-    facts: dict[str, object] = {}
+    if known is not None and (known.rule, known.load) != (about, burn):
+        raise another("its rule or its load is another")
+    trials: list[Trial] = [*known.trials] if known else []
+    facts: dict[str, object] = {**known.environment} if known else {}
     with burning(burn):
         for change, count in gates.items():
-            for number in range(count):
-                trials.append(trial(suite, cell, rule, change, facts))
-                last = trials[-1]
+            for number in range(sum(one.change == change for one in trials), count):
+                here: dict[str, object] = {}
+                last = trial(suite, cell, rule, change, here)
+                if facts and here != facts:
+                    raise another("it was made on another machine, or with other libraries or another commit")
+                facts = here
+                trials.append(last)
                 watch(f"{change:+.0%}, gate {number + 1} of {count}: {last.verdict.value} {last.found}")
                 keep(Study(about, facts, burn, tuple(trials), tuple(live_outcomes(trials))))
     recorded = [part for one in trials for part in one.parts]
@@ -177,6 +192,11 @@ def study(
     found = Study(about, facts, burn, tuple(trials), (*live_outcomes(trials), *replayed))
     keep(found)
     return found
+
+
+def another(why: str) -> UsageError:
+    """The error for a study that can't go on with what its folder holds."""
+    return UsageError("the folder of --output holds another study", why=why, remedy="choose another folder")
 
 
 def trial(suite: Suite, cell: Cell, rule: Rule, change: float, facts: dict[str, object]) -> Trial:
@@ -288,8 +308,22 @@ def _draw(recorded: Sequence[Pairs], rule: Rule, change: float, rng: random.Rand
 def write_study(folder: Path, found: Study) -> None:
     """Writes ``study.json`` with every recorded pair of rounds, and ``README.md`` with the shares of each verdict."""
     text = json.dumps(finite(msgspec.to_builtins(found)), indent=None, sort_keys=True, separators=(",", ":"))
-    write_atomic(folder / "study.json", text.replace('{"change"', '\n{"change"').encode() + b"\n")
+    write_atomic(folder / RECORD, text.replace('{"change"', '\n{"change"').encode() + b"\n")
     write_atomic(folder / "README.md", as_markdown(found).encode())
+
+
+def read_study(folder: Path, kind: type[T]) -> T | None:
+    """The study that a folder holds, whole or in part; None if it holds none.
+
+    Raises:
+        UsageError: its record can't be read.
+    """
+    try:
+        return msgspec.json.decode((folder / RECORD).read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as problem:
+        raise another(str(problem)) from None
 
 
 def as_markdown(found: Study) -> str:
@@ -304,13 +338,16 @@ def as_markdown(found: Study) -> str:
         f"`{rule['metric']}` of `{rule['cell']}`; REGRESSED beyond {limit} at {level}"
         f" after {looks} rounds, and only where fresh processes find it again. Every"
         " live gate starts its own processes; a slower head has a real delay in its decode loop. Replayed gates are"
-        " made of what the live gates of equal code recorded, the head's times multiplied.\n",
+        " simulated: each draws its rounds from what the live gates of equal code recorded, the head's times"
+        " multiplied.\n",
         f"{facts.get('cpu', 'unknown processor')}, {facts.get('logical_cores', '?')} threads, torch"
         f" {facts.get('torch', '?')}, commit {commit}; {others}."
         f" {len(found.trials)} live gates took {seconds:.0f} s.\n",
         _HEAD + "".join(map(_line, found.outcomes)),
-        "`study.json` holds every pair of rounds. Made by `d2obench doctor --study --output FOLDER"
-        f"{' --load' if found.load else ''}`.\n",
+        "The shares have exact binomial intervals. Those of replayed gates hold for rounds like the"
+        f" {sum(len(one.parts) for one in found.trials)} recorded parts; what other hours bring, only live gates show."
+        " `study.json` holds every pair of rounds. Made by `d2obench doctor --study --output FOLDER"
+        f"{' --load' if found.load else ''}`; the same command goes on where it was stopped.\n",
     ]
     return "\n".join(lines)
 
@@ -319,7 +356,9 @@ def _line(one: Outcome) -> str:
     share, lo, hi = one.share(Verdict.REGRESSED)
     shown = (Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.OK)
     counts = " | ".join(str(one.counts.get(verdict, 0)) for verdict in shown)
-    return f"| {one.change:+.0%} | {one.kind} | {one.total} | {counts} | {share:.1%} ({lo:.1%} … {hi:.1%}) |\n"
+    digits = 1 if one.total < 1000 else 2
+    shown_share = f"{share:.{digits}%} ({lo:.{digits}%} … {hi:.{digits}%})"
+    return f"| {one.change:+.0%} | {one.kind} | {one.total} | {counts} | {shown_share} |\n"
 
 
 def _percent(value: object) -> str:

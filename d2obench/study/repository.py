@@ -28,11 +28,10 @@ from d2obench.measure.environment import fingerprint
 from d2obench.metric import METRICS
 from d2obench.record import write_atomic
 from d2obench.stats.intervals import proportion
-from d2obench.study.gate import burning
+from d2obench.study.gate import RECORD, another, burning
 
 Word = Literal["right", "undecided", "wrong"]
 SUITE = "gate.toml"
-RECORD = "study.json"
 
 
 class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,7 +129,7 @@ def study(
     changes = read_changes(folder)
     chosen = [name for name in changes if not set(only) or name in set(only)]
     if known is not None and (known.changes, known.load) != (changes, burn):
-        raise _another("its changes or its load are others")
+        raise another("its changes or its load are others")
     trials: list[Trial] = [*known.trials] if known else []
     facts: dict[str, str] = {**known.environment} if known else {}
     before = Counter(trial.change for trial in trials)
@@ -150,7 +149,7 @@ def study(
                 if isinstance(found, Verdicts):
                     mine = {key: value for key, value in found.about.items() if key not in ("when", "commit")}
                     if known is not None and facts and mine != facts:
-                        raise _another("it was made with another machine, suite or library")
+                        raise another("it was made with another machine, suite or library")
                     facts = mine
                 word = judge(changes[name], found)
                 said = found.summary if isinstance(found, Verdicts) else str(found)
@@ -158,10 +157,6 @@ def study(
                 watch(f"{name}, gate {number + 1} of {gates}: {word}: {said}")
                 keep(Study(changes, burn, facts, tuple(trials)))
     return Study(changes, burn, facts, tuple(trials))
-
-
-def _another(why: str) -> UsageError:
-    return UsageError("the folder of --output holds another study", why=why, remedy="choose another folder")
 
 
 def _own_commit() -> str:
@@ -193,20 +188,6 @@ def write_study(folder: Path, found: Study) -> None:
     text = json.dumps(msgspec.to_builtins(found), sort_keys=True, indent=1, ensure_ascii=False)
     write_atomic(folder / RECORD, text.encode() + b"\n")
     write_atomic(folder / "README.md", as_markdown(found).encode())
-
-
-def read_study(folder: Path) -> Study | None:
-    """The study that a folder holds, whole or in part; None if it holds none.
-
-    Raises:
-        UsageError: its record can't be read.
-    """
-    try:
-        return msgspec.json.decode((folder / RECORD).read_bytes(), type=Study)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as problem:
-        raise _another(str(problem)) from None
 
 
 def as_markdown(found: Study) -> str:
