@@ -272,13 +272,9 @@ def samples_at(folder: Path, name: str, cell: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def cannot_write(path: Path, problem: OSError) -> RecordError:
+def cannot_write(path: Path, problem: OSError, remedy: str = "free some space or choose another folder") -> RecordError:
     """The error for a file that can't be written."""
-    return RecordError(
-        f"can't write {path}",
-        why=problem.strerror or str(problem),
-        remedy="free some space or choose another folder with --out",
-    )
+    return RecordError(f"can't write {path}", why=problem.strerror or str(problem), remedy=remedy)
 
 
 def _read_info(folder: Path) -> RunInfo:

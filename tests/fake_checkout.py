@@ -47,7 +47,8 @@ MODEL = dict(architecture="fake", layers=2, heads=4, kv_heads=2, head_dim=4, hid
 def measure(args):
     if ARM["hang"]:
         (SCRATCH / "hanging").touch()
-        time.sleep(900)
+        while not (SCRATCH / "go").exists():
+            time.sleep(0.01)
     if ARM["fail"]:
         return {"error": {"kind": ARM["fail"], "what": "it fell over", "why": "", "remedy": ""}}
     slow = ARM["slow_once"] if not (SCRATCH / "second").exists() else 1.0

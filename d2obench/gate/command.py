@@ -17,7 +17,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,7 +45,7 @@ from d2obench.gate.rules import (
 )
 from d2obench.gate.sides import Watch
 from d2obench.gate.verdict import KINDS, Row, Verdict, Verdicts, gather, of_kinds
-from d2obench.gate.worktree import Repository, terminable, uninterrupted, work_tree, worktrees
+from d2obench.gate.worktree import SPACE, Repository, scratch, terminable, work_tree, worktrees
 from d2obench.measure.environment import fingerprint
 from d2obench.metric import METRICS
 from d2obench.models.embedded import cache_folder
@@ -200,8 +199,8 @@ def gate_command(
         if mode != "none" and "head" not in commits:
             roots["head"] = stack.enter_context(work_tree(repository))
         where = stack.enter_context(places(roots, {"base": base.python, "head": head.python}, mode, watch))
-        scratch = _scratch(stack)
-        arms = {name: CommandArm(name, words, roots[name], where[name], scratch) for name in ("base", "head")}
+        records = stack.enter_context(scratch("records"))
+        arms = {name: CommandArm(name, words, roots[name], where[name], records) for name in ("base", "head")}
         stack.enter_context(exclusive(cache_folder() / "gate.lock", "another gate measures on this machine", watch))
         rows, notes = compare_commands(arms, table, watch)
     found = fingerprint()
@@ -211,20 +210,6 @@ def gate_command(
     commit = repository.commit(head.revision or "HEAD") + changed
     about = {"when": now(), "suite": command, "commit": commit, "d2obench": __version__, **facts}
     return gather("gate command", names["base"], names["head"], of_kinds(rows, kinds), notes, about=about)
-
-
-def _scratch(stack: ExitStack) -> Path:
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix="d2obench-records-"))
-    except OSError as problem:
-        raise cannot_write(Path(tempfile.gettempdir()), problem) from None
-
-    def remove() -> None:
-        with uninterrupted():
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    stack.callback(remove)
-    return scratch
 
 
 def compare_commands(arms: Mapping[str, CommandArm], table: GateTable, watch: Watch) -> tuple[list[Row], list[str]]:
@@ -280,7 +265,7 @@ def _measure(arms: Mapping[str, CommandArm], rounds: Rounds, look: int, watch: W
                     raise
                 return Row("*", "status", Verdict.REGRESSED, "exact", "ok", "failed", reason=str(problem))
             except OSError as problem:
-                raise cannot_write(arms[name].scratch, problem) from None
+                raise cannot_write(arms[name].scratch, problem, SPACE) from None
             rounds[name].append(found)
         if number + 1 >= FEW and not _times(rounds):
             break

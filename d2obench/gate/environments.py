@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
@@ -36,8 +35,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from d2obench import errors
 from d2obench.errors import UsageError, WorkerError
-from d2obench.gate.exclusive import exclusive
-from d2obench.gate.worktree import uninterrupted
+from d2obench.gate.exclusive import CACHE, exclusive
+from d2obench.gate.worktree import SPACE, full_disk, scratch
 from d2obench.models.embedded import cache_folder
 from d2obench.record import cannot_write
 
@@ -83,25 +82,19 @@ def places(
     if mode == "none":
         yield {name: Place(pythons[name], (root,), root) for name, root in checkouts.items()}
         return
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix="d2obench-sides-"))
-    except OSError as problem:
-        raise cannot_write(Path(tempfile.gettempdir()), problem) from None
-    try:
-        code = scratch / "code"
-        code.mkdir()
-        (code / "d2obench").symlink_to(CODE / "d2obench", target_is_directory=True)
-        found = {}
-        for name, root in checkouts.items():
-            watch(f"building the {name}")
-            found[name] = _place(name, root, scratch / name, code, pythons[name], mode, watch)
+    with scratch("sides") as folder:
+        try:
+            code = folder / "code"
+            code.mkdir()
+            (code / "d2obench").symlink_to(CODE / "d2obench", target_is_directory=True)
+            found = {}
+            for name, root in checkouts.items():
+                watch(f"building the {name}")
+                found[name] = _place(name, root, folder / name, code, pythons[name], mode, watch)
+        except OSError as problem:
+            raise cannot_write(folder, problem, SPACE) from None
         with visible(found["head"].paths[:1]):
             yield found
-    except OSError as problem:
-        raise cannot_write(scratch, problem) from None
-    finally:
-        with uninterrupted():
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _place(
@@ -216,7 +209,7 @@ def _environment(wanted: Sequence[str], source: Path, mode: Mode, name: str, wat
             (place / MARKER).write_text(json.dumps(made_of, indent=1) + "\n", "utf-8")
             done = True
         except OSError as problem:
-            raise cannot_write(place, problem) from None
+            raise cannot_write(place, problem, CACHE) from None
         finally:
             if not done:
                 shutil.rmtree(place, ignore_errors=True)
@@ -268,8 +261,8 @@ def _run(command: Sequence[str], problem: str, cwd: Path | None = None) -> str:
         raise
     if process.returncode:
         print(f"--- {' '.join(command[:4])} …\n{log.rstrip()}\n---", file=sys.stderr)
-        lines = [line.strip() for line in log.splitlines() if re.search("error|No space", line, re.IGNORECASE)]
-        raise WorkerError(
-            problem, why=(lines or [f"exit code {process.returncode}"])[-1][:300], remedy="see its log above"
-        )
+        lines = [line.strip() for line in log.splitlines() if re.search("error", line, re.IGNORECASE)]
+        full = full_disk(log.splitlines())
+        why = full or (lines or [f"exit code {process.returncode}"])[-1]
+        raise WorkerError(problem, why=why[:300], remedy=SPACE if full else "see its log above")
     return out

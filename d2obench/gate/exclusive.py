@@ -12,6 +12,8 @@ from pathlib import Path
 
 from d2obench.record import cannot_write
 
+CACHE = "free some space or set D2OBENCH_CACHE to another folder"
+
 
 @contextmanager
 def exclusive(path: Path, busy: str, watch: Callable[[str], None]) -> Iterator[None]:
@@ -31,13 +33,13 @@ def exclusive(path: Path, busy: str, watch: Callable[[str], None]) -> Iterator[N
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as problem:
-        raise cannot_write(path, problem) from None
+        raise cannot_write(path, problem, CACHE) from None
     try:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
             if problem.errno not in (errno.EACCES, errno.EAGAIN):
-                raise cannot_write(path, problem) from None
+                raise cannot_write(path, problem, CACHE) from None
             owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
             watch(f"{busy} (pid {owner or 'unknown'}): waiting for it")
             fcntl.lockf(handle, fcntl.LOCK_EX)

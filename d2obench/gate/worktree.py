@@ -6,13 +6,14 @@ own checkout is not touched. Removal can't be interrupted: SIGINT and SIGTERM wa
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from types import FrameType
 from d2obench.errors import UsageError
 from d2obench.record import cannot_write
 
+SPACE = "free some space or set TMPDIR to another folder"
 TRUNKS = ("origin/HEAD", "origin/main", "main", "origin/master", "master")
 """Branches that can be the trunk; the first that exists is taken."""
 
@@ -48,8 +50,9 @@ class Repository:
         except OSError as problem:
             raise UsageError("can't run git", why=problem.strerror or str(problem), remedy="install git") from None
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            raise UsageError(f"git {words[0]} failed", why=lines[-1] if lines else f"exit code {done.returncode}")
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            full = full_disk(lines)
+            raise UsageError(f"git {words[0]} failed", why=full or lines[-1], remedy=SPACE if full else "")
         return done.stdout.strip()
 
     def commit(self, revision: str) -> str:
@@ -105,20 +108,41 @@ class Repository:
         return [name for name in self.git("ls-files", "-z", *options).split("\0") if name]
 
 
+def full_disk(log: Iterable[str]) -> str:
+    """The shortest line of a log that says that the disk is full, or that a file can't be written, which is how git
+    puts it; empty if none does."""
+    words = (os.strerror(errno.ENOSPC), "unable to write file")
+    return min((line.strip() for line in log if any(word in line for word in words)), key=len, default="")
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """A temporary folder, which is removed however the block ends.
+
+    Raises:
+        RecordError: it can't be made.
+    """
+    try:
+        place = Path(tempfile.mkdtemp(prefix=f"d2obench-{name}-"))
+    except OSError as problem:
+        raise cannot_write(Path(tempfile.gettempdir()), problem, SPACE) from None
+    try:
+        yield place
+    finally:
+        with uninterrupted():
+            shutil.rmtree(place, ignore_errors=True)
+
+
 @contextmanager
 def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[str, Path]]:
     """Checks out each commit, by name → commit, and yields name → folder; all checkouts are removed afterwards."""
     try:
-        place = Path(tempfile.mkdtemp(prefix="d2obench-gate-"))
-    except OSError as problem:
-        raise cannot_write(Path(tempfile.gettempdir()), problem) from None
-    try:
-        for name, commit in commits.items():
-            repository.git("worktree", "add", "--detach", "--quiet", str(place / name), commit)
-        yield {name: place / name for name in commits}
+        with scratch("gate") as place:
+            for name, commit in commits.items():
+                repository.git("worktree", "add", "--detach", "--quiet", str(place / name), commit)
+            yield {name: place / name for name in commits}
     finally:
         with uninterrupted():
-            shutil.rmtree(place, ignore_errors=True)
             repository.git("worktree", "prune")  # git forgets the worktrees whose folder no longer exists
 
 
@@ -141,7 +165,7 @@ def work_tree(repository: Repository) -> Iterator[Path]:
             for name in repository.files("--deleted"):
                 (copy / name).unlink(missing_ok=True)
         except OSError as problem:
-            raise cannot_write(copy, problem) from None
+            raise cannot_write(copy, problem, SPACE) from None
         yield copy
 
 
@@ -161,16 +185,27 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Lets SIGTERM, which CI sends to cancel a job, end the block as Ctrl-C does."""
+    """Lets SIGTERM, which CI sends to cancel a job, end the block as Ctrl-C does.
+
+    Whichever comes first, later ones are ignored until the block is done, so that they don't disturb its cleaning up:
+    GitHub sends SIGINT, and SIGTERM some seconds later.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    stopped = False
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+
+    heard = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
