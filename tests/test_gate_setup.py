@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from repository import Plugin
+from waiting import LIMIT_S, wait_for
 
 from d2obench import __version__
 from d2obench.errors import UsageError
@@ -127,6 +129,11 @@ if "--paginate" in sys.argv:
     print(os.environ["EARLIER"], end="")
 elif "state=open" in sys.argv:
     print(os.environ["NUMBER"], end="")
+if "WAIT" in os.environ:
+    import signal
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    open(os.environ["WAIT"], "w").close()
+    signal.pause()
 sys.exit(int(os.environ.get("CODE", "0")) if "gate" in sys.argv else 0)
 """
 
@@ -142,7 +149,12 @@ class Runner:
             program.write_text(FAKE.format(python=sys.executable))
             program.chmod(0o755)
 
-    def run(self, action: str, step: str, values: dict[str, str], **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: Any, **env: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words, **env)
+        out, log = process.communicate(timeout=LIMIT_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, log)
+
+    def start(self, action: str, step: str, values: dict[str, str], **env: str) -> subprocess.Popen[str]:
         about = _action(action)
         (found,) = [one for one in about["runs"]["steps"] if one["name"] == step]
         known = {f"inputs.{key}": str(one.get("default", "")) for key, one in about["inputs"].items()} | values
@@ -153,9 +165,11 @@ class Runner:
         given = {key: fill(value) for key, value in found.get("env", {}).items()}
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
         here = {"PATH": path, "LOG": str(self.log), "GITHUB_ACTION_PATH": str(ACTIONS / action)}
-        return subprocess.run(
-            ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", fill(found["run"])],
-            cwd=self.folder, env={**here, **given, **env}, capture_output=True, text=True,
+        script = self.folder / "step.sh"
+        script.write_text(fill(found["run"]))
+        return subprocess.Popen(
+            ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", str(script)],
+            cwd=self.folder, env={**here, **given, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     @property
@@ -205,6 +219,23 @@ def test_the_action_fails_as_the_gate_does_and_installs_its_own_version(runner):
     assert (Path(words[-1]) / "pyproject.toml").samefile(ROOT / "pyproject.toml")
 
 
+def test_a_job_that_is_cancelled_interrupts_the_gate_itself(runner, tmp_path):
+    """A runner signals the process that it started, and no other."""
+    process = runner.start("gate", "Measure base and head", {}, WAIT=str(tmp_path / "waits"))
+    wait_for((tmp_path / "waits").exists, alive=lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130
+
+
+def test_a_fork_needs_no_secret_for_its_gate(runner):
+    """The workflow of a fork has no secrets and a token that only reads: neither it nor the action asks for one."""
+    (gate,) = [text for path, text in workflow_files("github", "me/d2obench", "").items() if path.name == "gate.yml"]
+    for text in (gate, (ROOT / ".github/workflows/gate.yml").read_text(), (ACTIONS / "gate/action.yml").read_text()):
+        assert "secrets." not in text and "token" not in text.lower()
+    assert runner.run("gate", "Measure base and head", {}).returncode == 0  # with nothing but PATH in its environment
+
+
 EVENT = {
     "github.repository": "me/mine",
     "github.event.workflow_run.head_repository.owner.login": "fork",
@@ -249,15 +280,40 @@ def test_another_text_is_not_posted(runner, body):
     assert runner.calls == []
 
 
-@pytest.mark.skipif(ACTIONLINT is None, reason="the program actionlint is not installed")
-def test_the_workflows_have_no_fault_that_actionlint_finds(tmp_path):
-    write_files(tmp_path, workflow_files("github", "me/d2obench", ""))
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A repository with the workflows that ``gate init`` writes."""
+    for ci in ("github", "gitlab"):
+        write_files(tmp_path, workflow_files(ci, "me/d2obench", "d2obench==1"))
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    for folder in (ROOT, tmp_path):
+    return tmp_path
+
+
+@pytest.mark.skipif(ACTIONLINT is None, reason="the program actionlint is not installed")
+def test_the_workflows_have_no_fault_that_actionlint_finds(written):
+    for folder in (ROOT, written):
         for file in sorted((folder / ".github/workflows").glob("*.yml")):
             words = [str(ACTIONLINT), str(file.relative_to(folder))]
             done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.needs("check_jsonschema")
+def test_workflows_and_actions_have_the_form_that_their_services_want(written, tmp_path):
+    """By the schemas that the package check-jsonschema brings; actionlint does not read actions, nor GitLab's files."""
+
+    def check(schema: str, *files: Path) -> int:
+        words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, files)]
+        return subprocess.run(words).returncode
+
+    workflows = [file for folder in (ROOT, written) for file in (folder / ".github/workflows").glob("*.yml")]
+    assert len(workflows) == 5
+    assert check("github-workflows", *workflows) == 0
+    assert check("github-actions", *ACTIONS.glob("*/action.yml")) == 0
+    assert check("gitlab-ci", written / ".gitlab/d2obench-gate.yml") == 0
+    wrong = tmp_path / "action.yml"
+    wrong.write_text((ACTIONS / "gate/action.yml").read_text().replace("shell: bash", "shel: bash", 1))
+    assert check("github-actions", wrong) == 1
 
 
 @pytest.mark.slow
