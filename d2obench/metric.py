@@ -296,6 +296,9 @@ _TABLE = (
     Metric("live_bytes", "tensors alive", "MiB", MIB, 2, "lower", "exact", "memory",
            "Storage of all tensors that exist while decoding, less those that existed before the request.",
            base="bytes"),
+    Metric("instructions_step", "instructions a step", "million", 1e-6, 2, "lower", "timed", "machine",
+           "Instructions that the processor executes in one decode step, where its counters can be read (Linux, one "
+           "thread). Other load hardly changes them.", tolerance=0.02),
     Metric("flops_step", "FLOPs a step", "MFLOP", 1e-6, 2, "lower", "exact", "machine",
            "Floating-point operations of one decode step, counted from its operators.", base="flop"),
 )

@@ -14,7 +14,7 @@ ARM: dict[str, Any] = {
     "torch": "2.0", "tpot": 0.010, "ttft": 0.1, "kept": [[20.0, 20.0], [22.0, 22.0]], "kv_bytes": 4096,
     "digest": "ab", "rss": 500_000_000, "counts": {"ops_step": 100, "live_bytes": 5000},
     "kl": [0.1, 0.12, 0.08, 0.11, 0.09, 0.13, 0.1, 0.07],
-    "fail": "", "hang": False, "slow_once": 1.0, "flags": [],
+    "instructions": None, "fail": "", "hang": False, "slow_once": 1.0, "flags": [],
     "noise": {"8": 0.02, "16": 0.015, "32": 0.01},
 }  # fmt: skip
 
@@ -61,6 +61,7 @@ def measure(args):
         "kv_bytes": ARM["kv_bytes"], "kv_prompt_bytes": ARM["kv_bytes"], "state_bytes": 0, "requested": None,
         "effective": 0.2, "over": False, "kept": ARM["kept"], "held": ARM["kept"], "merged": 0, "evicted": 0,
         "tokens_digest": ARM["digest"], "flags": ARM["flags"],
+        "instructions": ARM["instructions"] and ARM["instructions"] * (1 + NOISE.random() / 1000),
     }
     return {"trace": trace, "model": {"weights_bytes": 1000}}
 

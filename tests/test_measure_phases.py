@@ -111,6 +111,16 @@ def test_every_time_is_exact_under_a_scripted_clock() -> None:
     assert machine.closed == 1
 
 
+def test_instructions_are_those_of_the_decode_steps() -> None:
+    """By a counter that advances as the scripted clock does."""
+    machine = Machine()
+    machine.step_cost = lambda position: 1.0 + position
+    assert machine.request(5, instructions=lambda: int(machine.t)).instructions == 2.5
+    assert machine.request(5).instructions is None
+    assert machine.request(5, instructions=lambda: 0).instructions is None
+    assert machine.request(100, instructions=lambda: int(machine.t), sampled=Sampled(2, 2)).instructions is None
+
+
 @settings(max_examples=25)
 @given(gen=st.integers(1, 40), repeats=st.integers(1, 3))
 def test_n_tokens_give_n_minus_1_gaps_and_prefill_is_none_of_them(gen: int, repeats: int) -> None:

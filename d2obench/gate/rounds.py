@@ -41,8 +41,9 @@ TIMES: dict[str, Callable[[Trace], float]] = {
     "compress_s": lambda one: float(one["compress_s"]),
     "tpot_s": lambda one: float(median(one["step_s"])) if one["step_s"] else 0.0,
     "e2e_s": lambda one: float(one["e2e_s"]),
+    "instructions_step": lambda one: float(one.get("instructions") or 0.0),
 }
-"""Metric → the timed figure of one round."""
+"""Metric → the timed figure of one round; 0 where there is none."""
 
 JUDGED_RATIOS = ("speedup", "speedup_e2e", "prefill_cost", "to_streaming")
 """Ratios within a group that a gate can judge: each side has its own, and the two are compared."""

@@ -20,6 +20,7 @@ from d2obench.gate.exclusive import exclusive
 from d2obench.gate.rounds import JUDGED_RATIOS, Failure, Rounds, measure_group
 from d2obench.gate.rules import confirm, judge_budget, tolerance
 from d2obench.gate.verdict import BUDGET, KINDS, Row, Verdict, of_kinds
+from d2obench.measure.instructions import why_not
 from d2obench.metric import METRICS
 from d2obench.models.embedded import cache_folder
 from d2obench.record import Value
@@ -34,6 +35,8 @@ SPEED_KINDS, QUALITY_KINDS = {"exact", "bounded", "timed", "ratio"}, {"exact", "
 NOISE_S, NOISY = 3.0, 0.10
 """Seconds for which the noise is measured before anything is timed, and the slowdown beyond which the machine is called
 noisy if it can't tell a smaller one."""
+COUNTED = "instructions_step"
+"""The figure that a gate leaves out, and says so, where the machine does not have it."""
 ABOUT = ("cpu", "gpu", "threads", "python", "torch", "transformers")
 """Facts that are kept with the verdicts."""
 
@@ -99,6 +102,9 @@ def compare_arms(
             rows += _confirmed(arms, together, suite, watch, timed)
     if repeated:
         notes.append(f"{repeated} pairs of rounds were measured again because the GPU's clocks were held back")
+    if COUNTED in suite.gate.metrics and COUNTED not in {row.metric for row in rows}:
+        why = why_not() or ("it needs worker.threads = 1" if suite.worker.threads != 1 else "a side has no such figure")
+        notes.append(f"{COUNTED} was not compared: {why}")
     seen = {row.metric for row in rows if row.kind == BUDGET}
     whole = not any(row.metric == "status" for row in rows)
     for metric in suite.gate.bounds:

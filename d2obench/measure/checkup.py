@@ -30,6 +30,7 @@ from d2obench.errors import D2OBenchError
 from d2obench.measure.clock import clock_for
 from d2obench.measure.disturbance import between, load
 from d2obench.measure.environment import fingerprint
+from d2obench.measure.instructions import why_not
 from d2obench.measure.memory import ResidentMeter, probe_for
 from d2obench.measure.nvml import Nvml, block_on, find_own_process, open_gpu, other_processes, slowdown_names
 from d2obench.measure.phases import Mark, measure_request
@@ -68,6 +69,7 @@ def checkup(device: torch.device) -> Iterator[Finding]:
     yield from _model()
     yield from _memory_meter(device, gpu)
     yield from _timing(device)
+    yield from _counters()
     yield from _other_load(device, gpu)
 
 
@@ -176,6 +178,12 @@ def _timing(device: torch.device) -> Iterator[Finding]:
         text = f"a delay of {delay.true * 1e3:.2f} ms is timed as {delay.measured * 1e3:.2f} ms"
         remedy = "" if delay.right else "end other programs and try again"
         yield Finding(f"timed {name}", "ok" if delay.right else "bad", text, remedy)
+
+
+def _counters() -> Iterator[Finding]:
+    why = why_not()
+    text = f"can't be counted: {why}" if why else 'can be counted: add "instructions_step" to gate.metrics'
+    yield Finding("instructions", "note" if why else "ok", text)
 
 
 def _other_load(device: torch.device, gpu: Nvml | None) -> Iterator[Finding]:

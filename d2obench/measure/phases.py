@@ -102,6 +102,7 @@ def measure_request(
     memory: MemoryProbe,
     force: torch.Tensor | None = None,
     sampled: Sampled | None = None,
+    instructions: Callable[[], int] | None = None,
 ) -> RequestTrace:
     """Runs and times one batch of prompts.
 
@@ -113,6 +114,7 @@ def measure_request(
         memory: see :func:`d2obench.measure.memory.probe_for`.
         force: ``[B, gen]`` token ids fed in place of the greedy ones, so that all policies read the same text.
         sampled: the part of a long generation that is measured; a short generation is measured whole.
+        instructions: counts them, see :func:`d2obench.measure.instructions.counting`.
 
     Raises:
         OutOfMemory: names the phase; all memory of the session has been freed.
@@ -127,7 +129,7 @@ def measure_request(
             GarbageCollection.begin_timing()
             memory.start()
             clock.start()
-            return _run(session, timeline, prompts, gen, force, sampled)
+            return _run(session, timeline, prompts, gen, force, sampled, instructions)
     except (RuntimeError, MemoryError) as problem:
         if not is_out_of_memory(problem):
             raise
@@ -174,6 +176,7 @@ def _run(
     gen: int,
     force: torch.Tensor | None,
     sampled: Sampled | None,
+    instructions: Callable[[], int] | None,
 ) -> RequestTrace:
     # 1. Prefill, compression, and the first token on the host.
     timeline.mark("prefill")
@@ -194,8 +197,10 @@ def _run(
     # 3. Decode steps: all of them, or some at each depth.
     starts = sampled_starts(gen - 1, sampled) if sampled else []
     width = sampled.steps if sampled and starts else gen - 1
+    before = instructions() if instructions else 0
     steps, last = _decode(session, timeline, ids, force, starts or [0], width, logits)
     timeline.mark("end")
+    counted = instructions() - before if instructions and not starts else 0
 
     # 4. Read the clock, then everything that would have disturbed the timing.
     times = timeline.read()
@@ -243,6 +248,7 @@ def _run(
         flags=[],
         remarks=getattr(session, "remarks", []),
         decode_path=getattr(session, "decode_path", ""),
+        instructions=counted / len(steps) if counted > 0 and steps else None,
         timeline=timeline.samples(timeline.memory.host),
         timeline_columns=timeline.memory.host.columns,
         device_timeline=timeline.samples(timeline.memory.device),

@@ -73,6 +73,7 @@ class RequestTrace(msgspec.Struct):
         flags: what disturbed or spoiled the request; set by the runner and by the measurement.
         remarks: why a GPU's faster path was not used.
         decode_path: what executed a decode step, in words.
+        instructions: how many a decode step took, on average; None where they are not counted.
         sampler_overhead: the share of one core that sampling took.
         sampled_s: the decode time that follows from a sample of the steps (``timing.decode = "both"``).
         round, process, order: set by the runner: the number of the round and of the group's worker process, from 0, and
@@ -112,6 +113,7 @@ class RequestTrace(msgspec.Struct):
     flags: list[str] = []
     remarks: list[str] = []
     decode_path: str = ""
+    instructions: float | None = None
     sampler_overhead: float | None = None
     sampled_s: float | None = None
     round: int = 0

@@ -84,6 +84,7 @@ def summarise(rounds: Sequence[RequestTrace], machine: Machine, windows: Decoded
         **_memory(rounds, machine),
         **_against_machine(timed, machine, windows),
         **_sampling(timed),
+        **_instructions(timed),
     }
     details: dict[str, Any] = {"kept_layers": [fmean(layer) for layer in last.kept if layer], "rounds": len(rounds)}
     if last.decode_path:
@@ -222,6 +223,11 @@ def _against_machine(rounds: Sequence[RequestTrace], machine: Machine, windows: 
 def _sampling(rounds: Sequence[RequestTrace]) -> dict[str, Value]:
     known = [trace.sampler_overhead for trace in rounds if trace.sampler_overhead is not None]
     return {"sampler_overhead": median(known)} if known else {}
+
+
+def _instructions(rounds: Sequence[RequestTrace]) -> dict[str, Value]:
+    known = [trace.instructions for trace in rounds if trace.instructions is not None]
+    return {"instructions_step": median(known)} if known else {}
 
 
 def _energy(trace: RequestTrace, idle_w: float | None) -> float | None:

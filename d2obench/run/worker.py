@@ -76,9 +76,12 @@ class Worker(MachineOperations):
         ``warm_up`` cuts the generation short: a gate sends it to a base revision that has no operation ``warm_up``.
         ``limit`` is the largest number of bytes that may be allocated on a GPU.
         """
+        import torch
+
         from d2obench.external import record_of
         from d2obench.measure.clock import clock_for, shared_clock, shared_load
         from d2obench.measure.disturbance import between, load
+        from d2obench.measure.instructions import counting
         from d2obench.measure.memory import probe_for, settle
         from d2obench.measure.nvml import gpu_flags
         from d2obench.measure.phases import Sampled, measure_request
@@ -91,18 +94,20 @@ class Worker(MachineOperations):
         settle(loaded.device, beside(loaded.model))
         self._limit_memory(loaded.device, args.get("limit"))
         before = shared_load(load(), loaded.model)
-        trace = measure_request(
-            lambda mark: _session(loaded, cell, gen, mark),
-            texts,
-            gen,
-            clock=shared_clock(clock_for(loaded.device), loaded.model),
-            memory=probe_for(
-                loaded.device,
-                nvml=self._nvml(loaded.device) if self._placement.single else None,
-                beside=beside(loaded.model),
-            ),
-            sampled=Sampled(*args["sampled"]) if args.get("sampled") else None,
-        )
+        with counting() as instructions:
+            trace = measure_request(
+                lambda mark: _session(loaded, cell, gen, mark),
+                texts,
+                gen,
+                clock=shared_clock(clock_for(loaded.device), loaded.model),
+                memory=probe_for(
+                    loaded.device,
+                    nvml=self._nvml(loaded.device) if self._placement.single else None,
+                    beside=beside(loaded.model),
+                ),
+                sampled=Sampled(*args["sampled"]) if args.get("sampled") else None,
+                instructions=instructions if torch.get_num_threads() == 1 else None,
+            )
         trace.flags += between(before, shared_load(load(), loaded.model)).flags()
         if trace.device_timeline:
             trace.flags += gpu_flags(trace.device_timeline, 0.0, trace.e2e_s)
