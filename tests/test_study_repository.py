@@ -14,7 +14,7 @@ from d2obench.errors import D2OBenchError, UsageError, WorkerError
 from d2obench.gate.verdict import Row, Verdict, Verdicts, gather
 from d2obench.study import repository
 from d2obench.study.gate import read_study
-from d2obench.study.repository import Change, Study, judge, read_changes, study, write_study
+from d2obench.study.repository import Change, Study, as_markdown, judge, read_changes, study, write_study
 
 CHANGES = read_changes(TEMPLATE)
 OK, BAD, OPEN, NONE = Verdict.OK, Verdict.REGRESSED, Verdict.INCONCLUSIVE, Verdict.INCOMPARABLE
@@ -87,12 +87,13 @@ def test_changes_take_turns_and_each_begins_from_the_base(tmp_path: Path, monkey
     assert "broken" not in text
     assert len(json.loads((tmp_path / "study.json").read_text())["trials"]) == 6
     # it goes on where it was stopped, also within a turn
-    part = msgspec.structs.replace(found, trials=found.trials[:5])
+    part = msgspec.structs.replace(found, trials=found.trials[:5], note="tests ran beside it")
     write_study(tmp_path, part)
     seen.clear()
     again = study(TEMPLATE, gates=4, only=["clean", "slower"], known=read_study(tmp_path, Study), watch=said.append)
     assert [trial.change for trial in again.trials] == ["clean", "slower"] * 4
     assert len(seen) == 3
+    assert "; tests ran beside it. 8 gates took" in as_markdown(again)
 
 
 def test_a_study_is_not_continued_with_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

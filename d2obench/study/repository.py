@@ -56,12 +56,13 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 class Study(msgspec.Struct, frozen=True):
-    """The whole study; ``load`` says whether another process kept a core busy."""
+    """The whole study; ``load`` says whether another process kept a core busy, ``note`` in words what else ran."""
 
     changes: dict[str, Change]
     load: bool
     environment: dict[str, str]
     trials: tuple[Trial, ...]
+    note: str = ""
     schema: int = 1
 
     def counts(self, change: str) -> Counter[Word]:
@@ -133,7 +134,7 @@ def study(
     trials: list[Trial] = [*known.trials] if known else []
     facts: dict[str, str] = {**known.environment} if known else {}
     before = Counter(trial.change for trial in trials)
-    commit = _own_commit()
+    commit, note = _own_commit(), known.note if known else ""
     with terminable(), tempfile.TemporaryDirectory(prefix="d2obench-study-") as scratch, burning(burn):
         root = Path(scratch) / "repository"
         _commit(folder / "repository", root)
@@ -155,8 +156,8 @@ def study(
                 said = found.summary if isinstance(found, Verdicts) else str(found)
                 trials.append(Trial(name, word, said, round(time.monotonic() - since, 1), commit))
                 watch(f"{name}, gate {number + 1} of {gates}: {word}: {said}")
-                keep(Study(changes, burn, facts, tuple(trials)))
-    return Study(changes, burn, facts, tuple(trials))
+                keep(Study(changes, burn, facts, tuple(trials), note))
+    return Study(changes, burn, facts, tuple(trials), note)
 
 
 def _own_commit() -> str:
@@ -194,6 +195,7 @@ def as_markdown(found: Study) -> str:
     """The text of ``README.md``: what was tried, on which machine, and how often a gate was right."""
     facts: Mapping[str, str] = found.environment
     others = "another process kept one core busy" if found.load else "nothing else was started"
+    others += f"; {found.note}" if found.note else ""
     seconds = [trial.seconds for trial in found.trials]
     commits = ", ".join(dict.fromkeys(trial.commit for trial in found.trials))
     lines = [
