@@ -222,3 +222,31 @@ def test_every_bold_figure_is_a_claim(tmp_path: Path) -> None:
                     metric = name.rpartition(":")[2]
                     assert any(one == metric and f"/{policy}{budget}" in cell for one, cell in claims), (policy, metric)
     assert bold_ones > 4
+
+
+def test_a_form_of_d2o_that_does_better_is_named_at_the_level_of_all_comparisons(tmp_path: Path) -> None:
+    def cells(form: Value) -> list[CellRecord]:
+        found = {
+            "d2o": interval(0.2, 0.05),
+            "d2o(preset=mass)": form,
+            "d2o(preset=mass,heads=true)": interval(-0.1, 0.2),
+        }
+        own = [
+            made.record(
+                quality(name, interval(0.5, 0.1)).axes, values={"kl": interval(0.5, 0.1), "kl_rival:h2o": value}
+            )
+            for name, value in found.items()
+        ]
+        return [*own, quality("h2o", interval(0.3, 0.1)), quality("full", Value(0.0))]
+
+    better = cells(interval(-0.1, 0.02))
+    found = report(tmp_path / "better", *better)
+    assert (
+        "Of the other forms of D2O, d2o(preset=mass) with budget 0.2 loses less quality than h2o "
+        "(fidelity: KL -0.1000 nats/token, 95 % interval -0.1200 … -0.0800)." in found.verdict
+    )
+    assert ("better", better[1].id, 3) in [(claim.word, claim.cell, claim.comparisons) for claim in found.claims]
+    # clear of zero at 95 %, but not where three comparisons have to be right together
+    found = report(tmp_path / "near", *cells(interval(-0.1, 0.095)))
+    assert not any("other forms" in line for line in found.verdict)
+    assert [claim.cell for claim in found.claims if claim.metric == "kl_rival:h2o"] == [better[0].id]

@@ -1,12 +1,14 @@
 """The first sentences of a report: what D2O gains and costs, and what the run can't tell.
 
 D2O with its smallest budget, in the largest setting in which it was timed, is compared with the full cache and with
-every policy at the same budget. A run without D2O names the best policies instead. Each word such as faster is based on
-an interval (:mod:`d2obench.report.evidence`), and every figure quoted here is in the tables, too.
+every policy at the same budget; another form of D2O is named where it does better. A run without D2O names the best
+policies instead. Each word such as faster is based on an interval (:mod:`d2obench.report.evidence`), and every figure
+quoted here is in the tables, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -105,34 +107,69 @@ def _ours(group: Sequence[Row]) -> Row | None:
 
 
 def _about(ours: Row, group: Sequence[Row]) -> Words:
-    """Three sentences: D2O against the full cache, D2O against its rivals, and what the run can't tell."""
+    """Four sentences: D2O against the full cache, D2O against its rivals, the form of D2O that loses less quality than
+    most of them, and what the run can't tell."""
     # 1. the rivals, and the ratios and differences that say something about them or about the full cache
-    rivals = [
-        row for row in group if row.key.budget == ours.key.budget is not None and not _is_ours(row) and not row.foreign
-    ]
+    alike = [row for row in group if row.key.budget == ours.key.budget is not None and not row.foreign]
+    alike = [row for row in alike if _quantised(row) == _quantised(ours)]
+    rivals = [row for row in alike if not _is_ours(row)]
+    forms = [row for row in alike if _is_ours(row) and row is not ours]
     tasks = [(task, primary(group, task)) for task in tasks_of([ours])[:MAX_TASKS]]
     questions = [
         (SPEED, "speedup"),
         (SPEED, "prefill_cost"),
         *((task, metric) for task, metric in tasks if metric.endswith("_diff")),
     ]
-    for rival in rivals:
-        questions += [(task, f"{PAIRED[metric]}:{rival.key.policy}") for task, metric in tasks if metric in PAIRED]
-        questions.append((SPEED, f"decode_rival:{rival.key.policy}"))
-    asked = [(task, metric, value) for task, metric in questions if _known(value := ours.value(task, metric)) and value]
+    quality = [
+        (task, f"{PAIRED[metric]}:{rival.key.policy}") for rival in rivals for task, metric in tasks if metric in PAIRED
+    ]
+    questions += [*quality, *((SPEED, f"decode_rival:{rival.key.policy}") for rival in rivals)]
+    asked = {form.key: _answered(form, quality) for form in forms} | {ours.key: _answered(ours, questions)}
     # 2. what each of them shows, at a level at which all of these answers are right together
-    findings = [Finding(*one, shown(ours, *one[:2], len(asked), group)) for one in asked]
+    count = sum(map(len, asked.values()))
+    found = {
+        row.key: [Finding(*one, shown(row, *one[:2], count, group)) for one in asked[row.key]] for row in (ours, *forms)
+    }
+    best = max(forms, key=lambda form: (_balance(found[form.key]), _merit(form, tasks)), default=ours)
     # 3. the sentences
+    findings = found[ours.key]
     full = next((row for row in group if row.key.policy == FULL), None)
     to_full = [one for one in findings if one.other == FULL]
     to_rivals = [one for one in findings if one.other != FULL]
     sentences = [
         _against_full(ours, full, to_full, tasks),
-        _against_rivals(ours, to_rivals),
+        _against_rivals(ours, to_rivals, "Against the other policies with the same budget"),
         _untold(ours, findings, group),
     ]
-    told = [claim(ours, one.task, one.metric, one.verdict, len(asked)) for one in findings]
+    told = [claim(ours, one.task, one.metric, one.verdict, count) for one in findings]
+    if _balance(found[best.key]) > max(0, _balance(findings)):
+        hardest_first = sorted(found[best.key], key=lambda one: abs(one.value.value or 0.0))
+        sentences.insert(2, _against_rivals(best, hardest_first, "Of the other forms of D2O"))
+        told += [claim(best, one.task, one.metric, one.verdict, count) for one in found[best.key]]
     return Words(tuple(filter(None, sentences)), tuple(one for one in told if one is not None))
+
+
+def _quantised(row: Row) -> str:
+    """What stands behind the ``+`` of a policy: with fewer bits it holds fewer bytes at the same budget."""
+    return row.key.policy.partition("+")[2]
+
+
+def _answered(row: Row, questions: Sequence[tuple[str, str]]) -> list[tuple[str, str, Value]]:
+    """The questions that have a figure in a row, with it."""
+    return [(task, metric, value) for task, metric in questions if _known(value := row.value(task, metric)) and value]
+
+
+def _balance(findings: Sequence[Finding]) -> int:
+    """How many of the comparisons of quality are shown to be better, minus those that are shown to be worse."""
+    words = Counter(one.verdict for one in findings if one.task != SPEED and one.other != FULL)
+    return words["better"] - words["worse"]
+
+
+def _merit(row: Row, tasks: Sequence[tuple[str, str]]) -> float:
+    """The figure of the first task, larger where the quality is better: it decides between forms of equal balance."""
+    value = row.value(*tasks[0]) if tasks else None
+    figure = value.value if value is not None else None
+    return -math.inf if figure is None else figure if METRICS[tasks[0][1]].direction == "higher" else -figure
 
 
 def _against_full(ours: Row, full: Row | None, findings: Sequence[Finding], tasks: Sequence[tuple[str, str]]) -> str:
@@ -165,7 +202,7 @@ def _against_full(ours: Row, full: Row | None, findings: Sequence[Finding], task
     return f"{_at(ours.key)}{_named(ours)} {_listed(parts)}."
 
 
-def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
+def _against_rivals(ours: Row, findings: Sequence[Finding], beginning: str) -> str:
     words = {
         (True, "better"): "decodes faster than", (True, "worse"): "decodes slower than",
         (False, "better"): "loses less quality than", (False, "worse"): "loses more quality than",
@@ -178,7 +215,7 @@ def _against_rivals(ours: Row, findings: Sequence[Finding]) -> str:
             parts.append(f"{verb} {_listed(_few(names))}")
     if not parts:
         return ""
-    return f"Against the other policies with the same budget, {_named(ours)} {_listed(parts)}."
+    return f"{beginning}, {_named(ours)} {_listed(parts)}."
 
 
 def _beside(ours: Row, one: Finding) -> str:
