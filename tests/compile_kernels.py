@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from d2obench.attention import triton_columns as columns
 from d2obench.decode.triton import backend
 from d2obench.models import gated_triton, rotary_triton
+from d2obench.policies import merging_triton
 
 KINDS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
@@ -70,7 +71,7 @@ def build(kernel: Any, given: tuple[Any, ...], meta: dict[str, Any], architectur
 def noted() -> Iterator[list[Launch]]:
     """Launches are noted and not made."""
     launches: list[Launch] = []
-    real = {module: module.launch for module in (backend, columns, gated_triton, rotary_triton)}
+    real = {module: module.launch for module in (backend, columns, gated_triton, rotary_triton, merging_triton)}
     for module in real:
         module.launch = lambda kernel, grid, *given, **meta: launches.append((kernel, given, meta))
     try:
@@ -102,6 +103,12 @@ def prompt(dtype: torch.dtype, group: int, width: int) -> None:
 def rotary(dtype: torch.dtype, group: int, width: int) -> None:
     q, k = (torch.zeros(4, 1, heads, width, dtype=dtype).transpose(1, 2) for heads in (8 * group, 8))
     rotary_triton.rotated(q, k, *torch.zeros(2, 4, 1, width, dtype=dtype))
+
+
+def merge(dtype: torch.dtype, group: int, width: int) -> None:
+    evicted, kept = (torch.zeros(2, count, width, dtype=dtype) for count in (64, 32))
+    merging_triton.nearest_keys(evicted, kept, torch.ones(2, 32, dtype=torch.bool), 1e-6)
+    merging_triton.segment_sums(torch.zeros(2, 64, dtype=torch.long), torch.ones(2, 64), 32, [evicted])
 
 
 def gates(dtype: torch.dtype, group: int, width: int) -> None:
@@ -154,7 +161,7 @@ if __name__ == "__main__":
             compile_all(
                 f"{name}/{group}x{width}/prompt", lambda d=dtype, g=group, w=width: prompt(d, g, w), architectures
             )
-            for make in (rotary, gates):
+            for make in (rotary, gates, merge):
                 compile_all(
                     f"{name}/{group}x{width}/{make.__name__}",
                     lambda m=make, d=dtype, g=group, w=width: m(d, g, w),

@@ -30,6 +30,7 @@ from d2obench.decode.triton import backend
 from d2obench.models import LoadedModel, joined
 from d2obench.models import base as models
 from d2obench.models.kernels import adapt
+from d2obench.policies import merging
 
 WAITS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive",
@@ -40,6 +41,7 @@ READS = ("tolist", "item", "__bool__", "__int__", "__float__", "numpy")
 KERNELS = (
     "d2obench.decode.triton.attend", "d2obench.decode.triton.merge", "d2obench.decode.triton.update",
     "d2obench.attention.triton_columns", "d2obench.models.gated_triton", "d2obench.models.rotary_triton",
+    "d2obench.policies.merging_triton",
 )  # fmt: skip
 
 
@@ -317,7 +319,8 @@ def pretended(patch: pytest.MonkeyPatch, devices: int = 1) -> Iterator[Pretence]
     patch.setattr(backend, "_loaded", set())
     patch.setattr(backend, "_refused", {})
     patch.setattr(backend, "_verified", {})
-    patch.setattr(joined, "_refused", {})
+    for module in (joined, merging):
+        patch.setattr(module, "_refused", {})
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with interpreted_kernels(), torch.inference_mode(), MODE:

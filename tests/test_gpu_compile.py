@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.needs("triton")
-EVERY = {"attend", "join", "weigh", "mix", "update", "rotate", "gate", "_sum_columns", "_sum_rows"}
+EVERY = {"attend", "join", "weigh", "mix", "update", "rotate", "gate", "nearest", "add", "_sum_columns", "_sum_rows"}
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have, by compute capability."""
 SMALLEST = min(SHARED.values())
@@ -37,7 +37,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
         assert int(shared) <= SMALLEST * 1024, (name, what)
         if name in ("attend", "weigh", "mix"):
             assert products != "-", "no tensor cores"
-        if name.startswith("_sum"):
+        if name.startswith("_sum") or name == "nearest":
             assert products == "wgmma", "no tensor cores of this generation"
 
 

@@ -186,6 +186,7 @@ def test_without_kernels_the_path_is_pytorch_and_says_so(gpu: Pretence, monkeypa
     assert session.remarks == [
         "sums a prompt's columns without our kernel: D2OBENCH_KERNELS is 0",
         "decodes by PyTorch's operators: D2OBENCH_KERNELS is 0",
+        "merges what a prompt evicts by PyTorch's operators: D2OBENCH_KERNELS is 0",
         "rotary positions by PyTorch's operators: D2OBENCH_KERNELS is 0",
         "gated layers by PyTorch's operators: D2OBENCH_KERNELS is 0",
         "decode steps are not captured: D2OBENCH_GRAPH is 0",

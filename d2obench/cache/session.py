@@ -25,7 +25,7 @@ from d2obench.decode.cpu.backend import compile_loops
 from d2obench.errors import ModelError, UsageError
 from d2obench.models import LoadedModel, joined, kernels
 from d2obench.models.base import bound_of
-from d2obench.policies import parse_policy
+from d2obench.policies import merging, parse_policy
 from d2obench.policies.base import Policy
 from d2obench.suite.grammar import Budget, parse_budget
 
@@ -314,6 +314,9 @@ class Session:
         ]
         if own is not None and own.state is not None and own.state.fallback:
             slow.append(f"decodes by PyTorch's operators: {own.state.fallback}")
+        merges = own is not None and own.policy.merge_spec is not None and not own.keeps_all
+        if merges and (reason := merging.kernel_fallback(self._device, self.loaded.dtype)):
+            slow.append(f"merges what a prompt evicts by PyTorch's operators: {reason}")
         if rotary := kernels.rotary_fallback(self._device):
             slow.append(f"rotary positions by PyTorch's operators: {rotary}")
         if self.loaded.kernels == "d2obench":

@@ -222,6 +222,7 @@ class D2O(HeavyHitters):
             kept.leaving.flatten(0, 1),
             heads,
             threshold,
+            prompt=True,
         )
         kept.keys, kept.values = (rows.view(batch, heads, slots, -1) for rows in (merged.keys, merged.values))
         passed, target = (held.view(kept.evicted.shape) for held in (merged.passed, merged.target))

@@ -72,7 +72,7 @@ def absorb(entries: Entries, kept: Kept, share: float = 1.0) -> dict[str, Tensor
         return {}
     # 1. the merge target of each evicted entry
     keys = pick(entries.keys, kept.evicted)
-    _, flat = nearest(keys.flatten(0, 1), kept.keys.flatten(0, 1), kept.filled.flatten(0, 1))
+    _, flat = nearest(keys.flatten(0, 1), kept.keys.flatten(0, 1), kept.filled.flatten(0, 1), prompt=True)
     target = flat.view(batch, heads, -1)
     # 2. its mass, relative to that of its target
     score = mean_attention(entries)
@@ -81,7 +81,7 @@ def absorb(entries: Entries, kept: Kept, share: float = 1.0) -> dict[str, Tensor
     kept.target = torch.where(ratio > 0, target, -1)
     # 3. mix the values
     leaving = pick(entries.values, kept.evicted).flatten(0, 1)
-    total, summed = sums_by_target(flat, ratio.flatten(0, 1), slots, [leaving])
+    total, summed = sums_by_target(flat, ratio.flatten(0, 1), slots, [leaving], prompt=True)
     kept.values = mixed(kept.values.flatten(0, 1), total, summed).view(batch, heads, slots, -1)
     # 4. biases and accumulated attention of the targets; an empty slot adds 0 to an arbitrary entry
     gained = total.view(batch, heads, slots)

@@ -11,17 +11,25 @@ by bit. The threshold is the mean of the first similarities and then follows a m
 
 :func:`merge_evicted` is used when a prompt is compressed and when a step evicts several entries. For a single evicted
 entry of a decode step, ``d2obench.decode.merge`` implements the same rule in a form that reads the cache only once.
+
+For a prompt, a GPU uses the kernels of ``merging_triton``; where they can't run, PyTorch operators do the same, and the
+row says so (:func:`kernel_fallback`). Decode steps don't use them, since a step may be captured in a CUDA graph, which
+no kernel may be loaded in.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2obench import cpu
+from d2obench.compiler import missing, off
+from d2obench.errors import in_a_line, is_device_fault, is_out_of_memory
 from d2obench.policies.rules import MergeSpec
 from d2obench.ranges import span
 
@@ -30,6 +38,10 @@ TINY = 1e-6
 CACHED, CHUNK = 2**18, 2**25
 """Number of similarities computed at once: on a CPU (they fit a core's cache), and elsewhere (128 MiB, few
 launches)."""
+WIDEST = 256
+"""The most channels of a key for which there is a kernel."""
+_refused: dict[tuple[torch.device, torch.dtype], str] = {}
+"""Why the kernels can't be used."""
 
 
 class Merged(NamedTuple):
@@ -58,6 +70,7 @@ def merge_evicted(
     real: Tensor,
     heads: int,
     threshold: Tensor,
+    prompt: bool = False,
 ) -> Merged:
     """Merges evicted entries into kept ones.
 
@@ -69,10 +82,11 @@ def merge_evicted(
         real: bool ``[R, E]``, which of ``evicted`` are entries; the others are padding.
         heads: KV heads per sequence.
         threshold: float32 ``[R]``, before these entries; −inf before the first eviction.
+        prompt: whether the entries are a prompt's.
     """
     # 1. the merge target and similarity of each evicted entry
     with span("similarity"):
-        similarity, target = nearest(evicted[0], kept[0], targets)
+        similarity, target = nearest(evicted[0], kept[0], targets, prompt)
     # 2. the threshold, and the entries that reach it
     real = real & (similarity > -math.inf)
     threshold = follow(threshold, mean_over(similarity, real, heads if spec.per_layer else 0), spec.beta)
@@ -80,7 +94,7 @@ def merge_evicted(
     # 3. merge them into their targets, with weight exp(u)
     weight = torch.where(passed, similarity.exp(), 0.0)
     pairs = [(kept[1], evicted[1]), (kept[0], evicted[0])]
-    values, *keys = merge_into(target, weight, *pairs[: 2 if spec.keys else 1])
+    values, *keys = merge_into(target, weight, *pairs[: 2 if spec.keys else 1], prompt=prompt)
     return Merged(keys[0] if keys else kept[0], values, threshold, passed, target)
 
 
@@ -96,13 +110,14 @@ def merge_weight(similarity: Tensor) -> Tensor:
     return torch.sigmoid(similarity)
 
 
-def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(evicted: Tensor, kept: Tensor, targets: Tensor, prompt: bool = False) -> tuple[Tensor, Tensor]:
     """The highest cosine of each evicted key with the kept keys, and its index (ties: the lowest).
 
     Args:
         evicted: keys ``[R, E, d]``.
         kept: keys ``[R, C, d]``.
         targets: bool ``[R, C]``, which kept entries may be merge targets.
+        prompt: whether the entries are a prompt's.
 
     Returns:
         float32 ``u`` ``[R, E]`` (−inf where there is no target) and int64 targets ``[R, E]``.
@@ -111,6 +126,12 @@ def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     device = kept.device
     if evicted.dtype == torch.float32 and cpu.suits(kept.dtype, device):
         return _nearest_by_loop(evicted.contiguous(), kept, targets)
+    if prompt and device.type != "cpu" and evicted.dtype == kept.dtype and kept.shape[2] <= WIDEST:
+        by_kernel: tuple[Tensor, Tensor] | None = _by_kernel(
+            kept, lambda kernels: kernels.nearest_keys(evicted, kept, targets, TINY)
+        )
+        if by_kernel is not None:
+            return by_kernel
     unit = _divided(kept.float(), kept)
     # usually every slot may be a target; then no bias is needed. Only checked on a CPU, since a GPU would have to be
     # waited for
@@ -132,6 +153,33 @@ def nearest(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Ten
             similarity[at], target[at] = products.max(-1)
     # the evicted key's own norm does not change which target is nearest, so it is divided out at the end
     return _divided(similarity[..., None], evicted)[..., 0], target
+
+
+def _by_kernel(keys: Tensor, compute: Callable[[Any], Any]) -> Any:
+    """What ``compute`` makes with the Triton kernels; None if they can't be used, which is tried once for a device and
+    dtype."""
+    if kernel_fallback(keys.device, keys.dtype):
+        return None
+    try:
+        from d2obench.policies import merging_triton
+
+        return compute(merging_triton)
+    except Exception as problem:  # a compiler may raise anything; PyTorch's operators are the fallback
+        if is_out_of_memory(problem) or is_device_fault(problem):
+            raise
+        _refused[keys.device, keys.dtype] = f"the kernels did not compile ({in_a_line(problem)})"
+        return None
+
+
+def kernel_fallback(device: torch.device, dtype: torch.dtype) -> str:
+    """Why PyTorch's operators merge what a prompt evicts; empty if the kernels do."""
+    return _refused.get((device, dtype), "") or off("kernels") or _missing(device)
+
+
+@functools.cache
+def _missing(device: torch.device) -> str:
+    """As ``missing``, asked once."""
+    return missing(device)
 
 
 def _nearest_by_loop(evicted: Tensor, kept: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +209,7 @@ def _divided(rows: Tensor, keys: Tensor) -> Tensor:
     return rows / norm.clamp_min_(TINY)
 
 
-def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor], prompt: bool = False) -> list[Tensor]:
     """The kept keys or values after merging: for each pair of kept ``[R, C, d]`` and evicted ``[R, E, d]``, the new
     kept ones in their dtype.
 
@@ -169,15 +217,18 @@ def merge_into(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) ->
         target: int64 ``[R, E]``, merge target of each evicted entry.
         weight: float32 ``[R, E]``: exp(u) for merged entries, 0 for dropped ones.
         pairs: keys, values, or both; all use the same targets and weights.
+        prompt: whether the entries are a prompt's.
     """
-    total, *added = sums_by_target(target, weight, pairs[0][0].shape[1], [evicted for _, evicted in pairs])
+    total, *added = sums_by_target(target, weight, pairs[0][0].shape[1], [evicted for _, evicted in pairs], prompt)
     return [
         torch.where(total > 0, ((math.e * kept.float() + sums) / (math.e + total)).to(kept.dtype), kept)
         for sums, (kept, _) in zip(added, pairs, strict=True)
     ]
 
 
-def sums_by_target(target: Tensor, weight: Tensor, slots: int, given: list[Tensor]) -> list[Tensor]:
+def sums_by_target(
+    target: Tensor, weight: Tensor, slots: int, given: list[Tensor], prompt: bool = False
+) -> list[Tensor]:
     """For each merge target, the sum of the weights of its evicted entries, and their weighted sums.
 
     Args:
@@ -185,10 +236,17 @@ def sums_by_target(target: Tensor, weight: Tensor, slots: int, given: list[Tenso
         weight: float32 ``[R, E]``.
         slots: number of kept entries of each row.
         given: vectors of the evicted entries, each ``[R, E, d]``.
+        prompt: whether the entries are a prompt's.
 
     Returns:
         float32 ``[R, slots, 1]``, then ``[R, slots, d]`` for each of ``given``.
     """
+    if prompt and weight.device.type != "cpu" and given and max(part.shape[2] for part in given) <= WIDEST:
+        by_kernel: list[Tensor] | None = _by_kernel(
+            given[0], lambda kernels: kernels.segment_sums(target, weight, slots, given)
+        )
+        if by_kernel is not None:
+            return by_kernel
     add = _added_by_row if weight.device.type == "cpu" else _added_by_product
     return add(target, weight, weight.shape[0], slots, given)
 

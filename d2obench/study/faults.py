@@ -81,8 +81,8 @@ def merge_weight(factor: float) -> None:
 
     merge = merging.merge_into
 
-    def heavy(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return merge(target, weight * factor, *pairs)
+    def heavy(target: Tensor, weight: Tensor, *pairs: tuple[Tensor, Tensor], prompt: bool = False) -> list[Tensor]:
+        return merge(target, weight * factor, *pairs, prompt=prompt)
 
     merging.merge_into = heavy
 
