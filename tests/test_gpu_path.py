@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from d2obench import compiler
 from d2obench.attention import prompt
-from d2obench.cache import Session, cuda_graph
+from d2obench.cache import Session, cuda_graph, session
+from d2obench.cache.policy_cache import PolicyCache
 from d2obench.cli import main
 from d2obench.decode.triton import backend
 from d2obench.measure import gpu_checkup
@@ -135,6 +136,17 @@ def test_a_step_launches_fewer_products_than_the_model_has(gpu: Pretence, monkey
     assert theirs["linear"] - ours["linear"] == 3 * layers
     assert ours["gate"] == theirs["silu"] == layers and "gate" not in theirs and "silu" not in ours
     assert sum(theirs.values()) - sum(ours.values()) == 4 * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["d2o", "d2o(preset=mass,heads=true)"])
+def test_a_batch_read_in_groups_on_a_gpu(gpu: Pretence, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = PolicyCache.pack
+    monkeypatch.setattr(PolicyCache, "pack", lambda self: read.append(self) or real(self))
+    monkeypatch.setattr(session, "TOGETHER", 30)
+    check(gpu, "llama-gqa2", policy, 2)
+    assert len(read) == 2
 
 
 def waits_of(policy: str, layers: int, noted: Pretence) -> Counter[tuple[str, str, str]]:

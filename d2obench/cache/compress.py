@@ -12,6 +12,9 @@ allocated once no full layer is left: first those of the keys, then those of the
 moved to its slots. For a budget of ρ the peak is therefore ``max(1, 1.5·ρ)`` times the prompt's keys and values, plus
 the kept entries of one layer. Slots of KV heads with unequal numbers of entries are always allocated at the end.
 
+Prompts of many sequences can be read in groups, one after the other (``d2obench.cache.groups``): the full entries of a
+single group then exist at a time.
+
 A GPU is not waited for in any layer: budgets are known on both sides, and sizes follow from the host's. Only policies
 whose KV heads share out a layer's entries by their ranks (``adakv``), or hold unequal numbers of them, read sizes from
 the GPU, and a layer whose budget holds the whole prompt asks once for padding.

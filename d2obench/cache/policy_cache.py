@@ -32,6 +32,7 @@ from d2obench.cache.budgets import LastQueries, output_error, rescale
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen
 from d2obench.cache.devices import HeadShard, Run, SplitPacking, SplitState, check_shardable, on, runs_of, shard_of
+from d2obench.cache.groups import joined
 from d2obench.cache.layer import Block, PolicyLayer
 from d2obench.cache.repetition import Repetition, repeat
 from d2obench.cache.sequences import SequenceCache
@@ -353,9 +354,45 @@ class PolicyCache(SequenceCache):
 
     def _pack(self) -> None:
         """Compresses the entries of all layers."""
+        self._add_all()
+        self._finish()
+
+    def _add_all(self) -> None:
         self.packing = self._new_packing(0)
         for layer in self.own:
             self.packing.add(layer)
+
+    @property
+    def reads_in_groups(self) -> bool:
+        """Whether the sequences of a batch may be read group by group, each by a cache of its own (:meth:`pack` and
+        :meth:`take_over`). It lowers peak memory where all layers are compressed together: otherwise only one layer
+        holds its full entries at a time."""
+        policy, needs = self.policy, self.needs
+        waits = self.whole and policy.budgets_need_stats and not self._early and not self.keeps_last
+        later = policy.compresses_after_first_step or policy.repeats is not None or needs.moments or needs.queries
+        spread = self.shard is not None or self.runs or self.slides
+        return waits and not self.grows and not later and not spread
+
+    def pack(self) -> None:
+        """Compresses the prompts of a group without making their slots, which :meth:`take_over` does."""
+        self.mark("compress")
+        self.budgets = self._budgets()
+        self._add_all()
+
+    def take_over(self, groups: Sequence[PolicyCache]) -> None:
+        """Makes the slots of all sequences of several caches, in their order; after :meth:`pack`, which they can't be
+        used after."""
+        parts, lengths, budgets = [], [], []
+        for group in groups:
+            assert isinstance(group.packing, Packing) and group.lengths is not None and group.budgets is not None
+            parts.append(group.packing)
+            lengths.append(group.lengths)
+            budgets.append(group.budgets)
+            self.slow_prompt |= group.slow_prompt
+        self.seen = max(group.seen for group in groups)
+        self.lengths, self.budgets = torch.cat(lengths), torch.cat(budgets, 1)
+        packing = joined(parts)
+        self.packing, self.layout = packing, packing.layout
         self._finish()
 
     def _new_packing(self, new: int) -> Packing | SplitPacking:

@@ -8,6 +8,7 @@ caches and other engines (``d2obench.external``) have sessions derived from this
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -30,6 +31,9 @@ from d2obench.policies.base import Policy
 from d2obench.suite.grammar import Budget, parse_budget
 
 Mark = Callable[[str], None]
+TOGETHER = 2**16
+"""Tokens of prompts that a GPU reads at once, where all layers are compressed together. It is as fast with these as
+with more; their full keys and values take memory until they are compressed."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Session:
         self._lengths: list[int] = []
         self._mask: Tensor | None = None
         self._steps = Steps()
+        self._in_groups = True
         self.cache: Any = None
 
     @torch.inference_mode()
@@ -168,10 +173,14 @@ class Session:
         self._mask = mask.to(self._device) if padded else None
         # 2. a new cache, and one forward pass over all prompts, or one for each block
         self.cache = self._new_cache(longest)
-        self.mark("prefill")
-        for part in self._blocks(longest):
-            seen = None if self._mask is None else self._mask[:, : part.stop]
-            out = self._forward(tokens[:, part].to(self._device), positions[:, part], seen).float()
+        groups = self._groups(longest)
+        if len(groups) > 1:
+            out = self._prefill_groups(groups, tokens, positions)
+        else:
+            self.mark("prefill")
+            for part in self._blocks(longest):
+                seen = None if self._mask is None else self._mask[:, : part.stop]
+                out = self._forward(tokens[:, part].to(self._device), positions[:, part], seen).float()
         # 3. the next token's positions; its step may be captured in a CUDA graph
         self._positions = positions[:, -1:] + 1
         self._steps = Steps()
@@ -179,6 +188,7 @@ class Session:
 
     def read(self, prompts: list[list[int]]) -> Reading:
         """Reads the prompts for other sessions of the same model; see :mod:`d2obench.cache.reading`."""
+        self._in_groups = False  # other sessions need the full entries of all sequences
         logits = self.prefill(prompts)
         return Reading(self.cache, logits, self._positions, self._mask, self._lengths)
 
@@ -428,6 +438,29 @@ class Session:
         ends = range(longest, 0, -size)
         return [slice(max(0, end - size), end) for end in reversed(ends)]
 
+    def _groups(self, longest: int) -> list[slice]:
+        """The sequences that are read together, in a batch whose longest prompt has ``longest`` tokens."""
+        count, cache = len(self._lengths), self.cache
+        apart = self._in_groups and isinstance(cache, PolicyCache) and cache.reads_in_groups
+        some = max(1, together(self._device) // longest) if apart else count
+        return [slice(first, min(first + some, count)) for first in range(0, count, some)]
+
+    def _prefill_groups(self, groups: list[slice], tokens: Tensor, positions: Tensor) -> Tensor:
+        """Reads and compresses the prompts group by group; returns the logits of all sequences."""
+        whole, parts, found = self.cache, [], []
+        for group in groups:
+            self.mark("prefill")
+            width = max(self._lengths[group])
+            self.cache = self._new_cache(width)
+            mask = None if self._mask is None else self._mask[group, -width:]
+            own = tokens[group, -width:].to(self._device)
+            found.append(self._forward(own, positions[group, -width:], mask).float())
+            self.cache.pack()
+            parts.append(self.cache)
+        self.cache = whole
+        whole.take_over(parts)
+        return torch.cat(found)
+
     def _read(self, tokens: Tensor) -> Tensor:
         """The forward pass of a turn: ``tokens`` ``[B, n]`` in, float32 logits ``[B, V]`` out."""
         count = tokens.shape[1]
@@ -467,3 +500,8 @@ class Session:
         )
         logits: Tensor = out.logits[:, -1]
         return logits
+
+
+def together(device: torch.device) -> int:
+    """Tokens of prompts that are read at once where all layers are compressed together."""
+    return TOGETHER if device.type == "cuda" else sys.maxsize
