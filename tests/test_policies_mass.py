@@ -52,6 +52,41 @@ def test_diversity_is_the_distance_to_what_matters_more(block: int, monkeypatch:
     assert diversity(keys[:, :, :1], score[:, :, :1], real[..., :1] | True).tolist() == [[[1.0]] * 3] * 2
 
 
+@pytest.mark.skipif(not cpu.available(), reason="needs the compiled loops")
+@pytest.mark.parametrize("heads_alike", [True, False])
+def test_distances_are_known_as_far_as_they_matter(heads_alike: bool) -> None:
+    """Keys in groups, as in a text: most are near one that matters more, and only the others need all distances."""
+    generator = torch.Generator().manual_seed(4)
+    centres, noise = torch.randn(2, 3, 12, 8, generator=generator), torch.randn(2, 3, 400, 8, generator=generator)
+    keys = centres.gather(2, torch.randint(12, (2, 3, 400, 1), generator=generator).expand_as(noise)) + 0.1 * noise
+    score = torch.rand(2, 3, 400, generator=generator) + 0.3
+    real = (torch.arange(400) >= torch.tensor([0, 57])[:, None, None]).expand(2, 3, 400)
+    certain = real & ((torch.arange(400) >= 390) | (torch.arange(400) < 60))
+    exact = np.zeros((2, 3, 400))
+    for b, h in np.ndindex(2, 3):
+        k, low = keys[b, h].double().numpy(), 57 * b
+        order = sorted(range(low, 400), key=lambda j: -float(score[b, h, j]))
+        far = [float(np.linalg.norm(k[order[:at]] - k[j], axis=1).min()) for at, j in enumerate(order) if at]
+        exact[b, h, order] = [max(far), *far]
+    found = module.deferred(real)
+    for kept in (100, 90, 160, 400):
+        keep = torch.full((2,), kept) if heads_alike else kept - torch.arange(6).view(2, 3)
+        module.settle(found, keys, score, real, certain, keep)
+        for b, h in np.ndindex(2, 3):
+            own, low = found[b, h, 57 * b :].numpy(), 57 * b
+            true, known = exact[b, h, low:], own >= 0
+            assert own[known] == pytest.approx(true[known], abs=1e-4)
+            assert (-own[~known] > true[~known] - 1e-4).all()
+            assert known[certain[b, h, low:].numpy()].all()
+            free = ~certain[b, h, low:].numpy()
+            places = int(keep.view(2, -1)[b, h if keep.ndim > 1 else 0]) - int((~free).sum())
+            best = np.argsort(-(score[b, h, low:].numpy() * true)[free])[: max(places, 0)]
+            assert known[free][best].all()
+        if kept < 400:
+            assert 0.1 < float((found < 0).float().mean()) < 0.9
+    assert bool((found >= 0).all())
+
+
 def test_entries_that_repeat_a_kept_one_are_stood_for_exactly() -> None:
     """Evicted copies of kept entries, each with as much attention as its original: no query sees a difference."""
     generator = torch.Generator().manual_seed(2)

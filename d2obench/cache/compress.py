@@ -223,12 +223,14 @@ def compress(
         The kept entries after merging; what ``policy.absorb`` returned (empty if nothing was evicted); and ``there``,
         or if the policy shares the entries out over the heads, what it gives to each, ``[B, H]``.
     """
-    # 1. if everything fits, nothing is ranked or copied
+    # 1. if everything fits, nothing is copied; ranking completes the policy's own statistics
     policy.describe(entries)
     position = entries.position
     total, fewest = position.shape[2], int(keep.min())
     there = keep.to(position.device) if there is None else there
     if fewest >= total and not bool((position < 0).any()):
+        if type(policy).describe is not Policy.describe:
+            policy.rank(entries, there)
         everything = torch.arange(total, device=position.device).expand_as(position)
         return Kept(everything, everything[..., :0], total, entries.keys, entries.values), {}, there
     # 2. choose the kept and the evicted entries by the policy's ranks

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import boolean, carray, cfunc, float32, int32, int64, njit, types, uint8
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -36,6 +37,8 @@ LOOP = {"fastmath": FAST, "error_model": "numpy"}
 """numba options of the functions that loops consist of: a division by zero gives infinity or NaN, as in PyTorch."""
 LANES = 8
 """Floats per vector; if the CPU's registers are wider or narrower, LLVM splits or joins vectors."""
+WIDE = 16 if get_host_cpu_features().get("avx512f") else LANES
+"""Floats per vector of a loop that only computes: those of this CPU's registers."""
 WORD, FLOAT, INT, BYTES = ir.IntType(64), ir.FloatType(), ir.IntType(32), ir.IntType(8).as_pointer()
 VECTOR = ir.VectorType(FLOAT, LANES)
 
@@ -287,7 +290,7 @@ def _counting(
     builder.branch(block)
     builder.position_at_end(block)
     index = builder.phi(WORD)
-    carried = [builder.phi(VECTOR) for _ in starts]
+    carried = [builder.phi(start.type) for start in starts]
     new = body(index, carried)
     following = builder.add(index, ir.Constant(WORD, step))
     index.add_incoming(ir.Constant(WORD, 0), before)
@@ -332,29 +335,31 @@ def dots(rows: int, vectors: int) -> Any:
     return _tile(emit)
 
 
-def blend(vectors: int) -> Any:
-    """A tile function: adds a weighted sum of rows of memory to each of ``vectors`` results, for 2·LANES columns.
+def blend(vectors: int, lanes: int = LANES) -> Any:
+    """A tile function: adds a weighted sum of rows of memory to each of ``vectors`` results, for 2·``lanes`` columns.
 
     The function's arguments: addresses of the first row's columns, of the weights, of the results and of what to
     prefetch (the same columns of as many rows); the number of rows (at least 1); and the strides of rows, weights and
     results in floats.
     """
 
+    vector = ir.VectorType(FLOAT, lanes)
+
     def emit(builder: Any, held: Any, weights: Any, out: Any, ahead: Any, count: Any, *strides: Any) -> None:
         weight_rows, sum_rows = _rows(builder, weights, vectors, strides[1]), _rows(builder, out, vectors, strides[2])
-        halves = [ir.Constant(WORD, 0), ir.Constant(WORD, LANES)]
-        places = [_at(builder, row, half, VECTOR) for row in sum_rows for half in halves]
+        halves = [ir.Constant(WORD, 0), ir.Constant(WORD, lanes)]
+        places = [_at(builder, row, half, vector) for row in sum_rows for half in halves]
 
         def body(index: Any, sums: list[Any]) -> list[Any]:
             behind = builder.mul(index, strides[0])
             _fetch(builder, builder.add(ahead, builder.shl(behind, ir.Constant(WORD, 2))))
-            parts = [builder.load(_at(builder, held, builder.add(behind, half), VECTOR), align=4) for half in halves]
+            parts = [builder.load(_at(builder, held, builder.add(behind, half), vector), align=4) for half in halves]
             new = []
             for r, row in enumerate(weight_rows):
                 weight = builder.load(_at(builder, row, index, FLOAT), align=4)
-                one = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), weight, ir.Constant(INT, 0))
-                mask = ir.Constant(ir.VectorType(INT, LANES), [ir.Constant(INT, 0)] * LANES)
-                every = builder.shuffle_vector(one, ir.Constant(VECTOR, ir.Undefined), mask)
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.Constant(INT, 0))
+                mask = ir.Constant(ir.VectorType(INT, lanes), [ir.Constant(INT, 0)] * lanes)
+                every = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
                 new += [_multiplied(builder, sums[2 * r + half], every, parts[half]) for half in (0, 1)]
             return new
 

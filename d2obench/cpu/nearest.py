@@ -9,8 +9,8 @@ from numba import njit
 
 from d2obench.cpu import HEADER, Arguments, Floats, Longs, Size
 from d2obench.cpu.language import (
-    LANES,
     LOOP,
+    WIDE,
     arguments,
     blend,
     fail,
@@ -26,9 +26,9 @@ SIDE = 6
 """Evicted keys per tile: with two vectors of kept keys, its twelve sums fill AVX2's registers."""
 BLOCK = 3 * SIDE
 """Evicted keys per work item: their products with a few hundred kept keys fit a core's first-level cache."""
-COLUMNS = 2 * LANES
+COLUMNS = 2 * WIDE
 """Kept keys per tile."""
-_tile, _single = blend(SIDE), blend(1)
+_tile, _single = blend(SIDE, WIDE), blend(1, WIDE)
 
 
 class NearestArguments(Arguments):

@@ -13,8 +13,8 @@ from torch import Tensor
 from d2obench.errors import PolicyError
 from d2obench.policies import allocation, mass
 from d2obench.policies.allocation import Rule, density, shares, water_fill
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, per_row, pick
-from d2obench.policies.diversity import diversity
+from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, per_row, pick, window_rank
+from d2obench.policies.diversity import deferrable, deferred, diversity, settle
 from d2obench.policies.h2o import HeavyHitters
 from d2obench.policies.merging import merge_evicted
 from d2obench.policies.released import Released
@@ -188,17 +188,28 @@ class D2O(HeavyHitters):
         return budgets if self.heads else budgets[..., 0]
 
     def describe(self, entries: Entries) -> None:
-        if self.diversity and "diversity" not in entries.stats:
-            found = diversity(entries.keys, self._weighed(entries), entries.position >= 0)
-            entries.stats["diversity"] = found
+        if not self.diversity or "diversity" in entries.stats:
+            return
+        real = entries.position >= 0
+        if self.sharing is None and deferrable(entries.keys):  # then ``rank`` computes what it needs
+            entries.stats["diversity"] = deferred(real)
+        else:
+            entries.stats["diversity"] = diversity(entries.keys, self._weighed(entries), real)
 
-    def score(self, entries: Entries) -> Tensor:
-        weighed = self._weighed(entries)
-        return weighed * entries.stats["diversity"] if self.diversity else weighed
+    def rank(self, entries: Entries, keep: Tensor) -> Tensor:
+        score, recent = self._weighed(entries), self.window(keep)
+        if self.diversity:
+            position, known = entries.position, entries.stats["diversity"]
+            if self.sharing is None and deferrable(entries.keys):
+                newest = entries.length[:, None, None] - per_row(recent, position.device)
+                certain = (position < self.sinks) | (position >= newest)
+                settle(known, entries.keys, score, position >= 0, certain, keep)
+            score = score * known
+        return window_rank(score, entries, self.sinks, recent)
 
     def _weighed(self, entries: Entries) -> Tensor:
         """The score without diversity."""
-        score = super().score(entries)
+        score = self.score(entries)
         return score * entries.values.float().norm(dim=-1) if self.value_norms else score
 
     def decode_rule(self, sizes: RowSizes) -> DecodeRule:
