@@ -264,3 +264,35 @@ def test_evicting_in_groups_merges_by_mass_too() -> None:
         assert session.step(torch.tensor([token, token + 1])).isfinite().all()
     after = session.footprint()
     assert after.merged - before.merged == after.evicted - before.evicted > 0
+
+
+# --- equal bytes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget"),
+    [
+        (MASS, "0.5"), (HEADS, "0.5"), ("d2o(preset=mass,allocate=uniform)", "224"), ("h2o(merge=mass)", "0.5"),
+        ("streaming(merge=mass)", "224"), ("keepkv", "0.5"), ("d2o(preset=mass)+quant(bits=8)", "0.5"),
+    ],
+)  # fmt: skip
+def test_equal_bytes_are_those_of_slots_without_biases(policy: str, budget: str) -> None:
+    """Counted from storage: an unbiased policy of the same budget, and this one, which has fewer slots for it."""
+    name, plus, bits = policy.partition("+")
+    equal = (f"{name[:-1]}," if name.endswith(")") else f"{name}(") + "equal=bytes)" + plus + bits
+    texts = policy, equal, "h2o" + plus + bits
+    slots, fair, plain = (opened(text, 400, budget=budget).footprint() for text in texts)
+    one = 1.01 / np.mean(plain.kept)  # a slot
+    assert abs(fair.prompt_kv_bytes / plain.prompt_kv_bytes - 1) < one
+    assert slots.prompt_kv_bytes / plain.prompt_kv_bytes > 1 + 2 * one
+    assert fair.requested is not None and plain.requested is not None and fair.requested < plain.requested
+
+
+def test_equal_bytes_need_biases_and_a_budget_of_the_prompt() -> None:
+    for text, said in (
+        ("h2o(equal=bytes)", "without a merge by mass"),
+        ("d2o(equal=bytes)", "without a merge by mass"),
+        ("streaming(merge=mass,protect=prompt,equal=bytes)", "are not part of the budget"),
+    ):
+        with pytest.raises(PolicyError, match=said):
+            parse_policy(text)

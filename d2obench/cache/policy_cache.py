@@ -44,6 +44,7 @@ from d2obench.policies.base import Entries, Needs, Policy, Stats
 from d2obench.policies.protect import generated
 from d2obench.policies.rotary import QueryMoments
 from d2obench.ranges import span
+from d2obench.slots.quantised import slot_bytes
 from d2obench.suite.grammar import Budget, parse_budget
 
 SPARE = 256
@@ -99,7 +100,7 @@ class PolicyCache(SequenceCache):
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
         policy.check_bits()
-        self.policy, self.budget, self.group, self.max_new = policy, budget, group, max_new
+        self.policy, self.asked, self.group, self.max_new = policy, budget, group, max_new
         self.generated = 0
         """Generated tokens that a layer may hold, for a policy that keeps the whole prompt."""
         self.mark = mark or (lambda phase: None)
@@ -543,6 +544,13 @@ class PolicyCache(SequenceCache):
         if self.generated:
             return length + self.policy.layer_budgets(stats, length, Budget(tokens=self.generated))
         return self.policy.layer_budgets(stats, length, self.budget)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What a layer may hold, in slots; None for a policy without a budget."""
+        if self.asked is None:
+            return None
+        return self.policy.in_slots(self.asked, slot_bytes(self.layout.widths, self.layout.dtype, self.policy.bits))
 
     def allowed(self, prompt: int) -> int | None:
         """Entries that the budget allows a layer on average for a prompt of ``prompt`` tokens; None without a

@@ -302,6 +302,11 @@ class Policy:
                 remedy="leave +quant out, or give all KV heads of a layer the same budget",
             )
 
+    def in_slots(self, budget: Budget, slot_bytes: float) -> Budget:
+        """The budget in slots; fewer than asked for if the policy needs ``equal=bytes`` for its biases
+        (:mod:`d2obench.policies.biased`). ``slot_bytes`` is what a key and a value take."""
+        return budget
+
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         """Number of entries that each layer keeps, int64 ``[layers, B]`` on the CPU; the same for all layers unless
         overridden.

@@ -14,6 +14,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies import allocation, mass
 from d2obench.policies.allocation import Rule, density, shares, water_fill
 from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, per_row, pick, window_rank
+from d2obench.policies.biased import Biased
 from d2obench.policies.diversity import deferrable, deferred, diversity, settle
 from d2obench.policies.h2o import HeavyHitters
 from d2obench.policies.merging import merge_evicted
@@ -26,7 +27,7 @@ FLOOR = 0.01
 
 
 @dataclass(frozen=True)
-class D2O(HeavyHitters):
+class D2O(Biased, HeavyHitters):
     """Layer budgets from attention density; heavy hitters, sinks and a recent window are kept; evicted entries are
     merged.
 
@@ -63,6 +64,8 @@ class D2O(HeavyHitters):
         threshold: one per KV head, or one per layer.
         hosts: which kept entries may be merge targets: all, or only those that are neither sinks nor recent.
         inherit: whether the score of an evicted entry is added to that of its merge target.
+        equal: what a budget stands for, ``slots`` or ``bytes``: with ``merge=mass``, a slot has a bias, and ``bytes``
+            gives it fewer slots for that (:mod:`d2obench.policies.biased`).
         interval: evict and merge this many tokens at once, once in as many steps.
         protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
         carry_threshold: for ``released`` only: thresholds are kept from one prompt to the next, see

@@ -35,6 +35,7 @@ class HeavyHitters(Protecting):
         return Needs(columns=True)
 
     def check(self) -> None:
+        super().check()
         if not 0 < self.recent <= 1:
             raise PolicyError(f"{self.name}: recent is {self.recent}", remedy="use a share of the budget in (0, 1]")
         if self.sinks < 0:
@@ -72,6 +73,8 @@ class H2O(MassMerging, HeavyHitters):
         normalised: divide a score by the number of queries that could attend to the token. This option is not in the
             paper; it removes the advantage of early tokens.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        equal: with ``merge=mass``, what a budget stands for, ``slots`` or ``bytes``:
+            :mod:`d2obench.policies.biased`.
         protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 

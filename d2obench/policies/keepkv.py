@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from d2obench.errors import PolicyError
-from d2obench.policies.base import Entries, Kept, Needs, Policy, Stats, pick, window_rank
+from d2obench.policies.base import Entries, Kept, Needs, Stats, pick, window_rank
+from d2obench.policies.biased import Biased
 from d2obench.policies.merging import nearest, sums_by_target
 from d2obench.policies.rules import Custom, DecodeRule, LowestScore, RowSizes
 from d2obench.policies.window import window_attention
@@ -24,7 +25,7 @@ NEWER = 1.2
 
 
 @dataclass(frozen=True)
-class KeepKV(Policy):
+class KeepKV(Biased):
     """Keeps sinks, heavy hitters of the last queries and a recent window, and merges what it evicts, with votes.
 
     Every entry carries votes p, 1 at first, and ln p is added to its logit, so that ``p·exp(q·k)`` stands for p
@@ -48,6 +49,7 @@ class KeepKV(Policy):
         sinks: tokens at the start that are never evicted.
         window: number of queries whose attention is averaged.
         threshold: least cosine of a merge.
+        equal: what a budget stands for, ``slots`` or ``bytes``: :mod:`d2obench.policies.biased`.
     """
 
     recent: float = 0.5
@@ -68,6 +70,7 @@ class KeepKV(Policy):
         return True
 
     def check(self) -> None:
+        super().check()
         if not 0 < self.recent <= 1:
             raise PolicyError(f"keepkv: recent is {self.recent}", remedy="use a share of the budget in (0, 1]")
         if self.sinks < 0:

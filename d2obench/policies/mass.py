@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from d2obench.policies.base import Entries, Kept, Policy, pick
+from d2obench.policies.base import Entries, Kept, pick
+from d2obench.policies.biased import Biased
 from d2obench.policies.merging import nearest, sums_by_target
 from d2obench.policies.rules import MassSpec, Merge
 
@@ -34,7 +35,7 @@ LEAST = 1e-20
 
 
 @dataclass(frozen=True)
-class MassMerging(Policy):
+class MassMerging(Biased):
     """A policy that can merge what it evicts by mass.
 
     Args:

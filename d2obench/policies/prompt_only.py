@@ -42,6 +42,7 @@ class PromptOnly(Policy):
         return 0
 
     def check(self) -> None:
+        super().check()
         if self.window < 1:
             raise PolicyError(f"{self.name}: window is {self.window}", remedy="use 1 or more")
         if self.block < 0 or self.block == 1:

@@ -32,6 +32,8 @@ class RoCo(MassMerging):
         sinks: tokens at the start of the prompt that are kept whatever their attention, as in the authors' mode for
             encoding a prompt; decoding does not protect them.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        equal: with ``merge=mass``, what a budget stands for, ``slots`` or ``bytes``:
+            :mod:`d2obench.policies.biased`.
     """
 
     recent: float = 0.3
@@ -46,6 +48,7 @@ class RoCo(MassMerging):
         return Needs(columns=True, squares=True)
 
     def check(self) -> None:
+        super().check()
         if not 0 <= self.recent < 1:
             raise PolicyError(f"roco: recent is {self.recent}", remedy="use a share of the budget in [0, 1)")
         if self.sinks < 0:

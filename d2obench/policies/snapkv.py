@@ -34,6 +34,8 @@ class SnapKV(MassMerging, PromptOnly):
             recent window slides over the decoded tokens, while the entries chosen from the prompt stay.
         block: see :class:`d2obench.policies.prompt_only.PromptOnly`.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        equal: with ``merge=mass``, what a budget stands for, ``slots`` or ``bytes``:
+            :mod:`d2obench.policies.biased`.
     """
 
     kernel: int = 5

@@ -33,6 +33,8 @@ class Streaming(MassMerging, Protecting):
         sinks: tokens at the start that are never evicted.
         positions: ``true``, the original positions; ``cache``, positions within the cache, as in the authors' code.
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        equal: with ``merge=mass``, what a budget stands for, ``slots`` or ``bytes``:
+            :mod:`d2obench.policies.biased`.
         protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 
@@ -43,6 +45,7 @@ class Streaming(MassMerging, Protecting):
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
 
     def check(self) -> None:
+        super().check()
         if self.sinks < 0:
             raise PolicyError(f"{self.name}: sinks is {self.sinks}", remedy="use 0 or more")
         if self.positions == "cache":

@@ -22,6 +22,8 @@ class TOVA(MassMerging, Protecting):
 
     Args:
         merge: ``none``, as published, or ``mass`` (:mod:`d2obench.policies.mass`).
+        equal: with ``merge=mass``, what a budget stands for, ``slots`` or ``bytes``:
+            :mod:`d2obench.policies.biased`.
         protect: ``prompt`` keeps the whole prompt (:mod:`d2obench.policies.protect`).
     """
 
@@ -31,6 +33,7 @@ class TOVA(MassMerging, Protecting):
     needs_attention: ClassVar[bool] = True
 
     def check(self) -> None:
+        super().check()
         if self.merge == "mass":
             self.refuse_protection("merge=mass", "this rule has no scores of protected entries to merge by")
 

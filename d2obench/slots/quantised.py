@@ -33,6 +33,15 @@ GROUP = 32
 LEAST_SCALE = 1e-7
 
 
+def slot_bytes(widths: tuple[int, int], dtype: torch.dtype, bits: int | None) -> float:
+    """Bytes of a slot with a key and a value of these widths, and of its part of their ranges if it is quantised."""
+    if bits in (None, 16):
+        return sum(widths) * dtype.itemsize
+    key, value = widths
+    ranges = key / GROUP + value // (GROUP if value % GROUP == 0 else value)
+    return (key + value) * bits / 8 + 2 * torch.float16.itemsize * ranges
+
+
 class QuantStore(DenseStore):
     """Keys and values in 8, 4 or 2 bits, with the interface of :class:`DenseStore`.
 
