@@ -26,8 +26,7 @@ def run(policy: str, budget: str, monkeypatch: pytest.MonkeyPatch, tokens: int, 
     return made
 
 
-@pytest.mark.parametrize("budget", ["0.4", "20"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "budget"), [("d2o", "0.4"), *((policy, "20") for policy in POLICIES)])
 def test_a_batch_read_in_groups_is_the_batch(policy: str, budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
     marks: list[list[str]] = [[], []]
     both = [run(policy, budget, monkeypatch, tokens, marks[n]) for n, tokens in enumerate((10**9, 85))]
