@@ -76,7 +76,7 @@ def settle(found: Tensor, keys: Tensor, score: Tensor, real: Tensor, certain: Te
     rows, count = found.shape[0] * found.shape[1], found.shape[2]
     places = (per_row(keep, keys.device) - (certain & real).sum(-1, keepdim=True)).flatten(0, 1)
     bound = score.masked_fill(certain, torch.inf).masked_fill_(~real, -torch.inf).flatten(0, 1)
-    held = found.view(rows, count)
+    held = found.flatten(0, 1)
     if not bool((held == -torch.inf).any()):
         cut, most = _limits(held, bound, places)
         if not bool(((held < 0) & ~((bound * -held < cut) & (-held <= most))).any()):
@@ -97,7 +97,7 @@ def settle(found: Tensor, keys: Tensor, score: Tensor, real: Tensor, certain: Te
     others = held[:, 1:].masked_fill(bound[:, 1:] == -torch.inf, -torch.inf)
     held[:, 0] = others.amax(1) if count > 1 else 1.0
     held[:, 0].masked_fill_(held[:, 0] < 0, 1.0)
-    found.view(rows, count).scatter_(1, order, held)
+    found.copy_(torch.empty_like(held).scatter_(1, order, held).view_as(found))
 
 
 CHUNKED = 32
