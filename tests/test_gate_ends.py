@@ -3,6 +3,7 @@ and file systems, in a throw-away repository; each says in one line what happene
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from fake_checkout import Checkout
 from repository import TEMPLATE, Plugin
 from waiting import LIMIT_S, is_dead, wait_for
 
+from d2obench.cli import main
 from d2obench.errors import UsageError, WorkerError
 from d2obench.gate import environments
 from d2obench.gate.environments import places
@@ -217,6 +219,17 @@ def test_a_disk_that_is_full_when_the_results_are_written(machine):
 
 def test_a_full_cache_does_not_matter_to_a_lock(machine):
     assert end(machine.start(before=small(machine, 4), D2OBENCH_CACHE=str(machine.small)))[0] == 0
+
+
+def test_a_disk_that_is_full_at_any_other_moment_is_no_internal_error(monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, FULL, "/tmp/x")
+
+    monkeypatch.setattr("d2obench.gate.gate.gate", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["gate", "--suite", "ci"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"d2obench: can't write /tmp/x: {FULL}; free some space\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ so that help appears at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -124,6 +125,8 @@ def _run(args: list[str] | None) -> int:
     except Exception as problem:
         if hasattr(problem, "format_message"):  # an error of the parser, such as an unknown option
             return _say(f"{problem.format_message()} See d2obench --help.", 2)
+        if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _say(f"can't write {problem.filename or 'a file'}: {problem.strerror}; free some space", 2)
         if os.environ.get("D2OBENCH_TRACEBACK"):
             raise
         what = f"internal error, {type(problem).__name__}: {problem}"
