@@ -84,6 +84,7 @@ def test_changes_take_turns_and_each_begins_from_the_base(tmp_path: Path, monkey
     write_study(tmp_path, found)
     text = (tmp_path / "README.md").read_text()
     assert "| slower: a decode step takes 10 % longer | REGRESSED in tpot_s | 3 | 3 | 0 | 0 |" in text
+    assert "| all |  | 6 | 6 | 0 | 0 | 0.0% (0.0% … 45.9%) |" in text  # 1 - 0.025 ** (1 / 6)
     assert "broken" not in text
     assert len(json.loads((tmp_path / "study.json").read_text())["trials"]) == 6
     # it goes on where it was stopped, also within a turn

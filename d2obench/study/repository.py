@@ -205,7 +205,7 @@ def as_markdown(found: Study) -> str:
         " figure where nothing is changed, that it does not know. Wrong: a false OK, a false REGRESSED, or an"
         " error.\n",
         "| change | must be | gates | right | undecided | wrong | share wrong (95 %) |\n"
-        "|---|---|--:|--:|--:|--:|--:|\n" + "".join(_row(found, name) for name in found.changes),
+        "|---|---|--:|--:|--:|--:|--:|\n" + "".join(_row(found, name) for name in found.changes) + _row(found, ""),
         "The shares have exact binomial intervals. `study.json` holds every gate. Made by `d2obench doctor"
         f" --study-repository FOLDER{' --load' if found.load else ''} --output FOLDER`; the same command goes on where"
         " it was stopped.\n",
@@ -214,13 +214,18 @@ def as_markdown(found: Study) -> str:
 
 
 def _row(found: Study, name: str) -> str:
-    counts, change = found.counts(name), found.changes[name]
+    """The row of a change, or of all of them together if there is no name."""
+    counts = found.counts(name) if name else Counter(trial.word for trial in found.trials)
     total = sum(counts.values())
     if not total:
         return ""
     share = proportion(counts["wrong"], total)
-    must = f"{change.verdict} in {change.metric}" if change.metric else change.verdict
+    what, must = "all", ""
+    if name:
+        change = found.changes[name]
+        what = f"{name}: {change.about}"
+        must = f"{change.verdict} in {change.metric}" if change.metric else change.verdict
     return (
-        f"| {name}: {change.about} | {must} | {total} | {counts['right']} | {counts['undecided']} | {counts['wrong']} "
+        f"| {what} | {must} | {total} | {counts['right']} | {counts['undecided']} | {counts['wrong']} "
         f"| {share.value:.1%} ({share.lo:.1%} … {share.hi:.1%}) |\n"
     )
