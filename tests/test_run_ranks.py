@@ -23,7 +23,7 @@ from d2obench.run import tensor_parallel
 from d2obench.run.check import check, check_one, check_placement
 from d2obench.run.plan import cells
 from d2obench.run.tensor_parallel import RankedClient, client_for, combined, request_of_rank
-from d2obench.run.worker_client import DeadWorkerError, WorkerClient
+from d2obench.run.worker_client import WITHOUT, DeadWorkerError, DeviceFaultError, WorkerClient, cell_of
 from d2obench.suite.definition import Placement, Quality, Suite, load_suite
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
@@ -158,6 +158,21 @@ def test_a_rank_that_dies_ends_the_request_and_the_next_one_finds_new_ranks(
         os.kill(ranks.peers[0].started, signal.SIGKILL)  # between two requests: the next one must be warmed up again
         ranks.peers[0]._process._process.wait(LIMIT_S)  # type: ignore[union-attr]
         assert ranks.pid is None
+
+
+def test_after_a_fault_of_one_gpu_all_ranks_do_without_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_parallel, "GRACE_S", 0.05)
+    asked = request(tmp_path, "full", None)
+    with RankedClient(2, {"FAKE": "{}"}, timeout_s=LIMIT_S, command=("-P", FAKE)) as ranks:
+        ranks.peers[0].env = {"FAKE": json.dumps({"broken": ["full"]})}
+        with pytest.raises(DeviceFaultError, match="illegal memory access"):
+            ranks.call("measure", asked)
+        for client in (ranks, *ranks.peers):
+            assert client.pid is None
+            assert list(json.loads(client.env[WITHOUT])[cell_of(asked)]) == ["kernels"]
+        assert ranks.call("measure", asked)["trace"]["batch"] == 2
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ loaded.
 When a rank fails, the others wait for it in a collective operation for ever. So after the first failure the others have
 a short time to fail as well, and then all are killed; the next call starts new processes. They are kept only where all
 ranks have raised the same clear error, such as a prompt that is too long. A rank that hangs is killed after its
-timeout, like any worker.
+timeout, like any worker. After a fault of one GPU all ranks do without the part of the GPU path that failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import msgspec
 
 from d2obench.errors import D2OBenchError, OutOfMemory, WorkerError
 from d2obench.models.devices import RENDEZVOUS, TIMEOUT_S
-from d2obench.run.worker_client import WORKER, DeadWorkerError, Progress, WorkerClient, WorkerProcess
+from d2obench.run.worker_client import WORKER, DeadWorkerError, DeviceFaultError, Progress, WorkerClient, WorkerProcess
 from d2obench.suite.definition import Placement, Suite
 
 TOGETHER = ("load", "warm_up", "measure", "count", "evaluate", "evaluate_part", "conclude")
@@ -117,7 +117,10 @@ class RankedClient(WorkerClient):
         self._busy = True
         try:
             answers = calls.run()
-        except BaseException:
+        except BaseException as problem:
+            if isinstance(problem, DeviceFaultError):  # ranks that take different paths would not compute the same
+                for client in (self, *self.peers):
+                    client._do_without(args, problem)
             if not calls.failed_alike:
                 self.kill()
             raise
@@ -253,11 +256,10 @@ class _RankCalls:
 
 
 def _priority(failure: D2OBenchError) -> int:
-    """Order of failures, causes first: too little memory, then a dead process, then what follows from these, such as a
-    broken connection."""
-    if isinstance(failure, OutOfMemory):
-        return 0
-    return 1 if isinstance(failure, DeadWorkerError) else 2
+    """Order of failures, causes first: too little memory, a fault of a GPU, a dead process, and then what follows from
+    these, such as a broken connection."""
+    order = (OutOfMemory, DeviceFaultError, DeadWorkerError)
+    return next((place for place, kind in enumerate(order) if isinstance(failure, kind)), len(order))
 
 
 def request_of_rank(args: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
