@@ -32,7 +32,7 @@ SPEED, FIDELITY = (cell.axes for cell in cells(load_suite("ci")) if cell.axes.po
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a fault changes is put back."""
     for place, name in [(Session, "step"), (PolicyCache, "_budgets"), (Packing, "add"),
-                        (merging, "merge_into"), (HeavyHitters, "rank")]:  # fmt: skip
+                        (merging, "merge_into"), (HeavyHitters, "score")]:  # fmt: skip
         monkeypatch.setattr(place, name, getattr(place, name))
 
 

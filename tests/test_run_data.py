@@ -12,7 +12,7 @@ from runs import client, run
 
 from d2obench import tasks
 from d2obench.errors import DataError
-from d2obench.record import read_run
+from d2obench.record import Axes, read_run
 from d2obench.run.check import check
 from d2obench.run.plan import Plan
 from d2obench.run.run_folder import suite_of
@@ -66,7 +66,7 @@ def test_a_file_that_is_edited_in_the_middle_of_a_run_ends_its_cells(tmp_path: P
     data = written(tmp_path / "a.jsonl")
     quality = checked(gsm8k=data).suite.quality
     written(data, "three and one?")
-    cell: Any = SimpleNamespace(task=tasks.parse_task("gsm8k"))
+    cell = tasks.read_cell({"axes": Axes("gsm8k", "fake", "float32", "cpu", "full", None, None, None, 0)})
     loaded: Any = SimpleNamespace(has_sense=True, tokenizer=object(), name="fake")
     with pytest.raises(DataError, match=r"'gsm8k' changed during the run: .*a.jsonl; start a new run"):
         tasks.evaluate(loaded, cell, quality, lambda done, total: None)

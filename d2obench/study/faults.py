@@ -91,14 +91,12 @@ def zero_scores(layer: float) -> None:
     """``kl``: all scores of one layer are 0 when the prompt is compressed."""
     from d2obench.policies.h2o import HeavyHitters
 
-    rank = HeavyHitters.rank
+    score = HeavyHitters.score
 
-    def blind(self: HeavyHitters, entries: Any, keep: Any) -> Any:
-        if entries.layer == int(layer):
-            entries.stats["sum"] = entries.stats["sum"] * 0
-        return rank(self, entries, keep)
+    def blind(self: HeavyHitters, entries: Any) -> Any:
+        return score(self, entries) * (entries.layer != int(layer))
 
-    HeavyHitters.rank = blind  # type: ignore[method-assign]
+    HeavyHitters.score = blind  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[float], None]] = {
