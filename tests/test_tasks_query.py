@@ -106,6 +106,23 @@ def test_a_fork_is_independent(tiny: LoadedModel, policy: str) -> None:
     assert torch.allclose(whole[2], found[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["expected(decode=slide)", "duo", "h2o"])
+def test_a_fork_goes_on_with_the_statistics_of_its_own_sequences(tiny: LoadedModel, policy: str) -> None:
+    """Its turn is compressed again, by what is known of the queries of its sequence from the prompt on."""
+    texts, question = prompts(40, 40, 40), prompts(9, seed=4)
+    several, alone = (Session(tiny, policy, budget_of(policy), max_new=8) for _ in range(2))
+    for session, read in ((several, texts), (alone, texts[2:])):
+        session.prefill(read)
+        session.compress()
+    forked, found = several.fork([2]), []
+    for session in (forked, alone):
+        logits = [session.turn(question)]
+        logits += [session.step(torch.tensor([token])) for token in (3, 5, 7)]
+        found.append(torch.stack(logits))
+    assert torch.allclose(*found, atol=1e-5)
+    assert forked.footprint().kept == alone.footprint().kept
+
+
 def test_seen_and_unseen_have_the_same_tokens_and_differ_in_where_they_split(model: LoadedModel) -> None:
     chat = dataclasses.replace(model, tokenizer=ChatBytes())
     question = "\n\nQuestion: who?\nAnswer:"

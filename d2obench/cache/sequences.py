@@ -100,6 +100,8 @@ class SequenceCache(AttendingCache):
                 layer.batch_select_indices(indices.to(layer.keys.device))
             elif not self.ready:
                 layer.select(chosen)
+            elif layer.moments is not None:  # a later turn goes on with them
+                layer.moments = layer.moments.select(chosen.to(layer.moments.count.device))
         assert self.lengths is not None
         self.lengths = self.lengths[chosen.to(self.lengths.device)]
         self.layout = replace(self.layout, batch=chosen.numel())
