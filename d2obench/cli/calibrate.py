@@ -67,26 +67,17 @@ def calibrate(
 
     Example: d2obench calibrate embedded --data essay.txt --out essay.safetensors
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TimeRemainingColumn
 
     from d2obench.cache.calibration import LENGTH as GENERATED_LENGTH
     from d2obench.cache.calibration import TEXTS, generated_texts, measure, write
+    from d2obench.cli.bars import bars
     from d2obench.errors import ModelError
     from d2obench.models import load
 
     texts = [_read(path) for path in data or ()]
     place = out or Path(f"{Path(model.rstrip('/')).name.partition('@')[0]}.queries.safetensors")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        shown: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in shown:
-                shown[what] = int(bars.add_task(what, total=total))
-            bars.update(bars.task_ids[list(shown).index(what)], completed=done, total=total)
-
+    with bars(TimeRemainingColumn()) as progress:
         loaded = load(model, dtype, device, progress)
         if loaded.tokenizer is None:
             raise ModelError(

@@ -34,21 +34,12 @@ def pull(name: ModelName) -> None:
 
     Example: d2obench models pull embedded
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
+    from d2obench.cli.bars import bars
     from d2obench.models import pull as fetch
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        shown: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in shown:
-                shown[what] = int(bars.add_task(what, total=total))
-            bars.update(bars.task_ids[list(shown).index(what)], completed=done, total=total)
-
+    with bars(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
         place = fetch(name, progress)
     typer.echo(f"{name}: {place}" if place else f"{name}: nothing to fetch")
 
