@@ -18,13 +18,14 @@ from d2obench.cache import PolicyCache, Session, policy_cache
 from d2obench.models import LoadedModel
 from d2obench.policies import parse_choice, parse_policy
 from d2obench.policies.h2o import H2O
-from d2obench.suite.grammar import Budget
+from d2obench.suite.grammar import Budget, parse_budget
 
 EARLY = [
     "local", "streaming", "h2o", "roco", "tova", "cam", "random", "snapkv(window=4)", "pyramidkv(window=4)",
     "d2o(allocate=uniform)", "d2o(allocate=uniform,inherit=true,hosts=important)", "h2o+quant(bits=8)", "full", "quant",
 ]  # fmt: skip
 LATE = ["d2o", "d2o(allocate=uniform,exempt=[0])", "d2o(preset=released)", "d2o+quant(bits=8)"]
+CASCADES = ["cake(window=4)", "cake(window=4,tau1=0.5,decode=slide)", "cake(window=4)+quant(bits=8)"]
 LAYERS, TOKENS = 16, 120
 SMALL = 4096
 """Bytes of a storage that no peak is looked for at."""
@@ -33,6 +34,7 @@ SMALL = 4096
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is compressed when all layers have read the prompt."""
     monkeypatch.setattr(PolicyCache, "_early", property(lambda self: self.keeps_all))
+    monkeypatch.setattr(PolicyCache, "_cascades", False)
 
 
 def run(model: LoadedModel, policy: str, texts: list[list[int]]) -> tuple[list[str], list[Any]]:
@@ -54,7 +56,7 @@ def same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
-@pytest.mark.parametrize("policy", [*EARLY, *LATE])
+@pytest.mark.parametrize("policy", [*EARLY, *LATE, *CASCADES])
 @pytest.mark.parametrize("lengths", [(61,), (61, 40)])
 def test_early_is_late_bit_by_bit(policy: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, texts = tiny_model("llama-deep"), prompts(*lengths)
@@ -65,11 +67,12 @@ def test_early_is_late_bit_by_bit(policy: str, lengths: tuple[int, ...], monkeyp
     if policy in LATE or not parse_choice(policy).takes_budget:
         assert "compress" not in marks[: marks.index("read")]
     else:
-        assert marks[:-1] == ["prefill", *["compress", "prefill"] * 5, "read"], "each layer is stamped apart"
+        stamps = ["prefill", *["compress", "prefill"] * 5, "read"]
+        assert marks[: len(stamps)] == stamps, "each layer is stamped apart"
     assert marks[-1] == "decode"
 
 
-@pytest.mark.parametrize("policy", [policy for policy in EARLY + LATE if "released" not in policy])
+@pytest.mark.parametrize("policy", [policy for policy in EARLY + LATE + CASCADES if "released" not in policy])
 @pytest.mark.parametrize("family", ["llama-gqa2", "gemma3", "falcon"])
 def test_turns_of_one_block_each_are_turns(policy: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second turn's budgets come from the first one's: no policy waits in it."""
@@ -110,6 +113,25 @@ def test_a_policy_that_does_not_wait_needs_lengths_only(policy: str) -> None:
     stats = [{"sum": torch.rand(2, 3, 70), "square": torch.rand(2, 3, 70)} for _ in range(4)]
     budget = Budget(ratio=0.3)
     assert torch.equal(built.layer_budgets(none, length, budget), built.layer_budgets(stats, length, budget))
+
+
+@pytest.mark.parametrize("budget", ["12", "30", "0.6"])
+def test_budgets_of_a_cascade_are_within_its_bounds(budget: str) -> None:
+    """Whatever the layers prefer, also where one of them takes the whole prompt and leaves much over."""
+    policy, asked, length = parse_policy("cake(window=4)"), parse_budget(budget), torch.tensor([50, 41])
+    generator, layers = torch.Generator().manual_seed(7), 24
+    total = torch.tensor([asked.of(tokens) for tokens in length.tolist()]) * layers
+    for _ in range(20):
+        stats = [
+            {name: torch.rand(2, 3, 1, generator=generator) ** power for name in ("entropy", "variance")}
+            for power in torch.randint(1, 30, (layers,), generator=generator).tolist()
+        ]
+        budgets = policy.layer_budgets(stats, length, asked)
+        for read in range(1, layers + 1):
+            bounds = policy.budgets_so_far(stats[:read], length, asked, layers)
+            assert bool((budgets[:read] <= bounds).all())
+            assert bool((bounds.sum(0) <= total + 2 * read).all()), "the layers that have read it share one budget"
+        assert bool((budgets.sum(0) <= total).all())
 
 
 def test_budgets_of_ones_own_are_waited_for() -> None:
@@ -184,6 +206,11 @@ def test_peaks_of_the_prompt(family: str, tall: Any) -> None:
         assert read == after, "there is nothing left to do"
         held = session.footprint()
         assert after < held.kv_bytes + held.state_bytes + 0.02 * full
+    peak, read, after, session = peaks(model, "cake(window=4)", "0.2")
+    held = session.footprint()
+    assert peak < 0.6 * full, "layers are cut while others read the prompt"
+    assert read < 1.1 * held.kv_bytes + held.state_bytes
+    assert after < held.kv_bytes + held.state_bytes + 0.02 * full
     for policy, budget in (("d2o", "0.2"), ("d2o", "0.6"), ("d2o+quant(bits=4)", "0.2")):
         peak, read, after, session = peaks(model, policy, budget)
         assert peak < 1.02 * full, (policy, budget)

@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from d2obench.attention import interface
 from d2obench.attention.interface import BridgedKeys, generate_reads_prompt, real_tokens
 from d2obench.attention.prompt import prompt_attention
+from d2obench.cache import cascade
 from d2obench.cache.budgets import LastQueries, output_error, rescale
 from d2obench.cache.compress import Layout, Packing, bounded
 from d2obench.cache.conversation import add, reopen
@@ -199,7 +200,7 @@ class PolicyCache(SequenceCache):
                 self.ensure_space()
             self.state.write(layer.index, keys, values)
         else:
-            layer.append(keys, values, short_lived=self._early)
+            layer.append(keys, values, short_lived=self._early or self._cascades)
         return self._handed(layer, keys), values
 
     def _handed(self, layer: PolicyLayer, keys: Tensor) -> Tensor:
@@ -214,6 +215,8 @@ class PolicyCache(SequenceCache):
         own."""
         if held.device.type != "cpu":
             return held if held.untyped_storage().nbytes() <= held.nbytes else held.contiguous().clone()
+        if self._cascades:  # most layers will be cut before the last one needs a buffer
+            return lasting(held.shape, held.dtype, held.device).copy_(held)
         return self._buffers.zeros(layer.index, held.shape, held.dtype, held.device).copy_(held)
 
     def attend(self, layer: PolicyLayer, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -254,9 +257,11 @@ class PolicyCache(SequenceCache):
             before = LastQueries(query[:, :, :0], out[:, :0], scale) if layer.last is None else layer.last
             layer.last = before.and_then(query, out)
         layer.stats = add(layer.stats, stats, layer.keys.shape[2])
-        # 4. compress the layer now if it does not depend on other layers
+        # 4. compress the layer now if it does not depend on other layers, or to what they will at least leave it
         if self._early:
             self._compress_early(layer)
+        elif self._cascades:
+            self._cut_so_far(layer)
         if last:
             self.seen += new
             if self.budgets is not None and not self._early:  # the first decode step of a policy that waits for it
@@ -345,6 +350,29 @@ class PolicyCache(SequenceCache):
         self.packing.add(layer)
         if layer.index == len(self.own) - 1:
             self._finish()
+        self._note("prefill")
+
+    @property
+    def _cascades(self) -> bool:
+        """Whether layers are cut to bounds of their budgets while the prompt is read (``d2obench.cache.cascade``)."""
+        alone = not (self.runs or self.shard or self.keeps_last or self.keeps_all)
+        waits = self.whole and self.first is None and self.policy.budgets_need_stats
+        return alone and waits and cascade.cascades(self.policy)
+
+    def _cut_so_far(self, layer: PolicyLayer) -> None:
+        """Cuts the layers that have read the prompt, ``layer`` being the newest."""
+        assert self.budget is not None
+        self._note("compress")
+        with span("evict"):
+            self._describe(layer)
+            layers = self.own[: layer.index + 1]
+            stats, lengths = [held.stats for held in layers], self._text_lengths()
+            bounds = self.policy.budgets_so_far(stats, lengths, self.budget, len(self.own))
+            for held, bound in zip(layers, bounds, strict=True):
+                self.evicted_prompt[held.index] += cascade.cut(self.policy, held, self._describe(held), bound)
+            if layer.position is None:  # it stays whole for now
+                assert layer.keys is not None and layer.values is not None
+                layer.keys, layer.values = (self.keep_entries(layer, kept) for kept in (layer.keys, layer.values))
         self._note("prefill")
 
     def _note(self, phase: str) -> None:

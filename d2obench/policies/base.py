@@ -321,6 +321,19 @@ class Policy:
         """
         return torch.tensor([[budget.of(int(n)) for n in length.tolist()]] * len(stats))
 
+    def budgets_so_far(self, stats: list[Stats], length: Tensor, budget: Budget, layers: int) -> Tensor:
+        """Bounds of the budgets of the layers that have read the prompt, int64 ``[len(stats), B]`` on the CPU, for a
+        policy whose layers may be cut before all have read it (:mod:`d2obench.cache.cascade`).
+
+        A layer's budget must not be more than any of its bounds; and the entries that :meth:`rank` keeps under a budget
+        must be among those that it keeps under a larger one.
+
+        Args:
+            stats, length, budget: see :meth:`layer_budgets`.
+            layers: number of all layers.
+        """
+        raise TypeError(f"{type(self).__name__} can't bound its budgets")
+
     def describe(self, entries: Entries) -> None:
         """Adds statistics of the policy's own to ``entries.stats``, before :meth:`rank`, unless they are there already.
         Those of the kept entries are handed over to decoding."""

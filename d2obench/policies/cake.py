@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,6 +20,8 @@ from d2obench.suite.grammar import Budget
 KERNEL = 5
 """Number of neighbours that scores are pooled over."""
 TINY = 1e-10
+FACTORS = ("entropy", "variance")
+"""Names of the statistics that a preference is made of."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class CAKE(PromptOnly):
     what that leaves over is spread evenly over the other layers. A token's score is the mean of A over the queries plus
     ``gamma`` times their variance, as a mean over the query heads of a KV head, averaged with its neighbours.
 
-    The authors cut layers while the prompt is read, as soon as the preferences of the layers so far are known. Budgets
-    only fall in this way, and a token that a smaller budget keeps is also kept by a larger one; so the same tokens
-    remain. Here all layers are cut at the end, which needs as much memory at its peak as the full prompt. Decoding
-    evicts nothing by itself (``decode``); the authors' code has a rule for it that pools the newest query's attention.
+    Layers are cut in a cascade while the prompt is read: the layers that have read it share the budgets of all layers
+    by their preferences, and their shares fall as further layers join in. Where a share rises again, because a later
+    layer leaves much over, the layer keeps what it had, and less than the budget is held. A prompt that comes in
+    several blocks is cut at its end, to the same tokens. Decoding evicts nothing by itself (``decode``); the authors'
+    code has a rule for it that pools the newest query's attention.
 
     Args:
         window: number of queries whose attention counts, and of tokens kept as the recent window.
@@ -69,8 +73,8 @@ class CAKE(PromptOnly):
             raise PolicyError(f"cake: gamma is {self.gamma}", remedy="use 0 or more")
 
     def describe(self, entries: Entries) -> None:
-        """Adds "cake", the score of each entry, and "entropy" and "variance", its shares of the two factors of the
-        layer's preference."""
+        """Adds "cake", the score of each entry, and "entropy" and "variance", the shares of its KV head in the two
+        factors of the layer's preference."""
         if "cake" in entries.stats:
             return
         seen, real = window_attention(entries, self.window)
@@ -82,7 +86,9 @@ class CAKE(PromptOnly):
         entropy = -(seen * (seen + TINY).log()).sum(3)
         score = (mean + self.gamma * variance).mean(2) * before
         entries.stats["cake"] = F.avg_pool1d(score, KERNEL, stride=1, padding=KERNEL // 2)
-        entries.stats["entropy"], entries.stats["variance"] = entropy.sum(2) * before, variance.sum(2) * before
+        for name, factor in zip(FACTORS, (entropy, variance), strict=True):
+            share = (factor.sum(2) * before).double().sum(-1, keepdim=True)
+            entries.stats[name] = share.float().expand(before.shape).contiguous()
 
     def importance(self, entries: Entries) -> Tensor:
         return entries.stats["cake"]
@@ -93,23 +99,49 @@ class CAKE(PromptOnly):
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         if self.allocate == "uniform":
             return super().layer_budgets(stats, length, budget)
-        factors = [torch.stack([stat[name].double().sum((1, 2)) for stat in stats]) for name in ("entropy", "variance")]
-        preference = factors[0] ** (1 / self.tau1) * factors[1] ** (1 / self.tau2)
+        so_far = [self._parts(stats[: read + 1], length, budget, len(stats)) for read in range(len(stats))]
         columns = []
         for sequence, tokens in enumerate(length.tolist()):
-            window = min(self.window, budget.of(tokens))
-            free, most = budget.of(tokens) - window, max(budget.of(tokens), tokens) - window
-            total = free * len(stats)
-            wanted = evenly_capped(preference[:, sequence].tolist(), total, most)
-            columns.append([window + part for part in water_fill(wanted, total, 0, most)])
+            # what a layer got at its least: a token that was cut does not come back
+            after = [parts[sequence] for parts in so_far]
+            parts = [min(each[layer] for each in after[layer:]) for layer in range(len(stats))]
+            window, most = self._room(tokens, budget)
+            columns.append([window + part for part in water_fill(parts, int(sum(parts) + 1e-6), 0, most)])
         return torch.tensor(columns).T
+
+    def budgets_so_far(self, stats: list[Stats], length: Tensor, budget: Budget, layers: int) -> Tensor:
+        """Their shares of the budgets of all layers, as if there were no others; one more for the rounding."""
+        columns = []
+        parts = self._parts(stats, length, budget, layers)
+        for tokens, own in zip(length.tolist(), parts, strict=True):
+            window, _ = self._room(tokens, budget)
+            columns.append([window + math.ceil(part) + 1 for part in own])
+        return torch.tensor(columns).T
+
+    def _room(self, tokens: int, budget: Budget) -> tuple[int, int]:
+        """The window of a prompt, and the largest number of tokens that a layer can keep beside it."""
+        window = min(self.window, budget.of(tokens))
+        return window, max(budget.of(tokens), tokens) - window
+
+    def _parts(self, stats: list[Stats], length: Tensor, budget: Budget, layers: int) -> list[list[float]]:
+        """For each sequence, how many tokens beside the window each layer with statistics gets, if these layers share
+        what the budgets of all ``layers`` hold."""
+        factors = [torch.stack([stat[name][..., -1].double().sum(1) for stat in stats]) for name in FACTORS]
+        preference = factors[0] ** (1 / self.tau1) * factors[1] ** (1 / self.tau2)
+        parts = []
+        for own, tokens in zip(preference.T.tolist(), length.tolist(), strict=True):
+            window, most = self._room(tokens, budget)
+            parts.append(evenly_capped(own, (budget.of(tokens) - window) * layers, most))
+        return parts
 
 
 def evenly_capped(weights: list[float], total: float, cap: float) -> list[float]:
-    """Shares of ``total`` in proportion to ``weights``, as parts of 1: none is more than ``cap``, and what is above it
-    is spread evenly over the others, until nothing is above."""
-    if not total or not sum(weights) > 0:
-        return [1 / len(weights)] * len(weights)
+    """Parts of ``total`` in proportion to ``weights``: none is more than ``cap``, and what is above it is spread evenly
+    over the others, until nothing is above. Weights that are no numbers, or all 0, count as equal."""
+    if total >= cap * len(weights):
+        return [cap] * len(weights)
+    if not 0 < sum(weights) < math.inf:
+        return [total / len(weights)] * len(weights)
     parts = [weight / sum(weights) * total for weight in weights]
     while (excess := sum(max(0.0, part - cap) for part in parts)) > 1e-9 * total:
         parts = [min(part, cap) for part in parts]
@@ -117,4 +149,4 @@ def evenly_capped(weights: list[float], total: float, cap: float) -> list[float]
         if not room:
             break
         parts = [part + excess / room if part < cap else part for part in parts]
-    return [part / total for part in parts]
+    return [min(part, cap) for part in parts]

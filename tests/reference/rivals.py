@@ -166,14 +166,23 @@ def cake_preference(heads: list[CAKE], tau1: float, tau2: float) -> float:
 
 
 def cake_budgets(preferences: list[float], budget: int, length: int, window: int) -> list[float]:
-    """Layer budgets before rounding: the share of the preferences, at most the prompt, what is over spread evenly."""
+    """Layer budgets before rounding, in a cascade: after each layer, the layers so far are cut to their shares of what
+    all layers may hold."""
     free, most = (budget - window) * len(preferences), length - window
+    held: list[float] = []
+    for read in range(1, len(preferences) + 1):
+        held.append(most)
+        held = [min(*both) for both in zip(held, cake_shares(preferences[:read], free, most), strict=True)]
+    return [window + part for part in held]
+
+
+def cake_shares(preferences: list[float], free: float, most: float) -> list[float]:
+    """The share of the preferences, at most the prompt, what is over spread evenly over those below."""
     parts = [free * one / sum(preferences) for one in preferences]
     while max(parts) > most + 1e-9:
-        over = sum(part - most for part in parts if part > most)
-        room = sum(part < most for part in parts)
+        over, room = sum(part - most for part in parts if part > most), sum(part < most for part in parts)
         parts = [most if part >= most else part + over / room for part in parts]
-    return [window + part for part in parts]
+    return parts
 
 
 class Snap(Watching):
