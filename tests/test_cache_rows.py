@@ -23,6 +23,7 @@ POLICIES = [
     "tova", "cam", "random",
     "snapkv(window=4)", "snapkv(window=4,decode=slide)", "pyramidkv(window=4)",
     "d2o(preset=mass,heads=true)", "adakv(score=snapkv(window=4))", "adakv(score=h2o)",
+    "adakv(score=snapkv(window=4))+quant",
 ]  # fmt: skip
 TEXTS = prompts(30, 17)
 

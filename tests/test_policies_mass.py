@@ -249,7 +249,6 @@ def biases(session: Session) -> float:
         ("streaming(positions=cache,merge=mass)", "needs true positions"),
         ("h2o(merge=kv)", "merge"),
         ("d2o(heads=true)", "heads=true is for allocate=error"),
-        ("d2o(preset=mass,heads=true)+quant(bits=8)", "can't be quantised here"),
     ],
 )
 def test_what_does_not_go_together_says_so(policy: str, words: str) -> None:

@@ -37,6 +37,8 @@ VARIANTS = [
     "quest(pages=4)", "quest(pages=3,recent=2,dense=1)", "quest(pages=4)+quant",
     "kvzip(chunk=9,plus=true,allocate=layers)", "quant(bits=2)",
     "quant(bits=8)", "d2o+quant(bits=8)", "d2o(interval=3)+quant", "snapkv(window=4)+quant", "cam+quant(bits=8)",
+    "adakv(score=h2o)+quant", "adakv(score=snapkv(window=4))+quant", "d2o(preset=mass,heads=true)+quant",
+    "d2o(preset=mass,heads=true,interval=3)+quant(bits=8)", "duo(sinks=1,recent=3)+quant", "kvzip(chunk=9)+quant",
 ]  # fmt: skip
 POLICIES = [*own_policies(), *VARIANTS]
 FEW = ["llama-gqa2", "falcon", "gemma3"]

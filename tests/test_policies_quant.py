@@ -129,7 +129,7 @@ def test_a_write_outside_the_range_widens_it(bits: int) -> None:
         fresh = torch.randn(ROWS, DIM, generator=generator) * (1 + step / 100) + step / 50
         true[torch.arange(ROWS), slot] = fresh
         held.write(0, held.base[0] + slot, fresh, fresh)
-    scale = held._ranges(0)[:, :, 0].float().repeat_interleave(GROUP, 1)[:, :70]
+    scale = held.groups.of(held.key_ranges, 0)[:, :, 0].float().repeat_interleave(GROUP, 1)[:, :70]
     assert ((held.keys(0) - true).abs() / scale).max() < 4
     assert ((held.keys(0) - true).abs() / scale).mean() < 0.5
 

@@ -13,6 +13,7 @@ from d2obench.errors import PolicyError
 from d2obench.policies import parse_policy
 from d2obench.policies.sharing import Sharing
 from d2obench.slots.dense import CLOSED, EMPTY
+from d2obench.slots.quantised import GROUP, QuantStore, RaggedQuantStore
 from d2obench.slots.ragged import RaggedStore
 
 CPU = torch.device("cpu")
@@ -83,6 +84,100 @@ def test_slots_follow_from_positions() -> None:
     assert store.keys(0)[0, :2, 0].tolist() == [0, 1] and store.values(0)[1, 0, 0] == 2
 
 
+# --- quantised slots --------------------------------------------------------------------------------------------------
+
+
+def quantised(begins: list[list[int]], ends: list[list[int]], bits: int, grows: bool) -> RaggedQuantStore:
+    return RaggedQuantStore(torch.tensor(begins), torch.tensor(ends), (64, 32), torch.float32, CPU, bits, grows)
+
+
+def some(rows: int, count: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, count, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_each_head_is_quantised_as_if_it_were_alone(bits: int) -> None:
+    """Bit by bit like a store of one head, also after writes that widen ranges; a head of 7 slots fills no group."""
+    sizes = [[70, 33, 7], [32, 64, 5]]
+    store = quantised([[0] * 3] * 2, sizes, bits, grows=False)
+    alone = [[QuantStore([size], 1, (64, 32), torch.float32, CPU, bits, False) for size in row] for row in sizes]
+    for layer, row in enumerate(sizes):
+        keys, values = some(3, max(row), 64, layer), some(3, max(row), 32, layer + 5)
+        real = torch.arange(max(row)) < torch.tensor(row)[:, None]
+        store.fill(layer, keys, values, real)
+        for head, size in enumerate(row):
+            alone[layer][head].fill(0, keys[head : head + 1, :size], values[head : head + 1, :size])
+    for turn in range(20):
+        slot = torch.tensor([[(turn * 7 + head) % size for head, size in enumerate(row)] for row in sizes])
+        fresh = some(6, 1, 64, turn).view(2, 3, 64) * (1 + turn / 5), some(6, 1, 32, turn).view(2, 3, 32)
+        store.write_keys(store.base + slot, fresh[0])
+        store.write_values(store.base + slot, fresh[1])
+        for layer in (0, 1):
+            for head in range(3):
+                own, at = alone[layer][head], slot[layer, head, None]
+                own.write(0, at, fresh[0][layer, head, None], fresh[1][layer, head, None])
+                place = (store.base + slot)[layer, head, None]
+                assert torch.equal(store.read_keys(place), own.read_keys(at))
+                assert torch.equal(store.read_values(place), own.read_values(at))
+    for layer, row in enumerate(sizes):
+        for head, size in enumerate(row):
+            assert torch.equal(store.keys(layer)[head, :size], alone[layer][head].keys(0)[0])
+            assert torch.equal(store.values(layer)[head, :size], alone[layer][head].values(0)[0])
+    assert store.bytes == sum(own.bytes for row in alone for own in row)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_heads_that_grow_are_quantised_like_padded_ones(bits: int) -> None:
+    begins, count, size = [[0, 11, 40], [3, 0, 20]], 45, 120
+    store = quantised(begins, [[size] * 3] * 2, bits, grows=True)
+    padded = QuantStore([size] * 2, 3, (64, 32), torch.float32, CPU, bits, True)
+    for layer in (0, 1):
+        real = torch.arange(count) >= torch.tensor(begins[layer])[:, None]
+        keys, values = (some(3, count, width, layer) * real[..., None] for width in (64, 32))
+        for held in (store, padded):
+            held.fill(layer, keys, values, real)
+    for slot in range(count, count + 40):
+        for layer in (0, 1):
+            for held in (store, padded):
+                held.write(layer, held.base[layer] + slot, some(3, 1, 64, slot)[:, 0], some(3, 1, 32, slot)[:, 0])
+    chosen = torch.tensor([2, 0, 2])
+    pairs = [
+        (store, padded),
+        (store.extended(9), padded.extended(9)),
+        (store.selected(chosen), padded.selected(chosen)),
+    ]
+    for one, other in pairs:
+        assert one.filled == other.filled == [count + 40] * 2
+        for layer in (0, 1):
+            for head in range(3):
+                begin = int(one.begins[layer, head])
+                found, expected = one.keys(layer)[head], other.keys(layer)[head]
+                assert torch.equal(found[begin : count + 40], expected[begin : count + 40])
+                assert torch.equal(
+                    one.values(layer)[head, begin : count + 40], other.values(layer)[head, begin : count + 40]
+                )
+    saved, before = store.snapshot(), store.keys(1).clone()
+    store.write(1, store.base[1] + 85, some(3, 1, 64)[:, 0], some(3, 1, 32)[:, 0])
+    store.restore(saved)
+    assert torch.equal(store.keys(1)[:, :85], before[:, :85])
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_quantised_bytes_are_those_of_the_entries(policy: str, bits: int) -> None:
+    """Beside unquantised ones: codes of the same slots; and ranges, of which a head has a group more than it fills."""
+    plain, packed = opened(policy, 200, 137), opened(f"{policy}+quant(bits={bits})", 200, 137)
+    assert torch.equal(plain.cache.state.held(), packed.cache.state.held())
+    store, biases = packed.cache.state.store, 4 * packed.cache.state.biased
+    slots = plain.cache.state.store.slots
+    assert store.slots == slots and plain.footprint().kv_bytes == slots * (2 * 16 * 4 + biases)
+    heads = store.ends.numel()
+    ranges = 2 * 16 * 2 * (slots / GROUP + 2 * heads) + slots * 2 * 2
+    opened_groups = heads * GROUP * 16 * 4 if packed.cache.state.grows else 0
+    codes = slots * 2 * 16 * bits // 8
+    assert codes < packed.footprint().kv_bytes <= codes + ranges + opened_groups + slots * biases
+
+
 # --- whole caches ----------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +221,7 @@ def test_a_layer_holds_as_much_as_without_sharing(policy: str) -> None:
     [
         ("streaming", "has no scores"), ("tova", "judges the KV heads"), ("d2o(preset=released)", "judges the"),
         ("adakv", "a budget of its own"), ("d2o(preset=mass,heads=true)", "a budget of its own"),
-        ("h2o+quant(bits=8)", "can't be quantised"), ("nothing", "unknown policy"),
+        ("nothing", "unknown policy"),
     ],
 )  # fmt: skip
 def test_what_adakv_cannot_wrap_says_so(score: str, words: str) -> None:
@@ -134,9 +229,7 @@ def test_what_adakv_cannot_wrap_says_so(score: str, words: str) -> None:
         parse_policy(f"adakv(score={score})")
 
 
-def test_adakv_is_not_quantised() -> None:
-    with pytest.raises(PolicyError, match="can't be quantised here"):
-        parse_policy("adakv+quant(bits=4)")
+def test_a_safeguard_is_a_part() -> None:
     with pytest.raises(PolicyError, match="safeguard is 2"):
         parse_policy("adakv(safeguard=2)")
 

@@ -36,8 +36,8 @@ from d2obench.errors import PolicyError
 from d2obench.policies.base import RECENT, Entries, Kept, Policy, Stats, per_row, pick, select
 from d2obench.ranges import span
 from d2obench.slots.dense import CLOSED, EMPTY, DenseStore
-from d2obench.slots.quantised import QuantStore
-from d2obench.slots.ragged import RaggedStore
+from d2obench.slots.quantised import QuantStore, RaggedQuantStore
+from d2obench.slots.ragged import RaggedStore, owned
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,26 @@ class Packing:
         rows = layout.batch * layout.heads
         if self.ragged:
             assert parts is not None and position is not None
-            return RaggedStore.of_positions(position, layout.widths, layout.dtype, parts[:2])
+            if bits in (None, 16):
+                return RaggedStore.of_positions(position, layout.widths, layout.dtype, parts[:2])
+            return self._new_ragged_quant_store(parts, position, bits)
         if bits in (None, 16):
             return DenseStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, parts and parts[:2])
         store = QuantStore(self.sizes, rows, layout.widths, layout.dtype, layout.device, bits, self.grows)
         for layer in range(len(self.sizes) if parts else 0):
             store.fill(layer, *(column.pop(0) for column in parts or ()))
+        return store
+
+    def _new_ragged_quant_store(self, parts: list[list[Tensor]], position: Tensor, bits: int) -> RaggedQuantStore:
+        layout = self.layout
+        store = RaggedQuantStore(*owned(position), layout.widths, layout.dtype, layout.device, bits, self.grows)
+        for layer, count in enumerate(self.prompts):
+            real = position[layer, :, :count] >= 0
+            keys, values = (
+                torch.zeros(*real.shape, width, dtype=layout.dtype, device=layout.device) for width in layout.widths
+            )
+            keys[real], values[real] = parts[0].pop(0), parts[1].pop(0)
+            store.fill(layer, keys, values, real)
         return store
 
 

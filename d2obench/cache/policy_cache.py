@@ -100,7 +100,6 @@ class PolicyCache(SequenceCache):
     ) -> None:
         if policy.takes_budget and budget is None:
             raise PolicyError(f"policy '{policy.name}' needs a budget", remedy="give one, for example 0.2 or 512")
-        policy.check_bits()
         self.policy, self.asked, self.group, self.max_new = policy, budget, group, max_new
         self.generated = 0
         """Generated tokens that a layer may hold, for a policy that keeps the whole prompt."""

@@ -107,9 +107,7 @@ class PolicyChoice:
         policies = [_build(part, self.spec) for part in self.spec.parts]
         if len(policies) == 1:
             return policies[0]
-        policy = dataclasses.replace(policies[0], bits=policies[1].bits)
-        policy.check_bits()
-        return policy
+        return dataclasses.replace(policies[0], bits=policies[1].bits)
 
     @property
     def carries_over(self) -> bool:

@@ -54,8 +54,6 @@ class AdaKV(Policy):
             unfit = "it judges the KV heads of a layer together"
         elif inner.protects_prompt:
             unfit = "heads share out what they keep of the prompt, and with protect=prompt they keep all of it"
-        elif inner.bits not in (None, 16):
-            unfit = "heads of unequal length can't be quantised"
         if unfit:
             raise PolicyError(f"adakv can't wrap '{self.score}'", why=unfit, remedy="use score=snapkv or score=h2o")
         return replace(inner, sharing=Sharing(self.safeguard, self.form))

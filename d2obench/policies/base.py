@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from d2obench.errors import PolicyError
 from d2obench.policies.calibration import QueryStatistics
 from d2obench.policies.rotary import QueryMoments
 from d2obench.policies.rules import Custom, DecodeRule, MassSpec, Merge, PagedReads, Repeat, RowSizes
@@ -292,15 +291,6 @@ class Policy:
 
     def check(self) -> None:
         """Raises a PolicyError for a parameter out of its range."""
-
-    def check_bits(self) -> None:
-        """Raises a PolicyError if what the policy keeps can't be stored in the bits that are asked for."""
-        if self.ragged and self.bits not in (None, 16):
-            raise PolicyError(
-                f"policy '{self.name}' can't be quantised here",
-                why="its KV heads differ in length, and keys are quantised in as many groups for every head",
-                remedy="leave +quant out, or give all KV heads of a layer the same budget",
-            )
 
     def in_slots(self, budget: Budget, slot_bytes: float) -> Budget:
         """The budget in slots; fewer than asked for if the policy needs ``equal=bytes`` for its biases

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from d2obench.slots.dense import DenseStore
+from d2obench.slots.spans import Spans
 
 GROUP = 32
 LEAST_SCALE = 1e-7
@@ -69,29 +70,33 @@ class QuantStore(DenseStore):
         super().__init__(capacities, rows, widths, dtype, device)
 
     def _allocate(self) -> None:
-        total, device = self.offsets[-1], self.device
+        device, layers = self.device, len(self.capacities)
+        # 1. where the slots of each layer, sequence and head lie, and where its groups do: those of a growing cache are
+        #    aligned to the prompt's end, so an incomplete one may be needed on either side
+        self.places = Spans(self.begins, self.ends)
+        self.groups = Spans(self.begins // GROUP, (self.ends - 1) // GROUP + 1 + self.grows)
+        self.base = self.places.base
+        # 2. codes and ranges
+        total = self.places.total
         self.key_rows, self.value_rows = (
             torch.zeros(total, width * self.bits // 8, dtype=torch.uint8, device=device) for width in self.widths
         )
-        # the groups of a growing cache are aligned to the prompt's end, so an incomplete one may be needed on the left
-        groups = [-(-capacity // GROUP) + self.grows for capacity in self.capacities]
-        starts = [self.rows * sum(groups[:i]) for i in range(len(groups) + 1)]
-        self.key_ranges = torch.zeros(starts[-1], 2, self.widths[0], dtype=torch.float16, device=device)
+        self.key_ranges = torch.zeros(self.groups.total, 2, self.widths[0], dtype=torch.float16, device=device)
         self.part = GROUP if self.widths[1] % GROUP == 0 else self.widths[1]
         shape = (total, 2, self.widths[1] // self.part)
         self.value_ranges = torch.zeros(shape, dtype=torch.float16, device=device)
-        layers = len(groups) if self.grows else 0
-        self.open = torch.zeros(layers, self.rows, GROUP, self.widths[0], dtype=self.dtype, device=device)
-        self.filled, self.shift = [0] * len(groups), [0] * len(groups)
-        self._groups, self._starts = groups, starts
-        self._layout = torch.tensor([self.offsets[:-1], self.capacities, starts[:-1], groups], device=device)
-        self._ends = torch.tensor(self.offsets[1:], device=device)
+        # 3. the last group of a growing cache, and work buffers
+        self.open = torch.zeros(
+            layers if self.grows else 0, self.rows, GROUP, self.widths[0], dtype=self.dtype, device=device
+        )
+        self.filled, self.shift = [0] * layers, [0] * layers
         most = self.rows * max(self.capacities)
         self._keys, self._values = (torch.empty(most * width, dtype=self.dtype, device=device) for width in self.widths)
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, in a buffer that the next call for any layer overwrites."""
-        codes, ranges = self._view(self.key_rows, layer), self._ranges(layer)
+        codes = self.places.of(self.key_rows, layer)
+        ranges = self.groups.of(self.key_ranges, layer)
         out = self._keys[: codes.shape[0] * codes.shape[1] * self.widths[0]].view(*codes.shape[:2], -1)
         numbers, count, shift = self._unpack(codes), codes.shape[1], self.shift[layer]
         head = min(count, -shift % GROUP)
@@ -109,7 +114,7 @@ class QuantStore(DenseStore):
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, ``[rows, C_ℓ, d_v]``, in a buffer that the next call for any layer overwrites."""
-        codes, ranges = self._view(self.value_rows, layer), self._view(self.value_ranges, layer)
+        codes, ranges = (self.places.of(held, layer) for held in (self.value_rows, self.value_ranges))
         out = self._values[: codes.shape[0] * codes.shape[1] * self.widths[1]].view(*codes.shape[:2], -1)
         return out.copy_(self._values_of(codes, ranges))
 
@@ -162,8 +167,8 @@ class QuantStore(DenseStore):
         entries."""
         rows, count = keys.shape[:2]
         codes, spans = self._coded_values(values)
-        self._view(self.value_rows, layer)[:, :count] = codes
-        self._view(self.value_ranges, layer)[:, :count] = spans
+        self.places.put(self.value_rows, layer, 0, codes)
+        self.places.put(self.value_ranges, layer, 0, spans)
         if self.grows:
             self.filled[layer], self.shift[layer] = count, -count % GROUP
         real = torch.ones(rows, count, dtype=torch.bool, device=keys.device) if real is None else real
@@ -174,7 +179,6 @@ class QuantStore(DenseStore):
         low = grouped.masked_fill(~real[..., None], torch.inf).amin(2)
         high = grouped.masked_fill(~real[..., None], -torch.inf).amax(2)
         held = real.sum(2)
-        ranges = self._ranges(layer)
         if self.grows:
             empty = (held == 0)[..., None]
             low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
@@ -184,11 +188,14 @@ class QuantStore(DenseStore):
             part = (held < GROUP)[..., None]
             low = torch.where(part, newest.amin(1, keepdim=True), low)
             high = torch.where(part, newest.amax(1, keepdim=True), high)
-            ranges[:, groups:] = self._range(newest.amin(1), newest.amax(1), 1)[:, None]
-        ranges[:, :groups] = self._range(low, high, 2)
-        scale, zero = ranges[:, :groups, :, None].float().unbind(2)
+            more = self.groups.widest[layer] - groups
+            rest = self._range(newest.amin(1), newest.amax(1), 1)[:, None].expand(-1, more, -1, -1)
+            self.groups.put(self.key_ranges, layer, groups, rest)
+        ranges = self._range(low, high, 2)
+        self.groups.put(self.key_ranges, layer, 0, ranges)
+        scale, zero = ranges[:, :, :, None].float().unbind(2)
         codes = self._pack((grouped - zero) / scale).flatten(1, 2)
-        self._view(self.key_rows, layer)[:, :count] = codes[:, before : before + count]
+        self.places.put(self.key_rows, layer, 0, codes[:, before : before + count])
 
     def repeat(self, filled: Sequence[int], tokens: int) -> None:
         """Counts ``tokens`` more slots as filled; their contents are placeholders and stay as they are."""
@@ -205,31 +212,27 @@ class QuantStore(DenseStore):
 
     def extended(self, slots: int) -> QuantStore:
         """A store with ``slots`` more slots in every layer and the same contents."""
-        larger = QuantStore(
-            [c + slots for c in self.capacities], self.rows, self.widths, self.dtype, self.device, self.bits, self.grows
-        )
-        for layer, capacity in enumerate(self.capacities):
-            for old, new in (
-                (self.key_rows, larger.key_rows),
-                (self.value_rows, larger.value_rows),
-                (self.value_ranges, larger.value_ranges),
-            ):
-                larger._view(new, layer)[:, :capacity] = self._view(old, layer)
-            larger._ranges(layer)[:, : self._groups[layer]] = self._ranges(layer)
-        larger.open, larger.filled, larger.shift = self.open, self.filled, self.shift
-        return larger
+        return self._copied(torch.arange(self.rows, device=self.device), slots)
 
     def selected(self, rows: Tensor) -> QuantStore:
         """See :meth:`DenseStore.selected`; codes and ranges are copied as they are."""
-        found = QuantStore(self.capacities, rows.numel(), self.widths, self.dtype, self.device, self.bits, self.grows)
+        return self._copied(rows, 0)
+
+    def _sized(self, rows: Tensor, slots: int) -> QuantStore:
+        """An empty store with the sizes of some rows and ``slots`` more slots."""
+        capacities = [capacity + slots for capacity in self.capacities]
+        return QuantStore(capacities, rows.numel(), self.widths, self.dtype, self.device, self.bits, self.grows)
+
+    def _copied(self, rows: Tensor, slots: int) -> QuantStore:
+        found = self._sized(rows, slots)
         for layer in range(len(self.capacities)):
             for old, new in (
                 (self.key_rows, found.key_rows),
                 (self.value_rows, found.value_rows),
                 (self.value_ranges, found.value_ranges),
             ):
-                found._view(new, layer)[:] = self._view(old, layer)[rows]
-            found._ranges(layer)[:] = self._ranges(layer)[rows]
+                found.places.put(new, layer, 0, self.places.of(old, layer)[rows])
+            found.groups.put(found.key_ranges, layer, 0, self.groups.of(self.key_ranges, layer)[rows])
         found.open.copy_(self.open[:, rows])
         found.filled, found.shift = list(self.filled), list(self.shift)
         return found
@@ -251,11 +254,10 @@ class QuantStore(DenseStore):
     def _close(self, layer: int, group: int, keys: Tensor) -> None:
         """Quantises a complete group ``[rows, GROUP, d]`` of keys."""
         ranges = self._range(keys.amin(1).float(), keys.amax(1).float(), 1)
-        self._ranges(layer)[:, group] = ranges
+        self.groups.put(self.key_ranges, layer, group, ranges[:, None])
         scale, zero = ranges.float().unbind(1)
         codes = self._pack((keys.float() - zero[:, None]) / scale[:, None])
-        first = group * GROUP - self.shift[layer]
-        self._view(self.key_rows, layer)[:, first : first + GROUP] = codes
+        self.places.put(self.key_rows, layer, group * GROUP - self.shift[layer], codes)
 
     def _range(self, low: Tensor, high: Tensor, dim: int) -> Tensor:
         """Scale and zero point, float16, stacked along a new ``dim``."""
@@ -284,21 +286,45 @@ class QuantStore(DenseStore):
         parts = [(codes >> shift) & self.top for shift in range(0, 8, self.bits)]
         return torch.cat(parts, -1).float() if len(parts) > 1 else codes.float()
 
-    def _ranges(self, layer: int) -> Tensor:
-        """Key ranges of a layer, ``[rows, groups, 2, d]``, a view."""
-        run = self.key_ranges[self._starts[layer] : self._starts[layer + 1]]
-        return run.view(self.rows, self._groups[layer], 2, -1)
-
-    def _view(self, flat: Tensor, layer: int) -> Tensor:
-        run = flat[self.offsets[layer] : self.offsets[layer + 1]]
-        view: Tensor = torch.unflatten(run, 0, (self.rows, self.capacities[layer]))
-        return view
-
     def _group(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """The row of ``key_ranges`` that belongs to each slot ``[n]``, and the slots that share it ``[n, GROUP]``."""
-        offset, capacity, start, groups = self._layout[:, torch.bucketize(flat, self._ends, right=True)]
-        local = flat - offset
-        row, slot = local // capacity, local % capacity
-        first = slot // GROUP * GROUP
-        shared = (first[:, None] + torch.arange(GROUP, device=flat.device)).minimum(capacity[:, None] - 1)
-        return start + row * groups + slot // GROUP, (offset + row * capacity)[:, None] + shared
+        row, slot = self.places.locate(flat)
+        shared = slot[:, None] // GROUP * GROUP + torch.arange(GROUP, device=flat.device)
+        shared = shared.minimum(self.ends.flatten()[row, None] - 1)
+        group = self.groups.base.flatten()[row] + slot // GROUP
+        return group, self.base.flatten()[row, None] + shared
+
+
+class RaggedQuantStore(QuantStore):
+    """A :class:`QuantStore` whose KV heads hold different numbers of slots, as in
+    :class:`d2obench.slots.ragged.RaggedStore`; every head has as many groups as its slots fill.
+
+    Args:
+        begins, ends: see :class:`RaggedStore`; the others are those of :class:`QuantStore`.
+    """
+
+    def __init__(
+        self,
+        begins: Tensor,
+        ends: Tensor,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        bits: int,
+        grows: bool,
+    ) -> None:
+        self._owned = begins, ends
+        super().__init__(ends.amax(1).tolist(), begins.shape[1], widths, dtype, device, bits, grows)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of all layers, sequences and heads."""
+        return self.places.total
+
+    def _allocate(self) -> None:
+        self.begins, self.ends = self._owned
+        super()._allocate()
+
+    def _sized(self, rows: Tensor, slots: int) -> QuantStore:
+        begins, ends = self.begins[:, rows], self.ends[:, rows] + slots
+        return RaggedQuantStore(begins, ends, self.widths, self.dtype, self.device, self.bits, self.grows)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from d2obench.cpu.memory import lasting
 from d2obench.slots.dense import CLOSED, DenseStore
+from d2obench.slots.spans import Spans
 
 
 class RaggedStore(DenseStore):
@@ -47,10 +48,8 @@ class RaggedStore(DenseStore):
         filled: Tensor | None = None,
     ) -> None:
         self.begins, self.ends, self.widths, self.dtype, self.device = begins, ends, widths, dtype, device
-        self.rows, self.capacities = begins.shape[1], ends.amax(1).tolist()
-        sizes = (ends - begins).flatten()
-        self.base = (sizes.cumsum(0) - sizes).view_as(begins) - begins
-        self._slots = int(sizes.sum())
+        self.places = Spans(begins, ends)
+        self.rows, self.capacities, self.base = begins.shape[1], self.places.widest, self.places.base
         self.key_rows, self.value_rows = (
             self._flat(width, part, filled) for width, part in zip(widths, parts or ([], []), strict=True)
         )
@@ -59,31 +58,27 @@ class RaggedStore(DenseStore):
     def of_positions(
         cls, position: Tensor, widths: tuple[int, int], dtype: torch.dtype, parts: Sequence[list[Tensor]]
     ) -> RaggedStore:
-        """A store with the slots that are not CLOSED in ``position`` ``[layers, rows, C]``, which are neighbours in
-        every row; ``parts`` are the contents of those that have a position."""
-        owned = position != CLOSED
-        begins = owned.int().argmax(-1)
-        return cls(begins, begins + owned.sum(-1), widths, dtype, position.device, parts, position >= 0)
+        """A store with the slots that are not CLOSED in ``position`` ``[layers, rows, C]``; ``parts`` are the contents
+        of those that have a position."""
+        return cls(*owned(position), widths, dtype, position.device, parts, position >= 0)
 
     @property
     def slots(self) -> int:
         """Number of slots of all layers, sequences and heads."""
-        return self._slots
+        return self.places.total
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, ``[rows, C_ℓ, d]``, a copy."""
-        return self._rectangle(self.key_rows, layer)
+        return self.places.of(self.key_rows, layer)
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, ``[rows, C_ℓ, d_v]``, a copy."""
-        return self._rectangle(self.value_rows, layer)
+        return self.places.of(self.value_rows, layer)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, real: Tensor | None = None) -> None:
         """Writes those of ``[rows, n, d]``, the first ``n`` slots of every head, that the heads own."""
-        slots = torch.arange(keys.shape[1], device=self.device)
-        owned = (slots >= self.begins[layer, :, None]) & (slots < self.ends[layer, :, None])
-        index = (self.base[layer, :, None] + slots)[owned]
-        self.write(layer, index, keys[owned], values[owned])
+        self.places.put(self.key_rows, layer, 0, keys)
+        self.places.put(self.value_rows, layer, 0, values)
 
     def repeat(self, filled: Sequence[int], tokens: int) -> None:
         """See :meth:`DenseStore.repeat`."""
@@ -108,7 +103,7 @@ class RaggedStore(DenseStore):
         return found
 
     def _flat(self, width: int, parts: list[Tensor], filled: Tensor | None) -> Tensor:
-        flat = lasting((self._slots, width), self.dtype, self.device, huge=True)
+        flat = lasting((self.places.total, width), self.dtype, self.device, huge=True)
         for layer in range(len(parts)):
             assert filled is not None
             slots = torch.arange(filled.shape[2], device=self.device)
@@ -116,8 +111,10 @@ class RaggedStore(DenseStore):
             flat.index_copy_(0, index, parts.pop(0))
         return flat
 
-    def _rectangle(self, flat: Tensor, layer: int) -> Tensor:
-        slots = torch.arange(self.capacities[layer], device=self.device)
-        owned = torch.minimum(torch.maximum(slots, self.begins[layer, :, None]), self.ends[layer, :, None] - 1)
-        index = self.base[layer, :, None] + owned
-        return flat.index_select(0, index.view(-1)).view(self.rows, -1, flat.shape[1])
+
+def owned(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The first slot of every row that is not CLOSED in ``position`` ``[layers, rows, C]``, and the slot behind the
+    last one; they are neighbours in every row."""
+    mine = position != CLOSED
+    begins = mine.int().argmax(-1)
+    return begins, begins + mine.sum(-1)
