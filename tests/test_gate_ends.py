@@ -20,7 +20,7 @@ from waiting import LIMIT_S, is_dead, wait_for
 
 from d2obench.cli import main
 from d2obench.errors import UsageError, WorkerError
-from d2obench.gate import environments
+from d2obench.gate import environments, worktree
 from d2obench.gate.environments import places
 from d2obench.gate.gate import Side, gate
 from d2obench.gate.verdict import Verdict
@@ -160,6 +160,24 @@ def test_after_the_first_signal_others_are_ignored_until_everything_is_removed(m
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def test_what_a_killed_gate_left_is_removed_by_the_next_one(machine, monkeypatch):
+    """Not what another gate uses, and not what is not the gates' own."""
+    killed = machine.hang()
+    (machine.temporary / "d2obench-other").mkdir()
+    monkeypatch.setattr(worktree, "ABANDONED_S", -1.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(machine.temporary))
+    worktree.remove_abandoned()
+    assert len(list(machine.temporary.glob("d2obench-gate-*"))) == 1, "it is in use"
+    killed.kill()
+    (machine.temporary / "go").touch()  # its worker ends
+    killed.communicate()
+    wait_for(lambda: machine.repo.workers_alive() == [], alive=lambda: True)
+    with worktree.worktrees(Repository(machine.repo.root), {"head": machine.repo.git("rev-parse", "HEAD")}):
+        assert len(list(machine.temporary.glob("d2obench-gate-*"))) == 1, "its own"
+    (machine.temporary / "d2obench-other").rmdir()
+    machine.check()
 
 
 def test_a_job_that_is_cancelled_during_a_build_ends_the_build(tmp_path, monkeypatch):

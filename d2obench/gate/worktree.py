@@ -1,4 +1,5 @@
-"""Checkouts of other revisions in temporary git worktrees, which are removed however the gate ends.
+"""Checkouts of other revisions in temporary git worktrees, which are removed however the gate ends; after a gate that
+was killed, by the next one.
 
 git is called with lists of arguments, never through a shell, and revisions are resolved to commits first. The user's
 own checkout is not touched. Removal can't be interrupted: SIGINT and SIGTERM wait until it is done.
@@ -7,12 +8,14 @@ own checkout is not touched. Removal can't be interrupted: SIGINT and SIGTERM wa
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,10 @@ from types import FrameType
 from d2obench.errors import UsageError
 from d2obench.record import cannot_write
 
+PREFIX = "d2obench-gate-"
+"""Of the names of temporary folders."""
+ABANDONED_S = 60.0
+"""Age from which a folder that nobody has locked is an abandoned one."""
 SPACE = "free some space or set TMPDIR to another folder"
 TRUNKS = ("origin/HEAD", "origin/main", "main", "origin/master", "master")
 """Branches that can be the trunk; the first that exists is taken."""
@@ -117,27 +124,50 @@ def full_disk(log: Iterable[str]) -> str:
 
 @contextmanager
 def scratch(name: str) -> Iterator[Path]:
-    """A temporary folder, which is removed however the block ends.
+    """A temporary folder, which is removed however the block ends; if the process is killed, by the next gate.
 
     Raises:
         RecordError: it can't be made.
     """
+    remove_abandoned()
     try:
-        place = Path(tempfile.mkdtemp(prefix=f"d2obench-{name}-"))
+        place = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{name}-"))
+        handle = os.open(place, os.O_RDONLY)
     except OSError as problem:
         raise cannot_write(Path(tempfile.gettempdir()), problem, SPACE) from None
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until the process ends
         yield place
     finally:
         with uninterrupted():
             shutil.rmtree(place, ignore_errors=True)
+            os.close(handle)
+
+
+def remove_abandoned() -> None:
+    """Removes the temporary folders of this user's gates that were killed. Those that are in use are locked; those that
+    were made just now may not be locked yet."""
+    for place in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            found = os.fstat(handle)
+            if found.st_uid == os.getuid() and time.time() - found.st_ctime > ABANDONED_S:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(place, ignore_errors=True)
+        except OSError:
+            continue  # in use
+        finally:
+            os.close(handle)
 
 
 @contextmanager
 def worktrees(repository: Repository, commits: dict[str, str]) -> Iterator[dict[str, Path]]:
     """Checks out each commit, by name → commit, and yields name → folder; all checkouts are removed afterwards."""
     try:
-        with scratch("gate") as place:
+        with scratch("trees") as place:
             for name, commit in commits.items():
                 repository.git("worktree", "add", "--detach", "--quiet", str(place / name), commit)
             yield {name: place / name for name in commits}
