@@ -83,8 +83,8 @@ class DecodeState:
         target: row of that slot in the store's flat tensors, ``[layers, rows]``.
         stream: hash state that the random numbers of a row start from, int64 ``[layers, rows, 1]``.
         extra: tensors of a policy with a :class:`Custom` rule, by name.
-        queries: the newest queries, ``[layers, rows, G, n, d]``, the newest last; 0 for those before decoding; None if
-            the policy needs none (:attr:`Policy.decode_queries`).
+        queries: the newest queries, ``[layers, rows, G, n, d]``, in any order; 0 for those before decoding; None if the
+            policy needs none (:attr:`Policy.decode_queries`).
         scale: factor of the logits.
         pages: which parts of a growing cache steps read; None if they read all of it.
     """
@@ -135,6 +135,8 @@ class DecodeState:
         if newest:
             shape = (layers, rows, group, newest, store.widths[0])
             self.queries = torch.zeros(shape, dtype=store.dtype, device=device)
+        self._oldest = torch.zeros(min(1, newest), dtype=torch.long, device=device)
+        """Which of the queries the next one replaces."""
         self.pages: Pages | None = None
         batch, (key_width, value_width) = rows // heads, store.widths
         self._key_shape, self._value_shape = (batch, heads, 1, key_width), (batch, heads, 1, value_width)
@@ -231,14 +233,15 @@ class DecodeState:
             raise self._unfit("query", query, self._query_shape)
         if self.queries is not None:
             self.scale, held = scale, self.queries[layer]
-            newest = query.reshape(*held.shape[:2], 1, -1)
-            held.copy_(torch.cat((held[:, :, 1:], newest), 2))
+            held.index_copy_(2, self._oldest, query.reshape(*held.shape[:2], 1, -1))
         return self.backend.attend(layer, query, scale)
 
     def advance(self) -> None:
         """Ends a step: the rule reads the step's attention and frees the slot of the next token."""
         self.count()
         self.now += 1
+        if self.queries is not None:
+            self._oldest.add_(1).remainder_(self.queries.shape[3])
         if self.grows:
             self.target += 1
         else:
@@ -429,6 +432,7 @@ class DecodeState:
         found.bias, found.biased = None if self.bias is None else picked(self.bias), self.biased
         found.extra = {name: picked(held) for name, held in self.extra.items()}
         found.queries, found.scale = None if self.queries is None else picked(self.queries), self.scale
+        found._oldest = self._oldest.clone()
         if self.merge is not None:
             found.merge = type(self.merge)(found, self.merge.spec)
             for new, mine in zip(found.merge.tensors()[:-1], self.merge.tensors()[:-1], strict=True):  # less work space
@@ -449,7 +453,7 @@ class DecodeState:
         """The tensors that a decode step changes, except keys and values."""
         own = [self.position, self.now, self.attention, self.score, self.square, self.factor, self.free, self.target]
         own += [self.threshold, self.merged, self.evicted, *self.extra.values()]
-        own += [held for held in (self.bias, self.queries) if held is not None]
+        own += [held for held in (self.bias, self.queries) if held is not None] + [self._oldest]
         own += [] if self.pages is None else self.pages.tensors()
         return own + ([] if self.merge is None else self.merge.tensors())
 
