@@ -28,7 +28,10 @@ from d2obench.suite.definition import Placement, Quality, Suite, load_suite
 
 POLICIES = [("full", None), ("streaming", "0.3"), ("h2o", "0.3"), ("d2o", "0.3")]
 OTHERS = [("random", "0.3"), ("cam", "0.3"), ("snapkv(window=8)", "0.5"), ("d2o(interval=2)", "0.3"),
-          ("quant(bits=8)", None), ("hf-static", None)]  # fmt: skip
+          ("quant(bits=8)", None), ("hf-static", None), ("d2o(preset=mass)", "0.4"),
+          ("d2o(preset=mass,heads=true)", "0.3"), ("criticalkv(window=8)", "0.5"), ("duo(sinks=2,recent=6)", "0.5"),
+          ("cake(window=8)", "0.5"), ("kvzip(chunk=15,plus=true)", "0.5"),
+          ("d2o(preset=mass,heads=true)+quant", "0.3")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -237,10 +237,12 @@ def attention_of(layer: torch.nn.Module) -> Any:
 
 
 def output_projection(layer: torch.nn.Module) -> Tensor:
-    """The weight ``[hidden, Hq·d_v]`` of the projection W_O of a decoder layer's attention."""
+    """The weight ``[hidden, Hq·d_v]`` of the projection W_O of a decoder layer's attention; if heads are divided among
+    ranks, the columns of this rank's heads."""
     attention = attention_of(layer)
-    weight: Tensor = (attention.o_proj if hasattr(attention, "o_proj") else attention.dense).weight
-    return weight.detach()
+    weight: Any = (attention.o_proj if hasattr(attention, "o_proj") else attention.dense).weight
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local.detach()
 
 
 def kv_heads(model: PreTrainedModel) -> tuple[int, int]:

@@ -254,6 +254,11 @@ class HeadShard:
         """Gathers the statistics ``[B, H, L]`` of all ranks' heads, in the model's order; every rank must call it."""
         return {name: torch.cat(self._gathered(stat), 1) for name, stat in stats.items()}
 
+    def own(self, budgets: Tensor) -> Tensor:
+        """Of budgets ``[layers, B, H]`` of all heads those of this rank's, ``[layers, B, H/size]``; those of layers,
+        ``[layers, B]``, as they are."""
+        return budgets.chunk(self.size, 2)[self.rank] if budgets.dim() == 3 else budgets
+
     def whole(self, footprint: T) -> T:
         """The footprint of the whole cache, from that of each rank's heads: counts are summed, a layer's tokens
         averaged. Every rank must call it."""
@@ -292,18 +297,6 @@ def check_shardable(policy: Policy) -> None:
         raise PolicyError(
             f"policy '{policy.name}' can't run with --tensor-parallel",
             why="at every step it judges all heads of a layer together, and each rank sees its own",
-            remedy="use --device-map auto, or another policy",
-        )
-    if policy.needs.errors:
-        raise PolicyError(
-            f"policy '{policy.name}' can't measure errors with --tensor-parallel",
-            why="the projection after attention is divided among the ranks",
-            remedy="use another rule for layer budgets, for example allocate=uniform",
-        )
-    if policy.needs.projection:
-        raise PolicyError(
-            f"policy '{policy.name}' can't run with --tensor-parallel",
-            why="it weighs values by the projection after attention, which is divided among the ranks",
             remedy="use --device-map auto, or another policy",
         )
 

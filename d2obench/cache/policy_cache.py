@@ -429,6 +429,7 @@ class PolicyCache(SequenceCache):
         assert self.lengths is not None and self.budgets is not None
         spare = (self.max_new or SPARE) if self.grows else self.policy.interval
         budgets = bounded(self.budgets, self.lengths, self.max_new, self.policy.name)
+        budgets = budgets if self.shard is None else self.shard.own(budgets)
         counts, parts = self._counts(new), []
         for run in self.runs or [Run(0, len(counts), self.layout.device)]:
             layout, lengths = replace(self.layout, device=run.device), self.lengths.to(run.device)

@@ -277,7 +277,8 @@ class Policy:
 
     @property
     def judges_heads_together(self) -> bool:
-        """Whether the KV heads of a layer are judged together; such a policy can't divide them among ranks."""
+        """Whether the KV heads of a layer are judged together, by more than its budgets; such a policy can't divide
+        them among ranks."""
         return self.sharing is not None
 
     @property

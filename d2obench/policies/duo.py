@@ -63,10 +63,6 @@ class Duo(Policy):
     def ragged(self) -> bool:
         return True
 
-    @property
-    def judges_heads_together(self) -> bool:
-        return True
-
     def check(self) -> None:
         if self.sinks < 0:
             raise PolicyError(f"duo: sinks is {self.sinks}", remedy="use 0 or more")

@@ -65,10 +65,6 @@ class KVzip(PromptOnly):
         return self.allocate == "heads" or super().ragged
 
     @property
-    def judges_heads_together(self) -> bool:
-        return self.allocate == "heads" or super().judges_heads_together
-
-    @property
     def protected(self) -> int:
         return self.sinks
 
