@@ -26,6 +26,11 @@ def _commands() -> list[str]:
     return re.findall(r"(?:^|[\s/])d2obench ([a-z][^#\n&]*)", text, re.M)
 
 
+def test_it_is_short() -> None:
+    """Words are what has a letter or a digit."""
+    assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1300
+
+
 def test_every_command_is_named() -> None:
     named = {words.split()[0] for words in re.findall(r"d2obench ([a-z][\w -]*)", README)}
     assert {name for name in COMMANDS if " " not in name} <= named
