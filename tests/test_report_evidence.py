@@ -139,6 +139,40 @@ def test_every_star_is_a_claim_that_the_study_of_quick_can_judge(tmp_path: Path)
     assert excluded(msgspec.structs.replace(mine, lo=None, hi=None), lie)
 
 
+def test_policies_that_are_never_the_best_choice_are_named(tmp_path: Path) -> None:
+    """random loses to any other at both budgets. h2o loses at both to d2o: by its own interval at one, and at the other
+    by the difference on the same items. tova does at one budget only. What quest holds in truth is more, so it beats
+    nobody; and nobody who holds more beats streaming at its smallest budget."""
+    losses = {
+        ("random", "0.2"): interval(5.0, 0.1), ("random", "0.4"): interval(4.0, 0.1),
+        ("streaming", "0.1"): interval(0.9, 0.02), ("streaming", "0.2"): interval(0.8, 0.02),
+        ("h2o", "0.2"): interval(0.5, 0.02), ("h2o", "0.4"): interval(0.3, 0.1),
+        ("tova", "0.2"): interval(0.5, 0.02), ("tova", "0.4"): interval(0.3, 0.1),
+        ("quest", "0.2"): interval(0.1, 0.02), ("quest", "0.4"): interval(0.05, 0.02),
+        ("d2o", "0.2"): interval(0.3, 0.02), ("d2o", "0.4"): interval(0.25, 0.1),
+    }  # fmt: skip
+    cells = []
+    for (policy, budget), loss in losses.items():
+        more = policy == "quest"
+        values = {"kl": loss, "budget_effective": Value(1.0 if more else float(budget))}
+        if (policy, budget) == ("d2o", "0.4"):
+            values |= {"kl_rival:h2o": interval(-0.05, 0.002), "kl_rival:tova": interval(-0.05, 0.09)}
+        flags = ("keeps more than asked",) if more else ()
+        cells.append(made.record(made.axes("fidelity", policy, budget), values=values, flags=flags))
+    found = report(tmp_path, *cells)
+    (line,) = [line for line in found.verdict if "at every budget" in line]
+    assert line == (
+        "On fidelity, at every budget, another policy with the same or a smaller one is shown to be better than random "
+        "and h2o."
+    )
+    known = {cell.id: cell.values["kl"] for cell in cells}
+    best = [claim for claim in found.claims if claim.word == "best" and len(claim.others) == 1]
+    assert {claim.others[0] for claim in best} >= {cells[0].id, cells[1].id, cells[4].id}
+    assert all(known[claim.cell].value < known[claim.others[0]].value for claim in best)
+    (pair,) = [claim for claim in found.claims if claim.metric == "kl_rival:h2o" and claim.comparisons == 14]
+    assert (pair.word, pair.cell) == ("better", cells[-1].id)
+
+
 def test_where_the_other_side_of_a_ratio_was_busy_nothing_is_said_of_it(tmp_path: Path) -> None:
     goals = [{"metric": "speedup", "policy": "d2o", "at_least": 1.1}, {"metric": "kv_bytes", "at_most": 200}]
     cells = [timed("full", 10.0, busy=True), timed("d2o", 15.0, interval(1.5, 0.01))]

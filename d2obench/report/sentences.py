@@ -2,8 +2,9 @@
 
 D2O with its smallest budget, in the largest setting in which it was timed, is compared with the full cache and with
 every policy at the same budget; another form of D2O is named where it does better. A run without D2O names the best
-policies instead. Each word such as faster is based on an interval (:mod:`d2obench.report.evidence`), and every figure
-quoted here is in the tables, too.
+policies instead. A run of several budgets also names the policies that are the best choice at none of them. Each word
+such as faster is based on an interval (:mod:`d2obench.report.evidence`), and every figure quoted here is in the tables,
+too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from d2obench.suite.definition import SPEED
 OURS = "d2o"
 MAX_TASKS, MAX_NAMES = 2, 4
 """Tasks that are spoken of, and names in a list."""
+KEEPS_MORE = "keeps more than asked"
+"""The flag of a policy that holds more than its budget."""
 SPEEDS = (("decode speed", ("speedup", "decode_rival")), ("time to first token", ("prefill_cost",)))
 """Words for a kind of speed, and the ratios that tell it."""
 PAIRED = {"kl": "kl_rival", "score_diff": "score_rival", "gold_bpb_diff": "gold_bpb_rival"}
@@ -72,10 +75,11 @@ def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
     group = main_group(rows)
     ours = _ours(group)
     found = _about(ours, group) if ours is not None else _leaders(group)
-    ended = _ended(runs)
+    beaten, ended = _beaten(group), _ended(runs)
     if not found.sentences and not ended:
         return Words(("Every planned cell gave its figures. There is nothing to compare them with.",))
-    return Words((*found.sentences, *([ended] if ended else [])), found.claims)
+    sentences = (*found.sentences, *beaten.sentences, *([ended] if ended else []))
+    return Words(sentences, (*found.claims, *beaten.claims))
 
 
 def main_group(rows: Sequence[Row]) -> list[Row]:
@@ -296,6 +300,58 @@ def _leaders(group: Sequence[Row]) -> Words:
         sentences.append(f"{what}: {name} with {figure}{f', {note}' if note else ''}{same}.")
         told.append(first_place("best", found.best, found.behind, task, metric, count))
     return Words(tuple(sentences), tuple(told))
+
+
+def _beaten(group: Sequence[Row]) -> Words:
+    """Which policies are never on the Pareto front of budget and quality: at each of several budgets, another policy
+    with the same or a smaller one is shown to be better. Quantised policies hold fewer bytes and are left out."""
+    sentences: list[str] = []
+    told: list[Claim] = []
+    for task in tasks_of(group)[:MAX_TASKS]:
+        metric = primary(group, task)
+        rows = [row for row in group if row.key.budget and not row.foreign and not _quantised(row)]
+        rows = [row for row in rows if _known(row.value(task, metric)) and _known(row.value(task, "budget_effective"))]
+        by_policy = {row.key.policy: [one for one in rows if one.key.policy == row.key.policy] for row in rows}
+        # 1. D2O's differences on the same items tell more than two intervals; all that are looked at are counted
+        names = {row.key: f"{PAIRED.get(metric)}:{row.key.policy}" for row in rows}
+        paired = [(row, one) for row in rows for one in rows if _known(one.value(task, names[row.key]))]
+        paired = [(row, one) for row, one in paired if one.key.budget == row.key.budget]
+        count = len(rows) + len(paired)
+        # 2. who beats each row
+        beaten = {row.key: _beating(row, rows, task, metric, count) for row in rows}
+        for row, one in paired:
+            if _held(one, task) <= _held(row, task) and shown(one, task, names[row.key], count) == "better":
+                beaten[row.key] = beaten[row.key] or claim(one, task, names[row.key], "better", count)
+        # 3. policies of which that holds at every budget
+        never = [name for name, own in by_policy.items() if len(own) > 1 and all(beaten[row.key] for row in own)]
+        told += [found for name in never for row in by_policy[name] if (found := beaten[row.key]) is not None]
+        if never:
+            sentences.append(
+                f"On {short_name(task)}, at every budget, another policy with the same or a smaller one is shown to be "
+                f"better than {_listed(never)}."
+            )
+    return Words(tuple(sentences), tuple(told))
+
+
+def _beating(row: Row, rows: Sequence[Row], task: str, metric: str, count: int) -> Claim | None:
+    """The claim that one of the rows, which holds no more, is better than this one."""
+    mine = row.value(task, metric)
+    for one in rows:
+        theirs = one.value(task, metric)
+        if one is row or _held(one, task) > _held(row, task) or mine is None or theirs is None:
+            continue
+        if claims.apart(metric, theirs, mine, count) == "better":
+            return first_place("best", one, [row], task, metric, count)
+    return None
+
+
+def _held(row: Row, task: str) -> float:
+    """The share of the prompt that a row holds at a budget: what was asked for, or more if it keeps more."""
+    result, effective = row.of(task), row.value(task, "budget_effective")
+    held = effective.value if effective and effective.value is not None else 1.0
+    asked = float(row.key.budget or 1.0)
+    over = result is not None and KEEPS_MORE in result.record.flags
+    return held if over or asked > 1 else asked
 
 
 def _ended(runs: Sequence[tuple[str, Run]]) -> str:
