@@ -10,6 +10,7 @@ import report_runs as made
 
 from d2obench.record import CellRecord, Value, read_run
 from d2obench.report import build
+from d2obench.report.derive import without_mass
 from d2obench.report.view import Report
 from d2obench.study.quick import excluded
 
@@ -171,6 +172,27 @@ def test_policies_that_are_never_the_best_choice_are_named(tmp_path: Path) -> No
     assert all(known[claim.cell].value < known[claim.others[0]].value for claim in best)
     (pair,) = [claim for claim in found.claims if claim.metric == "kl_rival:h2o" and claim.comparisons == 14]
     assert (pair.word, pair.cell) == ("better", cells[-1].id)
+
+
+def test_what_merging_by_mass_is_worth_is_said_of_each_policy(tmp_path: Path) -> None:
+    pairs = {"h2o": "h2o(merge=mass,equal=bytes)", "adakv(score=h2o)": "adakv(score=h2o(merge=mass))"}
+    pairs |= {"snapkv(decode=slide)": "snapkv(decode=slide,merge=mass)"}
+    assert all(without_mass(merged) == plain == without_mass(plain) for plain, merged in pairs.items())
+    cells = []
+    for budget in ("0.2", "0.4"):
+        for number, (plain, merged) in enumerate(pairs.items()):
+            change = {f"kl_rival:{plain}": interval(-0.1 + 0.095 * number, 0.01)}
+            cells.append(made.record(made.axes("fidelity", plain, budget), values={"kl": interval(0.5, 0.1)}))
+            cells.append(made.record(made.axes("fidelity", merged, budget), values={"kl": interval(0.4, 0.1)} | change))
+    found = report(tmp_path, *cells)
+    (line,) = [line for line in found.verdict if "merging by mass" in line]
+    assert line == (
+        "On fidelity, merging by mass what is evicted changes KL to full of h2o@0.2 by -0.1000 nats/token (95 % "
+        "interval -0.1100 … -0.0900); adakv(score=h2o)@0.2 by -0.0050 nats/token (95 % interval -0.0150 … 0.0050); and "
+        "snapkv(decode=slide)@0.2 by +0.0900 nats/token (95 % interval 0.0800 … 0.1000)."
+    )
+    told = {claim.metric: claim.word for claim in found.claims if claim.metric.startswith("kl_rival")}
+    assert told == {"kl_rival:h2o": "better", "kl_rival:snapkv(decode=slide)": "worse"}
 
 
 def test_where_the_other_side_of_a_ratio_was_busy_nothing_is_said_of_it(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Figures computed from the raw samples after a run: comparisons of two cells, and scores computed again.
 
 Two cells are compared if they differ only in policy and budget: quality with the full cache's, speed with other caches,
-and D2O with its rivals, which are other policies at the same budget. Differences of quality are paired on the items
+D2O with its rivals, which are other policies at the same budget, and a policy that merges by mass with itself without
+that. Differences of quality are paired on the items
 that both cells have, with documents as clusters; ratios are paired on samples that were measured beside each other
 (:mod:`d2obench.stats.ratios`). A figure that the record already holds is never replaced.
 """
@@ -9,6 +10,7 @@ that both cells have, with documents as clusters; ratios are paired on samples t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,9 @@ def _group(run: Run, group: Sequence[CellRecord]) -> list[tuple[CellRecord, dict
     """Cells that differ only in policy and budget, each with its figures; the samples of one group are in memory at a
     time."""
     good = [cell for cell in group if cell.status == "ok"]
-    needed = len(good) > 1 and any(cell.axes.policy in (FULL, STREAMING) or _ours(cell) for cell in good)
+    kinds = [cell.axes.policy for cell in good]
+    compared = any(name in (FULL, STREAMING) or without_mass(name) != name for name in kinds) or any(map(_ours, good))
+    needed = len(good) > 1 and compared
     samples = {cell.id: read_samples(run.path, cell) for cell in good} if needed else {}
     done = []
     for cell in group:
@@ -68,10 +72,22 @@ def _ours(cell: CellRecord) -> bool:
 
 
 def _rivals(cell: CellRecord, good: Sequence[CellRecord]) -> list[CellRecord]:
-    """Other policies at the budget of a cell of D2O; none for other cells."""
-    if not _ours(cell) or not cell.axes.budget:
+    """What a cell is compared with, at the same budget: other policies for a cell of D2O, and the policy without its
+    merge by mass for one that has it."""
+    if not cell.axes.budget:
         return []
-    return [other for other in good if other.axes.budget == cell.axes.budget and not _ours(other)][:MAX_RIVALS]
+    alike = [other for other in good if other.axes.budget == cell.axes.budget and other is not cell]
+    others = [other for other in alike if not _ours(other)][:MAX_RIVALS] if _ours(cell) else []
+    plain = without_mass(cell.axes.policy)
+    return others + [other for other in alike if other.axes.policy == plain != cell.axes.policy and other not in others]
+
+
+def without_mass(policy: str) -> str:
+    """A policy without its merge by mass: ``h2o`` of ``h2o(merge=mass,equal=bytes)``; the same text if it has none."""
+    if "merge=mass" not in policy:
+        return policy
+    text = re.sub(r",?\b(merge=mass|equal=bytes)\b", "", policy)
+    return text.replace("(,", "(").replace("()", "")
 
 
 def _ceiling(cell: CellRecord) -> dict[str, Value]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from d2obench.metric import METRICS, show
 from d2obench.record import Run, Value
+from d2obench.report.derive import without_mass
 from d2obench.report.evidence import NOT_MEASURED, Judged, busy, claim, first_place, processes, ranking, shown
 from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, short_name, tasks_of, volume
 from d2obench.report.view import ENDINGS, bounds_in_words, signed
@@ -75,11 +76,11 @@ def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
     group = main_group(rows)
     ours = _ours(group)
     found = _about(ours, group) if ours is not None else _leaders(group)
-    beaten, ended = _beaten(group), _ended(runs)
+    more, ended = [_merging(group), _beaten(group)], _ended(runs)
     if not found.sentences and not ended:
         return Words(("Every planned cell gave its figures. There is nothing to compare them with.",))
-    sentences = (*found.sentences, *beaten.sentences, *([ended] if ended else []))
-    return Words(sentences, (*found.claims, *beaten.claims))
+    sentences = [*found.sentences, *(line for one in more for line in one.sentences), *([ended] if ended else [])]
+    return Words(tuple(sentences), (*found.claims, *(told for one in more for told in one.claims)))
 
 
 def main_group(rows: Sequence[Row]) -> list[Row]:
@@ -299,6 +300,30 @@ def _leaders(group: Sequence[Row]) -> Words:
         name, figure = found.best.key.label, _figure(metric, value)
         sentences.append(f"{what}: {name} with {figure}{f', {note}' if note else ''}{same}.")
         told.append(first_place("best", found.best, found.behind, task, metric, count))
+    return Words(tuple(sentences), tuple(told))
+
+
+def _merging(group: Sequence[Row]) -> Words:
+    """What merging by mass changes, at the smallest budget, for each policy that a run has with and without it."""
+    sentences: list[str] = []
+    told: list[Claim] = []
+    for task in tasks_of(group)[:MAX_TASKS]:
+        paired = PAIRED.get(primary(group, task), "")
+        pairs = [(row, f"{paired}:{without_mass(row.key.policy)}") for row in group if "merge=mass" in row.key.policy]
+        pairs = [(row, name) for row, name in pairs if _known(row.value(task, name))]
+        smallest = min((float(row.key.budget or 1) for row, _ in pairs), default=None)
+        pairs = [(row, name) for row, name in pairs if float(row.key.budget or 1) == smallest]
+        if not pairs:
+            continue
+        parts = []
+        for row, name in pairs:
+            plain = row.key._replace(policy=without_mass(row.key.policy)).label
+            parts.append(f"{plain} by {_figure(name.partition(':')[0], row.value(task, name) or Value(None))}")
+            told += filter(None, [claim(row, task, name, shown(row, task, name, len(pairs)), len(pairs))])
+        what = METRICS[primary(group, task)].header
+        sentences.append(
+            f"On {short_name(task)}, merging by mass what is evicted changes {what} of {_listed(parts, ';')}."
+        )
     return Words(tuple(sentences), tuple(told))
 
 
