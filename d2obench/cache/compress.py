@@ -10,14 +10,17 @@ prompt ends, as in a full cache, together with O(L) column sums per layer. From 
 that a layer keeps are copied to tensors of their own size, and its full ones are freed. The slots of all layers are
 allocated once no full layer is left: first those of the keys, then those of the values, and each copy is freed as it is
 moved to its slots. For a budget of ρ the peak is therefore ``max(1, 1.5·ρ)`` times the prompt's keys and values, plus
-the kept entries of one layer. Slots of KV heads with unequal numbers of entries are always allocated at the end.
+the kept entries of one layer. Slots of KV heads with unequal numbers of entries are always allocated at the end. A
+policy that can bound its budgets earlier (``cake``) evicts as layer after layer reads the prompt
+(``d2obench.cache.cascade``); its peak is then ``1.5·ρ`` times the prompt's keys and values, plus those of one layer.
 
 Prompts of many sequences can be read in groups, one after the other (``d2obench.cache.groups``): the full entries of a
 single group then exist at a time.
 
 A GPU is not waited for in any layer: budgets are known on both sides, and sizes follow from the host's. Only policies
-whose KV heads share out a layer's entries by their ranks (``adakv``), or hold unequal numbers of them, read sizes from
-the GPU, and a layer whose budget holds the whole prompt asks once for padding.
+whose KV heads share out a layer's entries by their ranks (``adakv``), hold unequal numbers of them, or are cut before
+their budgets are known (``cake``) read sizes from the GPU, and a layer whose budget holds the whole prompt asks once
+for padding.
 """
 
 from __future__ import annotations
