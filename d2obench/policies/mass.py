@@ -15,6 +15,10 @@ KeepKV (arXiv 2504.09936) adds votes to logits for the same reason.
 :func:`absorb` merges the evicted entries of a prompt. There, r may be multiplied with a constant ``share``: what an
 entry received from the prompt overstates what it would receive from the tokens to come. ``d2obench.decode.mass`` merges
 during decoding, with r itself.
+
+Variants that lost no less, on texts that the form was not chosen on: merging into the two nearest entries; a threshold
+on the similarity; targets that exclude sinks or the window; averaged keys beside the biases; distances of decoded keys;
+budgets by the attention mass of a layer, or by errors measured at several budgets.
 """
 
 from __future__ import annotations
