@@ -9,7 +9,7 @@ import msgspec
 import report_runs as made
 
 from d2obench.record import CellRecord, Value, read_run
-from d2obench.report import build
+from d2obench.report import build, charts
 from d2obench.report.derive import without_mass
 from d2obench.report.view import Report
 from d2obench.study.quick import excluded
@@ -172,6 +172,26 @@ def test_policies_that_are_never_the_best_choice_are_named(tmp_path: Path) -> No
     assert all(known[claim.cell].value < known[claim.others[0]].value for claim in best)
     (pair,) = [claim for claim in found.claims if claim.metric == "kl_rival:h2o" and claim.comparisons == 14]
     assert (pair.word, pair.cell) == ("better", cells[-1].id)
+
+
+def test_quality_is_drawn_against_the_budget_where_no_bytes_were_measured(tmp_path: Path) -> None:
+    cells = [
+        made.record(
+            made.axes("fidelity", policy, budget),
+            values={"kl": interval(loss / float(budget), 0.01), "budget_effective": Value(float(budget))},
+        )
+        for policy, loss in (("h2o", 0.1), ("d2o", 0.2))
+        for budget in ("0.2", "0.5")
+    ]
+    found = report(tmp_path, quality("full", Value(None)), *cells)
+    (figure,) = [figure for figure in found.figures if figure.kind == "budgets"]
+    shown = [(row[1], row[3], round(float(row[4]), 6)) for row in figure.rows]
+    assert shown == [("h2o", 20.0, 0.5), ("h2o", 50.0, 0.2), ("d2o", 20.0, 1.0), ("d2o", 50.0, 0.4)]
+    drawn = charts.svg(figure)
+    assert "budget, % of the prompt" in drawn and "d2o" in drawn
+    speed = made.record(timed("h2o", 10.0).axes, values={"kv_bytes": Value(100.0)})
+    assert not [one for one in report(tmp_path / "timed", speed, *cells[:2]).figures if one.kind == "budgets"]
+    assert not [one for one in report(tmp_path / "one", *cells[:2]).figures if one.kind == "budgets"]
 
 
 def test_what_merging_by_mass_is_worth_is_said_of_each_policy(tmp_path: Path) -> None:

@@ -137,6 +137,25 @@ def _tradeoff(figure: Figure) -> Any:
     return _panels(figure, alt.layer(*_if(figure, "front", front), whiskers, dots.add_params(pick), names))
 
 
+def _budgets(figure: Figure) -> Any:
+    base, pick, fade = _base(figure)
+    log = alt.Scale(type="log", nice=False, padding=12)
+    upright = log if figure.options["log"] else alt.Scale(zero=False)
+    ticks = alt.Axis(values=sorted({round(size) for size in _column(figure, "budget")}), labelOverlap="greedy")
+    x = alt.X("budget:Q", title=figure.options["x"], scale=log, axis=ticks)
+    y = alt.Y("quality:Q", title=figure.options["y"], scale=upright)
+    names = _order(figure, "policy")
+    colours = palette(names)
+    shapes = [SHAPES[colours[:i].count(shade) % len(SHAPES)] for i, shade in enumerate(colours)]
+    shape = alt.Shape("policy:N", title="policy", scale=alt.Scale(domain=names, range=shapes))
+    shown = base.encode(x=x, color=_policies(figure).legend(alt.Legend(labelLimit=320)), opacity=fade)
+    whiskers = shown.mark_rule().encode(y=alt.Y("lo:Q", title=figure.options["y"], scale=upright), y2="hi:Q")
+    tips = ["label:N", "quality:Q", "lo:Q", "hi:Q"]
+    dots = shown.mark_point(filled=True, size=50).encode(y=y, shape=shape, tooltip=tips)
+    lines = shown.mark_line().encode(y=y)
+    return _panels(figure, alt.layer(lines, whiskers, dots.add_params(pick)), height=360)
+
+
 def _overview(figure: Figure) -> Any:
     """Two panels over the same axis of bytes: quality above, speed below."""
     base, pick, fade = _base(figure)
@@ -389,6 +408,7 @@ def _xml(text: str) -> str:
 _CHARTS: dict[str, Callable[[Figure], Any]] = {
     "overview": _overview,
     "tradeoff": _tradeoff,
+    "budgets": _budgets,
     "speedup": _speedup,
     "throughput": _throughput,
     "position": _position,

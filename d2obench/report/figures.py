@@ -15,7 +15,7 @@ from d2obench.metric import METRICS
 from d2obench.record import Value, read_samples
 from d2obench.report.detail_figures import MAX_LINES, Point, details
 from d2obench.report.evidence import MAX_FRONTS, doubtful, front, impossible
-from d2obench.report.rows import Result, Row, grouped, kv_bytes, loss, primary, short_name, tasks_of, volume
+from d2obench.report.rows import Result, Row, grouped, held, kv_bytes, loss, primary, short_name, tasks_of, volume
 from d2obench.report.tables import setting, varying
 from d2obench.report.view import KINDS, Figure, axis_title
 from d2obench.suite.definition import SPEED
@@ -34,6 +34,7 @@ def figures(found: Sequence[Result], rows: Sequence[Row]) -> list[Figure]:
     made: list[Figure | None] = [
         _overview(main),
         *_tradeoffs(rows),
+        *_budgets(rows),
         _speedups(rows),
         _throughput(rows),
         _positions(timed),
@@ -108,6 +109,28 @@ def _tradeoffs(rows: Sequence[Row]) -> Iterator[Figure]:
                 "no other in both.",
                 ("setting", "policy", "label", "budget", "kv", "quality", "lo", "hi", "front"), tuple(points),
                 {"x": axis_title("kv_bytes"), "y": axis_title(metric.key), "wide": _wide(points)},
+            )  # fmt: skip
+
+
+def _budgets(rows: Sequence[Row]) -> Iterator[Figure]:
+    """Quality against the budget, for runs that measured no KV bytes: one figure for each task, one panel for each
+    setting. A policy with one budget is a point."""
+    rows = [row for row in rows if kv_bytes(row) is None and row.key.budget]
+    for number, task in enumerate(tasks_of(rows)[:MAX_FRONTS], 1):
+        points: list[Point] = []
+        panel, metric = _panels(rows), METRICS[primary(rows, task)]
+        for row in (row for group in grouped(rows)[:MAX_SETTINGS] for row in group):
+            value = row.value(task, metric.key)
+            if value is not None and value.value is not None:
+                spread = (value.value * metric.scale, *_bounds(value, metric.scale))
+                points.append((panel(row), row.key.policy, row.key.label, round(100 * held(row, task), 2), *spread))
+        if len({point[3] for point in points}) > 1 and len({point[1] for point in points}) > 1:
+            log = all(bound > 0 for point in points for bound in point[4:] if isinstance(bound, float | int))
+            yield Figure(
+                f"budgets-{number}-{_slug(task)}", "budgets", f"Quality against budget: {task}",
+                f"{metric.header}: {metric.about} Lines join the budgets of a policy; upright ones are intervals.",
+                ("setting", "policy", "label", "budget", "quality", "lo", "hi"), tuple(points),
+                {"x": "budget, % of the prompt", "y": axis_title(metric.key), "log": log, "wide": _wide(points)},
             )  # fmt: skip
 
 

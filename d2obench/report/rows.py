@@ -18,6 +18,8 @@ from d2obench.suite.grammar import parse_shape, parse_spec
 Scalar = str | int | None
 STANDS = ("kl", "score_diff", "score", "gold_bpb_diff", "ppl", "nll")
 """Metrics that can represent a task, the preferred one first: a difference to the full cache before a plain value."""
+KEEPS_MORE = "keeps more than asked"
+"""The flag of a policy that holds more than its budget."""
 
 
 class Key(NamedTuple):
@@ -211,3 +213,12 @@ def kv_bytes(row: Row) -> float | None:
     """KV bytes of the row's speed cell."""
     value = row.value(SPEED, "kv_bytes")
     return value.value if value else None
+
+
+def held(row: Row, task: str) -> float:
+    """The share of the prompt that a row holds at its budget: what was asked for, or more if it keeps more."""
+    result, effective = row.of(task), row.value(task, "budget_effective")
+    share = effective.value if effective and effective.value is not None else 1.0
+    asked = float(row.key.budget or 1.0)
+    over = result is not None and KEEPS_MORE in result.record.flags
+    return share if over or asked > 1 else asked

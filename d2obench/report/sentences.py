@@ -18,7 +18,7 @@ from d2obench.metric import METRICS, show
 from d2obench.record import Run, Value
 from d2obench.report.derive import without_mass
 from d2obench.report.evidence import NOT_MEASURED, Judged, busy, claim, first_place, processes, ranking, shown
-from d2obench.report.rows import Key, Row, grouped, kv_bytes, primary, short_name, tasks_of, volume
+from d2obench.report.rows import Key, Row, grouped, held, kv_bytes, primary, short_name, tasks_of, volume
 from d2obench.report.view import ENDINGS, bounds_in_words, signed
 from d2obench.stats import claims
 from d2obench.stats.claims import Claim, Verdict
@@ -28,8 +28,6 @@ from d2obench.suite.definition import SPEED
 OURS = "d2o"
 MAX_TASKS, MAX_NAMES = 2, 4
 """Tasks that are spoken of, and names in a list."""
-KEEPS_MORE = "keeps more than asked"
-"""The flag of a policy that holds more than its budget."""
 SPEEDS = (("decode speed", ("speedup", "decode_rival")), ("time to first token", ("prefill_cost",)))
 """Words for a kind of speed, and the ratios that tell it."""
 PAIRED = {"kl": "kl_rival", "score_diff": "score_rival", "gold_bpb_diff": "gold_bpb_rival"}
@@ -345,7 +343,7 @@ def _beaten(group: Sequence[Row]) -> Words:
         # 2. who beats each row
         beaten = {row.key: _beating(row, rows, task, metric, count) for row in rows}
         for row, one in paired:
-            if _held(one, task) <= _held(row, task) and shown(one, task, names[row.key], count) == "better":
+            if held(one, task) <= held(row, task) and shown(one, task, names[row.key], count) == "better":
                 beaten[row.key] = beaten[row.key] or claim(one, task, names[row.key], "better", count)
         # 3. policies of which that holds at every budget
         never = [name for name, own in by_policy.items() if len(own) > 1 and all(beaten[row.key] for row in own)]
@@ -363,20 +361,11 @@ def _beating(row: Row, rows: Sequence[Row], task: str, metric: str, count: int) 
     mine = row.value(task, metric)
     for one in rows:
         theirs = one.value(task, metric)
-        if one is row or _held(one, task) > _held(row, task) or mine is None or theirs is None:
+        if one is row or held(one, task) > held(row, task) or mine is None or theirs is None:
             continue
         if claims.apart(metric, theirs, mine, count) == "better":
             return first_place("best", one, [row], task, metric, count)
     return None
-
-
-def _held(row: Row, task: str) -> float:
-    """The share of the prompt that a row holds at a budget: what was asked for, or more if it keeps more."""
-    result, effective = row.of(task), row.value(task, "budget_effective")
-    held = effective.value if effective and effective.value is not None else 1.0
-    asked = float(row.key.budget or 1.0)
-    over = result is not None and KEEPS_MORE in result.record.flags
-    return held if over or asked > 1 else asked
 
 
 def _ended(runs: Sequence[tuple[str, Run]]) -> str:

@@ -20,6 +20,7 @@ Mark = Literal["", "best", "warn", "bad", "quiet"]
 Kind = Literal[
     "overview",
     "tradeoff",
+    "budgets",
     "speedup",
     "throughput",
     "position",
