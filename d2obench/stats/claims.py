@@ -3,8 +3,9 @@
 A range, a figure without bounds, and an interval that contains both answers prove nothing: "not told apart". Three
 rules apply to every such word:
 
-* **Many comparisons.** Words are grouped into families: the sentences of a report, the targets of a run, the bold
-  figures of one column among comparable rows, the Pareto-optimal rows of one task among comparable rows. With a
+* **Many comparisons.** Words are grouped into families: the sentences of a report on D2O or on the best policies, those
+  of one task on merging by mass and on policies that are never the best choice, the targets of a run, the bold figures
+  of one column among comparable rows, the Pareto-optimal rows of one task among comparable rows. With a
   probability of 95 % all words of one family are right together (Bonferroni): if a family needs ``comparisons``
   intervals, each of them is widened to the level 1 − 0.05 ÷ comparisons before it is used.
 * **Processes.** Where the operating system happens to place a process in memory changes its times by some percent
