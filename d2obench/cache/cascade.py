@@ -2,9 +2,9 @@
 
 A policy may be able to bound its budgets from the layers that have read the prompt so far
 (``Policy.budgets_so_far``). After each layer, all of them are cut to these bounds, and to the budgets themselves when
-the last layer has read the prompt. An entry that a smaller budget keeps is kept by a larger one
-too, and its statistics are those of the whole prompt, so the same entries remain as if all layers had been cut at the
-end. But only what the bounds allow is held meanwhile, and the full entries of a single layer.
+the last layer has read the prompt. An entry that a smaller budget keeps is kept by a larger one too, and its statistics
+are those of the whole prompt, so the same entries remain as if all layers had been cut at the end. But only what the
+bounds allow is held meanwhile, and the full entries of a single layer.
 """
 
 from __future__ import annotations
