@@ -43,8 +43,8 @@ class D2O(Biased, HeavyHitters):
 
     Args:
         preset: ``paper``; ``mass``, see above; ``released``, the authors' code including its deviations from the paper
-            (for validation); ``tuned``, the best setting without merging in ``reports/ablation-cpu``: uniform layers,
-            1:1, which is H2O with sinks. Parameters given together with ``mass`` or ``tuned`` take precedence.
+            (for validation); ``tuned``, the ideas switched off: uniform layers, 1:1, no merging, which is H2O with
+            sinks. Parameters given together with ``mass`` or ``tuned`` take precedence.
         recent: share of a layer's budget that is the recent window (paper: 3:1, that is 0.25).
         sinks: tokens at the start that are never evicted; they count as important.
         normalised: divide a score by the number of queries that could attend to the token.
