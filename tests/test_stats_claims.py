@@ -68,6 +68,11 @@ def test_many_comparisons_widen_an_interval_to_bonferroni_s_level():
     assert told("score_diff", value(0.1, 0.09), 10) == "not told apart"
 
 
+def test_a_range_over_documents_proves_nothing():
+    assert apart("kl_p99", value(0.1, 0.01, "range"), value(0.3, 0.01, "range")) == "not told apart"
+    assert apart("kv_bytes", value(10.0, 1.0, "range"), value(30.0, 1.0, "range")) == "better"
+
+
 def test_a_share_is_widened_exactly():
     assert widened(proportion(9, 10), 5) == proportion(9, 10, 0.99)
 

@@ -307,14 +307,14 @@ def _ends(metric: str, value: Value) -> tuple[float, float] | None:
     """The bounds on which a word may be based; None if there are none.
 
     1. Counts and bytes, and figures that were the same in every repeat: the figure itself. If the repeats of a count
-       differ after all, it is their range.
+       differ after all, it is their range. The range of a figure for information, as over documents, proves nothing.
     2. A peak of memory: the figure, if every repeat came to the same number of bytes. A range proves nothing.
     3. All other figures: their interval.
     """
     kind = METRICS[metric.partition(":")[0]].kind
     if value.value is None:
         return None
-    if value.kind == "exact" or kind in ("exact", "info"):
+    if value.kind == "exact" or kind == "exact" or (kind == "info" and value.kind != "range"):
         return (value.value, value.value) if value.lo is None or value.hi is None else (value.lo, value.hi)
     if value.lo is None or value.hi is None:
         return None
