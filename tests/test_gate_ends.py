@@ -169,13 +169,13 @@ def test_what_a_killed_gate_left_is_removed_by_the_next_one(machine, monkeypatch
     monkeypatch.setattr(worktree, "ABANDONED_S", -1.0)
     monkeypatch.setattr(tempfile, "tempdir", str(machine.temporary))
     worktree.remove_abandoned()
-    assert len(list(machine.temporary.glob("d2obench-gate-*"))) == 1, "it is in use"
+    assert len(list(machine.temporary.glob("d2obench-scratch-*"))) == 1, "it is in use"
     killed.kill()
     (machine.temporary / "go").touch()  # its worker ends
     killed.communicate()
     wait_for(lambda: machine.repo.workers_alive() == [], alive=lambda: True)
     with worktree.worktrees(Repository(machine.repo.root), {"head": machine.repo.git("rev-parse", "HEAD")}):
-        assert len(list(machine.temporary.glob("d2obench-gate-*"))) == 1, "its own"
+        assert len(list(machine.temporary.glob("d2obench-scratch-*"))) == 1, "its own"
     (machine.temporary / "d2obench-other").rmdir()
     machine.check()
 

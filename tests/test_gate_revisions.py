@@ -33,7 +33,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield made
     assert made.worktrees == 1
     assert made.workers_alive() == []
-    assert not list(scratch.glob("d2obench-gate-*"))
+    assert not list(scratch.glob("d2obench-*"))
 
 
 def run(

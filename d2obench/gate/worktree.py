@@ -24,8 +24,8 @@ from types import FrameType
 from d2obench.errors import UsageError
 from d2obench.record import cannot_write
 
-PREFIX = "d2obench-gate-"
-"""Of the names of temporary folders."""
+PREFIX = "d2obench-scratch-"
+"""Of the names of temporary folders; all that bear it are locked while they are in use."""
 ABANDONED_S = 60.0
 """Age from which a folder that nobody has locked is an abandoned one."""
 SPACE = "free some space or set TMPDIR to another folder"

@@ -99,12 +99,13 @@ class CAKE(PromptOnly):
     def layer_budgets(self, stats: list[Stats], length: Tensor, budget: Budget) -> Tensor:
         if self.allocate == "uniform":
             return super().layer_budgets(stats, length, budget)
-        so_far = [self._parts(stats[: read + 1], length, budget, len(stats)) for read in range(len(stats))]
+        preference, layers = self._preference(stats), len(stats)
+        so_far = [self._parts(preference[: read + 1], length, budget, layers) for read in range(layers)]
         columns = []
         for sequence, tokens in enumerate(length.tolist()):
             # what a layer got at its least: a token that was cut does not come back
             after = [parts[sequence] for parts in so_far]
-            parts = [min(each[layer] for each in after[layer:]) for layer in range(len(stats))]
+            parts = [min(each[layer] for each in after[layer:]) for layer in range(layers)]
             window, most = self._room(tokens, budget)
             columns.append([window + part for part in water_fill(parts, int(sum(parts) + 1e-6), 0, most)])
         return torch.tensor(columns).T
@@ -112,7 +113,7 @@ class CAKE(PromptOnly):
     def budgets_so_far(self, stats: list[Stats], length: Tensor, budget: Budget, layers: int) -> Tensor:
         """Their shares of the budgets of all layers, as if there were no others; one more for the rounding."""
         columns = []
-        parts = self._parts(stats, length, budget, layers)
+        parts = self._parts(self._preference(stats), length, budget, layers)
         for tokens, own in zip(length.tolist(), parts, strict=True):
             window, _ = self._room(tokens, budget)
             columns.append([window + math.ceil(part) + 1 for part in own])
@@ -123,11 +124,14 @@ class CAKE(PromptOnly):
         window = min(self.window, budget.of(tokens))
         return window, max(budget.of(tokens), tokens) - window
 
-    def _parts(self, stats: list[Stats], length: Tensor, budget: Budget, layers: int) -> list[list[float]]:
-        """For each sequence, how many tokens beside the window each layer with statistics gets, if these layers share
+    def _preference(self, stats: list[Stats]) -> Tensor:
+        """The preference of each layer with statistics, float64 ``[len(stats), B]``, on the CPU."""
+        factors = [torch.stack([stat[name][..., -1] for stat in stats]).double().sum(2) for name in FACTORS]
+        return (factors[0] ** (1 / self.tau1) * factors[1] ** (1 / self.tau2)).cpu()
+
+    def _parts(self, preference: Tensor, length: Tensor, budget: Budget, layers: int) -> list[list[float]]:
+        """For each sequence, how many tokens beside the window each layer with a preference gets, if these layers share
         what the budgets of all ``layers`` hold."""
-        factors = [torch.stack([stat[name][..., -1].double().sum(1) for stat in stats]) for name in FACTORS]
-        preference = factors[0] ** (1 / self.tau1) * factors[1] ** (1 / self.tau2)
         parts = []
         for own, tokens in zip(preference.T.tolist(), length.tolist(), strict=True):
             window, most = self._room(tokens, budget)

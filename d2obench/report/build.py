@@ -16,7 +16,7 @@ from d2obench.report.derive import metric_of, results
 from d2obench.report.evidence import front_claims, judge, target_claims
 from d2obench.report.figures import figures, in_order
 from d2obench.report.machine import again, cards, environment, suites, unlike
-from d2obench.report.rows import Result, join, unseen
+from d2obench.report.rows import KEEPS_MORE, Result, join, unseen
 from d2obench.report.sentences import first_words, of_targets
 from d2obench.report.tables import UNLIKE, best_claims, first, headline, parts, ratios, targets
 from d2obench.report.view import (
@@ -46,7 +46,7 @@ BUSY_MACHINE = (
     "End the other work (d2obench doctor shows the load) and run again. Quality, counts and bytes are not affected."
 )
 FLAGS = {
-    "keeps more than asked": "the policy holds more than its budget allows, so it can't be compared at that budget",
+    KEEPS_MORE: "the policy holds more than its budget allows, so it can't be compared at that budget",
     "sampled decode": "decoding was measured in windows of the generation, and the whole was estimated from them",
     "beyond the model's context": "the text is longer than the model was made for: its time is true, its text is not",
     "not measured beside full": "the full cache was measured in other rounds, so there is no ratio to it",

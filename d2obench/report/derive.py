@@ -2,9 +2,9 @@
 
 Two cells are compared if they differ only in policy and budget: quality with the full cache's, speed with other caches,
 D2O with its rivals, which are other policies at the same budget, and a policy that merges by mass with itself without
-that. Differences of quality are paired on the items
-that both cells have, with documents as clusters; ratios are paired on samples that were measured beside each other
-(:mod:`d2obench.stats.ratios`). A figure that the record already holds is never replaced.
+that. Differences of quality are paired on the items that both cells have, with documents as clusters; ratios are paired
+on samples that were measured beside each other (:mod:`d2obench.stats.ratios`). A figure that the record already holds
+is never replaced.
 """
 
 from __future__ import annotations

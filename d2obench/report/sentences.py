@@ -75,9 +75,9 @@ def first_words(runs: Sequence[tuple[str, Run]], rows: Sequence[Row]) -> Words:
     ours = _ours(group)
     found = _about(ours, group) if ours is not None else _leaders(group)
     more, ended = [_merging(group), _beaten(group)], _ended(runs)
-    if not found.sentences and not ended:
-        return Words(("Every planned cell gave its figures. There is nothing to compare them with.",))
     sentences = [*found.sentences, *(line for one in more for line in one.sentences), *([ended] if ended else [])]
+    if not sentences:
+        return Words(("Every planned cell gave its figures. There is nothing to compare them with.",))
     return Words(tuple(sentences), (*found.claims, *(told for one in more for told in one.claims)))
 
 
